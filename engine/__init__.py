@@ -1,0 +1,1 @@
+"""mapdistill's engine: layer-mapped distillation of Transformer encoders under DeepSpeed."""

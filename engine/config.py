@@ -1,0 +1,403 @@
+"""What a run computes: frozen dataclasses, the one home of every default and of its documentation.
+
+How a machine executes it (precision, ZeRO stage, offload, micro batch) lives in one ds_configs JSON; see
+engine/ds_config.py. docs/configuration.md is generated from this file. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.errors import UserError
+
+
+def _require(ok: bool, key: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise UserError(f"{key}={value!r}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    path: str = "models/all-MiniLM-L6-v2"
+    """Folder or hub name of the frozen teacher (any Auto-class encoder that uses transformers' attention interface)."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the teacher's weights and forward; auto follows the student's (ds_configs)."""
+
+    placement: Literal["replicate", "zero3"] = "replicate"
+    """replicate: a whole copy on each rank; zero3: weights sharded over the ranks, gathered layer by layer."""
+
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention backend; auto picks by device, dtype, length and head width from a measured table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    path: str | None = None
+    """HF folder or hub name to start from; it then owns the architecture, and `layers` … `init` must stay unset."""
+
+    layers: int | None = None
+    """Number of student layers M; unset: half of the teacher's."""
+
+    hidden_size: int | None = None
+    """Width of the student's hidden states; unset: the teacher's."""
+
+    heads: int | None = None
+    """Number of attention heads; unset: the teacher's (score and probability losses need the same number)."""
+
+    intermediate_size: int | None = None
+    """Width of the feed-forward layer; unset: the teacher's, scaled by hidden_size."""
+
+    init: str | None = None
+    """Where the initial weights come from: `random`; `mapping` (copy the mapped teacher layers, unmapped ones stay
+    random); `uniform`, `every-other` (layers 2, 4, 6 …), `first`, `last`; or teacher layers like `0-3-7-11` (1-based,
+    one per student layer, 0 = random). Embeddings are copied too. A narrower student takes evenly spaced units of
+    each width (Weight Selection, arXiv 2311.18823). Unset: random."""
+
+    dropout: float = 0.0
+    """Dropout probability of the student while it is distilled; the exported config keeps it."""
+
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention backend; auto picks by device, dtype, length and head width from a measured table."""
+
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more student compute."""
+
+    fused_layer_norm: bool = False
+    """Replace LayerNorm by NVIDIA Apex's FusedLayerNorm; an error when Apex is not installed."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden_size", "heads", "intermediate_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"student.{name}", value, "must be at least 1")
+        _require(0.0 <= self.dropout < 1.0, "student.dropout", self.dropout, "must be in [0, 1)")
+        if self.path is not None:
+            for name in ("layers", "hidden_size", "heads", "intermediate_size", "init"):
+                _require(
+                    getattr(self, name) is None,
+                    f"student.{name}",
+                    getattr(self, name),
+                    f"remove it: student.path={self.path!r} already fixes the architecture and the weights",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappingConfig:
+    hidden: str = "uniform"
+    """Layer mapping of the hidden-state losses: `0-5-0-10` (teacher layer of each student layer, 0 = none) or
+    uniform, last, first, all-last, none, random:SEED."""
+
+    attention: str | None = None
+    """Layer mapping of the attention losses (scores, probabilities, relations); unset: the same as `hidden`."""
+
+    hidden_weights: list[float] | None = None
+    """One weight per student layer for the hidden-state losses; unset: 1 each."""
+
+    attention_weights: list[float] | None = None
+    """One weight per student layer for the attention losses; unset: 1 each."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_weights", "attention_weights"):
+            for weight in getattr(self, name) or ():
+                _require(weight >= 0, f"mapping.{name}", getattr(self, name), "weights must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    preset: Literal["clean", "tinybert"] = "clean"
+    """clean: means over real tokens, averaged over active layers. tinybert: TinyBERT's released loss to rounding
+    (means over all positions, pads included; summed over layers; one shared projection with bias, for embeddings too)."""
+
+    hidden: float = 1.0
+    """Weight of the hidden-state MSE through the projection; 0 switches it off."""
+
+    attention: float = 1.0
+    """Weight of the MSE of attention scores (before softmax); needs equal head counts."""
+
+    embedding: float = 1.0
+    """Weight of the MSE of the embedding outputs (hidden state 0) through the projection."""
+
+    attention_probs: float = 0.0
+    """Weight of KL(teacher || student) of the attention probabilities; needs equal head counts."""
+
+    relation: float = 0.0
+    """Weight of the MiniLMv2 relation KL (Q-Q, K-K, V-V); any head counts."""
+
+    cosine: float = 0.0
+    """Weight of 1 - cosine of the hidden states through the projection."""
+
+    logits: float = 0.0
+    """Weight of the KL of the MLM logits at `temperature`; teacher and student need an MLM head and one vocabulary."""
+
+    mlm: float = 0.0
+    """Weight of the MLM cross-entropy on masked positions; needs data.mlm_probability > 0."""
+
+    temperature: float = 1.0
+    """Temperature T of the logits KL (scaled by T squared)."""
+
+    relation_heads: int | None = None
+    """Relation heads of `relation`; must divide both widths. Unset: the teacher's number of heads."""
+
+    relation_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """Weights of the Q-Q, K-K and V-V relations."""
+
+    projection: Literal["shared", "per_layer", "single", "identity"] | None = None
+    """Student width -> teacher width. shared: one for all layers and one for the embeddings; per_layer: one for each
+    student layer; single: the same one for layers and embeddings; identity: none (equal widths). Unset: shared."""
+
+    projection_bias: bool | None = None
+    """Whether projections have a bias; unset: no (tinybert: yes)."""
+
+    average_layers: bool | None = None
+    """Divide each layer-mapped loss by its number of active layers, so that a mapping with skips keeps the effective
+    learning rate; unset: yes (tinybert: no, a sum)."""
+
+    def __post_init__(self) -> None:
+        for name in LOSS_NAMES:
+            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "a loss weight must be >= 0")
+        _require(self.temperature > 0, "loss.temperature", self.temperature, "must be > 0")
+        _require(
+            self.relation_heads is None or self.relation_heads >= 1,
+            "loss.relation_heads",
+            self.relation_heads,
+            "must be at least 1",
+        )
+        _require(
+            len(self.relation_weights) == 3 and min(self.relation_weights) >= 0 and max(self.relation_weights) > 0,
+            "loss.relation_weights",
+            self.relation_weights,
+            "give three weights >= 0 for Q-Q, K-K and V-V, not all 0",
+        )
+        if self.preset == "tinybert":
+            for name in ("projection", "projection_bias", "average_layers"):
+                _require(
+                    getattr(self, name) is None,
+                    f"loss.{name}",
+                    getattr(self, name),
+                    "remove it: loss.preset='tinybert' fixes it (or write loss.preset=clean)",
+                )
+
+    @property
+    def active(self) -> dict[str, float]:
+        """The losses with a weight above 0, in the order of LOSS_NAMES."""
+        return {name: getattr(self, name) for name in LOSS_NAMES if getattr(self, name) > 0}
+
+    @property
+    def resolved_projection(self) -> str:
+        return self.projection or ("single" if self.preset == "tinybert" else "shared")
+
+    @property
+    def resolved_projection_bias(self) -> bool:
+        return self.preset == "tinybert" if self.projection_bias is None else self.projection_bias
+
+    @property
+    def resolved_average_layers(self) -> bool:
+        return self.preset != "tinybert" if self.average_layers is None else self.average_layers
+
+
+LOSS_NAMES = ("hidden", "attention", "embedding", "attention_probs", "relation", "cosine", "logits", "mlm")
+"""Every loss, in the order in which they are logged."""
+
+HIDDEN_MAPPED = ("hidden", "cosine")
+ATTENTION_MAPPED = ("attention", "attention_probs", "relation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str = "data/news"
+    """Folder that launch/prepare_data.py wrote (with manifest.json)."""
+
+    seq_len: int | None = None
+    """Sequence length in tokens, as a check: must equal the prepared corpus; unset: whatever that has."""
+
+    eval_sequences: int = 256
+    """Sequences at the end of the corpus that are held out for the evaluation loss and never trained on."""
+
+    mlm_probability: float = 0.0
+    """Share of tokens chosen for masking (80 % mask token, 10 % random, 10 % kept); 0: no masking, as in the method."""
+
+    whole_word_mask: bool = False
+    """Choose whole words instead of single tokens for masking."""
+
+    def __post_init__(self) -> None:
+        _require(self.eval_sequences >= 0, "data.eval_sequences", self.eval_sequences, "must be >= 0")
+        _require(0.0 <= self.mlm_probability < 1.0, "data.mlm_probability", self.mlm_probability, "must be in [0, 1)")
+        _require(self.seq_len is None or self.seq_len >= 4, "data.seq_len", self.seq_len, "must be at least 4 tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    name: Literal["adamw", "lamb", "apex_fused_adam", "apex_fused_lamb"] = "adamw"
+    """adamw: DeepSpeed FusedAdam on a GPU, DeepSpeedCPUAdam with offload, torch's fused AdamW otherwise; lamb:
+    DeepSpeed FusedLamb on a GPU, our own elsewhere (ZeRO stage 0 only); apex_*: NVIDIA Apex, an error when missing."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of the first and second moments."""
+
+    eps: float = 1e-8
+    """Added to the square root of the second moment."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and norms get none."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.betas) == 2 and all(0.0 <= b < 1.0 for b in self.betas),
+            "optim.betas",
+            self.betas,
+            "give two numbers in [0, 1)",
+        )
+        _require(self.eps > 0, "optim.eps", self.eps, "must be > 0")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 300
+    """Optimizer steps of the whole run."""
+
+    global_batch: int = 32
+    """Sequences per optimizer step over all ranks; gradient accumulation is derived from it and the micro batch."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+
+    warmup_steps: int = 30
+    """Optimizer steps of linear warm-up from 0."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up: to 0 at `steps` linearly or by a half cosine, or constant."""
+
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    log_every: int = 10
+    """Optimizer steps between step records, TensorBoard points and progress updates."""
+
+    eval_every: int = 100
+    """Optimizer steps between held-out losses; 0: never."""
+
+    save_every: int = 100
+    """Optimizer steps between checkpoints; one more is written at the end. 0: only at the end."""
+
+    keep: int = 2
+    """Newest complete checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "log_every", "keep"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+        for name in ("warmup_steps", "grad_clip", "eval_every", "save_every"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")
+        _require(self.lr > 0, "train.lr", self.lr, "must be > 0")
+        _require(
+            self.warmup_steps <= self.steps,
+            "train.warmup_steps",
+            self.warmup_steps,
+            f"must not exceed train.steps={self.steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    output_dir: str = "runs/distill"
+    """Run directory; starting the same command again continues the run in it."""
+
+    seed: int = 0
+    """Seed of weights, data order, masking and dropout."""
+
+    resume: str = "auto"
+    """auto: continue from the newest complete checkpoint; never: start anew (refused when there are checkpoints);
+    or the name of one, like step-00000100."""
+
+    deepspeed_config: str = "auto"
+    """DeepSpeed JSON (see ds_configs/README.md); auto: zero1_bf16.json on a GPU, cpu_bf16.json on a CPU with AMX or
+    AVX-512 bf16, cpu_fp32.json elsewhere."""
+
+    dry_run: bool = False
+    """Stop after the start-up banner."""
+
+    require_fused: bool = False
+    """Make a fall-back to a slower optimizer or kernel an error."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    mapping: MappingConfig = field(default_factory=MappingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", self.seed, "must be >= 0")
+        _require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    path: str
+    """Text file (.txt, .gz, .xz, .zst), JSON lines (.jsonl, also compressed), Parquet file, a folder of these, a folder
+    saved by `datasets`, or a hub data set name."""
+
+    weight: float = 1.0
+    """Passes over this source in one epoch: 2 shows each sequence twice, 0.5 half of them (the other half next time)."""
+
+    field: str = "text"
+    """Column that holds the text (JSON lines, Parquet, data sets)."""
+
+    split: str = "train"
+    """Split of a data set."""
+
+    name: str | None = None
+    """Configuration name of a hub data set."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, "sources.weight", self.weight, "must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Where the text comes from."""
+
+    output_dir: str = "data/corpus"
+    """Folder for the shards and manifest.json."""
+
+    tokenizer: str = "models/all-MiniLM-L6-v2"
+    """Folder or hub name of the tokenizer: the teacher's."""
+
+    seq_len: int = 128
+    """Tokens per sequence, special tokens included."""
+
+    pack: Literal["contiguous", "document"] = "contiguous"
+    """contiguous: a sequence goes on into the next document, with a separator between; document: it ends with it."""
+
+    unit: Literal["sentence", "paragraph", "token"] = "sentence"
+    """What is never cut (unless longer than a whole sequence): sentences or paragraphs; token: cut anywhere, so that
+    contiguous sequences are full."""
+
+    short_seq_prob: float = 0.0
+    """Share of sequences that aim at a random shorter length (BERT's pre-training used 0.1)."""
+
+    min_tokens: int = 8
+    """Sequences with fewer text tokens are dropped."""
+
+    shard_mb: int = 4
+    """Text per shard, in MB: the unit of parallel work, of restart, and of memory."""
+
+    workers: int | None = None
+    """Processes that tokenise; unset: one per core."""
+
+    on_bad_line: Literal["error", "skip"] = "error"
+    """What to do with a line that is not UTF-8, not JSON, without the field, or too long: stop and name it, or skip
+    and count it."""
+
+    seed: int = 0
+    """Seed of the short sequences."""
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len >= 8, "seq_len", self.seq_len, "must be at least 8 tokens")
+        _require(0.0 <= self.short_seq_prob <= 1.0, "short_seq_prob", self.short_seq_prob, "must be in [0, 1]")
+        _require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "must be at least 1")
+        _require(self.min_tokens >= 1, "min_tokens", self.min_tokens, "must be at least 1")
+        _require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")

@@ -1,0 +1,1 @@
+"""Corpus preparation, training order and masking."""

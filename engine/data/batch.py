@@ -1,0 +1,59 @@
+"""The batch that loader, models and losses share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the losses are normalised by, summed over some sequences. Plain numbers: no device is asked for them."""
+
+    sequences: float = 0
+    tokens: float = 0
+    """Real (not padded) tokens, special tokens included."""
+    token_pairs: float = 0
+    """Sum over sequences of (real tokens) squared: the entries of the attention maps that count."""
+    positions: float = 0
+    """B * L, pads included (TinyBERT's means)."""
+    position_pairs: float = 0
+    """B * L * L, pads included."""
+    masked: float = 0
+    """Positions with an MLM label."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def scaled(self, factor: float) -> Counts:
+        return Counts(*(getattr(self, f.name) * factor for f in fields(self)))
+
+    def as_list(self) -> list[float]:
+        return [float(getattr(self, f.name)) for f in fields(self)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch of B sequences of L tokens."""
+
+    input_ids: torch.Tensor
+    """(B, L) int64, already masked when MLM is on."""
+    attention_mask: torch.Tensor | None
+    """(B, L) int64, 1 = real token; None when no position is padded (attention then takes its fast path)."""
+    labels: torch.Tensor | None
+    """(B, L) int64 original ids at masked positions, -100 elsewhere; None without MLM."""
+    counts: Counts
+
+    @property
+    def token_mask(self) -> torch.Tensor | None:
+        """(B, L) bool, or None when every position is real."""
+        return None if self.attention_mask is None else self.attention_mask.bool()
+
+    def to(self, device: torch.device) -> Batch:
+        def move(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return replace(
+            self, input_ids=move(self.input_ids), attention_mask=move(self.attention_mask), labels=move(self.labels)
+        )

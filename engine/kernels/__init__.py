@@ -1,0 +1,1 @@
+"""Loss kernels: `reference` is the definition of correct."""

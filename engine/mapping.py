@@ -1,0 +1,101 @@
+"""Layer mapping: student layer m = 1..M learns from teacher layer g(m) in 1..N, or from none (SKIP = 0).
+
+The only place with mapping arithmetic. Layers are 1-based everywhere; 0 means "no loss for this layer", never
+"the embeddings" (those have a switch of their own, `loss.embedding`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.errors import UserError
+
+SKIP = 0
+PRESETS = ("uniform", "last", "first", "all-last", "none", "random:SEED")
+
+
+@dataclass(frozen=True)
+class LayerMapping:
+    """`genes[m - 1]` is the teacher layer of student layer m; 0 is SKIP. `teacher_layers` is N."""
+
+    genes: tuple[int, ...]
+    teacher_layers: int
+
+    def __post_init__(self) -> None:
+        if not self.genes:
+            raise UserError("a layer mapping needs at least one student layer")
+        for m, g in enumerate(self.genes, start=1):
+            if not 0 <= g <= self.teacher_layers:
+                raise UserError(
+                    f"mapping {self}: student layer {m} names teacher layer {g}, but the teacher has layers "
+                    f"1..{self.teacher_layers} (0 = no loss for that layer)"
+                )
+
+    @property
+    def student_layers(self) -> int:
+        return len(self.genes)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The active (student layer, teacher layer) pairs, in student order."""
+        return tuple((m, g) for m, g in enumerate(self.genes, start=1) if g != SKIP)
+
+    @property
+    def deepest_teacher_layer(self) -> int:
+        """The last teacher layer that any pair needs; 0 when the mapping is empty."""
+        return max(self.genes)
+
+    def __str__(self) -> str:
+        return "-".join(str(g) for g in self.genes)
+
+
+def round_half_up(numerator: int, denominator: int) -> int:
+    """round(numerator / denominator) with halves going up, in integers (Python's round() goes to even)."""
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def uniform(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """g(m) = round(m * N / M), half up. N need not be divisible by M."""
+    return tuple(round_half_up(m * teacher_layers, student_layers) for m in range(1, student_layers + 1))
+
+
+def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: str = "mapping") -> LayerMapping:
+    """Reads the text form `0-5-0-10` or the name of a preset.
+
+    Presets (M student, N teacher layers): `uniform` round(m*N/M); `last` the M top layers; `first` the M bottom
+    layers; `all-last` layer N for every student layer; `none` no pair; `random:SEED` uniform genes in 0..N.
+
+    Raises UserError (naming `key`) when the text is neither, has another number of layers, or leaves 0..N.
+    """
+    M, N = student_layers, teacher_layers
+    if text in ("last", "first") and M > N:
+        raise UserError(f"{key}={text!r} needs at least as many teacher layers as student layers, got {N} and {M}")
+    named: dict[str, Sequence[int]] = {
+        "uniform": uniform(M, N),
+        "last": range(N - M + 1, N + 1),
+        "first": range(1, M + 1),
+        "all-last": [N] * M,
+        "none": [SKIP] * M,
+    }
+    if text in named:
+        return LayerMapping(tuple(named[text]), N)
+    if text.startswith("random:"):
+        seed = text.removeprefix("random:")
+        if not seed.isdigit():
+            raise UserError(f"{key}={text!r}: the seed after 'random:' must be a whole number, e.g. random:7")
+        rng = random.Random(int(seed))
+        return LayerMapping(tuple(rng.randint(0, N) for _ in range(M)), N)
+    parts = text.split("-")
+    if not all(part.isdigit() for part in parts):
+        raise UserError(
+            f"{key}={text!r} is not a layer mapping: write one teacher layer per student layer, e.g. "
+            f"{'-'.join(map(str, uniform(M, N)))} (0 = none), or one of {', '.join(PRESETS)}"
+        )
+    if len(parts) != M:
+        raise UserError(f"{key}={text!r} has {len(parts)} layers, but the student has {M}")
+    try:
+        return LayerMapping(tuple(int(part) for part in parts), N)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None

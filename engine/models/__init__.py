@@ -1,0 +1,1 @@
+"""Teacher, student, and the capture of their inner tensors."""

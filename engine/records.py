@@ -1,0 +1,78 @@
+"""The log-line format that other programs read: `@record {json}`. Writer and parser side by side.
+
+Kinds: run (start and end of a run), step, checkpoint, result, error. Numbers that JSON cannot hold (nan, inf) are
+written as null beside `"status"`, never as invalid JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+SENTINEL = "@record "
+VERSION = 1
+KINDS = ("run", "step", "checkpoint", "result", "error")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def format_record(kind: str, **fields: Any) -> str:
+    """One line without a newline. Raises ValueError for an unknown kind, TypeError for what JSON cannot hold."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown record kind {kind!r}; known: {', '.join(KINDS)}")
+    return SENTINEL + json.dumps({"v": VERSION, "kind": kind, **_finite(fields)}, allow_nan=False, sort_keys=True)
+
+
+def parse_record(line: str) -> dict[str, Any] | None:
+    """The record in `line`, or None. Works behind any prefix (`host: `, colour codes) and with a glued-on tail;
+    a torn line (the writer died half-way) gives None."""
+    _, found, payload = line.partition(SENTINEL)
+    if not found:
+        return None
+    try:
+        record, _ = json.JSONDecoder().raw_decode(payload)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(record, dict) or record.get("v") != VERSION or record.get("kind") not in KINDS:
+        return None
+    return record
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All readable records of a log or a records.jsonl, in order."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        return [record for line in lines if (record := parse_record(line)) is not None]
+
+
+class RecordWriter:
+    """Writes each record to stdout and appends it to `path` (one `write` call each, flushed). Rank 0 owns the only one."""
+
+    def __init__(self, path: Path | None, *, stream: IO[str] | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stdout
+        if path is not None and path.exists() and not path.read_bytes()[-1:] in (b"", b"\n"):
+            with path.open("a", encoding="utf-8") as torn:  # a killed writer left half a line: keep ours whole
+                torn.write("\n")
+        self._file = path.open("a", encoding="utf-8") if path is not None else None
+
+    def write(self, kind: str, **fields: Any) -> None:
+        line = format_record(kind, **fields) + "\n"
+        self._stream.write(line)
+        self._stream.flush()
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,65 @@
+"""The name of every file in a run directory, and the rules of which checkpoints count."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+COMPLETE = "COMPLETE"
+_TAG = re.compile(r"^step-(\d{8,})$")
+
+
+def step_tag(step: int) -> str:
+    """`step-00000100`: the checkpoint folder (DeepSpeed calls it the tag) of optimizer step `step`."""
+    return f"step-{step:08d}"
+
+
+def tag_step(tag: str) -> int:
+    """The optimizer step of a tag. Raises ValueError for anything that is not one."""
+    match = _TAG.match(tag)
+    if match is None:
+        raise ValueError(f"{tag!r} is not a checkpoint name; it should look like {step_tag(100)!r}")
+    return int(match.group(1))
+
+
+@dataclass(frozen=True)
+class RunDir:
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def ds_config(self) -> Path:
+        return self.root / "ds_config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def records(self) -> Path:
+        return self.root / "records.jsonl"
+
+    @property
+    def student(self) -> Path:
+        return self.root / "student"
+
+    def complete_tags(self) -> list[str]:
+        """Tags that hold a COMPLETE marker, oldest first. Everything else is the remains of a killed writer."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [
+            entry.name for entry in self.checkpoints.iterdir() if _TAG.match(entry.name) and (entry / COMPLETE).is_file()
+        ]
+        return sorted(found, key=tag_step)
+
+    def newest_tag(self) -> str | None:
+        tags = self.complete_tags()
+        return tags[-1] if tags else None
