@@ -401,3 +401,15 @@ class PrepareConfig:
         _require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "must be at least 1")
         _require(self.min_tokens >= 1, "min_tokens", self.min_tokens, "must be at least 1")
         _require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    run: str
+    """Run directory that launch/distill.py wrote."""
+
+    to: str | None = None
+    """Folder to write; unset: `student` inside the run directory."""
+
+    tag: str = "newest"
+    """Which checkpoint, like step-00000100; newest: the newest complete one."""

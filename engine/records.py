@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -56,21 +57,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class RecordWriter:
-    """Writes each record to stdout and appends it to `path` (one `write` call each, flushed). Rank 0 owns the only one."""
+    """Writes each record to stdout and appends it to `path`, one flushed `write` each. Rank 0 owns the only one."""
 
     def __init__(self, path: Path | None, *, stream: IO[str] | None = None) -> None:
         self._stream = stream if stream is not None else sys.stdout
-        if path is not None and path.exists() and not path.read_bytes()[-1:] in (b"", b"\n"):
-            with path.open("a", encoding="utf-8") as torn:  # a killed writer left half a line: keep ours whole
-                torn.write("\n")
-        self._file = path.open("a", encoding="utf-8") if path is not None else None
+        self._file = path.open("a+b") if path is not None else None
+        if self._file is not None and self._file.tell() > 0:
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":  # a killed writer left half a line: keep ours whole
+                self._file.write(b"\n")
 
     def write(self, kind: str, **fields: Any) -> None:
         line = format_record(kind, **fields) + "\n"
         self._stream.write(line)
         self._stream.flush()
         if self._file is not None:
-            self._file.write(line)
+            self._file.write(line.encode())
             self._file.flush()
 
     def close(self) -> None:

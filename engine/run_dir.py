@@ -48,6 +48,10 @@ class RunDir:
         return self.root / "records.jsonl"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
     def student(self) -> Path:
         return self.root / "student"
 
@@ -56,7 +60,9 @@ class RunDir:
         if not self.checkpoints.is_dir():
             return []
         found = [
-            entry.name for entry in self.checkpoints.iterdir() if _TAG.match(entry.name) and (entry / COMPLETE).is_file()
+            entry.name
+            for entry in self.checkpoints.iterdir()
+            if _TAG.match(entry.name) and (entry / COMPLETE).is_file()
         ]
         return sorted(found, key=tag_step)
 

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint format docs data install clean
+
+demo: data
+	deepspeed launch/distill.py
+
+data: install
+	python examples/quickstart_data.py
+	python launch/prepare_data.py --config examples/quickstart_corpus.yaml
+
+test: data
+	pytest
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: install
+	ruff format .
+	ruff check --fix .
+
+docs: install
+	python -m engine.config_docs
+
+install: $(VENV)/.installed
+
+# torch first and alone: the exact version resolves to a CPU build where one is at hand, a bare name to gigabytes
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,103 @@
+"""The start-up banner: what will be computed, on what, and an honest word on what is slower than it could be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.ds_config import Execution
+from engine.mapping import LayerMapping
+from engine.models.shape import ModelShape
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per rank."""
+
+    teacher: float
+    student_states: float
+    activations: float
+    captured: float
+    host_states: float
+    """Moved to host memory by offload (0 otherwise)."""
+
+    def __str__(self) -> str:
+        gib = 2**30
+        total = (self.teacher + self.student_states + self.activations + self.captured) / gib
+        host = f", and {self.host_states / gib:.2f} in host memory" if self.host_states else ""
+        return (
+            f"about {total:.2f} GiB per rank beside libraries: teacher {self.teacher / gib:.2f}, student weights, gradients "
+            f"and optimizer {self.student_states / gib:.2f}, student activations {self.activations / gib:.2f}, captured "
+            f"tensors {self.captured / gib:.2f}{host}"
+        )
+
+
+def estimate_memory(
+    *,
+    student: ModelShape,
+    student_parameters: int,
+    student_attention: str,
+    activation_checkpointing: bool,
+    teacher: ModelShape,
+    teacher_parameters: int,
+    teacher_dtype: str,
+    teacher_sharded: bool,
+    captured_teacher_tensors: int,
+    execution: Execution,
+    seq_len: int,
+) -> MemoryEstimate:
+    """Weights, gradients and optimizer by ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054, figure 1: 2 + 2 + 12
+    bytes a parameter in 16 bits); activations by Korthikanti et al. 2022 (arXiv 2205.05198, equation 2: 34 bytes a
+    token, unit of width and layer in 16 bits, plus 5 bytes per attention score when scores are kept). In fp32 both double.
+    """
+    e, p = execution, float(student_parameters)
+    wide = BYTES[e.precision] / 2
+    shard = lambda stage: 1 / e.world_size if e.zero_stage >= stage else 1.0  # noqa: E731
+    weights, gradients = p * BYTES[e.precision] * shard(3), p * BYTES[e.precision] * shard(2)
+    optimizer = p * (8 if e.precision == "float32" else 12) * shard(1)
+    host = (optimizer if e.offload_optimizer else 0.0) + (weights if e.offload_param else 0.0)
+    tokens = e.micro_batch_size * seq_len
+    per_layer = tokens * student.width * 34 * wide
+    if student_attention == "eager":
+        per_layer += 5 * student.heads * seq_len * tokens * wide
+    layers = 1 + student.layers / 17 if activation_checkpointing else student.layers  # each layer keeps its input only
+    return MemoryEstimate(
+        teacher=teacher_parameters * BYTES[teacher_dtype] * (1 / e.world_size if teacher_sharded else 1.0),
+        student_states=weights + gradients + optimizer - host,
+        activations=per_layer * layers,
+        captured=float(captured_teacher_tensors) * tokens * teacher.width * BYTES[teacher_dtype],
+        host_states=host,
+    )
+
+
+def mapping_table(hidden: LayerMapping, attention: LayerMapping) -> list[str]:
+    """Student layers over the teacher layers they learn from; · where a layer learns from none."""
+    width = max(2, len(str(hidden.teacher_layers)))
+    cells = lambda genes: " ".join((str(g) if g else "·").rjust(width) for g in genes)  # noqa: E731
+    rows = [("student layer", range(1, hidden.student_layers + 1))]
+    if hidden.genes == attention.genes:
+        rows.append(("teacher layer", hidden.genes))
+    else:
+        rows += [("teacher hidden", hidden.genes), ("teacher attention", attention.genes)]
+    return [f"{label:<18}{cells(genes)}" for label, genes in rows]
+
+
+def render(rows: Sequence[tuple[str, str | Sequence[str]]]) -> str:
+    """Aligned `label  text` lines; a list of texts continues under its first line."""
+    lines = []
+    for label, text in rows:
+        texts = [text] if isinstance(text, str) else list(text)
+        lines += [f"{label if i == 0 else '':<12}{line}" for i, line in enumerate(texts)]
+    return "\n".join(lines)
+
+
+def closing_table(first: dict[str, float], last: dict[str, float], facts: Sequence[tuple[str, str]]) -> str:
+    """First and last value of each loss, then where everything is."""
+    width = max(len(name) for name in [*first, "loss"]) + 2
+    lines = [f"{'loss':<{width}}{'first':>10}{'last':>10}{'last/first':>12}"]
+    for name, value in first.items():
+        ratio = f"{last[name] / value:.3f}" if value else "-"
+        lines.append(f"{name:<{width}}{value:>10.4g}{last[name]:>10.4g}{ratio:>12}")
+    return "\n".join([*lines, "", render(facts)])

@@ -1,0 +1,146 @@
+"""Command lines: jsonargparse over the dataclasses of engine/config.py, one-line errors, exit codes.
+
+Exit codes: 0 done, 1 crash, 2 bad configuration or input, 3 diverged, 4 preempted after a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from engine.config import ExportConfig, PrepareConfig, RunConfig
+from engine.errors import UserError
+
+EXIT_DONE, EXIT_CRASH, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = range(5)
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART_NEEDS = ("models/all-MiniLM-L6-v2/model.safetensors", "data/news/manifest.json")
+
+ConfigT = TypeVar("ConfigT")
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def build_parser(config_class: type[Any], description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    parser.add_class_arguments(config_class, nested_key=None)
+    return parser
+
+
+def without_local_rank(argv: Sequence[str]) -> list[str]:
+    """The deepspeed launcher adds --local_rank=N to every script's arguments."""
+    return [word for word in argv if not word.startswith("--local_rank")]
+
+
+def quickstart() -> list[str]:
+    """The arguments that stand for none at all. Raises UserError when `make data` has not been run."""
+    missing = [path for path in QUICKSTART_NEEDS if not (ROOT / path).exists()]
+    if missing:
+        raise UserError(f"the quick start needs {' and '.join(missing)}: run `make data` in {ROOT}")
+    os.chdir(ROOT)  # its paths are relative to the repository
+    return ["--config", str(ROOT / "examples" / "quickstart.yaml")]
+
+
+def _expand_switches(argv: Sequence[str], config_class: type[Any]) -> list[str]:
+    """`--dry_run` alone means `--dry_run=true`, as everywhere else; jsonargparse wants the value spelled out."""
+    switches = {f"--{name}" for name, hint in get_type_hints(config_class).items() if hint is bool}
+    out: list[str] = []
+    for i, word in enumerate(argv):
+        following = argv[i + 1] if i + 1 < len(argv) else "--"
+        out.append(f"{word}=true" if word in switches and following.startswith("--") else word)
+    return out
+
+
+def _explain(error: Exception, parser: ArgumentParser) -> str:
+    """One line that names key, value and what would be right, from jsonargparse's message."""
+    text = " ".join(str(error).split())
+    keys = sorted(action.dest for action in parser._actions if action.dest not in ("help", "print_config"))
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
+    grouped = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
+    plain = re.search(r"does not accept option '([\w.]+)'|Key '([\w.]+)' is not expected|option '([\w.]+)'", text)
+    name = None
+    if unknown:
+        name = unknown.group(1)
+    elif grouped:
+        name = f"{grouped.group(1)}.{grouped.group(2)}"
+    elif plain:
+        name = next(group for group in plain.groups() if group)
+    if name is not None:
+        close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else "--help lists every key"
+        return f"unknown setting {name!r}; {hint}"
+    text = re.sub(r"^Parser key \"([\w.]+)\": ", r"\1: ", text)
+    text = re.sub(r"Expected a <class '(\w+)'>\.?", r"expected \1,", text)
+    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\.", r"expected one of \1,", text)
+    return re.sub(r"Got value: (.*)$", r"got \1", text)
+
+
+def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: str) -> ConfigT:
+    """The resolved configuration. Raises UserError for anything wrong in it."""
+    parser = build_parser(config_class, description)
+    try:
+        namespace = parser.parse_args(_expand_switches(argv, config_class))
+        values = parser.instantiate(namespace).as_dict()
+    except UserError:
+        raise
+    except (ArgumentError, TypeError, ValueError) as error:
+        where = f"{argv[argv.index('--config') + 1]}: " if "--config" in argv and "parsing config" in str(error) else ""
+        raise UserError(where + _explain(error, parser)) from None
+    return config_class(**{name: value for name, value in values.items() if name != "config"})
+
+
+def is_rank_zero() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_main(body: Callable[[], int]) -> int:
+    """Runs `body`; a UserError becomes one line on rank 0 and exit code 2 on every rank."""
+    try:
+        return body()
+    except UserError as error:
+        if is_rank_zero():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+
+
+def distill_main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        words = without_local_rank(sys.argv[1:] if argv is None else argv)
+        config = parse_config(RunConfig, words or quickstart(), "Distil a teacher (start this with `deepspeed`).")
+        from engine.distill import distill  # heavy imports only once the configuration is known to be sound
+
+        return distill(config)
+
+    return run_main(body)
+
+
+def prepare_main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        words = sys.argv[1:] if argv is None else argv
+        config = parse_config(PrepareConfig, words, "Turn raw text into packed, memory-mapped token sequences.")
+        from engine.data.corpus import prepare
+
+        prepare(config)
+        return EXIT_DONE
+
+    return run_main(body)
+
+
+def export_main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        from engine.export import export_run
+
+        words = sys.argv[1:] if argv is None else argv
+        config = parse_config(ExportConfig, words, "Turn a sharded checkpoint into a Hugging Face folder.")
+        export_run(config)
+        return EXIT_DONE
+
+    return run_main(body)

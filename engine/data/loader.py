@@ -1,0 +1,215 @@
+"""Batches of a prepared corpus: world-size independent order, held-out slice, prefetching, resume at any step."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.data.batch import Batch, Counts
+from engine.data.manifest import check_tokenizer, load_manifest
+from engine.data.masking import IGNORE, MaskingTables, mask_tokens
+from engine.data.order import TrainingOrder
+from engine.data.shards import SequenceStore
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ints = npt.NDArray[np.int64]
+
+_EVALUATION_SAMPLES = 1 << 62  # sample ids of held-out sequences for masking: far from any training position
+_PREFETCHED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """This rank's share of one optimizer step."""
+
+    step: int
+    micro: list[Batch]
+    local_counts: Counts
+    """Sum over `micro`."""
+
+
+class CorpusLoader:
+    """Reads the corpus that launch/prepare_data.py wrote to `path`.
+
+    Step s (0-based) trains on positions s * global_batch … (s + 1) * global_batch - 1 of TrainingOrder; micro step i
+    of rank r takes micro_batch of them from i * micro_batch * world + r * micro_batch on. So the sequences of a step
+    depend neither on the number of ranks nor on the micro batch.
+
+    Raises UserError when the corpus is not finished, torn, of another tokenizer or length, or too small.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int | None = None,
+        eval_sequences: int,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        mlm_probability: float = 0.0,
+        whole_word: bool = False,
+    ) -> None:
+        self.manifest = load_manifest(path)
+        check_tokenizer(self.manifest, tokenizer)
+        if seq_len is not None and seq_len != self.manifest.seq_len:
+            raise UserError(
+                f"data.seq_len={seq_len}: {path} was prepared with {self.manifest.seq_len}; prepare it again, or "
+                "unset it"
+            )
+        if global_batch % (micro_batch * world):
+            raise UserError(
+                f"train.global_batch={global_batch}: must be a multiple of micro batch {micro_batch} x {world} ranks = "
+                f"{micro_batch * world}"
+            )
+        if 0 < eval_sequences < world:
+            raise UserError(f"data.eval_sequences={eval_sequences}: give 0 or at least one for each of {world} ranks")
+        self._store = SequenceStore(Path(path), self.manifest)
+        sizes = [source.sequences for source in self.manifest.sources]
+        weights = [source.weight for source in self.manifest.sources]
+        held_out = held_out_counts(sizes, weights, eval_sequences)
+        train = [size - count for size, count in zip(sizes, held_out, strict=True)]
+        self.order = TrainingOrder(train, weights, seed)
+        ends = np.cumsum(np.array(sizes, dtype=np.int64))
+        self._train_ends = np.cumsum(np.array(train, dtype=np.int64))
+        self._shift = (ends - sizes) - (
+            self._train_ends - train
+        )  # from a number among training sequences to the corpus
+        self._evaluation = np.concatenate(
+            [np.arange(end - count, end) for end, count in zip(ends, held_out, strict=True)]
+        ).astype(np.int64)
+        self._tables = MaskingTables.of(tokenizer) if mlm_probability > 0 else None
+        self._mlm_probability, self._whole_word, self._seed = mlm_probability, whole_word, seed
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
+        self.grad_accum_steps = global_batch // (micro_batch * world)
+        self.wait_s = 0.0
+        """Seconds that the consumer of steps() has waited for data."""
+
+    def step(self, step: int) -> StepBatches:
+        """The batches of optimizer step `step` (0-based), at the same cost for every step."""
+        batches = []
+        for micro in range(self.grad_accum_steps):
+            first = step * self._global_batch + (micro * self._world + self._rank) * self._micro_batch
+            positions = np.arange(first, first + self._micro_batch, dtype=np.int64)
+            numbers = self.order.indices(positions)
+            rows = numbers + self._shift[np.searchsorted(self._train_ends, numbers, side="right")]
+            batches.append(self._batch(rows, positions))
+        return StepBatches(step, batches, sum((batch.counts for batch in batches), Counts()))
+
+    def steps(self, start: int) -> Iterator[StepBatches]:
+        """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
+        ready: queue.Queue[StepBatches | BaseException] = queue.Queue(_PREFETCHED_STEPS)
+        closed = threading.Event()
+        worker = threading.Thread(target=self._produce, args=(start, ready, closed), name="corpus-loader", daemon=True)
+        worker.start()
+        try:
+            while True:
+                began = time.perf_counter()
+                item = ready.get()
+                self.wait_s += time.perf_counter() - began
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            worker.join()
+
+    def _produce(self, start: int, ready: queue.Queue[StepBatches | BaseException], closed: threading.Event) -> None:
+        step = start
+        while not closed.is_set():
+            item: StepBatches | BaseException
+            try:
+                item = self.step(step)
+            except BaseException as error:  # whatever it is, the consumer must see it and not wait for ever
+                item = error
+            while not closed.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+            step += 1
+
+    def evaluation(self, batch_size: int) -> Iterator[Batch]:
+        """This rank's share of the held-out sequences: each of them once over all ranks, the same number of batches on
+        every rank, none empty. A batch may have one sequence more than a `batch_size` of 1 says, where the ranks'
+        shares are uneven. Masking is the same at every call."""
+        count = len(self._evaluation)
+        if count == 0:
+            return
+        smallest, largest = count // self._world, math.ceil(count / self._world)
+        rounds = min(smallest, math.ceil(largest / batch_size))  # a rank cannot fill more rounds than it has sequences
+        for chosen in np.array_split(np.arange(self._rank, count, self._world), rounds):
+            yield self._batch(self._evaluation[chosen], _EVALUATION_SAMPLES + chosen)
+
+    def _batch(self, rows: Ints, samples: Ints) -> Batch:
+        sequences = self._store.rows(rows)
+        lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+        length = int(lengths.max())
+        ids = np.full((len(sequences), length), self._pad_id, dtype=np.int64)
+        for row, sequence in zip(ids, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        mask = None if (lengths == length).all() else (np.arange(length) < lengths[:, None]).astype(np.int64)
+        labels = None
+        if self._tables is not None:
+            ids, labels = mask_tokens(
+                ids,
+                mask,
+                samples,
+                probability=self._mlm_probability,
+                whole_word=self._whole_word,
+                tables=self._tables,
+                seed=self._seed,
+            )
+        counts = Counts(
+            sequences=len(sequences),
+            tokens=int(lengths.sum()),
+            token_pairs=int((lengths**2).sum()),
+            positions=ids.size,
+            position_pairs=ids.size * length,
+            masked=0 if labels is None else int((labels != IGNORE).sum()),
+        )
+        return Batch(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=None if mask is None else torch.from_numpy(mask),
+            labels=None if labels is None else torch.from_numpy(labels),
+            counts=counts,
+        )
+
+
+def held_out_counts(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[int]:
+    """How many sequences at the end of each source are held out: proportional to size * weight (largest remainders),
+    and every source keeps at least one to train on."""
+    most = [max(0, size - 1) for size in sizes]
+    if total > sum(most):
+        raise UserError(
+            f"data.eval_sequences={total}: the corpus has only {sum(sizes)} sequences, and some must be left to train "
+            f"on; hold out at most {sum(most)}"
+        )
+    mass = [size * weight for size, weight in zip(sizes, weights, strict=True)]
+    ideal = [total * m / sum(mass) for m in mass]
+    counts = [min(math.floor(x), limit) for x, limit in zip(ideal, most, strict=True)]
+    while sum(counts) < total:
+        open_sources = [i for i in range(len(sizes)) if counts[i] < most[i]]
+        furthest = max(open_sources, key=lambda i: (ideal[i] - counts[i], -i))
+        counts[furthest] += 1
+    return counts

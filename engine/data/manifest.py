@@ -1,0 +1,159 @@
+"""manifest.json: what a prepared corpus holds. It is written last, so a folder that has it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 1
+MANIFEST = "manifest.json"
+COMMAND = "python launch/prepare_data.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceEntry:
+    path: str
+    weight: float
+    sha256: str
+    """Of the bytes that were read (see SourceReader.digest)."""
+    stamp: str
+    """Of options, file sizes and times: whether the source must be read again."""
+    documents: int
+    sequences: int
+    tokens: int
+    dropped: int
+    """Sequences that were shorter than min_tokens."""
+    bad_lines: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    file: str
+    source: int
+    """Index into Manifest.sources."""
+    sequences: int
+    tokens: int
+    size: int
+    """Bytes of the file."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    """Largest token id + 1."""
+    seq_len: int
+    pack: str
+    unit: str
+    short_seq_prob: float
+    min_tokens: int
+    shard_mb: int
+    seed: int
+    on_bad_line: str
+    sources: list[SourceEntry]
+    shards: list[ShardEntry]
+    version: int = VERSION
+
+    @property
+    def documents(self) -> int:
+        return sum(source.documents for source in self.sources)
+
+    @property
+    def sequences(self) -> int:
+        return sum(source.sequences for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        """Special tokens included."""
+        return sum(source.tokens for source in self.sources)
+
+    @property
+    def fill(self) -> float:
+        """Share of the positions of all sequences that hold a token."""
+        return self.tokens / (self.sequences * self.seq_len)
+
+    def write(self, folder: Path) -> None:
+        totals = {"documents": self.documents, "sequences": self.sequences, "tokens": self.tokens, "fill": self.fill}
+        text = json.dumps({**asdict(self), "totals": totals}, indent=1) + "\n"
+        write_whole(folder / MANIFEST, text.encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is there completely or not at all, also when the machine stops."""
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder (a rename, a removal) outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Reads the manifest of the corpus folder `path`. Raises UserError when it is missing, unreadable or unfinished."""
+    folder = Path(path)
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; prepare a corpus with {COMMAND} --output_dir {folder}")
+    if not file.is_file():
+        if any(folder.glob("shard-*")):
+            raise UserError(
+                f"{folder}: the corpus is not finished (shards, but no {MANIFEST}); start {COMMAND} --output_dir "
+                f"{folder} again, it redoes only what is missing"
+            )
+        raise UserError(f"{folder}: not a prepared corpus (no {MANIFEST}); prepare one with {COMMAND}")
+    try:
+        values: dict[str, Any] = json.loads(file.read_bytes())
+        if values["version"] != VERSION:
+            raise UserError(
+                f"{file}: format {values['version']}, but this program reads {VERSION}; run {COMMAND} again"
+            )
+        del values["totals"]
+        values["sources"] = [SourceEntry(**entry) for entry in values["sources"]]
+        values["shards"] = [ShardEntry(**entry) for entry in values["shards"]]
+        return Manifest(**values)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: unreadable ({type(error).__name__}: {error}); run {COMMAND} again") from error
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that decides how text becomes ids. Truncation and padding are left out: they are settings
+    of a call, which transformers changes on the tokenizer as it goes."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([state, special], sort_keys=True).encode()).hexdigest()
+
+
+def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError when the corpus was not tokenised with `tokenizer`."""
+    found = tokenizer_sha256(tokenizer)
+    if found != manifest.tokenizer_sha256:
+        raise UserError(
+            f"data.path: the corpus was tokenised with {manifest.tokenizer} (hash {manifest.tokenizer_sha256[:12]}), "
+            f"but the model's tokenizer is {tokenizer.name_or_path} (hash {found[:12]}); prepare the corpus again with "
+            f"{COMMAND} --tokenizer {tokenizer.name_or_path}"
+        )

@@ -1,0 +1,142 @@
+"""Shards: memory-mapped Arrow files of packed sequences. Writer and reader side by side; no torch, no datasets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from engine.data.manifest import Manifest, sync_folder, write_whole
+from engine.errors import UserError
+
+COLUMN = "input_ids"
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}.arrow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """The sidecar shard-00000.json: proof that the shard beside it is complete, and made from what `key` hashes."""
+
+    key: str
+    sequences: int
+    tokens: int
+    dropped: int
+    size: int
+    sha256: str
+
+
+def id_type(vocab_size: int) -> pa.DataType:
+    return pa.uint16() if vocab_size <= 1 << 16 else pa.int32()
+
+
+def write_shard(
+    folder: Path, index: int, key: str, sequences: Sequence[npt.NDArray[Any]], *, dtype: pa.DataType, dropped: int
+) -> ShardInfo:
+    """Writes the shard, then its sidecar, each whole or not at all."""
+    path = folder / shard_name(index)
+    sidecar = path.with_suffix(".json")
+    if sidecar.exists():  # it must not vouch for the new bytes if we are killed between the two files
+        sidecar.unlink()
+        sync_folder(folder)
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    values = np.concatenate(sequences) if len(sequences) else np.zeros(0, np.int32)
+    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(dtype.to_pandas_dtype()), type=dtype))
+    batch = pa.record_batch([column], names=[COLUMN])  # one batch a shard: opening it costs the same at any size
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    data = sink.getvalue()
+    write_whole(path, data)
+    info = ShardInfo(
+        key=key,
+        sequences=len(sequences),
+        tokens=int(lengths.sum()),
+        dropped=dropped,
+        size=data.size,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+    write_whole(sidecar, (json.dumps(asdict(info)) + "\n").encode())
+    return info
+
+
+def finished_shard(folder: Path, index: int, key: str) -> ShardInfo | None:
+    """The sidecar of shard `index` if it was made from the same text and settings and its file is there."""
+    path = folder / shard_name(index)
+    try:
+        info = ShardInfo(**json.loads(path.with_suffix(".json").read_bytes()))
+        return info if info.key == key and path.stat().st_size == info.size else None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def remove_strays(folder: Path, shards: int) -> None:
+    """Removes what earlier runs left: half-written files, and shards from number `shards` on."""
+    for path in folder.glob("shard-*"):
+        number = path.name.removeprefix("shard-").split(".")[0]
+        if ".tmp-" in path.name or (number.isdigit() and path.suffix in (".arrow", ".json") and int(number) >= shards):
+            path.unlink()
+    for path in folder.glob("manifest.json.tmp-*"):
+        path.unlink()
+
+
+class SequenceStore:
+    """Random access to all sequences of a corpus, in the order of its shards.
+
+    Opening looks only at the sizes of the files. A shard is mapped at its first use; a row is one copy of its ids.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._entries = folder, manifest.shards
+        self._starts = np.concatenate([[0], np.cumsum([entry.sequences for entry in manifest.shards])])
+        self._open: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[Any]]] = {}
+        for entry in manifest.shards:
+            path = folder / entry.file
+            try:
+                size = os.stat(path).st_size
+            except FileNotFoundError:
+                raise UserError(f"{path}: missing shard; {_AGAIN}") from None
+            if size != entry.size:
+                raise UserError(f"{path}: has {size} bytes, the manifest says {entry.size} (torn copy?); {_AGAIN}")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def rows(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
+        """The token ids of each sequence, as views of the mapped file."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        rows = []
+        for index, shard in zip(indices, shards, strict=True):
+            offsets, values = self._open.get(shard) or self._map(int(shard))
+            row = int(index) - int(self._starts[shard])
+            rows.append(values[offsets[row] : offsets[row + 1]])
+        return rows
+
+    def _map(self, shard: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any]]:
+        entry = self._entries[shard]
+        path = self._folder / entry.file
+        try:
+            with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+                batch = stream.read_next_batch()
+        except (pa.ArrowException, StopIteration, OSError) as error:
+            raise UserError(f"{path}: unreadable shard ({error}); delete it and {_AGAIN}") from error
+        column = batch.column(0)
+        if len(column) != entry.sequences:
+            raise UserError(f"{path}: {len(column)} sequences, the manifest says {entry.sequences}; {_AGAIN}")
+        # closing the map's file handle is fine (the buffers keep the mapping), and thousands of shards need no handles
+        self._open[shard] = column.offsets.to_numpy(), column.values.to_numpy()
+        return self._open[shard]
+
+
+_AGAIN = "start python launch/prepare_data.py again with the same settings, it redoes only what is missing"

@@ -1,0 +1,32 @@
+"""The module that DeepSpeed trains: student and projections, with every loss computed inside `forward`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.data.batch import Batch, Counts
+from engine.losses.loss_set import LossSet
+from engine.models.capture import capture
+from engine.models.features import Features
+from engine.models.projections import Projections
+
+
+class DistilModule(nn.Module):
+    """Losses are inside so that ZeRO-3 gathers the projections where they are used. The teacher is not: a submodule
+    would be put into train mode, sharded, saved and exported."""
+
+    def __init__(self, student: nn.Module, projections: Projections, losses: LossSet) -> None:
+        super().__init__()
+        self.student = student
+        self.projections = projections
+        self._losses = losses
+
+    def forward(self, batch: Batch, teacher: Features, per_micro: Counts) -> tuple[torch.Tensor, torch.Tensor]:
+        """The total (scalar, differentiable) and the raw value of every term (T,), detached, both fp32.
+
+        `per_micro`: counts of the global batch divided by (ranks x accumulation), so that DeepSpeed's averages over
+        both give the mean over the global batch whatever the split.
+        """
+        features = capture(self.student, batch, self._losses.wanted_student)
+        return self._losses(features, teacher, batch, per_micro, self.projections)

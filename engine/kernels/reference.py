@@ -1,0 +1,220 @@
+"""The definition of correct: every loss as a pure, differentiable function in plain PyTorch.
+
+Shapes: B sequences of L tokens, H heads of width d, hidden width D, vocabulary V, P chosen positions. Every function
+takes the student's tensors before the teacher's, computes in float32 (float64 when an input is float64; never in a
+surrounding autocast's precision) and returns a scalar: a SUM over this micro batch divided by a plain number that the
+caller gives. With that number = global count / (ranks * accumulation steps), the mean over ranks and micro batches is
+the mean over the global batch, however that was split.
+
+`mask` is (B, L) bool, True = real token, or None when all are. Masked tensors are overwritten BEFORE any arithmetic
+(0 * NaN is NaN), so whatever stands in the padding reaches neither value nor gradient, and gradients there are 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+MASKED_SCORE_TINYBERT = -10000.0
+"""What TinyBERT adds to the scores of padded keys."""
+ZEROED_SCORE_TINYBERT = -100.0
+"""TinyBERT compares every score that is not above this one as 0."""
+IGNORED_LABEL = -100
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _normalised(total: torch.Tensor, denominator: float, *, empty: bool = False) -> torch.Tensor:
+    """total / denominator. A count of 0 is legal only for a sum over nothing, whose value 0 keeps its graph."""
+    if denominator > 0:
+        return total / denominator
+    if empty:
+        return total
+    raise ValueError(f"a loss over real elements needs a positive count to divide by, got {denominator}")
+
+
+def _without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """x (B, L, D) or (B, H, L, d) in full precision, exactly 0 at padded tokens (and so is its gradient)."""
+    x = _wide(x)
+    if mask is None:
+        return x
+    real = mask[:, :, None] if x.dim() == 3 else mask[:, None, :, None]
+    return x.masked_fill(~real, 0.0)
+
+
+def _same_shape(what: str, student: torch.Size, teacher: torch.Size) -> None:
+    """Different sizes would broadcast into a number that means nothing."""
+    if student != teacher:
+        raise ValueError(f"{what} of student and teacher differ: {tuple(student)} and {tuple(teacher)}")
+
+
+def repeat_heads(key: torch.Tensor, heads: int) -> torch.Tensor:
+    """Grouped-query attention: (B, H_k, L, d) -> (B, heads, L, d); query head h uses key head h // (heads / H_k)."""
+    if heads == key.shape[1]:
+        return key
+    if heads % key.shape[1]:
+        raise ValueError(f"{heads} query heads cannot share {key.shape[1]} key heads evenly")
+    return key.repeat_interleave(heads // key.shape[1], dim=1)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """(B, H, L, d), (B, H or fewer, L, d) -> (B, H, L, L): scale * Q K^T."""
+    # Autocast would multiply float32 matrices in 16 bit (it leaves or widens every other operation in this file).
+    with torch.autocast(q.device.type, enabled=False):
+        return scale * (q @ repeat_heads(k, q.shape[1]).transpose(-1, -2))
+
+
+def hidden_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, tokens: float) -> torch.Tensor:
+    """Mean squared error of hidden states (B, L, D): sum over real tokens of |s - t|^2 / (tokens * D).
+
+    TinyBERT (arXiv 1909.10351), with the student already projected to the teacher's width. With
+    mask=None and tokens=B*L it is nn.MSELoss, as TinyBERT's released code has it.
+    """
+    _same_shape("hidden states", student.shape, teacher.shape)
+    difference = _without_padding(student, mask) - _without_padding(teacher, mask)
+    return _normalised(difference.square().sum(), tokens * student.shape[-1])
+
+
+def hidden_cosine(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, tokens: float
+) -> torch.Tensor:
+    """1 - cosine of hidden states (B, L, D): sum over real tokens of 1 - <s, t> / (|s| |t|), divided by tokens.
+
+    DistilBERT's cosine loss (arXiv 1910.01108), here on any layer. Norms are clamped from below at 1e-8.
+    """
+    _same_shape("hidden states", student.shape, teacher.shape)
+    cosine = F.cosine_similarity(_without_padding(student, mask), _without_padding(teacher, mask), dim=-1, eps=1e-8)
+    distance = 1.0 - cosine
+    if mask is not None:
+        distance = distance.masked_fill(~mask, 0.0)
+    return _normalised(distance.sum(), tokens)
+
+
+def attention_score_mse(
+    q_s: torch.Tensor,
+    k_s: torch.Tensor,
+    q_t: torch.Tensor,
+    k_t: torch.Tensor,
+    *,
+    scale_s: float,
+    scale_t: float,
+    mask: torch.Tensor | None,
+    token_pairs: float,
+) -> torch.Tensor:
+    """MSE of attention scores A = scale * Q K^T, before softmax: sum over heads and pairs (i, j) of real tokens of
+    (A_s - A_t)^2 / (H * token_pairs). TinyBERT (arXiv 1909.10351).
+
+    q (B, H, L, d_s) and (B, H, L, d_t): equal H, any head widths. k may have fewer heads (grouped-query attention).
+    """
+    _same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
+    # A zeroed query or key makes its scores 0 on both sides: no pair mask is needed.
+    scores_s = _scores(_without_padding(q_s, mask), _without_padding(k_s, mask), scale_s)
+    scores_t = _scores(_without_padding(q_t, mask), _without_padding(k_t, mask), scale_t)
+    return _normalised((scores_s - scores_t).square().sum(), q_s.shape[1] * token_pairs)
+
+
+def attention_score_mse_tinybert(
+    q_s: torch.Tensor,
+    k_s: torch.Tensor,
+    q_t: torch.Tensor,
+    k_t: torch.Tensor,
+    *,
+    scale_s: float,
+    scale_t: float,
+    mask: torch.Tensor | None,
+    position_pairs: float,
+) -> torch.Tensor:
+    """MSE of attention scores as in TinyBERT's released general_distill.py: -10000 is added to the scores of padded
+    keys, each side's scores <= -100 become 0, and the mean is over all positions, pads included:
+    sum / (H * position_pairs). The scores of padded queries count, so their content matters here.
+    """
+    _same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
+
+    def compared(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+        scores = _scores(_wide(q), _wide(k), scale)
+        if mask is not None:
+            scores = scores + (~mask[:, None, None, :]).to(scores.dtype) * MASKED_SCORE_TINYBERT
+        return torch.where(scores <= ZEROED_SCORE_TINYBERT, 0.0, scores)
+
+    difference = compared(q_s, k_s, scale_s) - compared(q_t, k_t, scale_t)
+    return _normalised(difference.square().sum(), q_s.shape[1] * position_pairs)
+
+
+def _softmax_kl_sum(scores_s: torch.Tensor, scores_t: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Sum over heads and real rows of KL(softmax(scores_t) || softmax(scores_s)); scores (B, H, L, L)."""
+    if mask is not None:
+        # The lowest finite number instead of -inf: a sequence of padding only then has uniform rows, not NaN ones.
+        padded_key = ~mask[:, None, None, :]
+        lowest = torch.finfo(scores_s.dtype).min
+        scores_s, scores_t = scores_s.masked_fill(padded_key, lowest), scores_t.masked_fill(padded_key, lowest)
+    log_s, log_t = F.log_softmax(scores_s, dim=-1), F.log_softmax(scores_t, dim=-1)
+    rows = (log_t.exp() * (log_t - log_s)).sum(dim=-1)
+    return (rows if mask is None else rows.masked_fill(~mask[:, None, :], 0.0)).sum()
+
+
+def attention_probs_kl(
+    q_s: torch.Tensor,
+    k_s: torch.Tensor,
+    q_t: torch.Tensor,
+    k_t: torch.Tensor,
+    *,
+    scale_s: float,
+    scale_t: float,
+    mask: torch.Tensor | None,
+    tokens: float,
+) -> torch.Tensor:
+    """KL(P_t || P_s) of the attention probabilities P = softmax(scale * Q K^T over real keys): sum over heads and
+    real queries / (H * tokens). MiniLM (arXiv 2002.10957). Shapes as in attention_score_mse.
+    """
+    _same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
+    scores_s = _scores(_without_padding(q_s, mask), _without_padding(k_s, mask), scale_s)
+    scores_t = _scores(_without_padding(q_t, mask), _without_padding(k_t, mask), scale_t)
+    return _normalised(_softmax_kl_sum(scores_s, scores_t, mask), q_s.shape[1] * tokens)
+
+
+def _relation_scores(x: torch.Tensor, relation_heads: int) -> torch.Tensor:
+    """(B, H, L, d) -> (B, relation_heads, L, L): X X^T / sqrt(d_r), the H * d features re-split to heads of d_r."""
+    batch, heads, length, head_width = x.shape
+    width = heads * head_width
+    if width % relation_heads:
+        raise ValueError(f"relation_heads={relation_heads} does not divide the width {width} of the captured tensor")
+    split = x.transpose(1, 2).reshape(batch, length, relation_heads, width // relation_heads).transpose(1, 2)
+    return _scores(split, split, (width // relation_heads) ** -0.5)
+
+
+def relation_kl(
+    x_s: torch.Tensor, x_t: torch.Tensor, *, relation_heads: int, mask: torch.Tensor | None, tokens: float
+) -> torch.Tensor:
+    """KL(R_t || R_s) of the self-relations R = softmax(X X^T / sqrt(d_r)) of the queries, the keys or the values:
+    sum over relation heads and real tokens / (relation_heads * tokens). MiniLMv2 (arXiv 2012.15828).
+
+    x (B, H, L, d): heads and head widths may differ between the sides. Heads are concatenated and split anew into
+    `relation_heads` heads of width d_r = H * d / relation_heads, each side its own d_r.
+    """
+    scores_s = _relation_scores(_without_padding(x_s, mask), relation_heads)
+    scores_t = _relation_scores(_without_padding(x_t, mask), relation_heads)
+    return _normalised(_softmax_kl_sum(scores_s, scores_t, mask), relation_heads * tokens)
+
+
+def logits_kl(z_s: torch.Tensor, z_t: torch.Tensor, *, temperature: float, count: float) -> torch.Tensor:
+    """T^2 * sum over rows of KL(softmax(z_t / T) || softmax(z_s / T)) / count; z (P, V), P may be 0.
+
+    Hinton, Vinyals, Dean (arXiv 1503.02531); T^2 keeps the gradient's size independent of T.
+    """
+    _same_shape("logits", z_s.shape, z_t.shape)
+    log_s = F.log_softmax(_wide(z_s) / temperature, dim=-1)
+    log_t = F.log_softmax(_wide(z_t) / temperature, dim=-1)
+    total = temperature**2 * (log_t.exp() * (log_t - log_s)).sum()
+    return _normalised(total, count, empty=len(z_s) == 0)
+
+
+def mlm_cross_entropy(z_s: torch.Tensor, labels: torch.Tensor, *, count: float) -> torch.Tensor:
+    """-sum over rows of log softmax(z_s)[label] / count; z_s (P, V), labels (P,) int64 (-100: not counted); P may be 0.
+
+    BERT's masked language modelling (arXiv 1810.04805).
+    """
+    logits = _wide(z_s).masked_fill((labels == IGNORED_LABEL)[:, None], 0.0)
+    total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
+    return _normalised(total, count, empty=len(z_s) == 0)

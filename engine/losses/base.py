@@ -1,0 +1,203 @@
+"""What every loss is given, and what it has to say about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+
+from engine.config import LossConfig
+from engine.data.batch import Batch, Counts
+from engine.models.features import Features, Wanted
+from engine.models.projections import Projections
+from engine.models.shape import ModelShape
+
+Side = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One student layer that learns from one teacher layer (both 1-based)."""
+
+    student: int
+    teacher: int
+    share: float
+    """The layer's weight, divided by the number of active layers when losses are averaged over layers."""
+
+    def layer(self, side: Side) -> int:
+        return self.student if side == "student" else self.teacher
+
+    def __str__(self) -> str:
+        return f"{self.student}-{self.teacher}"
+
+
+@dataclass(frozen=True)
+class LossSetup:
+    """What is known before any model exists."""
+
+    config: LossConfig
+    student: ModelShape
+    teacher: ModelShape
+    hidden: tuple[Pair, ...]
+    """Active pairs of the hidden-state mapping."""
+    attention: tuple[Pair, ...]
+    """Active pairs of the attention mapping."""
+    mlm_probability: float
+
+    @property
+    def counts_pads(self) -> bool:
+        """Whether TinyBERT's three losses average over all positions, as its released code does."""
+        return self.config.preset == "tinybert"
+
+
+class AttentionInputs(NamedTuple):
+    """Queries and keys of one layer of the student and of the teacher, and the factors on Q K^T."""
+
+    queries_and_keys: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    """q_s, k_s, q_t, k_t"""
+    scale_s: float
+    scale_t: float
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One micro batch: what was captured, and what to divide by. Asking for a tensor that was not captured raises
+    RuntimeError: a requested loss must never be silently 0."""
+
+    student: Features
+    teacher: Features
+    batch: Batch
+    per_micro: Counts
+    """Counts of the global batch / (ranks * accumulation steps)."""
+    projections: Projections
+    _projected: dict[tuple[int, bool], torch.Tensor] = field(default_factory=dict)
+
+    def captured(self, loss: str, side: Side, kind: str, layer: int) -> torch.Tensor:
+        """Features.<kind>[layer] of one side."""
+        tensors: Mapping[int, torch.Tensor] = getattr(getattr(self, side), kind)
+        if layer not in tensors:
+            present = ", ".join(map(str, sorted(tensors))) or "none"
+            raise RuntimeError(
+                f"loss.{loss} needs the {side}'s {kind} of layer {layer}, but it was not captured (captured: {present})"
+            )
+        tensor = tensors[layer]
+        if side == "teacher" and tensor.requires_grad:
+            raise RuntimeError(f"loss.{loss}: the teacher's {kind} of layer {layer} has a gradient; it must be frozen")
+        return tensor
+
+    def hidden_states(
+        self, loss: str, pair: tuple[int, int], *, with_pads: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's hidden state pair[0] projected to the teacher's width, and the teacher's pair[1]: (B, L, D).
+
+        Without pads, padded tokens are zeroed before the projection: its weight gradient is a sum over all tokens,
+        where 0 * NaN would be NaN.
+        """
+        layer_s, layer_t = pair
+        state = self.captured(loss, "student", "hidden", layer_s)
+        if (layer_s, with_pads) not in self._projected:  # hidden and cosine share one product
+            mask = self.batch.token_mask
+            if mask is not None and not with_pads:
+                state = state.masked_fill(~mask[:, :, None], 0.0)
+            self._projected[layer_s, with_pads] = self.projections(layer_s, state)
+        return self._projected[layer_s, with_pads], self.captured(loss, "teacher", "hidden", layer_t)
+
+    def attention(self, loss: str, pair: Pair) -> AttentionInputs:
+        def of(side: Side, kind: str) -> torch.Tensor:
+            return self.captured(loss, side, kind, pair.layer(side))
+
+        def scale(side: Side) -> float:
+            factors: Mapping[int, float] = getattr(self, side).scaling
+            if pair.layer(side) not in factors:
+                raise RuntimeError(
+                    f"loss.{loss} needs the {side}'s scaling of layer {pair.layer(side)}, but it was not captured"
+                )
+            return factors[pair.layer(side)]
+
+        tensors = of("student", "query"), of("student", "key"), of("teacher", "query"), of("teacher", "key")
+        return AttentionInputs(tensors, scale("student"), scale("teacher"))
+
+    def logits(self, loss: str, side: Side, rows: float) -> torch.Tensor:
+        """(P, V); P must be the `rows` that this micro batch has by its own count."""
+        logits: torch.Tensor | None = getattr(self, side).logits
+        if logits is None:
+            raise RuntimeError(f"loss.{loss} needs the {side}'s logits (after its last layer), but none were captured")
+        if len(logits) != rows:
+            raise RuntimeError(
+                f"loss.{loss}: the {side} has logits at {len(logits)} positions, but the micro batch has {rows:g}"
+            )
+        return logits
+
+
+class Loss(ABC):
+    """One objective. Built once, before any model; called once per micro batch."""
+
+    name: ClassVar[str]
+    mapped_by: ClassVar[Literal["hidden", "attention"] | None] = None
+    """The layer mapping that chooses its pairs; None: it has no layers."""
+
+    def __init__(self, setup: LossSetup) -> None:
+        """Raises UserError when the two models cannot be compared in this way. `setup` has at least one pair."""
+        self.setup = setup
+        self.check()
+
+    def check(self) -> None:
+        """Raises UserError when the two models cannot be compared in this way."""
+        return
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        if self.mapped_by is None:
+            return ()
+        return self.setup.hidden if self.mapped_by == "hidden" else self.setup.attention
+
+    @property
+    @abstractmethod
+    def shares(self) -> dict[str, float]:
+        """Term name -> its coefficient under a loss weight of 1, in the order of logging."""
+
+    @abstractmethod
+    def wanted(self, side: Side) -> Wanted:
+        """What one side has to capture."""
+
+    @property
+    def projected_layers(self) -> frozenset[int]:
+        """The student's hidden states that go through a projection."""
+        return frozenset()
+
+    @abstractmethod
+    def __call__(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
+        """Term name -> raw value, before any weight: a differentiable scalar."""
+
+
+class HiddenMapped(Loss):
+    """A loss on each pair of hidden states of the mapping."""
+
+    mapped_by = "hidden"
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {f"{self.name}/{pair}": pair.share for pair in self.pairs}
+
+    def wanted(self, side: Side) -> Wanted:
+        return Wanted(hidden=frozenset(pair.layer(side) for pair in self.pairs))
+
+    @property
+    def projected_layers(self) -> frozenset[int]:
+        return frozenset(pair.student for pair in self.pairs)
+
+
+class AttentionMapped(Loss):
+    """A loss on queries, keys (and values) of each pair of layers of the mapping."""
+
+    mapped_by = "attention"
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {f"{self.name}/{pair}": pair.share for pair in self.pairs}
+
+    def wanted(self, side: Side) -> Wanted:
+        return Wanted(attention=frozenset(pair.layer(side) for pair in self.pairs))

@@ -1,0 +1,196 @@
+"""All losses of a run: what they need captured, and their weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from engine.config import ATTENTION_MAPPED, HIDDEN_MAPPED, LossConfig, MappingConfig
+from engine.data.batch import Batch, Counts
+from engine.errors import UserError
+from engine.losses import LOSSES
+from engine.losses.base import Loss, LossSetup, Pair, StepInputs
+from engine.mapping import LayerMapping
+from engine.models.features import Features, Wanted
+from engine.models.projections import Projections, check_projection
+from engine.models.shape import ModelShape
+
+
+def active_pairs(
+    layer_map: LayerMapping, weights: list[float] | None, *, key: str, average_layers: bool
+) -> tuple[Pair, ...]:
+    """The pairs of a mapping that have a weight above 0. Raises UserError, naming `key`, for a wrong number of weights.
+
+    The divisor of an average is the number of active pairs, not the sum of their weights: doubling every weight
+    doubles the loss.
+    """
+    if weights is None:
+        weights = [1.0] * layer_map.student_layers
+    if len(weights) != layer_map.student_layers:
+        raise UserError(
+            f"{key}={weights} has {len(weights)} weights, but the student has {layer_map.student_layers} layers: "
+            "give one weight per student layer"
+        )
+    active = [(m, g, weights[m - 1]) for m, g in layer_map.pairs if weights[m - 1] > 0]
+    divisor = len(active) if average_layers else 1
+    return tuple(Pair(m, g, weight / divisor) for m, g, weight in active)
+
+
+def _union(parts: Iterable[Wanted]) -> Wanted:
+    everything = list(parts)
+    return Wanted(
+        hidden=frozenset().union(*(part.hidden for part in everything)),
+        attention=frozenset().union(*(part.attention for part in everything)),
+        values=any(part.values for part in everything),
+        logits=any(part.logits for part in everything),
+    )
+
+
+def _idle_settings(config: LossConfig, mapping: MappingConfig, *, projects: bool) -> list[str]:
+    """Settings that were given a value and change nothing."""
+    active = config.active
+    default = LossConfig()
+    projecting = "a loss of hidden states or embeddings"
+    idle = []
+
+    def check(key: str, value: object, is_set: bool, used: bool, user: str) -> None:
+        if is_set and not used:
+            idle.append(f"{key}={value!r} has no effect: {user} is not active")
+
+    check("loss.temperature", config.temperature, config.temperature != 1.0, "logits" in active, "loss.logits")
+    check(
+        "loss.relation_heads",
+        config.relation_heads,
+        config.relation_heads is not None,
+        "relation" in active,
+        "loss.relation",
+    )
+    check(
+        "loss.relation_weights",
+        config.relation_weights,
+        config.relation_weights != default.relation_weights,
+        "relation" in active,
+        "loss.relation",
+    )
+    check("loss.projection", config.projection, config.projection is not None, projects, projecting)
+    check("loss.projection_bias", config.projection_bias, config.projection_bias is not None, projects, projecting)
+    if projects and config.resolved_projection == "identity" and config.projection_bias is not None:
+        idle.append(f"loss.projection_bias={config.projection_bias} has no effect: loss.projection='identity' has none")
+    mapped = bool({*HIDDEN_MAPPED, *ATTENTION_MAPPED} & set(active))
+    check(
+        "loss.average_layers", config.average_layers, config.average_layers is not None, mapped, "a layer-mapped loss"
+    )
+    for name, losses in (("hidden", HIDDEN_MAPPED), ("attention", ATTENTION_MAPPED)):
+        user = " or ".join(f"loss.{loss}" for loss in losses)
+        used = bool(set(losses) & set(active))
+        weights = getattr(mapping, f"{name}_weights")
+        check(f"mapping.{name}_weights", weights, weights is not None, used, user)
+        if name == "attention":
+            check("mapping.attention", mapping.attention, mapping.attention is not None, used, user)
+        elif mapping.attention is not None:  # otherwise the attention losses read mapping.hidden too
+            check("mapping.hidden", mapping.hidden, mapping.hidden != MappingConfig().hidden, used, user)
+    return idle
+
+
+class LossSet:
+    """The active losses of a run.
+
+    Built from configuration alone, before any weight is loaded; raises UserError for what cannot work. Then called
+    once per micro batch, inside the trained module's forward. total = sum of coefficients * terms.
+    """
+
+    term_names: tuple[str, ...]
+    """Static, e.g. `hidden/1-3` (student layer 1, teacher layer 3), `relation/qq/3-12`, `embedding`."""
+    coefficients: tuple[float, ...]
+    """Of each term: loss weight * layer weight / number of active layers (that only when averaged)."""
+    wanted_student: Wanted
+    wanted_teacher: Wanted
+    projected_layers: frozenset[int]
+    """The student's hidden states (0 = embeddings) for which `projections` must have a map."""
+    warnings: tuple[str, ...]
+    """Settings without effect."""
+
+    def __init__(
+        self,
+        config: LossConfig,
+        mapping: MappingConfig,
+        *,
+        hidden_map: LayerMapping,
+        attention_map: LayerMapping,
+        student: ModelShape,
+        teacher: ModelShape,
+        mlm_probability: float,
+    ) -> None:
+        for layer_map in (hidden_map, attention_map):
+            assert (layer_map.student_layers, layer_map.teacher_layers) == (student.layers, teacher.layers), layer_map
+        average = config.resolved_average_layers
+        setup = LossSetup(
+            config=config,
+            student=student,
+            teacher=teacher,
+            hidden=active_pairs(
+                hidden_map, mapping.hidden_weights, key="mapping.hidden_weights", average_layers=average
+            ),
+            attention=active_pairs(
+                attention_map, mapping.attention_weights, key="mapping.attention_weights", average_layers=average
+            ),
+            mlm_probability=mlm_probability,
+        )
+        self._losses, empty = self._build(setup, {"hidden": hidden_map, "attention": attention_map})
+        self.projected_layers = frozenset().union(*(loss.projected_layers for loss in self._losses))
+        if self.projected_layers:
+            check_projection(config.resolved_projection, student_width=student.width, teacher_width=teacher.width)
+        self.warnings = (*empty, *_idle_settings(config, mapping, projects=bool(self.projected_layers)))
+        shares = {name: (loss.name, share) for loss in self._losses for name, share in loss.shares.items()}
+        self.term_names = tuple(shares)
+        self.coefficients = tuple(config.active[loss] * share for loss, share in shares.values())
+        self.wanted_student = _union(loss.wanted("student") for loss in self._losses)
+        self.wanted_teacher = _union(loss.wanted("teacher") for loss in self._losses)
+        self._coefficients_on: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    @staticmethod
+    def _build(setup: LossSetup, maps: dict[str, LayerMapping]) -> tuple[list[Loss], list[str]]:
+        """The losses that have something to compare, and a warning for each that is on but has no pair of layers."""
+        active = setup.config.active
+        losses, empty = [], []
+        for name, weight in active.items():
+            kind = LOSSES[name].mapped_by
+            if kind is not None and not (setup.hidden if kind == "hidden" else setup.attention):
+                empty.append(
+                    f"loss.{name}={weight:g} has no effect: the {kind} mapping {maps[kind]} has no pair of layers "
+                    "with a weight above 0"
+                )
+            else:
+                losses.append(LOSSES[name](setup))
+        if losses:
+            return losses, empty
+        if not active:
+            raise UserError("nothing to learn from: every loss weight is 0; set one of loss." + ", loss.".join(LOSSES))
+        raise UserError(
+            "nothing to learn from: " + "; ".join(empty) + "; name a teacher layer in mapping.hidden or "
+            "mapping.attention, or switch on a loss without layers, like loss.embedding=1"
+        )
+
+    def __call__(
+        self, student: Features, teacher: Features, batch: Batch, per_micro: Counts, projections: Projections
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted total of one micro batch (differentiable scalar) and the raw terms (T,), detached, in the order
+        of `term_names`; both float32 (float64 for float64 features), on the student's device and never read here.
+
+        `per_micro` holds the global batch's counts / (ranks * accumulation steps): the mean of `total` over ranks and
+        micro batches is then the global mean, and so are its gradient and the terms.
+        """
+        inputs = StepInputs(student=student, teacher=teacher, batch=batch, per_micro=per_micro, projections=projections)
+        values: dict[str, torch.Tensor] = {}
+        for loss in self._losses:
+            values |= loss(inputs)
+        terms = torch.stack([values[name] for name in self.term_names])
+        return (terms * self._coefficients_like(terms)).sum(), terms.detach()
+
+    def _coefficients_like(self, terms: torch.Tensor) -> torch.Tensor:
+        """Copied to a device once: a copy in every micro step would make the host wait."""
+        where = (terms.device, terms.dtype)
+        if where not in self._coefficients_on:
+            self._coefficients_on[where] = torch.tensor(self.coefficients, device=terms.device, dtype=terms.dtype)
+        return self._coefficients_on[where]

@@ -1,0 +1,169 @@
+"""Attention functions that hand Q, K and V to a recorder, registered with transformers' attention interface.
+
+transformers calls whatever function `config._attn_implementation` names with the queries, keys and values of a layer.
+Ours call the original one and, while a recorder is active in this thread, keep those tensors. So one function serves
+every encoder that goes through the interface, without a table of module names, and `output_attentions` is never used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from engine.errors import UserError
+from engine.models.features import Features
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+IMPLEMENTATIONS = {"sdpa": "mapdistill_sdpa", "eager": "mapdistill_eager", "flash_attention_2": "flash_attention_2"}
+"""Backend -> name in the attention interface. flash_attention_2 keeps its own name, because transformers' function
+reads it to find the library; the registered function is replaced by a recording one instead."""
+
+
+@dataclass
+class Recorder:
+    """What attention functions write to. A layer's number is the order of its attention call within one forward,
+    which also holds for shared layers (ALBERT) and for modules that do not know their index (DistilBERT)."""
+
+    layers: frozenset[int]
+    values: bool
+    features: Features = field(default_factory=Features)
+    calls: int = 0
+    causal: bool = False
+
+    def record(self, module: nn.Module, qkv: tuple[torch.Tensor, ...], scaling: float | None) -> None:
+        self.calls += 1
+        self.causal |= bool(getattr(module, "is_causal", False))
+        if self.calls not in self.layers:
+            return
+        query, key, value = qkv
+        self.features.query[self.calls] = query
+        self.features.key[self.calls] = key
+        if self.values:
+            self.features.value[self.calls] = value
+        self.features.scaling[self.calls] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+
+# A context variable, so that the recomputation of a checkpointed layer (in the backward pass, after the recorder is
+# gone, and on a GPU in another thread) and a second model in another thread never write into a running capture.
+_active: ContextVar[Recorder | None] = ContextVar("mapdistill_recorder", default=None)
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[Recorder]:
+    token = _active.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _active.reset(token)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scaling Q K^T + mask) V from (B, H, L, d) tensors; returns (B, L, H, d) and the probabilities."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probs = nn.functional.softmax(scores, dim=-1)
+    probs = nn.functional.dropout(probs, p=dropout, training=module.training)
+    return torch.matmul(probs, value).transpose(1, 2).contiguous(), probs
+
+
+def _model_eager(module: nn.Module, *tensors: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The eager function of the model's own module where there is one (ModernBERT's softmax is in fp32), else ours."""
+    own: AttentionFunction = getattr(sys.modules[type(module).__module__], "eager_attention_forward", eager_attention)
+    return own(module, *tensors, **kwargs)
+
+
+def _with_recording(function: AttentionFunction) -> AttentionFunction:
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        recorder = _active.get()
+        if recorder is not None:
+            recorder.record(module, (query, key, value), scaling)
+        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    return attention
+
+
+AttentionInterface.register(IMPLEMENTATIONS["sdpa"], _with_recording(sdpa_attention_forward))
+AttentionInterface.register(IMPLEMENTATIONS["eager"], _with_recording(_model_eager))
+AttentionInterface.register(IMPLEMENTATIONS["flash_attention_2"], _with_recording(flash_attention_forward))
+# Without a mask function of the same name transformers passes no mask at all, and pads would be attended to.
+AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], eager_mask)
+
+
+def resolve_backend(
+    requested: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seq_len: int,
+    head_dim: int,
+    training: bool = True,
+    key: str = "attention",
+) -> tuple[str, str]:
+    """(backend, reason). `auto` follows the measured table in docs/benchmarks.md, section "Attention backend".
+
+    dtype: what the matrices are multiplied in (the autocast type where there is one). training: whether a backward
+    pass follows (a teacher has none). Raises UserError (naming `key`) for flash_attention_2 where it cannot run.
+    """
+    if requested == "flash_attention_2":
+        _check_flash(device, dtype, key)
+    if requested != "auto":
+        return requested, f"{key}={requested}"
+    if device.type != "cpu":
+        return "sdpa", f"auto: fused attention on {device.type}"
+    where = f"on a CPU in {str(dtype).removeprefix('torch.')}, length {seq_len}, head width {head_dim}"
+    if not training:
+        return "sdpa", f"auto: measured faster than eager {where}, without a backward pass"
+    limit = _EAGER_UP_TO[min(_EAGER_UP_TO, key=lambda width: abs(width - head_dim))]
+    if dtype == torch.bfloat16 and seq_len <= limit:
+        return "eager", f"auto: measured faster than sdpa {where} (its backward pass is slow there)"
+    return "sdpa", f"auto: measured faster than eager {where}"
+
+
+_EAGER_UP_TO = {16: 256, 32: 256, 64: 256}
+"""Head width -> longest sequence at which eager won forward + backward in bf16 on a CPU."""
+
+
+def _check_flash(device: torch.device, dtype: torch.dtype, key: str) -> None:
+    problem = ""
+    if importlib.util.find_spec("flash_attn") is None:
+        problem = "the package flash-attn is not installed"
+    elif device.type != "cuda":
+        problem = f"it needs a CUDA device, not {device.type}"
+    elif dtype not in (torch.float16, torch.bfloat16):
+        problem = f"it needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if problem:
+        raise UserError(f"{key}='flash_attention_2': {problem}; write auto or sdpa")

@@ -1,0 +1,208 @@
+"""One adapter between models and losses: runs a forward pass and keeps the inner tensors that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+from transformers.utils.output_capturing import OutputRecorder
+
+from engine.data.batch import Batch, Counts
+from engine.errors import UserError
+from engine.models.attention import IMPLEMENTATIONS, Recorder, recording, resolve_backend
+from engine.models.features import Features, Wanted
+
+__all__ = ["capture", "install", "layer_modules", "resolve_backend"]
+
+IGNORED_LABEL = -100
+
+
+class _DeepEnough(Exception):
+    """Leaves a forward pass whose remaining layers nobody needs."""
+
+
+def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The distinct modules that transformers itself records as hidden states, in registration order.
+
+    ALBERT has fewer of them than layers: it calls them several times. Empty when the model declares none.
+    """
+    base = model.base_model
+    spec = (getattr(base, "_can_record_outputs", None) or {}).get("hidden_states")
+    found: dict[int, nn.Module] = {}
+    for one in spec if isinstance(spec, list) else [spec]:
+        wanted, name = one, None
+        if isinstance(one, OutputRecorder):
+            wanted, name = one.target_class, one.class_name
+        elif isinstance(one, str):
+            wanted, name = None, one
+        for path, module in base.named_modules():
+            if (wanted is not None and isinstance(module, wanted)) or (name is not None and path.endswith(name)):
+                found[id(module)] = module
+    return list(found.values())
+
+
+def install(model: PreTrainedModel, backend: str) -> None:
+    """Switches the model to our attention functions and proves with a forward of 4 tokens that they are called.
+
+    backend: sdpa, eager or flash_attention_2 (see `resolve_backend`). Call it before DeepSpeed shards the model.
+    Raises UserError for a model that cannot be captured.
+    """
+    name, kind = IMPLEMENTATIONS[backend], model.config.model_type
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # it only warns where we raise
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model type {kind!r} does not support attention={backend!r}: {error}") from None
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    remedy = "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT or another encoder that does"
+    if model.config._attn_implementation != name:
+        raise UserError(f"model type {kind!r} does not go through transformers' attention interface; {remedy}")
+    if not layer_modules(model):
+        raise UserError(f"model type {kind!r} does not declare its layers (_can_record_outputs); {remedy}")
+    _probe(model, remedy)
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, remedy: str) -> None:
+    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
+    was_training = model.training
+    recorder, progress = Recorder(frozenset(), values=False), _Progress(Features(), Wanted())
+    try:
+        with recording(recorder), _hooks(model, progress, Batch(ids, None, None, Counts())):
+            model.eval()(input_ids=ids)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model type {model.config.model_type!r} does not run on token ids alone: {error}") from None
+    finally:
+        model.train(was_training)
+    if recorder.calls == 0 or recorder.calls != progress.layers:
+        raise UserError(
+            f"model type {model.config.model_type!r} made {recorder.calls} calls of the attention interface in "
+            f"{progress.layers} layers, expected one for each; {remedy}"
+        )
+    if recorder.causal:
+        raise UserError(f"model type {model.config.model_type!r} attends to the left only; {remedy}")
+
+
+@dataclass
+class _Progress:
+    """State of one captured forward."""
+
+    features: Features
+    wanted: Wanted
+    stop_early: bool = False
+    layers: int = 0
+    """Layer calls so far."""
+    no_position: bool = False
+    """No position was asked for, so one was fed to the head all the same."""
+
+
+def capture(
+    model: PreTrainedModel,
+    batch: Batch,
+    wanted: Wanted,
+    *,
+    forward: Callable[..., Any] | None = None,
+    stop_early: bool = False,
+) -> Features:
+    """Runs the model (after `install`) on a batch; returns exactly the tensors that `wanted` names.
+
+    model: an AutoModel without pooler, or an AutoModelForMaskedLM (needed for `wanted.logits`). Hidden states equal
+    HF's `hidden_states[k]`, so the last one of ModernBERT has passed its final norm. Logits are computed only for the
+    positions with a label, or for all real tokens when the batch has no labels. Gradients flow where they are on.
+    forward: what to call instead of the model (the DeepSpeed engine around it). stop_early: leave the forward after
+    the deepest layer that is wanted; only under no_grad, and not under ZeRO-3, which counts on seeing every module.
+    """
+    recorder = Recorder(wanted.attention, wanted.values)
+    progress = _Progress(recorder.features, wanted, stop_early and not wanted.logits)
+    assert not (progress.stop_early and torch.is_grad_enabled()), "stop_early is for frozen models"
+    output = None
+    try:
+        with recording(recorder), _hooks(model, progress, batch):
+            output = (forward or model)(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=True
+            )
+    except _DeepEnough:
+        pass
+    if wanted.logits:
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise RuntimeError(f"{type(model).__name__} has no logits: load it with its MLM head")
+        # (1, P, V) -> (P, V); an empty selection keeps its place in the graph, so that all parameters get gradients
+        recorder.features.logits = logits[0, :0] if progress.no_position else logits[0]
+    _check_complete(recorder, progress)
+    return recorder.features
+
+
+def _check_complete(recorder: Recorder, progress: _Progress) -> None:
+    """A tensor that was asked for and did not come must not become a silent zero in a loss."""
+    missing = (progress.wanted.hidden - recorder.features.hidden.keys()) | (
+        progress.wanted.attention - recorder.features.query.keys()
+    )
+    if missing:
+        raise RuntimeError(
+            f"layers {sorted(missing)} were not captured: the model ran {progress.layers} layers and "
+            f"{recorder.calls} attention calls (was `install` called on it?)"
+        )
+
+
+@contextmanager
+def _hooks(model: PreTrainedModel, progress: _Progress, batch: Batch) -> Iterator[None]:
+    """Hooks of one forward. They are removed before the backward pass, so recomputed layers are not captured."""
+    wanted, hidden = progress.wanted, progress.features.hidden
+
+    def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if progress.layers == 0 and 0 in wanted.hidden:
+            hidden[0] = args[0] if args else kwargs["hidden_states"]
+            if progress.stop_early and wanted.deepest == 0:
+                raise _DeepEnough
+
+    def after_layer(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        progress.layers += 1
+        if progress.layers in wanted.hidden:
+            hidden[progress.layers] = output[0] if isinstance(output, tuple) else output
+        if progress.stop_early and progress.layers == wanted.deepest:
+            raise _DeepEnough
+
+    def after_base(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if progress.layers in wanted.hidden and getattr(model.config, "tie_last_hidden_states", None) is not False:
+            hidden[progress.layers] = output[0]  # as in HF: a norm after the last layer belongs to its hidden state
+        if wanted.logits:
+            output.last_hidden_state = _rows(output[0], batch, progress)
+        return output
+
+    layers = layer_modules(model)
+    handles = [layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(after_layer) for layer in layers]
+    handles.append(model.base_model.register_forward_hook(after_base))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(hidden: torch.Tensor, batch: Batch, progress: _Progress) -> torch.Tensor:
+    """(B, L, D) -> (1, P, D): the positions whose logits are wanted, row-major. MLM heads work position by position,
+    so they need not know that the others are gone."""
+    chosen = batch.token_mask if batch.labels is None else batch.labels != IGNORED_LABEL
+    rows = hidden.flatten(0, 1)
+    if chosen is None:
+        return rows.unsqueeze(0)
+    chosen = chosen.flatten()
+    expected = int(batch.counts.tokens if batch.labels is None else batch.counts.masked)
+    if expected:
+        assert chosen.is_cuda or expected == int(chosen.sum()), "batch.counts do not belong to this batch"
+        # the host knows the number, so the device need not be asked for it (boolean indexing would wait for it)
+        index = torch.argsort(~chosen, stable=True)[:expected]
+    else:
+        index = chosen.nonzero().squeeze(1)
+    progress.no_position = index.numel() == 0
+    return rows[:1].unsqueeze(0) if progress.no_position else rows[index].unsqueeze(0)

@@ -1,0 +1,208 @@
+"""Reading Hugging Face folders and hub models, with errors that name the setting, and without transformers' chatter."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from huggingface_hub.constants import ENDPOINT
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
+
+from engine.errors import UserError
+from engine.models.shape import ModelShape
+
+LOAD_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@cache
+def _hub_is_reachable() -> bool:
+    """Asked once, so that a mistyped folder is reported at once: huggingface_hub retries for half a minute."""
+    if getproxies():
+        return True  # only a request can tell
+    url = urlsplit(ENDPOINT)
+    try:
+        with socket.create_connection((url.hostname or "", url.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _where(path: str) -> dict[str, bool]:
+    """Arguments for from_pretrained: a folder or the hub's cache alone, where nothing else can be had."""
+    return {"local_files_only": Path(path).is_dir() or not _hub_is_reachable()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences progress bars and the table of unexpected keys; what matters of it is checked and raised here."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def _not_readable(path: str, key: str, what: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(path).is_dir():
+        return UserError(f"{key}={path!r}: cannot read the {what} in this folder: {reason}")
+    return UserError(
+        f"{key}={path!r}: no such folder (from {Path.cwd()}), and the hub gave no {what} of that name: {reason} "
+        "Name a folder with config.json and model.safetensors, or a hub model while the hub can be reached."
+    )
+
+
+def load_config(path: str, key: str) -> PretrainedConfig:
+    """The configuration of a model folder or hub model; `key` names the setting in errors."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"{key}={path!r}: the folder has no config.json; name a Hugging Face model folder "
+            "(config.json, model.safetensors and the tokenizer's files)"
+        )
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(path, **_where(path))
+    except LOAD_ERRORS as error:
+        raise _not_readable(path, key, "configuration", error) from None
+
+
+def load_tokenizer(path: str, key: str) -> Any:
+    """The tokenizer of a model folder or hub model."""
+    try:
+        with quiet():
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, **_where(path))
+    except LOAD_ERRORS as error:
+        raise _not_readable(path, key, "tokenizer", error) from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when there are no files
+        raise UserError(f"{key}={path!r}: no vocabulary there; add the tokenizer's files (tokenizer.json or vocab.txt)")
+    return tokenizer
+
+
+def shape_of(config: PretrainedConfig, has_mlm_head: bool) -> ModelShape:
+    """The sizes of a model. ALBERT runs `inner_group_num` layers for each that its configuration counts."""
+    return ModelShape(
+        layers=config.num_hidden_layers * getattr(config, "inner_group_num", 1),
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        vocab=config.vocab_size,
+        has_mlm_head=has_mlm_head,
+    )
+
+
+def model_class(config: PretrainedConfig, with_mlm_head: bool) -> type[PreTrainedModel]:
+    """The Auto class' choice for this configuration. Raises UserError when there is none."""
+    auto = AutoModelForMaskedLM if with_mlm_head else AutoModel
+    try:
+        chosen: Any = auto._model_mapping[type(config)]
+    except KeyError:
+        what = "a masked-language-model head" if with_mlm_head else "an encoder"
+        raise UserError(f"model type {config.model_type!r} has no class with {what} in transformers") from None
+    first: type[PreTrainedModel] = chosen[0] if isinstance(chosen, (tuple, list)) else chosen
+    return first
+
+
+def init_arguments(config: PretrainedConfig, with_mlm_head: bool) -> dict[str, Any]:
+    """Constructor arguments that leave out the pooler: no loss uses it, and unused parameters get no gradient."""
+    parameters = inspect.signature(model_class(config, with_mlm_head).__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
+
+
+def skeleton(config: PretrainedConfig, with_mlm_head: bool) -> PreTrainedModel:
+    """The model without storage (meta device), to ask it for names and sizes."""
+    with torch.device("meta"), quiet():
+        return model_class(config, with_mlm_head)(config, **init_arguments(config, with_mlm_head))
+
+
+def load_backbone(
+    path: str,
+    *,
+    key: str,
+    config: PretrainedConfig,
+    with_mlm_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """The model with its weights on the CPU, without pooler. `config` may ask for fewer layers than the file holds.
+
+    Raises UserError when a weight that the model needs is missing from the file or has another shape.
+    """
+    arguments = init_arguments(config, with_mlm_head)
+    load: Any = model_class(config, with_mlm_head).from_pretrained
+    try:
+        with quiet():
+            model, info = load(path, config=config, dtype=dtype, output_loading_info=True, **_where(path), **arguments)
+    except LOAD_ERRORS as error:
+        raise _not_readable(path, key, "weights", error) from None
+    missing = sorted(info["missing_keys"]) + sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"{key}={path!r}: {len(missing)} weights are missing from the file or have another shape, "
+            f"first {', '.join(missing[:3])}; name a folder whose weights fit its config.json"
+            + (" and hold an MLM head" if with_mlm_head else "")
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def has_mlm_weights(path: str, config: PretrainedConfig, key: str = "teacher.path") -> bool:
+    """Whether the checkpoint holds a complete MLM head. Reads the names of its tensors, not the tensors."""
+    try:
+        model = skeleton(config, with_mlm_head=True)
+    except UserError:
+        return False
+    stored = {_modern_name(name) for name in _stored_names(path, key)}
+    prefix = f"{model.base_model_prefix}."
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    head = {name for name in model.state_dict() if not name.startswith(prefix)}
+    for name in head:
+        partners = {name, tied.get(name, name)} | {target for target, source in tied.items() if source == name}
+        if not partners & stored and not any(partner.startswith(prefix) for partner in partners):
+            return False
+    return bool(head)
+
+
+def _modern_name(name: str) -> str:
+    """LayerNorms of the first BERT checkpoints say gamma and beta; transformers renames them when it loads."""
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _stored_names(path: str, key: str) -> set[str]:
+    """Names of the tensors in a checkpoint."""
+    for file_name in WEIGHT_FILES:
+        try:
+            found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **_where(path))
+        except LOAD_ERRORS as error:
+            raise _not_readable(path, key, "weights", error) from None
+        if found is None:
+            continue
+        if file_name.endswith(".index.json"):
+            return set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"])
+        if file_name.endswith(".safetensors"):
+            with safe_open(found, framework="pt") as tensors:
+                return set(tensors.keys())
+        return set(torch.load(found, map_location="meta", weights_only=True, mmap=True))
+    raise UserError(f"{key}={path!r}: found none of {', '.join(WEIGHT_FILES)}; the model has no weights")

@@ -1,0 +1,75 @@
+"""Linear maps from the student's width to the teacher's: trained with the student, never exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from engine.config import LossConfig
+from engine.errors import UserError
+
+EMBEDDINGS = 0
+"""Index of the embedding output among the hidden states."""
+
+
+def check_projection(kind: str, *, student_width: int, teacher_width: int) -> None:
+    """Raises UserError when `loss.projection` cannot join the two widths."""
+    if kind == "identity" and student_width != teacher_width:
+        raise UserError(
+            f"loss.projection='identity' needs equal widths, but the student has {student_width} and the teacher "
+            f"{teacher_width}: set student.hidden_size={teacher_width}, or loss.projection=shared"
+        )
+
+
+def linear_name(kind: str, layer: int) -> str:
+    """The name of the linear map that serves hidden state `layer` (0 = embeddings)."""
+    if kind == "single":
+        return "all"
+    if layer == EMBEDDINGS:
+        return "embedding"
+    return f"layer_{layer}" if kind == "per_layer" else "layers"
+
+
+class _Projection(nn.Linear):
+    """Initialised inside the constructor: under ZeRO-3 the weight is sharded as soon as that returns."""
+
+    def reset_parameters(self) -> None:
+        # Variance 1 / fan-in (LeCun et al. 1998, Efficient BackProp): a hidden state keeps its root mean square
+        # through the map whatever the two widths are; BERT's fixed 0.02 would shrink one of width 312 to a third.
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Projections(nn.Module):
+    """`projections(layer, hidden)`: (B, L, student_width) -> (B, L, teacher_width) for hidden state `layer`.
+
+    Holds only what `layers` (LossSet.projected_layers; 0 = embeddings) uses: a parameter that no loss reaches would
+    have no gradient. Maps are created in a fixed order, so the global torch seed determines them.
+    """
+
+    def __init__(self, config: LossConfig, *, student_width: int, teacher_width: int, layers: Iterable[int]) -> None:
+        super().__init__()
+        self.kind = config.resolved_projection
+        check_projection(self.kind, student_width=student_width, teacher_width=teacher_width)
+        self.layers = frozenset(layers)
+        self.linears = nn.ModuleDict()
+        if self.kind == "identity":
+            return
+        for layer in sorted(self.layers):
+            name = linear_name(self.kind, layer)
+            if name not in self.linears:
+                self.linears[name] = _Projection(student_width, teacher_width, bias=config.resolved_projection_bias)
+
+    def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        if layer not in self.layers:
+            raise KeyError(f"no projection was made for hidden state {layer}, only for {sorted(self.layers)}")
+        if self.kind == "identity":
+            return hidden
+        linear = self.linears[linear_name(self.kind, layer)]
+        assert isinstance(linear, _Projection)
+        # A 16-bit hidden state meets a float32 weight when only the projections keep full precision.
+        projected: torch.Tensor = linear(hidden.to(linear.weight.dtype))
+        return projected

@@ -1,0 +1,194 @@
+"""The student: a smaller model of the teacher's own type (or any folder), with random or copied weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from engine.apex import probe_fused_layer_norm
+from engine.config import StudentConfig
+from engine.errors import UserError
+from engine.mapping import LayerMapping, round_half_up
+from engine.models.capture import install
+from engine.models.hub import (
+    has_mlm_weights,
+    init_arguments,
+    load_backbone,
+    load_config,
+    model_class,
+    quiet,
+    shape_of,
+)
+from engine.models.initialise import copy_from_teacher, intermediate_size, resolve_init
+
+DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+)
+"""The names that encoders give to the dropouts inside them. Dropouts of task heads are left alone."""
+
+
+def build_student_config(
+    cfg: StudentConfig, teacher_config: PretrainedConfig, sources: tuple[int, ...] | None = None
+) -> PretrainedConfig:
+    """The student's configuration: the teacher's class and values with the sizes of `cfg`, or that of `cfg.path`.
+
+    Unset: half of the teacher's layers (rounded down), its width, its heads, its feed-forward width scaled likewise.
+    An embedding size that the teacher has on its own (ELECTRA, ALBERT) stays unless it equals the hidden size.
+    sources: teacher layer of each student layer; where layers differ in kind (ModernBERT) a copied one keeps its kind.
+    """
+    if cfg.path is not None:
+        config = load_config(cfg.path, "student.path")
+        for name in DROPOUTS:
+            if hasattr(config, name):
+                setattr(config, name, cfg.dropout)
+        return config
+    teacher = shape_of(teacher_config, has_mlm_head=False)
+    layers = student_layers(cfg, teacher_config)
+    hidden = cfg.hidden_size or teacher.width
+    heads = cfg.heads or teacher.heads
+    _check_heads(hidden, heads, teacher_config)
+    values = teacher_config.to_dict()
+    for name in ("architectures", "dtype", "torch_dtype", "_name_or_path", "transformers_version"):
+        values.pop(name, None)
+    renamed = getattr(teacher_config, "attribute_map", {})
+    inner = values.get("inner_group_num", 1)
+    if layers % inner:
+        raise UserError(f"student.layers={layers} must be a multiple of the teacher's inner_group_num={inner}")
+    values[renamed.get("num_hidden_layers", "num_hidden_layers")] = layers // inner
+    values[renamed.get("hidden_size", "hidden_size")] = hidden
+    values[renamed.get("num_attention_heads", "num_attention_heads")] = heads
+    feed_forward = "hidden_dim" if "hidden_dim" in values else "intermediate_size"
+    values[feed_forward] = cfg.intermediate_size or max(
+        1, round_half_up(intermediate_size(teacher_config) * hidden, teacher.width)
+    )
+    if values.get("embedding_size") == teacher.width:
+        values["embedding_size"] = hidden
+    if values.get("num_hidden_groups"):
+        values["num_hidden_groups"] = min(values["num_hidden_groups"], layers // inner)
+    if values.get("layer_types"):
+        values["layer_types"] = _layer_types(values["layer_types"], layers, sources)
+    values.update({name: cfg.dropout for name in DROPOUTS if name in values})
+    with quiet():
+        return type(teacher_config).from_dict(values)
+
+
+def student_layers(cfg: StudentConfig, teacher_config: PretrainedConfig) -> int:
+    """The number of student layers M, with the default filled in (for `cfg.path`: what the folder has)."""
+    if cfg.path is not None:
+        return shape_of(load_config(cfg.path, "student.path"), has_mlm_head=False).layers
+    return cfg.layers or max(1, shape_of(teacher_config, has_mlm_head=False).layers // 2)
+
+
+def _check_heads(hidden: int, heads: int, teacher_config: PretrainedConfig) -> None:
+    if hidden % heads:
+        divisors = [n for n in range(1, hidden + 1) if hidden % n == 0]
+        raise UserError(
+            f"student.heads={heads} must divide student.hidden_size={hidden}: "
+            f"choose one of {', '.join(map(str, divisors))}, or another width"
+        )
+    if (hidden // heads) % 2 and getattr(teacher_config, "rope_parameters", None):
+        raise UserError(
+            f"student.heads={heads}: heads of width {hidden // heads} are odd, but model type "
+            f"{teacher_config.model_type!r} rotates pairs of dimensions; choose a number that makes them even"
+        )
+
+
+def _layer_types(types: list[str], layers: int, sources: tuple[int, ...] | None) -> list[str]:
+    """The kind (sliding or full attention) of each layer: its source's, else the teacher's pattern from the bottom."""
+    own = [types[m % len(types)] for m in range(layers)]
+    return [types[g - 1] if g else own[m] for m, g in enumerate(sources or [0] * layers)]
+
+
+def build_student(
+    cfg: StudentConfig,
+    teacher_path: str,
+    teacher_config: PretrainedConfig,
+    hidden_map: LayerMapping | None,
+    with_mlm_head: bool,
+    seed: int,
+    backend: str,
+) -> PreTrainedModel:
+    """The student in fp32 on the CPU, in train mode, ready for `capture`; the same weights for the same arguments.
+
+    teacher_config: of the whole teacher. hidden_map: what `student.init=mapping` refers to. An MLM head that neither
+    the folder nor the teacher has starts at random (its output matrix is the word embeddings). The caller's random
+    state is untouched.
+    """
+    if cfg.path is not None:
+        student = _from_folder(cfg.path, build_student_config(cfg, teacher_config), with_mlm_head, seed)
+    else:
+        init = cfg.init or "random"
+        teacher_layers = shape_of(teacher_config, has_mlm_head=False).layers
+        sources = resolve_init(init, student_layers(cfg, teacher_config), teacher_layers, hidden_map)
+        student = new_model(build_student_config(cfg, teacher_config, sources), with_mlm_head, seed)
+        if init != "random":
+            head = with_mlm_head and has_mlm_weights(teacher_path, teacher_config)
+            teacher = load_backbone(teacher_path, key="teacher.path", config=teacher_config, with_mlm_head=head)
+            copy_from_teacher(student, teacher, sources)
+    if cfg.fused_layer_norm:
+        replace_layer_norm(student)
+    if cfg.activation_checkpointing:
+        enable_activation_checkpointing(student)
+    install(student, backend)
+    return student.train()
+
+
+def new_model(config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTrainedModel:
+    """A model with random weights that depend on the configuration and the seed alone."""
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)
+        return model_class(config, with_mlm_head)(config, **init_arguments(config, with_mlm_head))
+
+
+def _from_folder(path: str, config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTrainedModel:
+    if not with_mlm_head or has_mlm_weights(path, config, "student.path"):
+        return load_backbone(path, key="student.path", config=config, with_mlm_head=with_mlm_head)
+    student = new_model(config, with_mlm_head, seed)
+    body = load_backbone(path, key="student.path", config=config)
+    student.base_model.load_state_dict(body.state_dict())
+    return student
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Keeps only each layer's input for the backward pass and recomputes the rest there."""
+    options = {"use_reentrant": False}  # the reentrant kind cuts captured tensors off the graph
+    try:
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(options)
+        else:  # transformers before the rename
+            model.gradient_checkpointing_enable(options)
+    except ValueError:
+        raise UserError(
+            f"student.activation_checkpointing=true: transformers does not support it for model type "
+            f"{model.config.model_type!r}; set it to false"
+        ) from None
+
+
+def replace_layer_norm(model: nn.Module) -> int:
+    """Replaces every LayerNorm by NVIDIA Apex's FusedLayerNorm with the same parameters; returns how many.
+
+    Raises UserError when Apex cannot be used, or for LayerNorms without bias (ModernBERT), which Apex has not.
+    """
+    usable, reason = probe_fused_layer_norm()
+    if not usable:
+        raise UserError(f"student.fused_layer_norm=true: {reason}; or set it to false")
+    from apex.normalization import FusedLayerNorm
+
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if not isinstance(norm, nn.LayerNorm):
+                continue
+            if norm.bias is None:
+                raise UserError("student.fused_layer_norm=true: this model's LayerNorms have no bias; set it to false")
+            fused = FusedLayerNorm(norm.normalized_shape, eps=norm.eps)
+            fused.weight, fused.bias = norm.weight, norm.bias
+            setattr(parent, name, fused)
+            replaced += 1
+    return replaced

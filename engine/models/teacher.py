@@ -1,0 +1,150 @@
+"""The frozen teacher: loaded only as deep as a loss needs, run without gradients, whole or sharded over the ranks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from engine.data.batch import Batch
+from engine.errors import UserError
+from engine.models.capture import capture, install, layer_modules
+from engine.models.features import Features, Wanted
+from engine.models.hub import has_mlm_weights, load_backbone, load_config, shape_of, skeleton
+from engine.models.shape import ModelShape
+
+PERSISTENT_NUMEL = 10_000
+"""ZeRO-3 keeps parameters up to this size (biases, norms) whole on each rank: gathering them costs more."""
+
+
+class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard, train or save it with the student
+    """Call it with a batch to get the features that `wanted` names. Create it with `load`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        wanted: Wanted,
+        full_config: PretrainedConfig,
+        placement: Literal["replicate", "zero3"] = "replicate",
+    ) -> None:
+        self.shape: ModelShape = shape_of(full_config, wanted.logits)
+        """Of the whole teacher, however few of its layers are loaded."""
+        self.wanted = wanted
+        self.placement = placement
+        self.parameters_count = _count(model)
+        """Parameters that are loaded (over all ranks)."""
+        self.full_parameters_count = _count(skeleton(full_config, wanted.logits))
+        """Parameters of the whole teacher."""
+        self.layers_loaded = shape_of(model.config, wanted.logits).layers
+        self._linear_flops = _linear_flops(model, self.layers_loaded)
+        self._model = model.eval().requires_grad_(False)
+        self._forward: nn.Module = model if placement == "replicate" else _shard(model)
+        # When all layers are wanted the forward must reach its end, where some models have one more norm. ZeRO-3
+        # releases a module's weights in a hook after it, so there the forward always runs to the end.
+        self._stop_early = placement == "replicate" and wanted.deepest < self.shape.layers
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        wanted: Wanted,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
+        placement: Literal["replicate", "zero3"] = "replicate",
+        key: str = "teacher.path",
+    ) -> FrozenTeacher:
+        """Reads config and weights of a folder or hub model. With `wanted.logits` all layers and the MLM head.
+
+        backend: as resolved by `resolve_backend`. zero3: collective, on every rank; each rank first reads the whole
+        (truncated) model into host memory, then keeps its share.
+        """
+        config = load_config(path, key)
+        layers = shape_of(config, wanted.logits).layers
+        assert wanted.deepest <= layers, f"layer {wanted.deepest} of a teacher with {layers} layers is wanted"
+        if wanted.logits and not has_mlm_weights(path, config, key):
+            raise UserError(
+                f"{key}={path!r}: the checkpoint has no MLM head, which the losses on logits need; set loss.logits=0 "
+                "or name a teacher that was saved with its head"
+            )
+        shallow = config if wanted.logits else truncated_config(config, wanted.deepest)
+        model = load_backbone(path, key=key, config=shallow, with_mlm_head=wanted.logits, dtype=dtype)
+        model.to(device)  # type: ignore[arg-type]
+        install(model, backend)
+        return cls(model, wanted=wanted, full_config=config, placement=placement)
+
+    @torch.no_grad()  # not inference_mode: the losses save these tensors for their backward pass
+    def __call__(self, batch: Batch) -> Features:
+        if any(module.training for module in self._forward.modules()):
+            raise RuntimeError("the teacher is in train mode (dropout would change its targets); call .eval() on it")
+        return capture(self._model, batch, self.wanted, forward=self._forward, stop_early=self._stop_early)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Analytic FLOPs of one forward per token at `seq_len` tokens per sequence, an addition and a multiplication
+        counted as two: 2 for each weight of a Linear layer (once for each call: ALBERT shares its layers), plus
+        4 * seq_len * width per layer for Q K^T and the weighted sum of V. Norms, softmax and look-ups are left out;
+        sliding windows count in full. With logits, the MLM head is counted for every token."""
+        return self._linear_flops + 4.0 * seq_len * self.shape.width * self.layers_loaded
+
+    def resident_bytes(self) -> int:
+        """Bytes of parameters that this rank holds between forwards."""
+        held = (getattr(p, "ds_tensor", None) for p in self._model.parameters())
+        shards = sum(t.numel() * t.element_size() for t in held if t is not None and t.numel())
+        return shards + sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+
+def truncated_config(config: PretrainedConfig, deepest: int) -> PretrainedConfig:
+    """The configuration of the first `deepest` layers (at least one), so that the others are not even loaded.
+
+    The result says `tie_last_hidden_states=False`: its last hidden state is an inner one of the whole model, before
+    any final norm. Unchanged where the number of layers decides what a layer is (ALBERT with several groups).
+    """
+    inner = getattr(config, "inner_group_num", 1)
+    keep = max(1, -(-deepest // inner))
+    if keep >= config.num_hidden_layers or getattr(config, "num_hidden_groups", 1) > 1:
+        return config
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = keep
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = list(shallow.layer_types)[:keep]
+    shallow.tie_last_hidden_states = False
+    return shallow
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _linear_flops(model: PreTrainedModel, layers: int) -> float:
+    """2 * weights of every Linear call. All layer modules have one shape, so shared ones count layers/modules times."""
+    modules = layer_modules(model)
+    inside = {id(m) for layer in modules for m in layer.modules()}
+    flops = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            calls = layers / len(modules) if id(module) in inside else 1
+            flops += 2.0 * module.weight.numel() * calls
+    return flops
+
+
+def _shard(model: PreTrainedModel) -> Any:
+    """A DeepSpeed engine around the model that holds 1/ranks of its weights and gathers them layer by layer."""
+    import deepspeed  # only here: importing it costs seconds
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": model.dtype == torch.bfloat16},
+        "fp16": {"enabled": model.dtype == torch.float16},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT_NUMEL},
+    }
+    ds_engine, *_ = deepspeed.initialize(model=model, config=settings)
+    return ds_engine.eval()

@@ -1,0 +1,243 @@
+"""What a user sees of a run: progress, records, TensorBoard. Rank 0 shows it; other ranks keep silent."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from engine.data.batch import Counts
+from engine.records import RecordWriter
+
+ETA_AFTER_STEPS = 20
+"""The first steps allocate, compile and warm caches; the time left is estimated without them."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Means over the log interval that ends at `step`."""
+
+    step: int
+    total: float
+    terms: dict[str, float]
+    """Raw value of each term."""
+    coefficients: dict[str, float]
+    lr: float
+    grad_norm: float | None
+    loss_scale: float | None
+    skipped_steps: int
+    counts: Counts
+    """Of the whole interval, over all ranks."""
+    phases: dict[str, float]
+    """Seconds by phase on this rank."""
+    wait_s: float
+    """Seconds that this rank has waited for data since the start."""
+
+    def by_loss(self) -> dict[str, float]:
+        """Weighted contribution of each loss to the total: hidden, attention, embedding …"""
+        sums: dict[str, float] = defaultdict(float)
+        for name, value in self.terms.items():
+            sums[name.partition("/")[0]] += self.coefficients[name] * value
+        return dict(sums)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak of this rank: device memory on a GPU, resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Monitor:
+    def __init__(
+        self,
+        *,
+        active: bool,
+        tensorboard: Path,
+        records: Path,
+        steps: int,
+        flops_per_token: float,
+        device: torch.device,
+        config_text: str,
+    ) -> None:
+        self._active = active
+        self._steps = steps
+        self._flops_per_token = flops_per_token
+        self._device = device
+        self._config_text = config_text
+        self._tensorboard_dir = tensorboard
+        self._writer: SummaryWriter | None = None
+        self._bar: tqdm[Any] | None = None
+        self._on_terminal = sys.stderr.isatty()
+        # on a terminal the bar is for the eyes, and records.jsonl holds the lines; logs and pipes get both
+        quiet = _Silent() if sys.stdout.isatty() else None
+        self.records = RecordWriter(records, stream=quiet) if active else None
+        self.first: StepReport | None = None
+        self.last: StepReport | None = None
+        self.last_held_out: dict[str, Any] | None = None
+        self._tokens = 0.0
+        self._busy_s = 0.0
+        self._wait_s = 0.0
+
+    def begin(self, step: int) -> None:
+        self._start_step = step
+        self._mark = time.perf_counter()
+        self._eta_mark: tuple[int, float] | None = None
+        if not self._active:
+            return
+        # a resumed run overwrites the points that a killed one wrote past its last checkpoint
+        self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=step + 1 if step else None, flush_secs=15)
+        self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
+        if self._on_terminal:
+            self._bar = tqdm(total=self._steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def write_record(self, kind: str, **fields: Any) -> None:
+        if self.records is not None:
+            self.records.write(kind, **fields)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent here does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - start
+
+    def step(self, report: StepReport) -> None:
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self._tokens += report.counts.tokens
+        self._busy_s += seconds
+        wait, self._wait_s = report.wait_s - self._wait_s, report.wait_s
+        self.first = self.first or report
+        self.last = report
+        if not self._active:
+            return
+        speed = {
+            "tokens_per_s": report.counts.tokens / seconds,
+            "samples_per_s": report.counts.sequences / seconds,
+            "tflops": self._flops_per_token * report.counts.tokens / seconds / 1e12,
+            "data_wait_share": wait / seconds,
+        }
+        shares = {name: value / seconds for name, value in report.phases.items()}
+        peak = peak_memory_gib(self._device)
+        self._plot(report, speed, shares, peak)
+        self.write_record(
+            "step",
+            step=report.step,
+            total=report.total,
+            terms=report.terms,
+            losses=report.by_loss(),
+            lr=report.lr,
+            grad_norm=report.grad_norm,
+            loss_scale=report.loss_scale,
+            skipped_steps=report.skipped_steps,
+            tokens=int(report.counts.tokens),
+            seconds=seconds,
+            time_share=shares,
+            peak_memory_gib=peak,
+            **speed,
+        )
+        self._progress(report, speed["tokens_per_s"], now)
+
+    def _plot(self, report: StepReport, speed: dict[str, float], shares: dict[str, float], peak: float) -> None:
+        losses = report.by_loss()
+        points = {"loss/total": report.total, "optimizer/lr": report.lr, "memory/peak_gib": peak}
+        points |= {f"loss/{name}": value for name, value in losses.items()}
+        points |= {f"pair/{name}": value for name, value in report.terms.items()}
+        points |= {f"share/{name}": value / report.total for name, value in losses.items() if report.total}
+        points |= {f"speed/{name}": value for name, value in speed.items()}
+        points |= {f"time_share/{name}": value for name, value in shares.items()}
+        points["optimizer/skipped_steps"] = report.skipped_steps
+        if report.grad_norm is not None:
+            points["optimizer/grad_norm"] = report.grad_norm
+        if report.loss_scale is not None:
+            points["optimizer/loss_scale"] = report.loss_scale
+        self._scalars(points, report.step)
+
+    def _scalars(self, points: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            for tag, value in points.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def _progress(self, report: StepReport, tokens_per_s: float, now: float) -> None:
+        done = report.step - self._start_step
+        if self._eta_mark is None and done >= ETA_AFTER_STEPS // 2:
+            self._eta_mark = (report.step, now)
+        left = ""
+        if self._eta_mark is not None and done >= ETA_AFTER_STEPS and report.step > self._eta_mark[0]:
+            per_step = (now - self._eta_mark[1]) / (report.step - self._eta_mark[0])
+            left = f", {format_seconds(per_step * (self._steps - report.step))} left"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {report.total:.4g}, {tokens_per_s:,.0f} tok/s{left}", refresh=False)
+            self._bar.update(report.step - self._bar.n)
+            return
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in report.by_loss().items())
+        self.say(
+            f"step {report.step}/{self._steps}  loss {report.total:.4g} ({parts})  lr {report.lr:.2e}  "
+            f"{tokens_per_s:,.0f} tokens/s{left}"
+        )
+
+    def say(self, text: str) -> None:
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def held_out(self, step: int, total: float, terms: dict[str, float]) -> None:
+        self.last_held_out = {"step": step, "total": total, "terms": terms}
+        self._scalars({"held_out/total": total} | {f"held_out/{name}": value for name, value in terms.items()}, step)
+        self.write_record("step", step=step, held_out={"total": total, "terms": terms})
+        self.say(f"step {step}/{self._steps}  held-out loss {total:.4g}")
+
+    def checkpoint(self, step: int, folder: Path) -> None:
+        self.write_record("checkpoint", step=step, path=str(folder))
+        self.say(f"step {step}/{self._steps}  checkpoint {folder}")
+
+    def diverged(self, report: StepReport, first_bad: int) -> None:
+        bad = [name for name, value in report.terms.items() if value != value or abs(value) == float("inf")]
+        self.write_record("error", status="diverged", step=first_bad, terms=bad, lr=report.lr, total=report.total)
+        self.say(
+            f"error: the loss is not finite since step {first_bad} (terms: {', '.join(bad) or 'total only'}; learning "
+            f"rate {report.lr:.2e}). The last complete checkpoint is untouched; try a lower train.lr or more warm-up"
+        )
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Mean over this process's training time, checkpoints and evaluations left out."""
+        return self._tokens / self._busy_s if self._busy_s else 0.0
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self.records is not None:
+            self.records.close()
+
+
+class _Silent:
+    """A stream that swallows: on a terminal, records go to the file only."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        return None

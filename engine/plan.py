@@ -1,0 +1,154 @@
+"""What a run will do, worked out and checked from configuration files alone, before any model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from engine import runtime
+from engine.checkpoint import flatten
+from engine.config import RunConfig
+from engine.data.manifest import Manifest, check_tokenizer, load_manifest
+from engine.ds_config import FOLDER, Execution, default_config_name, resolve_execution
+from engine.errors import UserError
+from engine.losses.loss_set import LossSet
+from engine.mapping import LayerMapping, parse_mapping
+from engine.models import hub
+from engine.models.shape import ModelShape
+from engine.models.initialise import resolve_init
+from engine.models.student import build_student_config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before any model is loaded."""
+
+    config: RunConfig
+    execution: Execution
+    manifest: Manifest
+    tokenizer: PreTrainedTokenizerBase
+    teacher_config: PretrainedConfig
+    student_config: PretrainedConfig
+    teacher_shape: ModelShape
+    student_shape: ModelShape
+    hidden_map: LayerMapping
+    attention_map: LayerMapping
+    losses: LossSet
+    seq_len: int
+    warnings: tuple[str, ...]
+
+    @property
+    def mlm_head(self) -> bool:
+        return self.losses.wanted_student.logits
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Reads configuration files, manifest and tokenizer, and checks them against each other. Raises UserError."""
+    path = Path(config.deepspeed_config)
+    if config.deepspeed_config == "auto":
+        gpu = torch.cuda.is_available()
+        path = FOLDER / default_config_name(has_gpu=gpu, has_fast_bf16=runtime.has_fast_bf16())
+    execution = resolve_execution(config, path, runtime.launcher_world_size())
+    teacher_config = hub.load_config(config.teacher.path, key="teacher.path")
+    tokenizer = hub.load_tokenizer(config.teacher.path, key="teacher.path")
+    manifest = load_manifest(Path(config.data.path))
+    check_tokenizer(manifest, tokenizer)
+    if config.data.seq_len not in (None, manifest.seq_len):
+        raise UserError(
+            f"data.seq_len={config.data.seq_len}, but {config.data.path} was prepared with {manifest.seq_len}; remove "
+            "the key or prepare the corpus again"
+        )
+    wants_head = config.loss.logits > 0 or config.loss.mlm > 0
+    student_config = build_student_config(config.student, teacher_config)
+    teacher_shape = hub.shape_of(teacher_config, has_mlm_head=hub.has_mlm_weights(config.teacher.path, teacher_config))
+    student_shape = hub.shape_of(student_config, has_mlm_head=wants_head)
+    sizes = {"student_layers": student_shape.layers, "teacher_layers": teacher_shape.layers}
+    hidden_map = parse_mapping(config.mapping.hidden, key="mapping.hidden", **sizes)
+    attention_text = config.mapping.attention or config.mapping.hidden
+    if config.student.path is None:
+        resolve_init(config.student.init or "random", student_shape.layers, teacher_shape.layers, hidden_map)
+    attention_map = parse_mapping(attention_text, key="mapping.attention", **sizes)
+    losses = LossSet(
+        config.loss,
+        config.mapping,
+        hidden_map=hidden_map,
+        attention_map=attention_map,
+        student=student_shape,
+        teacher=teacher_shape,
+        mlm_probability=config.data.mlm_probability,
+    )
+    longest = getattr(student_config, "max_position_embeddings", None)
+    if longest is not None and manifest.seq_len > longest:
+        raise UserError(f"{config.data.path} has sequences of {manifest.seq_len} tokens; the student takes {longest}")
+    return Plan(
+        config=config,
+        execution=execution,
+        manifest=manifest,
+        tokenizer=tokenizer,
+        teacher_config=teacher_config,
+        student_config=student_config,
+        teacher_shape=teacher_shape,
+        student_shape=student_shape,
+        hidden_map=hidden_map,
+        attention_map=attention_map,
+        losses=losses,
+        seq_len=manifest.seq_len,
+        warnings=(*losses.warnings, *idle_settings(config, losses, student_shape)),
+    )
+
+
+def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape) -> list[str]:
+    """Settings that have no effect in this combination, one sentence each."""
+    idle = []
+    if config.data.whole_word_mask and not config.data.mlm_probability:
+        idle.append("data.whole_word_mask has no effect while data.mlm_probability is 0")
+    if config.train.eval_every and not config.data.eval_sequences:
+        idle.append("train.eval_every has no effect while data.eval_sequences is 0")
+    wanted = losses.wanted_student
+    if not wanted.logits and wanted.deepest < student.layers:
+        beyond = f"{wanted.deepest + 1}" + (f" to {student.layers}" if wanted.deepest + 1 < student.layers else "")
+        idle.append(f"student layer {beyond} gets no gradient: no loss reaches beyond student layer {wanted.deepest}")
+    return idle
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What must be the same when a run is continued: every setting that decides what is computed, and its inputs."""
+
+    def digest(tree: object) -> str:
+        return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(plan.config)))
+    return flatten(settings) | {
+        "teacher.config_sha256": digest(plan.teacher_config.to_dict()),
+        "data.content_sha256": digest(
+            [[shard.sha256 for shard in plan.manifest.shards], [source.weight for source in plan.manifest.sources]]
+        ),
+        "mapping.hidden_resolved": str(plan.hidden_map),
+        "mapping.attention_resolved": str(plan.attention_map),
+    }
+
+
+def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[str, Any]:
+    """What a checkpoint tells launch/export.py: the student's configuration, and the facts of its model card."""
+    config, shape = plan.config, plan.student_shape
+    return {
+        "student_config": student_config.to_dict(),
+        "mlm_head": plan.mlm_head,
+        "card": {
+            "teacher": config.teacher.path,
+            "student": f"{shape.layers} layers x {shape.width}, {shape.heads} heads",
+            "initialised from": config.student.path or config.student.init or "random",
+            "hidden-state mapping": str(plan.hidden_map),
+            "attention mapping": str(plan.attention_map),
+            "losses": ", ".join(f"{name} x {weight:g}" for name, weight in config.loss.active.items()),
+            "data": f"{config.data.path}, {plan.manifest.sequences:,} sequences of {plan.seq_len} tokens",
+            "planned steps": f"{config.train.steps} x {config.train.global_batch} sequences",
+            "seed": config.seed,
+        },
+    }

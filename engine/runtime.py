@@ -1,0 +1,127 @@
+"""Process set-up: accelerator, distributed group, seeds, threads, logging and signals."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from engine.data.batch import Counts
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices natively (AMX or AVX-512 bf16); elsewhere bf16 is emulated and slow."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def launcher_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def launcher_world_size() -> int:
+    """Ranks of this job, known before any group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    threads: int
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+
+def _use_free_port() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+
+
+def start(seed: int) -> Runtime:
+    """Joins the distributed group of the launcher (or a group of one when started with plain `python`)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes every accelerator and warns
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        _use_free_port()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        # every rank would otherwise start a thread per core: 2 ranks on 2 cores then run several times slower
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+
+    import deepspeed
+    from deepspeed.utils.logging import set_log_level_from_string
+
+    set_log_level_from_string(os.environ.get("DS_LOG_LEVEL", "warning"))
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    torch.manual_seed(seed)
+    return Runtime(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        local_rank=local_rank,
+        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
+        threads=torch.get_num_threads(),
+    )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout's random numbers are a function of (seed, step, rank), so that a resumed run needs no saved RNG state."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGUSR1; the loop finishes its step, writes a checkpoint and leaves."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+
+class Agreement:
+    """What all ranks must agree on before a step: the counts of the global batch, and whether anyone was told to stop.
+
+    One small all-reduce of host numbers over a gloo group of its own, so that no device is waited for.
+    """
+
+    def __init__(self) -> None:
+        dist = torch.distributed
+        self._alone = dist.get_world_size() == 1
+        self._group = None if self._alone or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    def reduce(self, local: Counts, stop: bool) -> tuple[Counts, bool]:
+        if self._alone:
+            return local, stop
+        numbers = torch.tensor([*local.as_list(), float(stop)], dtype=torch.float64)
+        torch.distributed.all_reduce(numbers, group=self._group)
+        *counts, stops = numbers.tolist()
+        return Counts(*counts), stops > 0

@@ -1,0 +1,8 @@
+"""python launch/prepare_data.py --config examples/prepare_news.yaml"""
+
+import sys
+
+from engine.cli import prepare_main
+
+if __name__ == "__main__":
+    sys.exit(prepare_main())

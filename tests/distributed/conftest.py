@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinyWorld
+from launching import Run, write_ds_config
+
+PRECISION: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}},
+}
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run(tiny_world: TinyWorld, tmp_path: Path) -> MakeRun:
+    """make_run(name, stage=…, precision=…, micro="auto", ranks=…, **settings): a small distillation, 4 x 32 -> 2 x 16."""
+
+    def make(
+        name: str,
+        *,
+        stage: int = 1,
+        precision: str = "fp32",
+        micro: int | str = "auto",
+        ranks: int = 1,
+        launcher: bool = True,
+        zero: dict[str, Any] | None = None,
+        **settings: object,
+    ) -> Run:
+        ds = write_ds_config(
+            tmp_path / f"ds {name}",
+            train_micro_batch_size_per_gpu=micro,
+            zero_optimization={"stage": stage, **(zero or {})},
+            **PRECISION[precision],
+        )
+        values: dict[str, object] = {
+            "deepspeed_config": ds,
+            "teacher.path": tiny_world.teacher,
+            "student.layers": 2,
+            "student.hidden_size": 16,
+            "student.init": "mapping",
+            "data.path": tiny_world.corpus,
+            "data.eval_sequences": 20,
+            "train.steps": 6,
+            "train.global_batch": 8,
+            "train.lr": 3e-3,
+            "train.warmup_steps": 2,
+            "train.log_every": 1,
+            "train.eval_every": 0,
+            "train.save_every": 0,
+        }
+        values.update({key.replace("__", "."): value for key, value in settings.items()})
+        argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        return Run(tmp_path / name, ranks=ranks, argv=argv, launcher=launcher)
+
+    return make

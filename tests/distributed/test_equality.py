@@ -1,0 +1,98 @@
+"""One seed and one global batch give one loss curve, however the work is split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.launcher
+
+FP32, BF16 = 1e-5, 2e-2
+"""Relative tolerance of losses: sums in another order; 8 bits of mantissa over 6 updates."""
+
+
+def relative_gap(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) > 0
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", FP32), ("bf16", BF16)])
+def test_zero_stages_give_one_curve_on_two_ranks(make_run, precision: str, tolerance: float) -> None:
+    curves, norms = {}, {}
+    for stage in (0, 1, 2, 3):
+        run = make_run(f"zero{stage}", stage=stage, precision=precision, ranks=2, micro=2)
+        run.finish()
+        curves[stage], norms[stage] = run.curve(), run.curve("grad_norm")
+    gaps = {stage: relative_gap(curves[0], curves[stage]) for stage in (1, 2, 3)}
+    norm_gaps = {stage: relative_gap(norms[0], norms[stage]) for stage in (1, 2, 3)}
+    print(f"{precision}: largest relative gap to stage 0: loss {gaps}, gradient norm {norm_gaps}")
+    assert curves[0][-1] < 0.97 * curves[0][0], "nothing was learnt, so equality says nothing"
+    assert max(gaps.values()) < tolerance
+    assert max(norm_gaps.values()) < 10 * tolerance
+
+
+def test_the_gradient_does_not_depend_on_the_split(make_run) -> None:
+    """1x8, 2x4 and 8x1 (accumulation x micro batch), on one rank and on two, over padded sequences."""
+    splits = {"1x8": (1, 8), "2x4": (1, 4), "8x1": (1, 1), "2 ranks 2x2": (2, 2), "2 ranks 4x1": (2, 1)}
+    losses, norms, weights = {}, {}, {}
+    for name, (ranks, micro) in splits.items():
+        run = make_run(name, ranks=ranks, micro=micro, stage=1 if ranks > 1 else 0, launcher=ranks > 1)
+        run.finish()
+        losses[name], norms[name], weights[name] = run.curve(), run.curve("grad_norm"), run.student()
+    first = "1x8"
+    for name in splits:
+        assert relative_gap(losses[first], losses[name]) < FP32, name
+        assert relative_gap(norms[first], norms[name]) < FP32, name
+        for key, tensor in weights[first].items():
+            torch.testing.assert_close(weights[name][key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
+    print({name: (relative_gap(losses[first], losses[name]), relative_gap(norms[first], norms[name])) for name in splits})
+
+
+def test_activation_checkpointing_and_sharded_teacher_change_nothing(make_run) -> None:
+    plain = make_run("plain", stage=3, ranks=2)
+    plain.finish()
+    other = make_run(
+        "other", stage=3, ranks=2, student__activation_checkpointing=True, teacher__placement="zero3"
+    )
+    other.finish()
+    assert relative_gap(plain.curve(), other.curve()) < FP32
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw"])
+def test_optimizers_under_fp16_stage_0_follow_fp32(make_run, name: str) -> None:
+    """DeepSpeed's 16-bit stage 0 makes a hidden first update; engine.optim.initialize_engine undoes it."""
+    curves = {}
+    for precision in ("fp32", "fp16"):
+        run = make_run(f"{name} {precision}", stage=0, precision=precision, launcher=False, optim__name=name)
+        run.finish()
+        curves[precision] = run.curve()
+        if precision == "fp16":
+            assert all(step["loss_scale"] == 256.0 for step in run.steps())
+            assert all(step["skipped_steps"] == 0 for step in run.steps())
+    assert relative_gap(curves["fp32"], curves["fp16"]) < 5e-3
+
+
+def test_fp16_overflow_halves_the_scale_and_skips_the_step(make_run, tmp_path) -> None:
+    run = make_run("overflow", stage=1, precision="fp16", launcher=False)
+    ds = tmp_path / "overflow.json"
+    ds.write_text('{"fp16": {"enabled": true, "loss_scale": 0, "initial_scale_power": 32, "hysteresis": 1}}')
+    run.finish("--deepspeed_config", str(ds), "--train.steps", "24")
+    steps = run.steps()
+    assert steps[-1]["skipped_steps"] > 0
+    assert steps[-1]["loss_scale"] < 2**32
+    assert steps[-1]["total"] < steps[0]["total"], "training goes on once the scale fits"
+
+
+def test_offload_runs_on_this_machine(make_run) -> None:
+    run = make_run(
+        "offload",
+        stage=3,
+        precision="bf16",
+        ranks=2,
+        zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+    )
+    output = run.finish()
+    assert "DeepSpeedCPUAdam" in output
+    plain = make_run("no offload", stage=3, precision="bf16", ranks=2)
+    plain.finish()
+    assert relative_gap(plain.curve(), run.curve()) < BF16

@@ -1,0 +1,179 @@
+"""Stopping and continuing: bitwise the same run, and nothing unfinished is ever used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import psutil
+import pytest
+import torch
+from launching import kill_session
+
+from engine.records import parse_record
+from engine.run_dir import COMPLETE, step_tag
+
+pytestmark = pytest.mark.launcher
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_half_and_half_equals_the_whole_bitwise(make_run, stage: int) -> None:
+    """2k steps in one go; k steps, a new process, k more. fp32, 2 ranks, accumulation, dropout and masking on."""
+    k = 5
+    settings = {
+        "stage": stage,
+        "ranks": 2,
+        "micro": 2,
+        "train__steps": 2 * k,
+        "train__save_every": k,
+        "student__dropout": 0.1,
+        "data__mlm_probability": 0.15,
+        "loss__mlm": 1.0,
+    }
+    whole = make_run("whole", **settings)
+    whole.finish()
+    half = make_run("half", **settings)
+    # the same run as it lay on disk after k steps, in another folder, continued by a new process
+    shutil.copytree(whole.output_dir, half.output_dir)
+    shutil.rmtree(half.run_dir.checkpoints / step_tag(2 * k))
+    shutil.rmtree(half.run_dir.student)
+    output = half.finish()
+    assert f"continues from {step_tag(k)}" in output
+    resumed = [r["step"] for r in half.steps()]
+    assert resumed == [*range(1, 2 * k + 1), *range(k + 1, 2 * k + 1)]
+    assert half.curve() == whole.curve()
+    assert half.curve("grad_norm") == whole.curve("grad_norm")
+    assert half.curve("lr") == whole.curve("lr")
+    assert_same_bits(whole.student(), half.student())
+    assert_same_bits(whole.projections(), half.projections())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_with_a_complete_checkpoint(make_run, number: signal.Signals) -> None:
+    whole = make_run("whole", ranks=2, train__steps=150)
+    stopped = make_run("stopped", ranks=2, train__steps=150)
+    process = stopped.start()
+    stopped.wait_for_step(3, process)
+    os.kill(stopped.rank_pids(process.pid)[1], number)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 4, output[-3000:]
+    last = stopped.steps()[-1]["step"]
+    assert last < 150
+    assert stopped.run_dir.complete_tags() == [step_tag(last)]
+    assert stopped.records("run")[-1]["status"] == "preempted"
+    assert not stopped.records("result")
+    assert not stopped.run_dir.student.exists()
+    whole.finish()
+    stopped.finish()
+    assert stopped.curve() == whole.curve()
+    assert_same_bits(whole.student(), stopped.student())
+
+
+def test_sigterm_to_the_launcher_leaves_a_complete_checkpoint(make_run) -> None:
+    """What a scheduler's preemption does: the launcher passes the signal on and waits for its ranks."""
+    run = make_run("preempted", ranks=2, train__steps=400)
+    process = run.start()
+    run.wait_for_step(3, process)
+    ranks = [psutil.Process(pid) for pid in run.rank_pids(process.pid)]
+    os.killpg(process.pid, signal.SIGTERM)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    kill_session(process)
+    process.communicate()
+    assert not alive
+    assert run.run_dir.complete_tags() == [step_tag(run.steps()[-1]["step"])]
+    assert run.records("run")[-1]["status"] == "preempted"
+
+
+def test_a_changed_what_is_refused_and_a_changed_how_is_not(make_run) -> None:
+    run = make_run("run", launcher=False, train__steps=4, train__save_every=2)
+    run.finish()
+    shutil.rmtree(run.run_dir.checkpoints / step_tag(4))
+    before = sorted(p.name for p in run.run_dir.checkpoints.iterdir())
+    output = run.finish("--mapping.hidden", "last", "--loss.attention", "2", "--train.log_every", "2", expect=2)
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "mapping.hidden: 'uniform' -> 'last'" in errors[0]
+    assert "loss.attention: 1.0 -> 2.0" in errors[0]
+    assert "log_every" not in errors[0]
+    assert sorted(p.name for p in run.run_dir.checkpoints.iterdir()) == before
+    output = run.finish("--train.log_every", "2", "--student.activation_checkpointing", "true")
+    assert "continues from step-00000002" in output
+    assert run.records("result")[-1]["step"] == 4
+
+
+def test_unfinished_checkpoints_are_removed_and_never_used(make_run) -> None:
+    run = make_run("run", launcher=False, train__steps=4, train__save_every=2)
+    run.finish()
+    (run.run_dir.checkpoints / step_tag(4) / COMPLETE).unlink()
+    output = run.finish()
+    assert "removed step-00000004: an unfinished checkpoint" in output
+    assert "continues from step-00000002" in output
+    assert run.run_dir.complete_tags() == [step_tag(2), step_tag(4)]
+
+
+def test_resume_by_name_sets_later_checkpoints_aside(make_run) -> None:
+    run = make_run("run", launcher=False, train__steps=6, train__save_every=2, train__keep=3)
+    run.finish()
+    weights = run.student()
+    output = run.finish("--resume", step_tag(2))
+    assert "renamed step-00000006 to superseded-step-00000006" in output
+    assert_same_bits(weights, run.student())
+    assert run.run_dir.complete_tags() == [step_tag(s) for s in (2, 4, 6)]
+    assert "complete ones: step-00000002" in run.finish("--resume", "step-00000003", expect=2)
+    assert "resume='never'" in run.finish("--resume", "never", expect=2)
+
+
+def test_another_world_size_is_refused_with_what_is_possible(make_run) -> None:
+    run = make_run("run", ranks=2, train__steps=4, train__save_every=2)
+    run.finish()
+    shutil.rmtree(run.run_dir.checkpoints / step_tag(4))
+    run.launcher = False
+    output = run.finish(expect=2)
+    assert "written with world_size=2 and this start has world_size=1" in output
+
+
+def test_only_the_newest_checkpoints_are_kept(make_run) -> None:
+    run = make_run("run", launcher=False, train__steps=5, train__save_every=1, train__keep=2)
+    run.finish()
+    assert run.run_dir.complete_tags() == [step_tag(4), step_tag(5)]
+    assert [r["step"] for r in run.records("checkpoint")] == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_started_again_changes_nothing(make_run) -> None:
+    run = make_run("run", launcher=False, train__steps=3)
+    run.finish()
+    weights = run.student()
+    run.finish()
+    assert_same_bits(weights, run.student())
+    assert run.records("result")[-1]["status"] == "done"
+
+
+def test_divergence_exits_3_and_leaves_the_last_checkpoint(make_run) -> None:
+    run = make_run("run", ranks=2, train__steps=30, train__save_every=2, train__log_every=3)
+    run.finish("--train.lr", "1e25", "--train.warmup_steps", "4", expect=3)
+    error = run.records("error")[-1]
+    assert error["status"] == "diverged"
+    assert error["terms"]
+    tags = run.run_dir.complete_tags()
+    assert all(int(tag[5:]) < error["step"] for tag in tags)
+    for tag in tags:
+        assert json.loads((run.run_dir.checkpoints / tag / COMPLETE).read_text())["step"] == int(tag[5:])
+    assert not run.records("result")
+    assert not run.run_dir.student.exists()
+
+
+def test_records_on_stdout_are_the_records_in_the_file(make_run) -> None:
+    run = make_run("run", ranks=2)
+    output = run.finish()
+    printed = [record for line in output.splitlines() if (record := parse_record(line)) is not None]
+    kept = [r for kind in ("run", "step", "checkpoint", "result") for r in run.records(kind)]
+    assert len(printed) == len(kept) > 0
+    assert printed[-1]["kind"] == "result"

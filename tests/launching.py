@@ -1,0 +1,128 @@
+"""Starts the real scripts, with or without the real deepspeed launcher, and reads what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from engine.records import read_records
+from engine.run_dir import RunDir
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    env = {k: v for k, v in os.environ.items() if k not in dropped}
+    bin_dir = str(Path(sys.executable).parent)
+    return env | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{bin_dir}{os.pathsep}{env['PATH']}"}
+
+
+@dataclass
+class Run:
+    """One start of launch/distill.py in a run directory; the same object can be started again."""
+
+    output_dir: Path
+    ranks: int = 1
+    argv: list[str] = field(default_factory=list)
+    launcher: bool = True
+
+    def command(self, *more: str) -> list[str]:
+        script = ["launch/distill.py", "--output_dir", str(self.output_dir), *self.argv, *more]
+        if not self.launcher:
+            return [sys.executable, *script]
+        launcher = str(Path(sys.executable).parent / "deepspeed")
+        return [launcher, "--num_accelerators", str(self.ranks), "--master_port", str(free_port()), *script]
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*more),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, *more: str, expect: int = 0) -> str:
+        process = self.start(*more)
+        try:
+            output, _ = process.communicate(timeout=400)
+        finally:
+            kill_session(process)
+        assert process.returncode == expect, f"exit {process.returncode}, expected {expect}:\n{output[-6000:]}"
+        return output
+
+    def rank_pids(self, launcher_pid: int) -> list[int]:
+        """Pids of the rank processes, in the order of their ranks."""
+        found = []
+        for child in psutil.Process(launcher_pid).children(recursive=True):
+            words = child.cmdline()
+            local = [w for w in words if w.startswith("--local_rank=")]
+            if local and "launch/distill.py" in words:
+                found.append((int(local[0].partition("=")[2]), child.pid))
+        return [pid for _, pid in sorted(found)]
+
+    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if any(r["step"] >= step for r in self.steps()):
+                return
+            assert process.poll() is None, f"ended early:\n{process.stdout.read()[-4000:] if process.stdout else ''}"
+            time.sleep(0.02)
+        raise AssertionError(f"step {step} was not reached")
+
+    @property
+    def run_dir(self) -> RunDir:
+        return RunDir(self.output_dir)
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        path = self.run_dir.records
+        return [r for r in read_records(path) if r["kind"] == kind] if path.is_file() else []
+
+    def steps(self) -> list[dict[str, Any]]:
+        return [r for r in self.records("step") if "total" in r]
+
+    def curve(self, key: str = "total") -> list[float]:
+        """The value of each step; of a step that was run twice, the later one."""
+        return list({r["step"]: r[key] for r in self.steps()}.values())
+
+    def student(self) -> dict[str, torch.Tensor]:
+        return load_file(self.run_dir.student / "model.safetensors")
+
+    def projections(self) -> dict[str, torch.Tensor]:
+        return load_file(self.run_dir.student / "projections.safetensors")
+
+
+def kill_session(process: subprocess.Popen[str]) -> None:
+    """Ranks outlive a killed launcher; they share its session."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def write_ds_config(folder: Path, **sections: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "ds.json"
+    path.write_text(json.dumps(sections))
+    return path

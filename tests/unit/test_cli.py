@@ -1,0 +1,103 @@
+"""Mistakes on the command line, through the real scripts: one line, exit code 2, nothing loaded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import config_docs
+from engine.cli import parse_config
+from engine.config import PrepareConfig, RunConfig
+from engine.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MISTAKES = [
+    (["--loss.hiden", "3"], "unknown setting 'loss.hiden'; did you mean 'loss.hidden'?"),
+    (["--trian.steps", "3"], "did you mean 'train.steps'?"),
+    (["--loss.hidden", "abc"], "loss.hidden: expected float, got abc"),
+    (["--loss.hidden", "-1"], "loss.hidden=-1.0"),
+    (["--loss.hidden", "nan"], "loss.hidden"),
+    (["--teacher.dtype", "fp8"], "teacher.dtype: expected one of 'auto', 'float32', 'bfloat16', 'float16', got fp8"),
+    (["--train.warmup_steps", "1000"], "must not exceed train.steps=300"),
+    (["--student.path", "x", "--student.layers", "3"], "student.layers=3: remove it"),
+    (["--loss.preset", "tinybert", "--loss.projection", "identity"], "loss.preset='tinybert' fixes it"),
+    (["--data.mlm_probability", "1.5"], "must be in [0, 1)"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+]
+
+
+@pytest.mark.parametrize(("argv", "says"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_mistakes_name_key_value_and_remedy(argv: list[str], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_config(RunConfig, argv, "test")
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["loss:\n  hiden: 1\n", "loss:\n  hidden: [\n", "bogus: 1\n"])
+def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse_config(RunConfig, ["--config", str(path)], "test")
+    assert "hiden" in str(error.value) or "bogus" in str(error.value) or str(path) in str(error.value)
+
+
+def test_script_exits_2_on_rank_zero_only_and_loads_no_model() -> None:
+    for rank, expected in (("0", 1), ("1", 0)):
+        done = subprocess.run(
+            [sys.executable, "launch/distill.py", "--loss.hiden", "3"],
+            cwd=ROOT,
+            env={**os.environ, "RANK": rank},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == expected
+        assert done.stdout == ""
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  steps: 7\n  warmup_steps: 2\n  lr: 5e-4\n")
+    config = parse_config(RunConfig, ["--config", str(path), "--train.steps", "9", "--dry_run"], "test")
+    assert (config.train.steps, config.train.warmup_steps, config.train.lr, config.dry_run) == (9, 2, 5e-4, True)
+
+
+def test_switches_take_a_value_too() -> None:
+    assert parse_config(RunConfig, ["--dry_run=false"], "test").dry_run is False
+    assert parse_config(RunConfig, ["--dry_run", "true", "--seed", "4"], "test").seed == 4
+
+
+def test_mapping_texts_stay_text() -> None:
+    argv = ["--mapping.hidden", "none", "--mapping.attention", "0-5-0-10"]
+    mapping = parse_config(RunConfig, argv, "test").mapping
+    assert (mapping.hidden, mapping.attention) == ("none", "0-5-0-10")
+
+
+def test_prepare_config_parses_sources() -> None:
+    argv = ["--sources", '[{"path": "a.txt", "weight": 2}, {"path": "b.jsonl", "field": "body"}]']
+    config = parse_config(PrepareConfig, argv, "test")
+    assert [(s.path, s.weight, s.field) for s in config.sources] == [("a.txt", 2.0, "text"), ("b.jsonl", 1.0, "body")]
+
+
+def test_configuration_docs_are_fresh() -> None:
+    assert config_docs.TARGET.read_text() == config_docs.render(), "stale: run `make docs`"
+
+
+@pytest.mark.parametrize(
+    "module", ["engine.config", "engine.ds_config", "engine.records", "engine.mapping", "engine.run_dir", "ga"]
+)
+def test_light_modules_import_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(bool({{'torch', 'deepspeed'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_engine_never_imports_the_search() -> None:
+    for path in (ROOT / "engine").rglob("*.py"):
+        text = path.read_text()
+        assert "import ga" not in text, path
+        assert "from ga" not in text, path

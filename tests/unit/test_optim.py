@@ -1,0 +1,97 @@
+"""Optimizers and schedules against their formulas in float64."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from engine.config import OptimConfig, TrainConfig
+from engine.ds_config import FOLDER, resolve_execution
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.optim import Lamb, build_optimizer, build_schedule, parameter_groups
+
+
+def lamb_by_the_paper(w, grads, lr, betas, eps, decay):
+    """Algorithm 2 of arXiv 1904.00962 for one tensor, written out in float64."""
+    b1, b2 = betas
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for t, g in enumerate(grads, start=1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        r = (m / (1 - b1**t)) / (torch.sqrt(v / (1 - b2**t)) + eps) + decay * w
+        ratio = w.norm() / r.norm() if w.norm() > 0 and r.norm() > 0 else 1.0
+        w = w - lr * ratio * r
+    return w
+
+
+@pytest.mark.parametrize("zero_weight", [False, True])
+def test_lamb_follows_the_paper(zero_weight: bool) -> None:
+    torch.manual_seed(0)
+    start = torch.zeros(7, 5, dtype=torch.float64) if zero_weight else torch.randn(7, 5, dtype=torch.float64)
+    grads = [torch.randn(7, 5, dtype=torch.float64) for _ in range(6)]
+    p = nn.Parameter(start.clone())
+    optimizer = Lamb([p], lr=0.03, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+    for g in grads:
+        p.grad = g.clone()
+        optimizer.step()
+    want = lamb_by_the_paper(start, grads, 0.03, (0.9, 0.99), 1e-6, 0.1)
+    torch.testing.assert_close(p.data, want, rtol=1e-12, atol=1e-12)
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Embedding(5, 3))
+    module[0].weight.requires_grad_(True)
+    decayed, plain = parameter_groups(module, 0.01)
+    assert {id(p) for p in decayed["params"]} == {id(module[0].weight), id(module[2].weight)}
+    assert plain["weight_decay"] == 0.0
+    assert len(plain["params"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("linear", {0: 0.0, 5: 0.5, 10: 1.0, 60: 0.5, 110: 0.0}),
+        ("cosine", {0: 0.0, 5: 0.5, 10: 1.0, 60: 0.5, 35: 0.5 * (1 + math.cos(math.pi / 4)), 110: 0.0}),
+        ("constant", {0: 0.0, 5: 0.5, 10: 1.0, 110: 1.0}),
+    ],
+)
+def test_schedules(name: str, at: dict[int, float]) -> None:
+    config = TrainConfig(steps=110, warmup_steps=10, schedule=name, lr=2.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
+    schedule = build_schedule(config, optimizer)
+    for step in range(111):
+        if step in at:
+            assert schedule.get_last_lr()[0] == pytest.approx(2.0 * at[step], abs=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+def build(name: str, ds: Path):
+    execution = resolve_execution(RunConfig(optim=OptimConfig(name=name)), ds, 1)
+    module = nn.Linear(3, 3)
+    return build_optimizer(OptimConfig(name=name), module, lr=1e-3, execution=execution, device=torch.device("cpu"))
+
+
+def test_cpu_takes_the_fused_adamw_and_says_why_lamb_is_plain() -> None:
+    adamw = build("adamw", FOLDER / "zero1_bf16.json")
+    assert isinstance(adamw.optimizer, torch.optim.AdamW)
+    assert adamw.optimizer.defaults["fused"] is True
+    assert adamw.why_not_faster == ""
+    lamb = build("lamb", FOLDER / "zero0_fp32.json")
+    assert isinstance(lamb.optimizer, Lamb)
+    assert "CUDA" in lamb.why_not_faster
+
+
+@pytest.mark.parametrize("name", ["apex_fused_adam", "apex_fused_lamb"])
+def test_apex_asked_for_and_missing_says_how_to_build_it(name: str) -> None:
+    try:
+        import apex.multi_tensor_apply  # noqa: F401
+
+        pytest.skip("NVIDIA Apex is installed here")
+    except ImportError:
+        pass
+    with pytest.raises(UserError, match=r"(?s)optim.name='apex_fused_.*github.com/NVIDIA/apex"):
+        build(name, FOLDER / "zero0_fp32.json")

@@ -1,0 +1,52 @@
+import io
+import math
+from pathlib import Path
+
+import pytest
+
+from engine.records import RecordWriter, format_record, parse_record, read_records
+
+LINE = format_record("step", step=3, total=0.25)
+
+
+@pytest.mark.parametrize("prefix", ["", "worker-1: ", "\x1b[32mINFO\x1b[0m ", "[rank0]:"])
+@pytest.mark.parametrize("tail", ["", "\n", "@record {torn", "worker-2: half a line", "\x1b[0m"])
+def test_parses_behind_any_prefix_and_with_a_glued_tail(prefix: str, tail: str) -> None:
+    assert parse_record(prefix + LINE + tail) == {"v": 1, "kind": "step", "step": 3, "total": 0.25}
+
+
+def test_every_torn_line_is_none_and_never_a_wrong_record() -> None:
+    whole = parse_record(LINE)
+    for cut in range(len(LINE)):
+        assert parse_record(LINE[:cut]) is None
+    assert whole is not None
+
+
+@pytest.mark.parametrize(
+    "line", ["", "step 3", '@record {"v":2,"kind":"step"}', '@record {"v":1,"kind":"x"}', "@record 7"]
+)
+def test_what_is_not_a_record(line: str) -> None:
+    assert parse_record(line) is None
+
+
+def test_non_finite_numbers_become_null() -> None:
+    record = parse_record(format_record("error", total=math.nan, terms={"a": [math.inf, 1.0]}))
+    assert record is not None
+    assert record["total"] is None
+    assert record["terms"] == {"a": [None, 1.0]}
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown record kind 'steps'"):
+        format_record("steps")
+
+
+def test_writer_appends_after_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(LINE + "\n" + LINE[:20])
+    stream = io.StringIO()
+    writer = RecordWriter(path, stream=stream)
+    writer.write("result", status="done")
+    writer.close()
+    assert [r["kind"] for r in read_records(path)] == ["step", "result"]
+    assert parse_record(stream.getvalue()) == {"v": 1, "kind": "result", "status": "done"}

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import pytest
+
+from engine.run_dir import COMPLETE, RunDir, step_tag, tag_step
+
+
+def test_only_marked_folders_count(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.newest_tag() is None
+    for step, complete in ((100, True), (200, True), (1_000_000_000, True), (300, False)):
+        folder = run.checkpoints / step_tag(step)
+        folder.mkdir(parents=True)
+        if complete:
+            (folder / COMPLETE).write_text("{}")
+    (run.checkpoints / "superseded-step-00000900").mkdir()
+    (run.checkpoints / "superseded-step-00000900" / COMPLETE).write_text("{}")
+    assert run.complete_tags() == ["step-00000100", "step-00000200", "step-1000000000"]
+    assert run.newest_tag() == "step-1000000000"
+
+
+@pytest.mark.parametrize("tag", ["latest", "step-1", "step-0000010x", "../step-00000100"])
+def test_what_is_not_a_tag(tag: str) -> None:
+    with pytest.raises(ValueError, match="step-00000100"):
+        tag_step(tag)
