@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per batch")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 512])
     parser.add_argument("--head_dims", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each pair of measurements")
     parser.add_argument("--padded", action="store_true", help="pad a quarter of every second sequence")
     args = parser.parse_args()
@@ -113,7 +114,7 @@ def main() -> None:
     print(f"{args.layers} layers x {args.width}, {args.tokens} tokens, {'padded' if args.padded else 'no pads'}; ms\n")
     print("| dtype | length | head | forward sdpa | forward eager | eager/sdpa | both sdpa | both eager | eager/sdpa |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in args.dtypes):
         for length in args.lengths:
             batch = make_batch(length, args, device)
             for head_dim in args.head_dims:

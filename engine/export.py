@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrained
 from engine.checkpoint import EXPORT_FILE
 from engine.config import ExportConfig
 from engine.errors import UserError
+from engine.models.hub import quiet
 from engine.run_dir import COMPLETE, RunDir
 
 PROJECTIONS_FILE = "projections.safetensors"
@@ -49,7 +50,8 @@ def export_checkpoint(run_dir: RunDir, tag: str, target: Path) -> None:
     pending = target.with_name(target.name + ".part")
     shutil.rmtree(pending, ignore_errors=True)
     pending.mkdir(parents=True)
-    model.save_pretrained(pending)
+    with quiet():
+        model.save_pretrained(pending)
     if projections:
         save_file(projections, pending / PROJECTIONS_FILE)
     if run_dir.tokenizer.is_dir():

@@ -1,69 +1,29 @@
-"""Shared fixtures: a tiny real teacher with its tokenizer and a tiny prepared corpus, made once per session."""
+"""Fixtures that several tiers share: a tiny teacher with a prepared corpus, and small runs of the real scripts."""
 
 from __future__ import annotations
 
 import os
-import random
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from launching import Run, write_ds_config
+from tiny_world import TinyWorld, save_tiny_teacher, write_text
 
 # Two threads on two busy cores wait for each other longer than they work; the tests' tensors are tiny anyway.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = "the a small model learns from one large teacher layer map every token and not much else today".split()
+PRECISION: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}},
+}
 
-
-@dataclass(frozen=True)
-class TinyWorld:
-    """teacher: 4 layers x 32, 4 heads. corpus: sequences of 16 tokens, some of them padded."""
-
-    teacher: Path
-    corpus: Path
-    text: Path
-
-
-def save_tiny_teacher(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    letters = "abcdefghijklmnopqrstuvwxyz."
-    vocab = {w: i for i, w in enumerate([*special, *WORDS, *letters, *(f"##{c}" for c in letters)])}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", model_max_length=64, **names)
-    fast.save_pretrained(folder)
-    torch.manual_seed(11)
-    config = BertConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # so that layers differ and attention is not flat
-    )
-    BertForMaskedLM(config).save_pretrained(folder)
-
-
-def write_text(path: Path, documents: int, seed: int = 3) -> None:
-    rng = random.Random(seed)
-    lines = []
-    for _ in range(documents):
-        for _ in range(rng.randint(1, 4)):
-            sentences = [" ".join(rng.choices(WORDS, k=rng.randint(2, 9))).capitalize() for _ in range(rng.randint(1, 3))]
-            lines.append(". ".join(sentences) + ".")
-        lines.append("")
-    path.write_text("\n".join(lines), encoding="utf-8")
+MakeRun = Callable[..., Run]
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +46,47 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
         )
     )
     return world
+
+
+@pytest.fixture
+def make_run(tiny_world: TinyWorld, tmp_path: Path) -> MakeRun:
+    """make_run(name, stage=…, precision=…, micro="auto", ranks=…, **settings): a small distillation, 4 x 32 -> 2 x 16."""
+
+    def make(
+        name: str,
+        *,
+        stage: int = 1,
+        precision: str = "fp32",
+        micro: int | str = "auto",
+        ranks: int = 1,
+        launcher: bool = True,
+        zero: dict[str, Any] | None = None,
+        **settings: object,
+    ) -> Run:
+        ds = write_ds_config(
+            tmp_path / f"ds {name}",
+            train_micro_batch_size_per_gpu=micro,
+            zero_optimization={"stage": stage, **(zero or {})},
+            **PRECISION[precision],
+        )
+        values: dict[str, object] = {
+            "deepspeed_config": ds,
+            "teacher.path": tiny_world.teacher,
+            "student.layers": 2,
+            "student.hidden_size": 16,
+            "student.init": "mapping",
+            "data.path": tiny_world.corpus,
+            "data.eval_sequences": 20,
+            "train.steps": 6,
+            "train.global_batch": 8,
+            "train.lr": 3e-3,
+            "train.warmup_steps": 2,
+            "train.log_every": 1,
+            "train.eval_every": 0,
+            "train.save_every": 0,
+        }
+        values.update({key.replace("__", "."): value for key, value in settings.items()})
+        argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        return Run(tmp_path / name, ranks=ranks, argv=argv, launcher=launcher)
+
+    return make

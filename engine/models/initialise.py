@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from engine.errors import UserError
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models.capture import layer_modules
+from engine.models.hub import shape_of
 
 KEY = "student.init"
 NAMES = "random, mapping, uniform, every-other, first, last"
@@ -111,6 +112,11 @@ class Selection:
                 f"{KEY}: taking part of a width is not supported for model type {student.model_type!r} (only for "
                 f"{', '.join(NARROWABLE)}); write student.init=random or keep the teacher's widths and heads"
             )
+        if (narrow.embedding == narrow.hidden) != (wide.embedding == wide.hidden):
+            raise UserError(
+                f"{KEY}: with hidden_size={narrow.hidden} the student has no projection from its embeddings of width "
+                f"{narrow.embedding}, which the teacher has; write student.init=random or another hidden_size"
+            )
         dims = evenly_spaced(narrow.head, wide.head)
         heads = evenly_spaced(narrow.heads, wide.heads)
         self.index = {
@@ -148,11 +154,11 @@ def copy_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, source
     """
     select = Selection(student.config, teacher.config)
     to_paths, from_paths = _layer_paths(student), _layer_paths(teacher)
-    shared = len(to_paths) != len(sources)
+    shared = len(to_paths) != len(sources) or len(from_paths) != shape_of(teacher.config, has_mlm_head=False).layers
     if shared and len(to_paths) != len(from_paths):
         raise UserError(
             f"{KEY}: the student has {len(to_paths)} groups of shared layers and the teacher {len(from_paths)}; "
-            "write student.init=random or raise student.layers"
+            "write student.init=random or another student.layers"
         )
     origin: dict[str, str | None]
     if shared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.data.batch import Batch
 from engine.errors import UserError
-from engine.models.capture import capture, install, layer_modules
+from engine.models.capture import capture, install
 from engine.models.features import Features, Wanted
+from engine.models.flops import forward_flops_per_token
 from engine.models.hub import has_mlm_weights, load_backbone, load_config, shape_of, skeleton
 from engine.models.shape import ModelShape
 
@@ -29,6 +31,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         *,
         wanted: Wanted,
         full_config: PretrainedConfig,
+        device: torch.device,
         placement: Literal["replicate", "zero3"] = "replicate",
     ) -> None:
         self.shape: ModelShape = shape_of(full_config, wanted.logits)
@@ -40,12 +43,14 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         self.full_parameters_count = _count(skeleton(full_config, wanted.logits))
         """Parameters of the whole teacher."""
         self.layers_loaded = shape_of(model.config, wanted.logits).layers
-        self._linear_flops = _linear_flops(model, self.layers_loaded)
-        self._model = model.eval().requires_grad_(False)
-        self._forward: nn.Module = model if placement == "replicate" else _shard(model)
         # When all layers are wanted the forward must reach its end, where some models have one more norm. ZeRO-3
         # releases a module's weights in a hook after it, so there the forward always runs to the end.
-        self._stop_early = placement == "replicate" and wanted.deepest < self.shape.layers
+        self._stop_early = placement == "replicate" and not wanted.logits and wanted.deepest < self.shape.layers
+        self.layers_run = wanted.deepest if self._stop_early else self.layers_loaded
+        run = replace(self.shape, layers=self.layers_run)
+        self._linear_flops = forward_flops_per_token(model, run, 0)  # before sharding, which empties the weights
+        self._model = model.eval().requires_grad_(False)
+        self._forward: nn.Module = model.to(device) if placement == "replicate" else _shard(model, device)  # type: ignore[arg-type]
 
     @classmethod
     def load(
@@ -61,8 +66,8 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
     ) -> FrozenTeacher:
         """Reads config and weights of a folder or hub model. With `wanted.logits` all layers and the MLM head.
 
-        backend: as resolved by `resolve_backend`. zero3: collective, on every rank; each rank first reads the whole
-        (truncated) model into host memory, then keeps its share.
+        backend: as resolved by `resolve_backend`. zero3: collective, on every rank of the running group; each rank
+        reads the whole (truncated) model into host memory, and its device never holds more than its share.
         """
         config = load_config(path, key)
         layers = shape_of(config, wanted.logits).layers
@@ -74,14 +79,15 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
             )
         shallow = config if wanted.logits else truncated_config(config, wanted.deepest)
         model = load_backbone(path, key=key, config=shallow, with_mlm_head=wanted.logits, dtype=dtype)
-        model.to(device)  # type: ignore[arg-type]
         install(model, backend)
-        return cls(model, wanted=wanted, full_config=config, placement=placement)
+        return cls(model, wanted=wanted, full_config=config, device=device, placement=placement)
 
     @torch.no_grad()  # not inference_mode: the losses save these tensors for their backward pass
     def __call__(self, batch: Batch) -> Features:
-        if any(module.training for module in self._forward.modules()):
+        if any(module.training for module in self._model.modules()):
             raise RuntimeError("the teacher is in train mode (dropout would change its targets); call .eval() on it")
+        if self.wanted == Wanted():  # every loss that needs a teacher is off or maps no layer
+            return Features()
         return capture(self._model, batch, self.wanted, forward=self._forward, stop_early=self._stop_early)
 
     @property
@@ -89,11 +95,8 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         return self._model.dtype
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Analytic FLOPs of one forward per token at `seq_len` tokens per sequence, an addition and a multiplication
-        counted as two: 2 for each weight of a Linear layer (once for each call: ALBERT shares its layers), plus
-        4 * seq_len * width per layer for Q K^T and the weighted sum of V. Norms, softmax and look-ups are left out;
-        sliding windows count in full. With logits, the MLM head is counted for every token."""
-        return self._linear_flops + 4.0 * seq_len * self.shape.width * self.layers_loaded
+        """Analytic FLOPs of one forward per token; see `forward_flops_per_token`. Only the layers that run count."""
+        return self._linear_flops + 4.0 * seq_len * self.shape.width * self.layers_run
 
     def resident_bytes(self) -> int:
         """Bytes of parameters that this rank holds between forwards."""
@@ -124,19 +127,7 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _linear_flops(model: PreTrainedModel, layers: int) -> float:
-    """2 * weights of every Linear call. All layer modules have one shape, so shared ones count layers/modules times."""
-    modules = layer_modules(model)
-    inside = {id(m) for layer in modules for m in layer.modules()}
-    flops = 0.0
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            calls = layers / len(modules) if id(module) in inside else 1
-            flops += 2.0 * module.weight.numel() * calls
-    return flops
-
-
-def _shard(model: PreTrainedModel) -> Any:
+def _shard(model: PreTrainedModel, device: torch.device) -> Any:
     """A DeepSpeed engine around the model that holds 1/ranks of its weights and gathers them layer by layer."""
     import deepspeed  # only here: importing it costs seconds
 
@@ -146,5 +137,9 @@ def _shard(model: PreTrainedModel) -> Any:
         "fp16": {"enabled": model.dtype == torch.float16},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT_NUMEL},
     }
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)  # one parameter at a time goes to the device
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
     ds_engine, *_ = deepspeed.initialize(model=model, config=settings)
-    return ds_engine.eval()
+    ds_engine.eval()  # of the module inside; the engine's own flag stays on, and None is returned's
+    return ds_engine

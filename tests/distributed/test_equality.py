@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from launching import write_ds_config
 
 pytestmark = pytest.mark.launcher
 
@@ -74,9 +75,9 @@ def test_optimizers_under_fp16_stage_0_follow_fp32(make_run, name: str) -> None:
 
 def test_fp16_overflow_halves_the_scale_and_skips_the_step(make_run, tmp_path) -> None:
     run = make_run("overflow", stage=1, precision="fp16", launcher=False)
-    ds = tmp_path / "overflow.json"
-    ds.write_text('{"fp16": {"enabled": true, "loss_scale": 0, "initial_scale_power": 32, "hysteresis": 1}}')
-    run.finish("--deepspeed_config", str(ds), "--train.steps", "24")
+    scaler = {"enabled": True, "loss_scale": 0, "initial_scale_power": 32, "hysteresis": 1}
+    ds = write_ds_config(tmp_path / "overflow ds", fp16=scaler, zero_optimization={"stage": 1})
+    run.finish("--deepspeed_config", str(ds), "--train.steps", "40")
     steps = run.steps()
     assert steps[-1]["skipped_steps"] > 0
     assert steps[-1]["loss_scale"] < 2**32

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyWorld
 from launching import ROOT, Run, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_world import TinyWorld
 from transformers import AutoModel, AutoTokenizer
 
 from engine.config import RunConfig

@@ -29,8 +29,9 @@ def free_port() -> int:
 @pytest.mark.timeout(900)  # the first DeepSpeed start compiles its CPU operators
 def test_sharded_teacher_equals_the_replicated_one(tmp_path: Path) -> None:
     models = [save_tiny("modernbert", tmp_path / "modernbert"), save_tiny("bert", tmp_path / "mlm-bert", mlm=True)]
-    if (REAL / "config.json").is_file():
-        models.append(str(REAL))
+    if not (REAL / "config.json").is_file():
+        pytest.skip(f"{REAL} is not there (see the README on fetching models)")
+    models.append(str(REAL))
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     command += ["--master_port", str(free_port()), str(Path(__file__).with_name("teacher_zero3.py")), str(tmp_path)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -45,5 +46,4 @@ def test_sharded_teacher_equals_the_replicated_one(tmp_path: Path) -> None:
             assert seen["difference"] == 0.0, (case, seen)
             assert seen["same_counts"], case
             assert seen["same_flops"], case
-            if case.startswith(REAL.name):  # the tiny ones fit below the size that ZeRO-3 keeps whole
-                assert 0.5 <= seen["sharded_bytes"] / seen["whole_bytes"] < 0.51, (case, seen)
+            assert 0.5 <= seen["sharded_bytes"] / seen["whole_bytes"] < 0.51, (case, seen)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DebertaV2Config, GPT2Config, MPNetConfig, MPNetModel
-from transformers import GPT2Model, DebertaV2Model, BertModel
+from tiny_encoders import FAMILIES, REAL, VOCAB, make_batch, real_teacher, tiny_config, tiny_model
+from transformers import BertModel, DebertaV2Config, DebertaV2Model, GPT2Config, GPT2Model, MPNetConfig, MPNetModel
 
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
@@ -13,7 +13,6 @@ from engine.models.attention import eager_attention, resolve_backend
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Features, Wanted
 from engine.models.student import enable_activation_checkpointing
-from tiny_encoders import FAMILIES, REAL, VOCAB, make_batch, real_teacher, tiny_config, tiny_model
 
 EVERYTHING = Wanted(hidden=frozenset(range(5)), attention=frozenset(range(1, 5)), values=True)
 every_family = pytest.mark.parametrize("family", FAMILIES)

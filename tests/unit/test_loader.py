@@ -126,6 +126,20 @@ def test_masks_change_with_the_epoch_but_not_between_evaluations(make):
     assert not torch.equal(one.labels, two.labels)
 
 
+def test_evaluation_masks_do_not_depend_on_ranks_or_batch_size(make):
+    def masked(batch_size: int, world: int) -> dict[tuple, tuple]:
+        found = {}
+        for rank in range(world):
+            loader = make(mlm_probability=0.3, rank=rank, world=world, micro_batch=1)
+            for batch in loader.evaluation(batch_size):
+                for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+                    original = torch.where(labels >= 0, labels, ids)
+                    found[tuple(original[original != 0].tolist())] = tuple(ids[ids != 0].tolist())
+        return found
+
+    assert masked(64, 1) == masked(1, 1) == masked(3, 2)
+
+
 def test_padding_counts_and_types(make):
     loader = make(mlm_probability=0.15, micro_batch=2)
     got = loader.step(5)

@@ -97,6 +97,17 @@ def test_at_least_one_and_never_a_special_token():
     assert (labels == IGNORE).all()
 
 
+def test_the_rest_of_a_cut_word_is_a_word_of_its_own():
+    """A sequence may begin inside a word: what follows a special token is not joined to the next word."""
+    tokenizer = bert()
+    tables = MaskingTables.of(tokenizer)
+    rest = int(np.flatnonzero(tables.continuation)[0])
+    word = int(tables.ordinary[~tables.continuation[tables.ordinary]][0])
+    ids = np.array([[tokenizer.cls_token_id, rest, word, tokenizer.sep_token_id]] * 50)
+    _, labels = mask(ids, None, tables, probability=1e-9, whole_word=True)
+    assert ((labels != IGNORE).sum(axis=1) == 1).all()
+
+
 def test_a_tokenizer_without_mask_token():
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(UserError, match=r"data\.mlm_probability: .*no mask token"):

@@ -127,7 +127,7 @@ def test_flops(tmp_path: Path) -> None:
     teacher = load(save_tiny("bert", tmp_path / "bert"), Wanted(hidden=frozenset({3})))
     assert teacher.flops_per_token(L) == 3 * (layer + 4 * L * D)
     albert = load(save_tiny("albert", tmp_path / "albert"), Wanted(hidden=frozenset({3})))
-    assert albert.flops_per_token(L) == 2 * 24 * D + 3 * (layer + 4 * L * D)  # one shared layer, run three times
+    assert albert.flops_per_token(L) == 2 * 16 * D + 3 * (layer + 4 * L * D)  # one shared layer, run three times
 
 
 def test_shape_of_families() -> None:

@@ -62,9 +62,9 @@ _BUILD: dict[str, Callable[[], PretrainedConfig]] = {
     "bert": lambda: BertConfig(**_BERT),
     "roberta": lambda: RobertaConfig(**_BERT),
     "xlm-roberta": lambda: XLMRobertaConfig(**_BERT),
-    "electra": lambda: ElectraConfig(**_BERT, embedding_size=24),
+    "electra": lambda: ElectraConfig(**_BERT, embedding_size=16),
     "distilbert": lambda: DistilBertConfig(**_DISTIL),
-    "albert": lambda: AlbertConfig(**_BERT, embedding_size=24),
+    "albert": lambda: AlbertConfig(**_BERT, embedding_size=16),
     "modernbert": lambda: ModernBertConfig(**_MODERN),
 }
 
