@@ -212,7 +212,8 @@ class DataConfig:
     """Sequence length in tokens, as a check: must equal the prepared corpus; unset: whatever that has."""
 
     eval_sequences: int = 256
-    """Sequences at the end of the corpus that are held out for the evaluation loss and never trained on."""
+    """Sequences at the end of the corpus that are held out for the evaluation loss and never trained on.
+    0, or at least one for each rank."""
 
     mlm_probability: float = 0.0
     """Share of tokens chosen for masking (80 % mask token, 10 % random, 10 % kept); 0: no masking, as in the method."""
@@ -377,7 +378,7 @@ class PrepareConfig:
     contiguous sequences are full."""
 
     short_seq_prob: float = 0.0
-    """Share of sequences that aim at a random shorter length (BERT's pre-training used 0.1)."""
+    """Share of sequences that aim at a random shorter length, never below min_tokens (BERT's pre-training used 0.1)."""
 
     min_tokens: int = 8
     """Sequences with fewer text tokens are dropped."""

@@ -151,6 +151,8 @@ class Job:
             dtype=dtype,
             seq_len=plan.seq_len,
             head_dim=shape.width // shape.heads,
+            training=False,
+            key="teacher.attention",
         )
         self.teacher_backend = backend
         return FrozenTeacher.load(
@@ -171,6 +173,7 @@ class Job:
             dtype=getattr(torch, plan.execution.precision),
             seq_len=plan.seq_len,
             head_dim=shape.width // shape.heads,
+            key="student.attention",
         )
         self.student_backend = backend
         torch.manual_seed(self.config.seed)

@@ -33,8 +33,8 @@ reads it to find the library; the registered function is replaced by a recording
 
 
 EAGER_UP_TO = 256
-"""Longest sequence, in tokens, at which eager forward + backward won in bf16 on a CPU: by 1.5 to 2.7 times at 64 and 128,
-by 1.2 to 1.4 at 256 without pads, at each head width that was measured (16, 32, 64); beyond, it lost at width 16."""
+"""Longest sequence, in tokens, at which eager forward + backward won in bf16 on a CPU: by 1.5 to 2.7 times at 64 and
+128, by 1.2 to 1.4 at 256 without pads, at each head width that was measured (16, 32, 64); beyond, 16 lost."""
 
 
 @dataclass
@@ -149,12 +149,14 @@ def resolve_backend(
         return requested, f"{key}={requested}"
     if device.type != "cpu":
         return "sdpa", f"auto: fused attention on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return "sdpa", f"auto: the default; {dtype} on a CPU was not measured"
     where = f"on a CPU in {str(dtype).removeprefix('torch.')}, length {seq_len}, head width {head_dim}"
     if not training:
         return "sdpa", f"auto: measured faster than eager {where}, without a backward pass"
     if dtype == torch.bfloat16 and seq_len <= EAGER_UP_TO:
         return "eager", f"auto: measured faster than sdpa {where} (its backward pass is slow there)"
-    return "sdpa", f"auto: measured faster than eager {where}"
+    return "sdpa", f"auto: eager was measured to have no clear advantage {where}"
 
 
 def _check_flash(device: torch.device, dtype: torch.dtype, key: str) -> None:

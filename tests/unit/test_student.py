@@ -74,6 +74,19 @@ def test_dropout_is_the_setting(family: str, tmp_path: Path) -> None:
     assert not torch.equal(capture(noisy, batch, wanted).hidden[2], capture(noisy, batch, wanted).hidden[2])
 
 
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("bert", {"hidden_dropout_prob", "attention_probs_dropout_prob"}),
+        ("distilbert", {"dropout", "attention_dropout"}),
+        ("modernbert", {"attention_dropout", "embedding_dropout", "mlp_dropout"}),
+    ],
+)
+def test_dropout_names(family: str, names: set[str]) -> None:
+    config = build_student_config(StudentConfig(dropout=0.25), tiny_config(family))
+    assert {name for name, value in config.to_dict().items() if value == 0.25} == names
+
+
 def test_task_dropouts_are_left_alone() -> None:
     teacher = tiny_config("distilbert")
     student = build_student_config(StudentConfig(dropout=0.0), teacher)

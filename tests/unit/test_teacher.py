@@ -12,9 +12,9 @@ from transformers import AlbertConfig, AutoModelForMaskedLM, BertModel, Pretrain
 from engine.errors import UserError
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Features, Wanted
-from engine.models.hub import has_mlm_weights, load_config, load_tokenizer, shape_of
+from engine.models.hub import has_mlm_weights, load_backbone, load_config, load_tokenizer, shape_of
 from engine.models.student import new_model
-from engine.models.teacher import FrozenTeacher
+from engine.models.teacher import FrozenTeacher, truncated_config
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -58,12 +58,25 @@ def test_truncation_is_exact_and_deeper_layers_are_not_run(family: str, deepest:
         assert teacher.parameters_count < teacher.full_parameters_count
 
 
+@every_family
+def test_truncated_model_gives_inner_hidden_states_to_the_end(family: str, tmp_path: Path) -> None:
+    """As under ZeRO-3, where the forward is not left early: a final norm must not touch an inner hidden state."""
+    path, wanted = save_tiny(family, tmp_path), Wanted(frozenset({2}), frozenset({2}))
+    shallow, whole = truncated_config(load_config(path, "teacher.path"), 2), tiny_model(family)
+    short = load_backbone(path, key="teacher.path", config=shallow).eval()
+    for model in (short, whole):
+        install(model, "sdpa")
+    with torch.no_grad():
+        assert_equal(capture(short, make_batch(), wanted), capture(whole, make_batch(), wanted))
+
+
 @pytest.mark.parametrize("groups", [{"num_hidden_groups": 2}, {"inner_group_num": 2, "num_hidden_layers": 2}])
-def test_albert_with_several_groups(groups: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("deepest", [2, 3])
+def test_albert_with_several_groups(groups: dict[str, int], deepest: int, tmp_path: Path) -> None:
     config = AlbertConfig.from_dict({**tiny_config("albert").to_dict(), **groups})
     whole = new_model(config, with_mlm_head=False, seed=0).eval()
     whole.save_pretrained(tmp_path)
-    wanted = Wanted(frozenset({1, 3}), frozenset({3}))
+    wanted = Wanted(frozenset({1, deepest}), frozenset({deepest}))
     teacher = load(str(tmp_path), wanted)
     assert teacher.shape.layers == 4
     calls = []
@@ -72,7 +85,7 @@ def test_albert_with_several_groups(groups: dict[str, int], tmp_path: Path) -> N
     install(whole, "sdpa")
     with torch.no_grad():
         assert_equal(teacher(make_batch()), capture(whole, make_batch(), wanted))
-    assert len(calls) == 3
+    assert len(calls) == deepest
 
 
 @every_family
