@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from typing import NamedTuple
 
 from engine.ds_config import Execution
 from engine.mapping import LayerMapping
 from engine.models.shape import ModelShape
+from engine.models.teacher import FrozenTeacher
+from engine.plan import Plan
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Attention(NamedTuple):
+    name: str
+    """Backend in use."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -28,9 +38,9 @@ class MemoryEstimate:
         total = (self.teacher + self.student_states + self.activations + self.captured) / gib
         host = f", and {self.host_states / gib:.2f} in host memory" if self.host_states else ""
         return (
-            f"about {total:.2f} GiB per rank beside libraries: teacher {self.teacher / gib:.2f}, student weights, gradients "
-            f"and optimizer {self.student_states / gib:.2f}, student activations {self.activations / gib:.2f}, captured "
-            f"tensors {self.captured / gib:.2f}{host}"
+            f"about {total:.2f} GiB per rank beside libraries: teacher {self.teacher / gib:.2f}, student weights, "
+            f"gradients and optimizer {self.student_states / gib:.2f}, its activations {self.activations / gib:.2f}, "
+            f"captured tensors {self.captured / gib:.2f}{host}"
         )
 
 
@@ -50,13 +60,14 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Weights, gradients and optimizer by ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054, figure 1: 2 + 2 + 12
     bytes a parameter in 16 bits); activations by Korthikanti et al. 2022 (arXiv 2205.05198, equation 2: 34 bytes a
-    token, unit of width and layer in 16 bits, plus 5 bytes per attention score when scores are kept). In fp32 both double.
+    token, unit of width and layer in 16 bits, plus 5 bytes per attention score when scores are kept); both double in
+    fp32.
     """
     e, p = execution, float(student_parameters)
     wide = BYTES[e.precision] / 2
-    shard = lambda stage: 1 / e.world_size if e.zero_stage >= stage else 1.0  # noqa: E731
-    weights, gradients = p * BYTES[e.precision] * shard(3), p * BYTES[e.precision] * shard(2)
-    optimizer = p * (8 if e.precision == "float32" else 12) * shard(1)
+    shares = [1 / e.world_size if e.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
+    optimizer = p * (8 if e.precision == "float32" else 12) * shares[0]
+    gradients, weights = (p * BYTES[e.precision] * share for share in shares[1:])
     host = (optimizer if e.offload_optimizer else 0.0) + (weights if e.offload_param else 0.0)
     tokens = e.micro_batch_size * seq_len
     per_layer = tokens * student.width * 34 * wide
@@ -75,13 +86,12 @@ def estimate_memory(
 def mapping_table(hidden: LayerMapping, attention: LayerMapping) -> list[str]:
     """Student layers over the teacher layers they learn from; · where a layer learns from none."""
     width = max(2, len(str(hidden.teacher_layers)))
-    cells = lambda genes: " ".join((str(g) if g else "·").rjust(width) for g in genes)  # noqa: E731
-    rows = [("student layer", range(1, hidden.student_layers + 1))]
+    rows: list[tuple[str, Sequence[int]]] = [("student layer", range(1, hidden.student_layers + 1))]
     if hidden.genes == attention.genes:
         rows.append(("teacher layer", hidden.genes))
     else:
         rows += [("teacher hidden", hidden.genes), ("teacher attention", attention.genes)]
-    return [f"{label:<18}{cells(genes)}" for label, genes in rows]
+    return [f"{label:<18}" + " ".join((str(g) if g else "·").rjust(width) for g in genes) for label, genes in rows]
 
 
 def render(rows: Sequence[tuple[str, str | Sequence[str]]]) -> str:
@@ -91,6 +101,86 @@ def render(rows: Sequence[tuple[str, str | Sequence[str]]]) -> str:
         texts = [text] if isinstance(text, str) else list(text)
         lines += [f"{label if i == 0 else '':<12}{line}" for i, line in enumerate(texts)]
     return "\n".join(lines)
+
+
+def start(
+    plan: Plan,
+    *,
+    teacher: FrozenTeacher,
+    teacher_attention: Attention,
+    student_parameters: int,
+    student_attention: Attention,
+    projection_parameters: int,
+    optimizer: str,
+    epoch_sequences: int,
+    device: str,
+    start: str,
+) -> str:
+    """The whole banner of one start."""
+    cfg, ex, t, s = plan.config, plan.execution, plan.teacher_shape, plan.student_shape
+    wanted = plan.losses.wanted_teacher
+    memory = estimate_memory(
+        student=s,
+        student_parameters=student_parameters + projection_parameters,
+        student_attention=student_attention.name,
+        activation_checkpointing=cfg.student.activation_checkpointing,
+        teacher=t,
+        teacher_parameters=teacher.parameters_count,
+        teacher_dtype=plan.teacher_dtype,
+        teacher_sharded=cfg.teacher.placement == "zero3",
+        captured_teacher_tensors=len(wanted.hidden) + len(wanted.attention) * (3 if wanted.values else 2),
+        execution=ex,
+        seq_len=plan.seq_len,
+    )
+    fewer = "" if teacher.layers_loaded == t.layers else f" ({teacher.layers_loaded} of them loaded and run)"
+    origin = cfg.student.path or f"init {cfg.student.init or 'random'}"
+    sequences = cfg.train.steps * cfg.train.global_batch
+    packages = ("mapdistill", "torch", "deepspeed", "transformers")
+    rows: list[tuple[str, str | list[str]]] = [
+        ("versions", ", ".join(f"{name} {version(name)}" for name in packages)),
+        (
+            "teacher",
+            [
+                f"{cfg.teacher.path}: {plan.teacher_config.model_type}, {t.layers} layers{fewer}, width {t.width}, "
+                f"{t.heads} heads, {teacher.parameters_count / 1e6:.1f} M parameters, {plan.teacher_dtype}, "
+                f"{cfg.teacher.placement}",
+                f"attention {teacher_attention.name}: {teacher_attention.reason}",
+            ],
+        ),
+        (
+            "student",
+            [
+                f"{origin}: {plan.student_config.model_type}, {s.layers} layers, width {s.width}, {s.heads} heads, "
+                f"{student_parameters / 1e6:.1f} M parameters + {projection_parameters / 1e6:.2f} M in projections",
+                f"attention {student_attention.name}: {student_attention.reason}",
+            ],
+        ),
+        ("mapping", mapping_table(plan.hidden_map, plan.attention_map)),
+        (
+            "losses",
+            ", ".join(f"{name} {weight:g}" for name, weight in cfg.loss.active.items())
+            + f"; preset {cfg.loss.preset}, projection {cfg.loss.resolved_projection}",
+        ),
+        (
+            "corpus",
+            f"{cfg.data.path}: {epoch_sequences:,} sequences an epoch, {plan.seq_len} tokens "
+            f"({plan.manifest.fill:.0%} filled), {cfg.data.eval_sequences} held out",
+        ),
+        (
+            "batch",
+            f"{cfg.train.global_batch} sequences = {ex.micro_batch_size} micro batch x {ex.grad_accum_steps} "
+            f"accumulation x {ex.world_size} ranks; {cfg.train.steps} steps = {sequences * plan.seq_len / 1e6:.2f} M "
+            f"positions = {sequences / epoch_sequences:.2f} epochs",
+        ),
+        ("execution", f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {device}"),
+        ("optimizer", optimizer),
+        ("kernels", "reference losses in plain PyTorch (the only ones there are)"),
+        ("memory", str(memory)),
+        ("start", start),
+        ("output", cfg.output_dir),
+    ]
+    rows += [("warning", text) for text in plan.warnings]
+    return render(rows) + "\n"
 
 
 def closing_table(first: dict[str, float], last: dict[str, float], facts: Sequence[tuple[str, str]]) -> str:

@@ -18,7 +18,23 @@ EXPORT_FILE = "export.json"
 """Inside a checkpoint: what launch/export.py needs to rebuild the student without the training world."""
 
 HOW_KEYS = frozenset(
-    ["output_dir", "resume", "deepspeed_config", "dry_run", "require_fused", "teacher.placement", "teacher.attention", "student.attention", "student.activation_checkpointing", "student.fused_layer_norm", "train.log_every", "train.eval_every", "train.save_every", "train.keep", "data.seq_len"]
+    [
+        "output_dir",
+        "resume",
+        "deepspeed_config",
+        "dry_run",
+        "require_fused",
+        "teacher.placement",
+        "teacher.attention",
+        "student.attention",
+        "student.activation_checkpointing",
+        "student.fused_layer_norm",
+        "train.log_every",
+        "train.eval_every",
+        "train.save_every",
+        "train.keep",
+        "data.seq_len",
+    ]
 )
 """Settings that say how a run executes or reports; every other one says what it computes and is fixed at resume."""
 

@@ -52,8 +52,8 @@ class StudentConfig:
     init: str | None = None
     """Where the initial weights come from: `random`; `mapping` (copy the mapped teacher layers, unmapped ones stay
     random); `uniform`, `every-other` (layers 2, 4, 6 …), `first`, `last`; or teacher layers like `0-3-7-11` (1-based,
-    one per student layer, 0 = random). Embeddings are copied too. A narrower student takes evenly spaced units of
-    each width (Weight Selection, arXiv 2311.18823). Unset: random."""
+    one per student layer, 0 = random; not the other mapping presets). Embeddings are copied too. A narrower student
+    takes evenly spaced units of each width (Weight Selection, arXiv 2311.18823). Unset: random."""
 
     dropout: float = 0.0
     """Dropout probability of the student while it is distilled; the exported config keeps it."""
@@ -107,7 +107,7 @@ class MappingConfig:
 class LossConfig:
     preset: Literal["clean", "tinybert"] = "clean"
     """clean: means over real tokens, averaged over active layers. tinybert: TinyBERT's released loss to rounding
-    (means over all positions, pads included; summed over layers; one shared projection with bias, for embeddings too)."""
+    (means over all positions, pads included; summed over layers; one projection with bias, for embeddings too)."""
 
     hidden: float = 1.0
     """Weight of the hidden-state MSE through the projection; 0 switches it off."""
@@ -341,7 +341,7 @@ class SourceConfig:
     saved by `datasets`, or a hub data set name."""
 
     weight: float = 1.0
-    """Passes over this source in one epoch: 2 shows each sequence twice, 0.5 half of them (the other half next time)."""
+    """Passes over this source an epoch: 2 shows each sequence twice, 0.5 half of them (the other half next time)."""
 
     field: str = "text"
     """Column that holds the text (JSON lines, Parquet, data sets)."""
@@ -378,7 +378,7 @@ class PrepareConfig:
     contiguous sequences are full."""
 
     short_seq_prob: float = 0.0
-    """Share of sequences that aim at a random shorter length, never below min_tokens (BERT's pre-training used 0.1)."""
+    """Share of sequences that aim at a random shorter length, not below min_tokens (BERT's pre-training: 0.1)."""
 
     min_tokens: int = 8
     """Sequences with fewer text tokens are dropped."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ class Job:
         loader = self._open_corpus()
         self.checkpointer = replace(self.checkpointer, export=describe_for_export(plan, module.student.config))
         if self.here.is_rank_zero:
-            print(self._banner(teacher, module, chosen, loader, tag), flush=True)
+            print(self._banner(teacher, module, chosen, loader.order.slots, tag), flush=True)
         if self.config.dry_run:
             return 0
         schedule = build_schedule(self.config.train, chosen.optimizer)
@@ -142,40 +141,41 @@ class Job:
 
     def _load_teacher(self) -> FrozenTeacher:
         cfg, plan = self.config.teacher, self.plan
-        self.teacher_dtype = plan.execution.precision if cfg.dtype == "auto" else cfg.dtype
-        dtype = getattr(torch, self.teacher_dtype)
+        dtype = getattr(torch, plan.teacher_dtype)
         shape = plan.teacher_shape
-        backend, self.teacher_backend_reason = resolve_backend(
-            cfg.attention,
-            device=self.here.device,
-            dtype=dtype,
-            seq_len=plan.seq_len,
-            head_dim=shape.width // shape.heads,
-            training=False,
-            key="teacher.attention",
+        self.teacher_attention = banner.Attention(
+            *resolve_backend(
+                cfg.attention,
+                device=self.here.device,
+                dtype=dtype,
+                seq_len=plan.seq_len,
+                head_dim=shape.width // shape.heads,
+                training=False,
+                key="teacher.attention",
+            )
         )
-        self.teacher_backend = backend
         return FrozenTeacher.load(
             cfg.path,
             wanted=plan.losses.wanted_teacher,
             dtype=dtype,
             device=self.here.device,
-            backend=backend,
+            backend=self.teacher_attention.name,
             placement=cfg.placement,
         )
 
     def _build_module(self) -> tuple[DistilModule, ChosenOptimizer]:
         plan = self.plan
         shape = plan.student_shape
-        backend, self.student_backend_reason = resolve_backend(
-            self.config.student.attention,
-            device=self.here.device,
-            dtype=getattr(torch, plan.execution.precision),
-            seq_len=plan.seq_len,
-            head_dim=shape.width // shape.heads,
-            key="student.attention",
+        self.student_attention = banner.Attention(
+            *resolve_backend(
+                self.config.student.attention,
+                device=self.here.device,
+                dtype=getattr(torch, plan.execution.precision),
+                seq_len=plan.seq_len,
+                head_dim=shape.width // shape.heads,
+                key="student.attention",
+            )
         )
-        self.student_backend = backend
         torch.manual_seed(self.config.seed)
         student = build_student(
             self.config.student,
@@ -184,7 +184,7 @@ class Job:
             hidden_map=plan.hidden_map,
             with_mlm_head=plan.mlm_head,
             seed=self.config.seed,
-            backend=backend,
+            backend=self.student_attention.name,
         )
         torch.manual_seed(self.config.seed + 1)  # the projections do not depend on how the student was initialised
         projections = Projections(
@@ -217,85 +217,21 @@ class Job:
         )
 
     def _banner(
-        self,
-        teacher: FrozenTeacher,
-        module: DistilModule,
-        chosen: ChosenOptimizer,
-        loader: CorpusLoader,
-        tag: str | None,
+        self, teacher: FrozenTeacher, module: DistilModule, chosen: ChosenOptimizer, epoch: int, tag: str | None
     ) -> str:
-        plan, cfg, ex, here = self.plan, self.config, self.plan.execution, self.here
-        t, s = plan.teacher_shape, plan.student_shape
-        student_parameters = count_parameters(module.student)
-        projections = count_parameters(module.projections)
-        wanted = plan.losses.wanted_teacher
-        memory = banner.estimate_memory(
-            student=s,
-            student_parameters=student_parameters + projections,
-            student_attention=self.student_backend,
-            activation_checkpointing=cfg.student.activation_checkpointing,
-            teacher=t,
-            teacher_parameters=teacher.parameters_count,
-            teacher_dtype=self.teacher_dtype,
-            teacher_sharded=cfg.teacher.placement == "zero3",
-            captured_teacher_tensors=len(wanted.hidden) + len(wanted.attention) * (3 if wanted.values else 2),
-            execution=ex,
-            seq_len=plan.seq_len,
+        optimizer = chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else "")
+        return banner.start(
+            self.plan,
+            teacher=teacher,
+            teacher_attention=self.teacher_attention,
+            student_parameters=count_parameters(module.student),
+            student_attention=self.student_attention,
+            projection_parameters=count_parameters(module.projections),
+            optimizer=optimizer,
+            epoch_sequences=epoch,
+            device=f"{self.here.device}, {self.here.threads} threads",
+            start=f"continues from {tag}" if tag else "fresh",
         )
-        loaded = "" if teacher.layers_loaded == t.layers else f", {teacher.layers_loaded} of them loaded and run"
-        weights = ", ".join(f"{name} {weight:g}" for name, weight in cfg.loss.active.items())
-        tokens = cfg.train.steps * cfg.train.global_batch * plan.seq_len
-        epochs = cfg.train.steps * cfg.train.global_batch / loader.order.slots
-        rows: list[tuple[str, str | list[str]]] = [
-            (
-                "mapdistill",
-                " ".join(
-                    [version("mapdistill"), *(f" {p} {version(p)}" for p in ("torch", "deepspeed", "transformers"))]
-                ),
-            ),
-            (
-                "teacher",
-                [
-                    f"{cfg.teacher.path}: {plan.teacher_config.model_type}, {t.layers} layers{loaded}, width {t.width}, "
-                    f"{t.heads} heads, {teacher.parameters_count / 1e6:.1f} M parameters, {self.teacher_dtype}, "
-                    f"{cfg.teacher.placement}",
-                    f"attention {self.teacher_backend} ({self.teacher_backend_reason})",
-                ],
-            ),
-            (
-                "student",
-                [
-                    f"{cfg.student.path or 'init ' + (cfg.student.init or 'random')}: {plan.student_config.model_type}, "
-                    f"{s.layers} layers, width {s.width}, {s.heads} heads, {student_parameters / 1e6:.1f} M parameters "
-                    f"+ {projections / 1e6:.2f} M in projections",
-                    f"attention {self.student_backend} ({self.student_backend_reason})",
-                ],
-            ),
-            ("mapping", banner.mapping_table(plan.hidden_map, plan.attention_map)),
-            ("losses", f"{weights}; preset {cfg.loss.preset}, projection {cfg.loss.resolved_projection}"),
-            (
-                "corpus",
-                f"{cfg.data.path}: {loader.order.slots:,} sequences an epoch, {plan.seq_len} tokens "
-                f"({plan.manifest.fill:.0%} filled), {cfg.data.eval_sequences} held out",
-            ),
-            (
-                "batch",
-                f"{cfg.train.global_batch} sequences = {ex.micro_batch_size} micro batch x {ex.grad_accum_steps} "
-                f"accumulation x {ex.world_size} ranks; {cfg.train.steps} steps = {tokens / 1e6:.2f} M tokens = "
-                f"{epochs:.2f} epochs",
-            ),
-            (
-                "execution",
-                f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {here.device}, {here.threads} threads",
-            ),
-            ("optimizer", chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else "")),
-            ("kernels", "reference losses in plain PyTorch (the only ones there are)"),
-            ("memory", str(memory)),
-            ("start", f"continues from {tag}" if tag else "fresh"),
-            ("output", f"{self.run_dir.root}"),
-        ]
-        rows += [("warning", text) for text in plan.warnings]
-        return banner.render(rows) + "\n"
 
     def _facts(self) -> dict[str, Any]:
         plan = self.plan
@@ -356,10 +292,11 @@ class Job:
             monitor.say("\n" + self._closing_table(first, last, monitor))
 
     def _closing_table(self, first: StepReport, last: StepReport, monitor: Monitor) -> str:
+        peak = peak_memory_gib(self.here.device)
         facts = [
             (
                 "speed",
-                f"{monitor.tokens_per_s:,.0f} tokens/s over {self.here.world_size} rank(s), peak {peak_memory_gib(self.here.device):.2f} GiB",
+                f"{monitor.tokens_per_s:,.0f} tokens/s over {self.here.world_size} rank(s), peak {peak:.2f} GiB",
             ),
             ("student", f"{self.run_dir.student}   (AutoModel.from_pretrained)"),
             ("checkpoint", str(self.run_dir.checkpoints / step_tag(last.step))),

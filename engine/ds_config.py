@@ -19,7 +19,38 @@ FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 
 # DeepSpeed ignores a top-level key that it does not know, so that a typing error silently trains something else.
 KNOWN_KEYS = frozenset(
-    ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "bf16", "fp16", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "wall_clock_breakdown", "dump_state", "memory_breakdown", "activation_checkpointing", "comms_logger", "flops_profiler", "aio", "checkpoint", "seq_parallel", "communication_data_type", "torch_autocast", "compile", "timers", "graph_harvesting", "hybrid_engine"]
+    [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "steps_per_print",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "bf16",
+        "fp16",
+        "data_types",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "sparse_gradients",
+        "wall_clock_breakdown",
+        "dump_state",
+        "memory_breakdown",
+        "activation_checkpointing",
+        "comms_logger",
+        "flops_profiler",
+        "aio",
+        "checkpoint",
+        "seq_parallel",
+        "communication_data_type",
+        "torch_autocast",
+        "compile",
+        "timers",
+        "graph_harvesting",
+        "hybrid_engine",
+    ]
 )
 OWNED_ELSEWHERE = {
     "optimizer": "optim.* and train.lr of the run config own the optimizer",
@@ -126,7 +157,7 @@ def resolve_execution(config: RunConfig, path: Path, world_size: int) -> Executi
     micro = _micro_batch(ds, config.train.global_batch, world_size, source)
     accumulation = config.train.global_batch // (micro * world_size)
     ds["train_micro_batch_size_per_gpu"] = micro
-    owned = {
+    owned: dict[str, object] = {
         "train_batch_size": config.train.global_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.train.grad_clip,

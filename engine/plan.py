@@ -20,8 +20,8 @@ from engine.errors import UserError
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
-from engine.models.shape import ModelShape
 from engine.models.initialise import resolve_init
+from engine.models.shape import ModelShape
 from engine.models.student import build_student_config
 
 
@@ -42,6 +42,11 @@ class Plan:
     losses: LossSet
     seq_len: int
     warnings: tuple[str, ...]
+
+    @property
+    def teacher_dtype(self) -> str:
+        """float32, bfloat16 or float16."""
+        return self.execution.precision if self.config.teacher.dtype == "auto" else self.config.teacher.dtype
 
     @property
     def mlm_head(self) -> bool:

@@ -50,7 +50,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 @pytest.fixture
 def make_run(tiny_world: TinyWorld, tmp_path: Path) -> MakeRun:
-    """make_run(name, stage=…, precision=…, micro="auto", ranks=…, **settings): a small distillation, 4 x 32 -> 2 x 16."""
+    """make_run(name, stage=…, precision=…, micro=…, ranks=…, **settings): a small distillation, 4 x 32 -> 2 x 16."""
 
     def make(
         name: str,

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
-WORDS = "the a small model learns from one large teacher layer map every token and not much else today".split()
+WORDS = (
+    "the", "a", "small", "model", "learns", "from", "one", "large", "teacher", "layer", "map", "every", "token", "and",
+    "not", "much", "else", "today",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def write_text(path: Path, documents: int, seed: int = 3) -> None:
     lines = []
     for _ in range(documents):
         for _ in range(rng.randint(1, 4)):
-            sentences = [" ".join(rng.choices(WORDS, k=rng.randint(2, 9))).capitalize() for _ in range(rng.randint(1, 3))]
+            sentences = [
+                " ".join(rng.choices(WORDS, k=rng.randint(2, 9))).capitalize() for _ in range(rng.randint(1, 3))
+            ]
             lines.append(". ".join(sentences) + ".")
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")

@@ -46,15 +46,15 @@ def test_the_gradient_does_not_depend_on_the_split(make_run) -> None:
         assert relative_gap(norms[first], norms[name]) < FP32, name
         for key, tensor in weights[first].items():
             torch.testing.assert_close(weights[name][key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
-    print({name: (relative_gap(losses[first], losses[name]), relative_gap(norms[first], norms[name])) for name in splits})
+    print(
+        {name: (relative_gap(losses[first], losses[name]), relative_gap(norms[first], norms[name])) for name in splits}
+    )
 
 
 def test_activation_checkpointing_and_sharded_teacher_change_nothing(make_run) -> None:
     plain = make_run("plain", stage=3, ranks=2)
     plain.finish()
-    other = make_run(
-        "other", stage=3, ranks=2, student__activation_checkpointing=True, teacher__placement="zero3"
-    )
+    other = make_run("other", stage=3, ranks=2, student__activation_checkpointing=True, teacher__placement="zero3")
     other.finish()
     assert relative_gap(plain.curve(), other.curve()) < FP32
 

@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_world import TinyWorld
 from transformers import AutoModel, AutoTokenizer
 
+from engine.cli import parse_config
 from engine.config import RunConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
-from engine.cli import parse_config
 from engine.distil_module import DistilModule
 from engine.models.capture import install
 from engine.models.projections import Projections
@@ -32,9 +32,7 @@ def held_out_terms(run: Run, world: TinyWorld) -> dict[str, float]:
     plan = make_plan(parse_config(RunConfig, ["--output_dir", str(run.output_dir), *run.argv], "test"))
     student = AutoModel.from_pretrained(run.run_dir.student, add_pooling_layer=False)
     install(student, "eager")
-    projections = Projections(
-        plan.config.loss, student_width=16, teacher_width=32, layers=plan.losses.projected_layers
-    )
+    projections = Projections(plan.config.loss, student_width=16, teacher_width=32, layers=plan.losses.projected_layers)
     projections.load_state_dict(run.projections())
     teacher = FrozenTeacher.load(
         str(world.teacher),
@@ -79,7 +77,16 @@ def test_export_script_needs_neither_ranks_nor_teacher(make_run, tmp_path: Path)
     run.finish()
     target = tmp_path / "exported here"
     done = subprocess.run(
-        [sys.executable, "launch/export.py", "--run", str(run.output_dir), "--to", str(target), "--tag", "step-00000003"],
+        [
+            sys.executable,
+            "launch/export.py",
+            "--run",
+            str(run.output_dir),
+            "--to",
+            str(target),
+            "--tag",
+            "step-00000003",
+        ],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -94,7 +101,11 @@ def test_export_script_needs_neither_ranks_nor_teacher(make_run, tmp_path: Path)
         hidden = model(**tokenizer("one small model", return_tensors="pt")).last_hidden_state
     assert torch.isfinite(hidden).all()
     card = (target / "README.md").read_text()
-    for fact in ("| optimizer step | 3 |", "| hidden-state mapping | 2-4 |", str(run.argv[run.argv.index("--teacher.path") + 1])):
+    for fact in (
+        "| optimizer step | 3 |",
+        "| hidden-state mapping | 2-4 |",
+        str(run.argv[run.argv.index("--teacher.path") + 1]),
+    ):
         assert fact in card
     assert not list(target.glob("*.bin"))
     names = model.state_dict().keys()
@@ -180,7 +191,9 @@ def test_mistakes_exit_2_with_one_line(make_run, argv: list[str], says: str) -> 
 
 def test_settings_without_effect_are_warnings(make_run) -> None:
     run = make_run("run", launcher=False)
-    output = run.finish("--dry_run", "--data.whole_word_mask", "true", "--loss.temperature", "2", "--mapping.hidden", "2-0")
+    output = run.finish(
+        "--dry_run", "--data.whole_word_mask", "true", "--loss.temperature", "2", "--mapping.hidden", "2-0"
+    )
     warnings = [line for line in output.splitlines() if line.startswith("warning")]
     assert len(warnings) == 3, warnings
     assert "data.whole_word_mask" in warnings[0] + warnings[1] + warnings[2]

@@ -15,7 +15,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 
 def commands(path: Path, program: str) -> list[str]:
     text = path.read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) + re.findall(r"^    (\S.*)$", text, flags=re.MULTILINE)
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) + re.findall(
+        r"^    (\S.*)$", text, flags=re.MULTILINE
+    )
     return [line for block in blocks for line in block.splitlines() if line.startswith(program)]
 
 
