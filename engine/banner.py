@@ -144,7 +144,7 @@ def start(
                 f"{cfg.teacher.path}: {plan.teacher_config.model_type}, {t.layers} layers{fewer}, width {t.width}, "
                 f"{t.heads} heads, {teacher.parameters_count / 1e6:.1f} M parameters, {plan.teacher_dtype}, "
                 f"{cfg.teacher.placement}",
-                f"attention {teacher_attention.name}: {teacher_attention.reason}",
+                f"attention {teacher_attention.name} ({teacher_attention.reason})",
             ],
         ),
         (
@@ -152,7 +152,7 @@ def start(
             [
                 f"{origin}: {plan.student_config.model_type}, {s.layers} layers, width {s.width}, {s.heads} heads, "
                 f"{student_parameters / 1e6:.1f} M parameters + {projection_parameters / 1e6:.2f} M in projections",
-                f"attention {student_attention.name}: {student_attention.reason}",
+                f"attention {student_attention.name} ({student_attention.reason})",
             ],
         ),
         ("mapping", mapping_table(plan.hidden_map, plan.attention_map)),
@@ -183,11 +183,14 @@ def start(
     return render(rows) + "\n"
 
 
-def closing_table(first: dict[str, float], last: dict[str, float], facts: Sequence[tuple[str, str]]) -> str:
-    """First and last value of each loss, then where everything is."""
+def closing_table(
+    first: dict[str, float], last: dict[str, float], facts: Sequence[tuple[str, str]], *, steps: tuple[int, int]
+) -> str:
+    """First and last logged value of each loss (at `steps`), then where everything is."""
     width = max(len(name) for name in [*first, "loss"]) + 2
-    lines = [f"{'loss':<{width}}{'first':>10}{'last':>10}{'last/first':>12}"]
+    heads = [f"step {step}" for step in steps]
+    lines = [f"{'loss':<{width}}{heads[0]:>12}{heads[1]:>12}{'ratio':>8}"]
     for name, value in first.items():
         ratio = f"{last[name] / value:.3f}" if value else "-"
-        lines.append(f"{name:<{width}}{value:>10.4g}{last[name]:>10.4g}{ratio:>12}")
+        lines.append(f"{name:<{width}}{value:>12.4g}{last[name]:>12.4g}{ratio:>8}")
     return "\n".join([*lines, "", render(facts)])

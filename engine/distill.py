@@ -310,6 +310,7 @@ class Job:
             {"total": first.total, **first.by_loss()},
             {"total": last.total, **last.by_loss()},
             facts,
+            steps=(first.step, last.step),
         )
 
 

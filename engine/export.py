@@ -73,7 +73,7 @@ def load_full_state(checkpoints: Path, tag: str) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()):  # the converter prints its progress
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 

@@ -120,12 +120,24 @@ def _with_recording(function: AttentionFunction) -> AttentionFunction:
     return attention
 
 
+def _without_asking_the_device(mask_function: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
+    """transformers looks whether a mask is all ones, which waits for the device in every forward. A batch without pads
+    comes without a mask here, so a mask that is there is needed."""
+
+    def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        if attention_mask is not None:
+            kwargs["allow_is_bidirectional_skip"] = False
+        return mask_function(*args, attention_mask=attention_mask, **kwargs)
+
+    return mask
+
+
 AttentionInterface.register(IMPLEMENTATIONS["sdpa"], _with_recording(sdpa_attention_forward))
 AttentionInterface.register(IMPLEMENTATIONS["eager"], _with_recording(_model_eager))
 AttentionInterface.register(IMPLEMENTATIONS["flash_attention_2"], _with_recording(flash_attention_forward))
 # Without a mask function of the same name transformers passes no mask at all, and pads would be attended to.
-AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], sdpa_mask)
-AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], eager_mask)
+AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], _without_asking_the_device(sdpa_mask))
+AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], _without_asking_the_device(eager_mask))
 
 
 def resolve_backend(

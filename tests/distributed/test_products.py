@@ -138,11 +138,11 @@ def test_tensorboard_has_every_promised_number_by_optimizer_step(make_run) -> No
         "optimizer/lr", "optimizer/grad_norm", "optimizer/loss_scale", "optimizer/skipped_steps",
         "speed/tokens_per_s", "speed/samples_per_s", "speed/tflops", "speed/data_wait_share",
         "time_share/teacher", "time_share/student", "time_share/optimizer",
-        "memory/peak_gib", "held_out/total", "held_out/hidden/1-2",
+        "memory/peak_gib", "loss_held_out/total", "loss_held_out/hidden/1-2",
     }  # fmt: skip
     assert promised <= tags, promised - tags
     assert [e.step for e in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
-    assert [e.step for e in events.Scalars("held_out/total")] == [3, 6]
+    assert [e.step for e in events.Scalars("loss_held_out/total")] == [3, 6]
     shares = [events.Scalars(f"share/{name}")[0].value for name in ("hidden", "attention", "embedding")]
     assert sum(shares) == pytest.approx(1.0, abs=1e-5)
     assert "config/text_summary" in events.Tags()["tensors"]

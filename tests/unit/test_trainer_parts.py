@@ -1,0 +1,194 @@
+"""Pieces of the loop that need no ranks: loss windows, comparisons at resume, cost and memory arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_world import TinyWorld
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AlbertConfig, AlbertModel, BertConfig, BertForMaskedLM, BertModel
+
+from engine.banner import closing_table, estimate_memory, mapping_table
+from engine.checkpoint import HOW_KEYS, changed_keys, flatten
+from engine.cli import parse_config
+from engine.config import RunConfig, TrainConfig
+from engine.config_docs import field_docs
+from engine.data.batch import Counts
+from engine.data.loader import CorpusLoader
+from engine.distil_module import DistilModule
+from engine.ds_config import FOLDER, resolve_execution
+from engine.mapping import parse_mapping
+from engine.models.flops import forward_flops_per_token
+from engine.models.projections import Projections
+from engine.models.shape import ModelShape
+from engine.models.student import build_student
+from engine.models.teacher import FrozenTeacher
+from engine.monitor import StepReport, format_seconds
+from engine.plan import make_plan
+from engine.trainer import LossWindow
+
+CPU = torch.device("cpu")
+
+
+def test_window_averages_over_steps_and_micro_steps() -> None:
+    window = LossWindow(2, CPU)
+    for step in (1, 2):
+        for micro in (1, 2):
+            value = torch.tensor(float(10 * step + micro))
+            window.add(value, torch.stack([value, 2 * value]), step=step, last_micro=micro == 2)
+    means, bad = window.reduce(ranks=1, grad_accum_steps=2)
+    assert means == [16.5, 16.5, 33.0]  # of 11, 12, 21, 22
+    assert bad is None
+    assert window.reduce(ranks=1, grad_accum_steps=2) == ([0.0, 0.0, 0.0], None)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_window_names_the_first_step_that_is_not_finite(poison: float) -> None:
+    window = LossWindow(1, CPU)
+    for step in range(5, 10):
+        value = torch.tensor(poison if step in (7, 9) else 1.0)
+        window.add(torch.tensor(1.0), value.reshape(1), step=step, last_micro=True)
+    means, bad = window.reduce(ranks=1, grad_accum_steps=1)
+    assert bad == 7
+    assert not math.isfinite(means[1])
+    assert math.isfinite(means[0])
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators that make the host wait for a value of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if any(name in str(func) for name in ("_local_scalar_dense", "is_nonzero", "aten.nonzero", "aten.equal")):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_micro_step_reads_nothing_back_to_the_host(tiny_world: TinyWorld, backend: str) -> None:
+    """Teacher, student, losses over padded sequences, backward and the loss window: all but DeepSpeed's own step."""
+    argv = ["--teacher.path", str(tiny_world.teacher), "--data.path", str(tiny_world.corpus), "--loss.relation", "1"]
+    plan = make_plan(parse_config(RunConfig, [*argv, "--loss.cosine", "1", "--loss.attention_probs", "1"], "test"))
+    wanted = plan.losses.wanted_teacher
+    teacher = FrozenTeacher.load(
+        str(tiny_world.teacher), wanted=wanted, dtype=torch.float32, device=CPU, backend=backend
+    )
+    student = build_student(
+        plan.config.student, str(tiny_world.teacher), plan.teacher_config, plan.hidden_map, False, 0, backend
+    )
+    projections = Projections(plan.config.loss, student_width=32, teacher_width=32, layers=plan.losses.projected_layers)
+    module = DistilModule(student, projections, plan.losses)
+    loader = CorpusLoader(
+        tiny_world.corpus, tokenizer=plan.tokenizer, eval_sequences=8, seed=0, global_batch=8, micro_batch=8
+    )
+    inputs = loader.step(0)
+    assert inputs.micro[0].attention_mask is not None
+    window = LossWindow(len(plan.losses.term_names), CPU)
+    with HostReads() as reads:
+        total, terms = module(inputs.micro[0], teacher(inputs.micro[0]), inputs.local_counts)
+        total.backward()
+        window.add(total, terms, step=1, last_micro=True)
+    assert reads.seen == []
+    with HostReads() as reads:
+        window.reduce(ranks=1, grad_accum_steps=1)
+    assert reads.seen, "the counter counts"
+
+
+def test_only_what_is_computed_is_compared_at_resume() -> None:
+    saved = flatten({"loss": {"hidden": 1.0}, "train": {"log_every": 10, "lr": 1e-3}})
+    now = flatten({"loss": {"hidden": 2.0}, "train": {"log_every": 20, "lr": 1e-3}, "new": None})
+    assert changed_keys(saved, now) == ["loss.hidden: 1.0 -> 2.0"]
+
+
+def test_every_how_key_is_a_setting() -> None:
+    known = set(field_docs(RunConfig))
+    for name in ("teacher", "student", "mapping", "loss", "data", "optim", "train"):
+        section = type(getattr(RunConfig(), name))
+        known |= {f"{name}.{key}" for key in field_docs(section)}
+    assert known >= HOW_KEYS, HOW_KEYS - known
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_flops_agree_with_torchs_counter(head: bool) -> None:
+    config = BertConfig(
+        vocab_size=101, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=60,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = BertForMaskedLM(config) if head else BertModel(config, add_pooling_layer=False)
+    check_flops(model.eval(), ModelShape(3, 24, 4, 101, head))
+
+
+def test_flops_of_shared_layers_count_each_call() -> None:
+    config = AlbertConfig(
+        vocab_size=101, embedding_size=12, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=60, attn_implementation="eager",
+    )  # fmt: skip
+    check_flops(AlbertModel(config, add_pooling_layer=False).eval(), ModelShape(3, 24, 4, 101, False))
+
+
+def check_flops(model: torch.nn.Module, shape: ModelShape) -> None:
+    B, L = 2, 14
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.ones(B, L, dtype=torch.long))
+    assert forward_flops_per_token(model, shape, L) * B * L == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "bytes_per_parameter"),
+    [  # weights + gradients + optimizer
+        ("zero0_bf16", 4, 2 + 2 + 12),
+        ("zero1_bf16", 4, 2 + 2 + 3),
+        ("zero2_bf16", 4, 2 + 0.5 + 3),
+        ("zero3_bf16", 4, 0.5 + 0.5 + 3),
+        ("zero3_offload_bf16", 4, 0.5),
+        ("zero0_fp32", 1, 4 + 4 + 8),
+    ],
+)
+def test_memory_of_states_follows_the_zero_paper(name: str, world: int, bytes_per_parameter: float) -> None:
+    execution = resolve_execution(RunConfig(), FOLDER / f"{name}.json", world)
+    shape = ModelShape(2, 8, 2, 100, False)
+    estimate = estimate_memory(
+        student=shape, student_parameters=1000, student_attention="sdpa", activation_checkpointing=False,
+        teacher=shape, teacher_parameters=500, teacher_dtype="bfloat16", teacher_sharded=False,
+        captured_teacher_tensors=0, execution=execution, seq_len=16,
+    )  # fmt: skip
+    assert estimate.student_states == pytest.approx(1000 * bytes_per_parameter)
+    assert estimate.teacher == 1000
+    assert (estimate.host_states > 0) == ("offload" in name)
+
+
+def test_banner_tables() -> None:
+    hidden = parse_mapping("0-5-0-10", student_layers=4, teacher_layers=12)
+    assert mapping_table(hidden, hidden) == [
+        "student layer      1  2  3  4",
+        "teacher layer      ·  5  · 10",
+    ]
+    table = closing_table({"total": 8.0, "off": 0.0}, {"total": 2.0, "off": 0.0}, [("speed", "x")], steps=(10, 300))
+    assert table.splitlines()[0].split() == ["loss", "step", "10", "step", "300", "ratio"]
+    assert table.splitlines()[1].split() == ["total", "8", "2", "0.250"]
+    assert table.splitlines()[2].split() == ["off", "0", "0", "-"]
+
+
+def test_contributions_of_losses_add_up_to_the_total() -> None:
+    report = StepReport(
+        step=1, total=3.5, terms={"hidden/1-2": 1.0, "hidden/2-4": 2.0, "embedding": 2.0},
+        coefficients={"hidden/1-2": 0.5, "hidden/2-4": 0.5, "embedding": 1.0}, lr=0.1, grad_norm=None, loss_scale=None,
+        skipped_steps=0, counts=Counts(), phases={}, wait_s=0.0,
+    )  # fmt: skip
+    assert report.by_loss() == {"hidden": 1.5, "embedding": 2.0}
+    assert sum(report.by_loss().values()) == report.total
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65.4, "1:05"), (3600, "1:00:00")])
+def test_time_left(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_defaults_are_a_valid_run() -> None:
+    assert RunConfig().train == TrainConfig()
