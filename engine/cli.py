@@ -20,6 +20,7 @@ from engine.config import ExportConfig, PrepareConfig, RunConfig
 from engine.errors import UserError
 
 EXIT_DONE, EXIT_CRASH, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = range(5)
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART_NEEDS = ("models/all-MiniLM-L6-v2/model.safetensors", "data/news/manifest.json")
@@ -109,6 +110,8 @@ def run_main(body: Callable[[], int]) -> int:
         if is_rank_zero():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
 def distill_main(argv: Sequence[str] | None = None) -> int:

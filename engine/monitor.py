@@ -203,7 +203,8 @@ class Monitor:
 
     def held_out(self, step: int, total: float, terms: dict[str, float]) -> None:
         self.last_held_out = {"step": step, "total": total, "terms": terms}
-        self._scalars({"loss_held_out/total": total} | {f"loss_held_out/{name}": value for name, value in terms.items()}, step)
+        points = {"total": total, **terms}
+        self._scalars({f"loss_held_out/{name}": value for name, value in points.items()}, step)
         self.write_record("step", step=step, held_out={"total": total, "terms": terms})
         self.say(f"step {step}/{self._steps}  held-out loss {total:.4g}")
 

@@ -104,17 +104,19 @@ def make_plan(config: RunConfig) -> Plan:
         attention_map=attention_map,
         losses=losses,
         seq_len=manifest.seq_len,
-        warnings=(*losses.warnings, *idle_settings(config, losses, student_shape)),
+        warnings=(*losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
     )
 
 
-def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape) -> list[str]:
+def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world_size: int) -> list[str]:
     """Settings that have no effect in this combination, one sentence each."""
     idle = []
     if config.data.whole_word_mask and not config.data.mlm_probability:
         idle.append("data.whole_word_mask has no effect while data.mlm_probability is 0")
     if config.train.eval_every and not config.data.eval_sequences:
         idle.append("train.eval_every has no effect while data.eval_sequences is 0")
+    if config.teacher.placement == "zero3" and world_size == 1:
+        idle.append("teacher.placement='zero3' shards nothing on a single rank, and costs time; use replicate")
     wanted = losses.wanted_student
     if not wanted.logits and wanted.deepest < student.layers:
         beyond = f"{wanted.deepest + 1}" + (f" to {student.layers}" if wanted.deepest + 1 < student.layers else "")

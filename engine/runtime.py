@@ -6,6 +6,7 @@ import datetime
 import os
 import signal
 import socket
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -75,6 +76,8 @@ def start(seed: int) -> Runtime:
     set_log_level_from_string(os.environ.get("DS_LOG_LEVEL", "warning"))
     if on_gpu:
         torch.cuda.set_device(local_rank)
+    # torch 2.13 renames a collective that DeepSpeed 0.19 calls: nothing that a user could do about it
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
     torch.manual_seed(seed)
     return Runtime(

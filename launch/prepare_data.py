@@ -1,4 +1,4 @@
-"""python launch/prepare_data.py --config examples/prepare_news.yaml"""
+"""python launch/prepare_data.py --config examples/quickstart_corpus.yaml"""
 
 import sys
 

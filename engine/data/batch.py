@@ -51,9 +51,12 @@ class Batch:
         return None if self.attention_mask is None else self.attention_mask.bool()
 
     def to(self, device: torch.device) -> Batch:
-        def move(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
+        def move(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, non_blocking=True)
 
         return replace(
-            self, input_ids=move(self.input_ids), attention_mask=move(self.attention_mask), labels=move(self.labels)
+            self,
+            input_ids=move(self.input_ids),
+            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            labels=None if self.labels is None else move(self.labels),
         )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from tiny_tokenizers import FAMILIES, bert, make_text, roberta, saved
 from transformers import AutoTokenizer
 
 from engine.config import PrepareConfig, SourceConfig
-from engine.data import shards
-from engine.data.corpus import cut_units, prepare
+from engine.data import prepare_output, shards
+from engine.data.corpus import prepare
 from engine.data.manifest import MANIFEST, check_tokenizer, load_manifest, tokenizer_sha256
 from engine.data.shards import finished_shard, write_shard
 from engine.data.sources import SourceReader
+from engine.data.units import cut_units
 from engine.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -273,8 +275,26 @@ def test_bad_lines_stop_it_or_are_counted(tmp_path, tokenizer, small, capsys):
     manifest = prepare(config(tmp_path / "out", tokenizer, small, on_bad_line="skip"))
     assert manifest.sources[0].bad_lines == 1
     out = capsys.readouterr().out
-    assert "1 bad lines skipped" in out
+    assert "skipped 1 bad line:" in out
     assert "small.txt:1" in out
+
+
+def test_progress_is_whole_lines_where_there_is_no_terminal(tmp_path, tokenizer, small, capsys, monkeypatch):
+    prepare(config(tmp_path / "quiet", tokenizer, small))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(prepare_output, "_LINE_EVERY_S", 0.0)
+    prepare(config(tmp_path / "out", tokenizer, small, small))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"prepare: 0\.0 MB of text in 00:\d\d, .* MB/s; 100% of about 0\.0 MB, 00:00 left", lines[-1])
+
+
+def test_the_first_bad_lines_of_many_are_shown(tmp_path, tokenizer, small, capsys):
+    small.write_bytes(b"bad \xff line\n" * 1200 + small.read_bytes())
+    prepare(config(tmp_path / "out", tokenizer, small, on_bad_line="skip"))
+    out = capsys.readouterr().out
+    assert "small.txt: skipped 1,200 bad lines, the first of them:" in out
+    assert out.count("is not UTF-8") == 5
 
 
 def test_errors_name_the_key(tmp_path, tokenizer, small):

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 from engine.config import PrepareConfig
 from engine.data import packing
-from engine.data.corpus import WorkUnit, _plain, pack_unit, unit_settings
 from engine.data.packing import Packer, SpecialTokens, blocks, sentence_starts, special_tokens, tokenize
+from engine.data.units import WorkUnit, pack_unit, plain_tokenizer, unit_settings
 
 SEP = 999
 
@@ -59,7 +59,7 @@ def test_token_units_are_the_ids_of_the_running_text(family, block, monkeypatch)
     """Cutting into sentences, and long lines into blocks, does not change how the text is tokenised."""
     monkeypatch.setattr(packing, "_BLOCK", block)
     monkeypatch.setattr(packing, "_BATCH", 500)
-    backend = _plain(FAMILIES[family]().backend_tokenizer.to_str())
+    backend = plain_tokenizer(FAMILIES[family]().backend_tokenizer.to_str())
     documents = [text.split("\n") for text in make_text(documents=12).split("\n\n")]
     found = list(tokenize(backend, documents, SpecialTokens((), (), None)))
     assert [len(document) for document in found] == [len(document) for document in documents]
@@ -75,7 +75,7 @@ def test_token_units_are_the_ids_of_the_running_text(family, block, monkeypatch)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_special_tokens_are_the_tokenizers_own(family):
     tokenizer = FAMILIES[family]()
-    backend = _plain(tokenizer.backend_tokenizer.to_str())
+    backend = plain_tokenizer(tokenizer.backend_tokenizer.to_str())
     special = special_tokens(backend, tokenizer.sep_token_id)
     text = "The school of music."
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -92,7 +92,7 @@ def test_tokenizer_files_that_truncate_or_pad_and_special_words_in_the_text(fami
     with_settings.enable_padding(length=64)
     text = f"school {tokenizer.sep_token} of{tokenizer.mask_token}music and history"
     settings_ = unit_settings(PrepareConfig(seq_len=64, min_tokens=1), tokenizer)
-    (ids,) = pack_unit(_plain(with_settings.to_str()), WorkUnit(0, text.encode()), settings_).sequences
+    (ids,) = pack_unit(plain_tokenizer(with_settings.to_str()), WorkUnit(0, text.encode()), settings_).sequences
     assert len(ids) > 5
     assert not set(ids.tolist()) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
@@ -205,7 +205,7 @@ def test_a_packed_unit_reads_like_the_text(family):
     tokenizer = FAMILIES[family]()
     text = make_text(documents=20)
     settings_ = unit_settings(PrepareConfig(seq_len=48, min_tokens=1), tokenizer)
-    worker = pack_unit(_plain(tokenizer.backend_tokenizer.to_str()), WorkUnit(0, text.encode()), settings_)
+    worker = pack_unit(plain_tokenizer(tokenizer.backend_tokenizer.to_str()), WorkUnit(0, text.encode()), settings_)
     ids = np.concatenate(worker.sequences)
     decoded = tokenizer.decode(ids[ids != tokenizer.sep_token_id].tolist())
     assert "".join(decoded.lower().split()) == "".join(text.lower().split())

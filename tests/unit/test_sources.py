@@ -13,7 +13,8 @@ import zstandard
 from datasets import Dataset, DatasetDict
 
 from engine.config import SourceConfig
-from engine.data.sources import SourceReader, file_kind
+from engine.data.formats import file_kind
+from engine.data.sources import SourceReader
 from engine.errors import UserError
 
 TEXT = "First paragraph.\nSecond – ünïcode.\n\n\nNew document.\n"

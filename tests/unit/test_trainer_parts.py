@@ -156,7 +156,7 @@ def test_memory_of_states_follows_the_zero_paper(name: str, world: int, bytes_pe
     estimate = estimate_memory(
         student=shape, student_parameters=1000, student_attention="sdpa", activation_checkpointing=False,
         teacher=shape, teacher_parameters=500, teacher_dtype="bfloat16", teacher_sharded=False,
-        captured_teacher_tensors=0, execution=execution, seq_len=16,
+        captured_teacher_tensors=0, attention_terms=0, execution=execution, seq_len=16,
     )  # fmt: skip
     assert estimate.student_states == pytest.approx(1000 * bytes_per_parameter)
     assert estimate.teacher == 1000

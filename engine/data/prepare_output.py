@@ -1,0 +1,108 @@
+"""What launch/prepare_data.py shows: how far it is while it works, and a summary at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.data.manifest import Manifest
+from engine.data.sources import SourceReader
+
+_MB = 1_000_000
+_LINE_EVERY_S = 30.0
+
+
+@dataclass
+class PoolUsage:
+    """What one run of the worker pool did and took."""
+
+    kept_shards: int = 0
+    """Shards of an earlier run that were not made again."""
+    new_tokens: int = 0
+    seconds: float = 0.0
+    main_peak_bytes: int = 0
+    worker_peak_bytes: dict[int, int] = field(default_factory=dict)
+    """By process id."""
+
+
+class TextProgress:
+    """Bytes of text done: a bar on a terminal. Elsewhere (a pipe, a log file) a line every 30 s, because the carriage
+    returns of a bar make one endless line there."""
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+        """Bytes of text in all; None when unknown."""
+        self._done = 0
+        self._began = self._shown = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> TextProgress:
+        if sys.stderr.isatty():
+            self._bar = tqdm(unit="B", unit_scale=True, desc="prepare", mininterval=0.5, dynamic_ncols=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, text_bytes: int) -> None:
+        self._done += text_bytes
+        if self._bar is not None:
+            self._bar.total = self.total
+            self._bar.update(text_bytes)
+        elif time.monotonic() - self._shown >= _LINE_EVERY_S:
+            self._shown = time.monotonic()
+            print(self._line(self._shown - self._began), file=sys.stderr, flush=True)
+
+    def _line(self, seconds: float) -> str:
+        speed = self._done / seconds
+        line = (
+            f"prepare: {self._done / _MB:,.1f} MB of text in {tqdm.format_interval(seconds)}, {speed / _MB:,.2f} MB/s"
+        )
+        if self.total is None:
+            return line
+        left = tqdm.format_interval((self.total - self._done) / speed)
+        return f"{line}; {self._done / self.total:.0%} of about {self.total / _MB:,.1f} MB, {left} left"
+
+
+def print_already_prepared(folder: Path, manifest: Manifest) -> None:
+    print(f"{folder}: already prepared with these settings ({manifest.sequences:,} sequences); nothing to do")
+
+
+def print_summary(folder: Path, manifest: Manifest, readers: Sequence[SourceReader], usage: PoolUsage) -> None:
+    print(
+        f"{folder}: {_count(manifest.sequences, 'sequence')} of up to {manifest.seq_len} tokens from "
+        f"{_count(manifest.documents, 'document')}; {_count(manifest.tokens, 'token')}, fill {manifest.fill:.1%}, "
+        f"{_count(len(manifest.shards), 'shard')}"
+    )
+    if usage.kept_shards:
+        print(f"kept {_count(usage.kept_shards, 'shard')} of an earlier run")
+    if dropped := sum(source.dropped for source in manifest.sources):
+        print(f"dropped {_count(dropped, 'sequence')} with fewer than min_tokens={manifest.min_tokens} text tokens")
+    for reader in readers:
+        if reader.ignored:
+            print(f"{reader.source.path}: {_count(reader.ignored, 'file')} with other endings not read")
+        if reader.bad_lines:
+            shown = ", the first of them" if len(reader.bad_places) < reader.bad_lines else ""
+            print(f"{reader.source.path}: skipped {_count(reader.bad_lines, 'bad line')}{shown}:")
+        for place in reader.bad_places:
+            print(f"  {place}")
+    if usage.worker_peak_bytes:
+        peaks = usage.worker_peak_bytes.values()
+        print(
+            f"{usage.new_tokens / usage.seconds:,.0f} tokens/s over {usage.seconds:.1f} s; peak memory: main process "
+            f"{usage.main_peak_bytes / _MB:,.0f} MB, workers ({len(peaks)}) {sum(peaks) / _MB:,.0f} MB"
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
