@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import NamedTuple
 
 from engine.config import ATTENTION_MAPPED
 from engine.ds_config import Execution
@@ -15,12 +14,6 @@ from engine.models.teacher import FrozenTeacher
 from engine.plan import Plan
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-class Attention(NamedTuple):
-    name: str
-    """Backend in use."""
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -116,9 +109,7 @@ def start(
     plan: Plan,
     *,
     teacher: FrozenTeacher,
-    teacher_attention: Attention,
     student_parameters: int,
-    student_attention: Attention,
     projection_parameters: int,
     optimizer: str,
     epoch_sequences: int,
@@ -131,7 +122,7 @@ def start(
     memory = estimate_memory(
         student=s,
         student_parameters=student_parameters + projection_parameters,
-        student_attention=student_attention.name,
+        student_attention=plan.student_attention.name,
         activation_checkpointing=cfg.student.activation_checkpointing,
         teacher=t,
         teacher_parameters=teacher.parameters_count,
@@ -154,7 +145,7 @@ def start(
                 f"{cfg.teacher.path}: {plan.teacher_config.model_type}, {t.layers} layers{fewer}, width {t.width}, "
                 f"{t.heads} heads, {teacher.parameters_count / 1e6:.1f} M parameters, {plan.teacher_dtype}, "
                 f"{cfg.teacher.placement}",
-                f"attention {teacher_attention.name} ({teacher_attention.reason})",
+                f"attention {plan.teacher_attention.name} ({plan.teacher_attention.reason})",
             ],
         ),
         (
@@ -162,7 +153,7 @@ def start(
             [
                 f"{origin}: {plan.student_config.model_type}, {s.layers} layers, width {s.width}, {s.heads} heads, "
                 f"{student_parameters / 1e6:.1f} M parameters + {projection_parameters / 1e6:.2f} M in projections",
-                f"attention {student_attention.name} ({student_attention.reason})",
+                f"attention {plan.student_attention.name} ({plan.student_attention.reason})",
             ],
         ),
         ("mapping", mapping_table(plan.hidden_map, plan.attention_map)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,13 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """`key: saved -> current` for everything that decides what is computed and differs."""
     keys = sorted((saved.keys() | current.keys()) - HOW_KEYS)
     return [f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
+
+
+def _flush(folder: Path) -> None:
+    """Makes the disk hold what was written: after a power loss COMPLETE must not stand beside empty shards."""
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # another rank may be renaming its own
+            os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,7 @@ class Checkpointer:
         if (folder / COMPLETE).is_file():
             return folder
         ds_engine.save_checkpoint(str(self.run_dir.checkpoints), tag=tag, client_state={"step": step})
+        _flush(folder)
         torch.distributed.barrier()
         if self.is_rank_zero:
             (folder / EXPORT_FILE).write_text(json.dumps({**self.export, "step": step}, indent=1), encoding="utf-8")

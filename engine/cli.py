@@ -8,9 +8,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import signal
 import sys
+import time
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -20,6 +23,7 @@ from engine.config import ExportConfig, PrepareConfig, RunConfig
 from engine.errors import UserError
 
 EXIT_DONE, EXIT_CRASH, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = range(5)
+RANK_ZERO_SPEAKS_WITHIN_S = 20.0
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +56,11 @@ def quickstart() -> list[str]:
 
 def _expand_switches(argv: Sequence[str], config_class: type[Any]) -> list[str]:
     """`--dry_run` alone means `--dry_run=true`, as everywhere else; jsonargparse wants the value spelled out."""
-    switches = {f"--{name}" for name, hint in get_type_hints(config_class).items() if hint is bool}
+    hints = get_type_hints(config_class)
+    switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    for section, hint in hints.items():
+        if is_dataclass(hint):
+            switches |= {f"--{section}.{name}" for name, inner in get_type_hints(hint).items() if inner is bool}
     out: list[str] = []
     for i, word in enumerate(argv):
         following = argv[i + 1] if i + 1 < len(argv) else "--"
@@ -102,13 +110,23 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _let_rank_zero_speak() -> None:
+    """The launcher ends all ranks as soon as one exits, so the first to leave would silence rank 0. Mostly rank 0 has
+    the same error, says it, and this process is ended meanwhile; an error of this rank alone is said after the wait.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(RANK_ZERO_SPEAKS_WITHIN_S)
+
+
 def run_main(body: Callable[[], int]) -> int:
-    """Runs `body`; a UserError becomes one line on rank 0 and exit code 2 on every rank."""
+    """Runs `body`; a UserError becomes one line (of rank 0 when it has it too) and exit code 2 on every rank."""
     try:
         return body()
     except UserError as error:
-        if is_rank_zero():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not is_rank_zero():
+            _let_rank_zero_speak()
+        who = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
+        print(f"error: {who}{error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

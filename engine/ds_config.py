@@ -59,6 +59,7 @@ OWNED_ELSEWHERE = {
     "wandb": "engine/monitor.py owns the logs",
     "csv_monitor": "records.jsonl holds the same numbers",
 }
+OFFLOAD_NEEDS_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 AUTO_MICRO_BATCH_LIMIT = 64
 """`train_micro_batch_size_per_gpu: "auto"` takes the largest divisor of a rank's share up to this many sequences."""
 
@@ -144,6 +145,18 @@ def _enabled(ds: dict[str, Any], key: str, source: str) -> bool:
     return bool(section.get("enabled", False))
 
 
+def _offloads(zero: dict[str, Any], name: str, stage: int, source: str) -> bool:
+    section = zero.get(name) or {}
+    if not isinstance(section, dict):
+        raise UserError(f'{source}: zero_optimization.{name}={section!r} must be an object like {{"device": "cpu"}}')
+    active = section.get("device", "none") != "none"
+    if active and stage < OFFLOAD_NEEDS_STAGE[name]:
+        raise UserError(
+            f"{source}: {name} needs ZeRO stage {OFFLOAD_NEEDS_STAGE[name]} or higher, this file has {stage}"
+        )
+    return active
+
+
 def resolve_execution(config: RunConfig, path: Path, world_size: int) -> Execution:
     """Loads `path` and fills in what the run config owns, for `world_size` ranks."""
     ds, source = load_ds_config(path), str(path)
@@ -151,6 +164,8 @@ def resolve_execution(config: RunConfig, path: Path, world_size: int) -> Executi
     if bf16 and fp16:
         raise UserError(f"{source}: bf16 and fp16 are both enabled; choose one")
     zero = ds.setdefault("zero_optimization", {"stage": 0})
+    if not isinstance(zero, dict):
+        raise UserError(f'{source}: zero_optimization={zero!r} must be an object like {{"stage": 1}}')
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{source}: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
@@ -164,9 +179,7 @@ def resolve_execution(config: RunConfig, path: Path, world_size: int) -> Executi
     }
     fill_auto(ds, owned, source)
     ds.setdefault("steps_per_print", 1_000_000_000)  # the monitor prints; DeepSpeed's own line would double it
-    offload = {
-        name: zero.get(name, {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param")
-    }
+    offload = {name: _offloads(zero, name, stage, source) for name in OFFLOAD_NEEDS_STAGE}
     if config.optim.name.endswith("lamb") and stage > 0:
         raise UserError(
             f"optim.name={config.optim.name!r} with ZeRO stage {stage} ({source}): the trust ratio needs whole "

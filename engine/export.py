@@ -20,6 +20,7 @@ from engine.errors import UserError
 from engine.models.hub import quiet
 from engine.run_dir import COMPLETE, RunDir
 
+CARD_TAG = "- mapdistill"
 PROJECTIONS_FILE = "projections.safetensors"
 """Beside the student: the training-only linear maps to the teacher's width, for those who want to go on."""
 
@@ -33,12 +34,21 @@ def export_run(config: ExportConfig) -> Path:
     tag = tags[-1] if config.tag == "newest" else config.tag
     if tag not in tags:
         raise UserError(f"tag={config.tag!r}: no complete checkpoint of that name; complete ones: {', '.join(tags)}")
-    target = Path(config.to) if config.to is not None else run_dir.student
-    if target.exists() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise UserError(f"to={str(target)!r} holds other files; name an empty or new folder")
+    target = Path(config.to).resolve() if config.to is not None else run_dir.student
+    if target.exists() and not target.is_dir():
+        raise UserError(f"to={config.to!r} is a file; name a folder")
+    if target.exists() and any(target.iterdir()) and not _is_export(target):
+        raise UserError(
+            f"to={config.to!r} holds files that are not an export of mapdistill; name an empty or new folder"
+        )
     export_checkpoint(run_dir, tag, target)
     print(f"student of {tag} written to {target}; load it with AutoModel.from_pretrained({str(target)!r})")
     return target
+
+
+def _is_export(folder: Path) -> bool:
+    card = folder / "README.md"
+    return card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace")
 
 
 def export_checkpoint(run_dir: RunDir, tag: str, target: Path) -> None:
@@ -110,7 +120,7 @@ def rebuild_student(description: dict[str, Any], weights: dict[str, torch.Tensor
 def model_card(description: dict[str, Any]) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in description["card"].items())
     return (
-        "---\nlibrary_name: transformers\ntags:\n- knowledge-distillation\n- mapdistill\n---\n\n"
+        f"---\nlibrary_name: transformers\ntags:\n- knowledge-distillation\n{CARD_TAG}\n---\n\n"
         "# Distilled student\n\nTrained with mapdistill (layer-mapped distillation on DeepSpeed). Numbers are of the "
         "distillation itself; the model has not been scored on any task.\n\n"
         f"| | |\n| --- | --- |\n| optimizer step | {description['step']} |\n{rows}\n\n"

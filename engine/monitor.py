@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine.data.batch import Counts
-from engine.records import RecordWriter
+from engine.records import RecordWriter, read_records
 
+TFLOPS_NOTE = (
+    "Achieved TFLOP/s of all ranks: real tokens per second times the FLOPs of a token: the teacher's forward plus "
+    "three times the forward of student and projections (a backward pass costs twice its forward; recomputation by "
+    "activation checkpointing is not counted). A forward counts 2 FLOPs for each weight of a linear layer, and "
+    "4 x sequence length x width for attention in each layer. Losses, norms, look-ups and the optimizer are left out."
+)
 ETA_AFTER_STEPS = 20
 """The first steps allocate, compile and warm caches; the time left is estimated without them."""
 
@@ -64,6 +71,45 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+@dataclass
+class History:
+    """What the step records of a run say, those of earlier starts included. Rank 0 only."""
+
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Step records by step; of a step that was run twice, the later one."""
+    held_out: dict[str, Any] | None = None
+    """The last held-out losses: step, total, terms."""
+
+    @classmethod
+    def read(cls, path: Path, until: int) -> History:
+        """Of the steps up to `until`: later ones belong to a future that is run again."""
+        history = cls()
+        for record in read_records(path) if path.is_file() else ():
+            if record["kind"] == "step" and record["step"] <= until:
+                history.add(record)
+        return history
+
+    def add(self, record: dict[str, Any]) -> None:
+        if "held_out" in record:
+            self.held_out = {"step": record["step"], **record["held_out"]}
+        else:
+            self.steps[record["step"]] = record
+
+    @property
+    def first(self) -> dict[str, Any]:
+        return self.steps[min(self.steps)]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.steps[max(self.steps)]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Mean over the training time; checkpoints and evaluations are left out."""
+        seconds = sum(record["seconds"] for record in self.steps.values())
+        return float(sum(record["tokens"] for record in self.steps.values()) / seconds)
+
+
 class Monitor:
     def __init__(
         self,
@@ -88,22 +134,21 @@ class Monitor:
         # on a terminal the bar is for the eyes, and records.jsonl holds the lines; logs and pipes get both
         quiet = _Silent() if sys.stdout.isatty() else None
         self.records = RecordWriter(records, stream=quiet) if active else None
-        self.first: StepReport | None = None
-        self.last: StepReport | None = None
-        self.last_held_out: dict[str, Any] | None = None
-        self._tokens = 0.0
-        self._busy_s = 0.0
+        self.history = History()
+        self._records_path = records
         self._wait_s = 0.0
 
     def begin(self, step: int) -> None:
         self._start_step = step
         self._mark = time.perf_counter()
-        self._eta_mark: tuple[int, float] | None = None
+        self._eta_mark = (step, self._mark)
         if not self._active:
             return
+        self.history = History.read(self._records_path, until=step)
         # a resumed run overwrites the points that a killed one wrote past its last checkpoint
         self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=step + 1 if step else None, flush_secs=15)
         self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
+        self._writer.add_text("how speed/tflops is counted", TFLOPS_NOTE, step)
         if self._on_terminal:
             self._bar = tqdm(total=self._steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
 
@@ -121,11 +166,7 @@ class Monitor:
     def step(self, report: StepReport) -> None:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
-        self._tokens += report.counts.tokens
-        self._busy_s += seconds
         wait, self._wait_s = report.wait_s - self._wait_s, report.wait_s
-        self.first = self.first or report
-        self.last = report
         if not self._active:
             return
         speed = {
@@ -137,22 +178,23 @@ class Monitor:
         shares = {name: value / seconds for name, value in report.phases.items()}
         peak = peak_memory_gib(self._device)
         self._plot(report, speed, shares, peak)
-        self.write_record(
-            "step",
-            step=report.step,
-            total=report.total,
-            terms=report.terms,
-            losses=report.by_loss(),
-            lr=report.lr,
-            grad_norm=report.grad_norm,
-            loss_scale=report.loss_scale,
-            skipped_steps=report.skipped_steps,
-            tokens=int(report.counts.tokens),
-            seconds=seconds,
-            time_share=shares,
-            peak_memory_gib=peak,
+        fields = {
+            "step": report.step,
+            "total": report.total,
+            "terms": report.terms,
+            "losses": report.by_loss(),
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "loss_scale": report.loss_scale,
+            "skipped_steps": report.skipped_steps,
+            "tokens": int(report.counts.tokens),
+            "seconds": seconds,
+            "time_share": shares,
+            "peak_memory_gib": peak,
             **speed,
-        )
+        }
+        self.history.add(fields)
+        self.write_record("step", **fields)
         self._progress(report, speed["tokens_per_s"], now)
 
     def _plot(self, report: StepReport, speed: dict[str, float], shares: dict[str, float], peak: float) -> None:
@@ -177,12 +219,12 @@ class Monitor:
 
     def _progress(self, report: StepReport, tokens_per_s: float, now: float) -> None:
         done = report.step - self._start_step
-        if self._eta_mark is None and done >= ETA_AFTER_STEPS // 2:
-            self._eta_mark = (report.step, now)
         left = ""
-        if self._eta_mark is not None and done >= ETA_AFTER_STEPS and report.step > self._eta_mark[0]:
+        if done >= ETA_AFTER_STEPS:
             per_step = (now - self._eta_mark[1]) / (report.step - self._eta_mark[0])
             left = f", {format_seconds(per_step * (self._steps - report.step))} left"
+        elif done <= ETA_AFTER_STEPS // 2:
+            self._eta_mark = (report.step, now)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {report.total:.4g}, {tokens_per_s:,.0f} tok/s{left}", refresh=False)
             self._bar.update(report.step - self._bar.n)
@@ -202,7 +244,7 @@ class Monitor:
             print(text, flush=True)
 
     def held_out(self, step: int, total: float, terms: dict[str, float]) -> None:
-        self.last_held_out = {"step": step, "total": total, "terms": terms}
+        self.history.add({"step": step, "held_out": {"total": total, "terms": terms}})
         points = {"total": total, **terms}
         self._scalars({f"loss_held_out/{name}": value for name, value in points.items()}, step)
         self.write_record("step", step=step, held_out={"total": total, "terms": terms})
@@ -213,17 +255,19 @@ class Monitor:
         self.say(f"step {step}/{self._steps}  checkpoint {folder}")
 
     def diverged(self, report: StepReport, first_bad: int) -> None:
-        bad = [name for name, value in report.terms.items() if value != value or abs(value) == float("inf")]
-        self.write_record("error", status="diverged", step=first_bad, terms=bad, lr=report.lr, total=report.total)
-        self.say(
-            f"error: the loss is not finite since step {first_bad} (terms: {', '.join(bad) or 'total only'}; learning "
-            f"rate {report.lr:.2e}). The last complete checkpoint is untouched; try a lower train.lr or more warm-up"
-        )
+        bad = [name for name, value in report.terms.items() if not math.isfinite(value)]
+        what = f"the loss is not finite since step {first_bad} (terms: {', '.join(bad) or 'total only'})"
+        self._say_diverged(what, step=first_bad, terms=bad, lr=report.lr, total=report.total)
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Mean over this process's training time, checkpoints and evaluations left out."""
-        return self._tokens / self._busy_s if self._busy_s else 0.0
+    def diverged_weights(self, step: int) -> None:
+        self._say_diverged(f"weights are not finite after step {step}", step=step, terms=["weights"])
+
+    def _say_diverged(self, what: str, **fields: Any) -> None:
+        self.write_record("error", status="diverged", **fields)
+        self.say(
+            f"error: {what}. The last complete checkpoint is untouched. Try a lower train.lr or more warm-up in "
+            "another output_dir"
+        )
 
     def close(self) -> None:
         if self._bar is not None:

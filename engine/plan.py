@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from engine import runtime
+from engine.apex import probe_apex, probe_fused_layer_norm
 from engine.checkpoint import flatten
 from engine.config import RunConfig
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
@@ -20,6 +22,7 @@ from engine.errors import UserError
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
+from engine.models.attention import Backend, resolve_backend
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config
@@ -40,13 +43,15 @@ class Plan:
     hidden_map: LayerMapping
     attention_map: LayerMapping
     losses: LossSet
+    teacher_attention: Backend
+    student_attention: Backend
     seq_len: int
     warnings: tuple[str, ...]
 
     @property
     def teacher_dtype(self) -> str:
         """float32, bfloat16 or float16."""
-        return self.execution.precision if self.config.teacher.dtype == "auto" else self.config.teacher.dtype
+        return teacher_dtype(self.config, self.execution)
 
     @property
     def mlm_head(self) -> bool:
@@ -57,9 +62,10 @@ def make_plan(config: RunConfig) -> Plan:
     """Reads configuration files, manifest and tokenizer, and checks them against each other. Raises UserError."""
     path = Path(config.deepspeed_config)
     if config.deepspeed_config == "auto":
-        gpu = torch.cuda.is_available()
-        path = FOLDER / default_config_name(has_gpu=gpu, has_fast_bf16=runtime.has_fast_bf16())
+        path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())
     execution = resolve_execution(config, path, runtime.launcher_world_size())
+    check_zero_section(execution)
+    check_apex(config)
     teacher_config = hub.load_config(config.teacher.path, key="teacher.path")
     tokenizer = hub.load_tokenizer(config.teacher.path, key="teacher.path")
     manifest = load_manifest(Path(config.data.path))
@@ -103,9 +109,55 @@ def make_plan(config: RunConfig) -> Plan:
         hidden_map=hidden_map,
         attention_map=attention_map,
         losses=losses,
+        teacher_attention=attention_backend(
+            config.teacher.attention, teacher_dtype(config, execution), teacher_shape, manifest.seq_len, trained=False
+        ),
+        student_attention=attention_backend(
+            config.student.attention, execution.precision, student_shape, manifest.seq_len, trained=True
+        ),
         seq_len=manifest.seq_len,
         warnings=(*losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
     )
+
+
+def teacher_dtype(config: RunConfig, execution: Execution) -> str:
+    return execution.precision if config.teacher.dtype == "auto" else config.teacher.dtype
+
+
+def attention_backend(requested: str, dtype: str, shape: ModelShape, seq_len: int, *, trained: bool) -> Backend:
+    return resolve_backend(
+        requested,
+        device=torch.device("cuda" if runtime.uses_gpu() else "cpu"),
+        dtype=getattr(torch, dtype),
+        seq_len=seq_len,
+        head_dim=shape.width // shape.heads,
+        training=trained,
+        key="student.attention" if trained else "teacher.attention",
+    )
+
+
+def check_zero_section(execution: Execution) -> None:
+    """DeepSpeed would find these mistakes too, but only after both models are loaded, and with a traceback."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**execution.resolved["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
+        raise UserError(f"{execution.source}: {key}={first['input']!r}: {first['msg']}") from None
+
+
+def check_apex(config: RunConfig) -> None:
+    """Raises UserError when NVIDIA Apex is asked for and cannot be used."""
+    if config.optim.name.startswith("apex_"):
+        usable, why_not = probe_apex()
+        if not usable:
+            raise UserError(f"optim.name={config.optim.name!r}: {why_not}")
+    if config.student.fused_layer_norm:
+        usable, why_not = probe_fused_layer_norm()
+        if not usable:
+            raise UserError(f"student.fused_layer_norm=true: {why_not}; or set it to false")
 
 
 def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world_size: int) -> list[str]:
@@ -130,9 +182,13 @@ def identity(plan: Plan) -> dict[str, Any]:
     def digest(tree: object) -> str:
         return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+    architecture = plan.teacher_config.to_dict()
+    for name in ("transformers_version", "_name_or_path"):  # not of the teacher, but of who read it
+        architecture.pop(name, None)
     settings: dict[str, Any] = json.loads(json.dumps(asdict(plan.config)))
     return flatten(settings) | {
-        "teacher.config_sha256": digest(plan.teacher_config.to_dict()),
+        "teacher.config_sha256": digest(architecture),
+        "teacher.weights_sha256": hub.weights_fingerprint(plan.config.teacher.path, key="teacher.path"),
         "data.content_sha256": digest(
             [[shard.sha256 for shard in plan.manifest.shards], [source.weight for source in plan.manifest.sources]]
         ),

@@ -56,6 +56,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return [record for line in lines if (record := parse_record(line)) is not None]
 
 
+def final_result(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The `result` of the last start, or None while (or because) that has none: an older start's does not count."""
+    for record in reversed(records):
+        if record["kind"] == "result":
+            return record
+        if record["kind"] == "run" and record.get("status") == "started":
+            return None
+    return None
+
+
 class RecordWriter:
     """Writes each record to stdout and appends it to `path`, one flushed `write` each. Rank 0 owns the only one."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,17 @@ class RunDir:
     @property
     def student(self) -> Path:
         return self.root / "student"
+
+    def set_aside_logs(self) -> list[Path]:
+        """Renames records and TensorBoard events of an earlier run in this folder to superseded-…, so that its result
+        is not taken for the next one's. Returns their old paths."""
+        moved = [path for path in (self.records, self.tensorboard) if path.exists()]
+        for path in moved:
+            target = path.with_name(f"superseded-{path.name}")
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+        return moved
 
     def complete_tags(self) -> list[str]:
         """Tags that hold a COMPLETE marker, oldest first. Everything else is the remains of a killed writer."""

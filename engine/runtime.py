@@ -36,6 +36,11 @@ def launcher_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def uses_gpu() -> bool:
+    """Whether this job computes on CUDA devices; DS_ACCELERATOR=cpu keeps it off them."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
 @dataclass(frozen=True)
 class Runtime:
     rank: int
@@ -65,7 +70,7 @@ def start(seed: int) -> Runtime:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "1")):
         os.environ.setdefault(name, value)
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    on_gpu = uses_gpu()
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
         # every rank would otherwise start a thread per core: 2 ranks on 2 cores then run several times slower
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
@@ -91,7 +96,7 @@ def start(seed: int) -> Runtime:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout's random numbers are a function of (seed, step, rank), so that a resumed run needs no saved RNG state."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
 class StopRequest:

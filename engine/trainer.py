@@ -103,8 +103,8 @@ class Trainer:
                 if train.eval_every and (self.step % train.eval_every == 0 or self.step == train.steps):
                     with self.monitor.pause():
                         self.evaluate()
-                if saving:
-                    self.save()
+                if saving and not self.save():
+                    return Outcome.DIVERGED
                 if stopping and self.step < train.steps:
                     return Outcome.PREEMPTED
         finally:
@@ -182,10 +182,26 @@ class Trainer:
         values = sums.tolist()
         self.monitor.held_out(self.step, values[0], dict(zip(self.task.term_names, values[1:], strict=True)))
 
-    def save(self) -> None:
+    def save(self) -> bool:
+        """Writes a checkpoint, unless the weights are not finite: then it returns False, and resume finds an older one.
+
+        The losses of a step are computed before its update, so they cannot tell.
+        """
         with self.monitor.pause():
+            if not self._weights_are_finite():
+                self.monitor.diverged_weights(self.step)
+                return False
             folder = self.checkpointer.save(self.ds_engine, self.step)
         self.monitor.checkpoint(self.step, folder)
+        return True
+
+    def _weights_are_finite(self) -> bool:
+        """Collective. Under ZeRO-3 each rank looks at its own shards."""
+        held = [getattr(p, "ds_tensor", p).detach() for p in self.ds_engine.module.parameters()]
+        finite = torch.stack([torch.isfinite(tensor).all().to(self.runtime.device) for tensor in held]).all().float()
+        if self.runtime.world_size > 1:
+            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        return bool(finite.item())
 
 
 def _loss_scale(ds_engine: Any, precision: str) -> float | None:

@@ -65,6 +65,7 @@ class CorpusLoader:
         world: int = 1,
         mlm_probability: float = 0.0,
         whole_word: bool = False,
+        pin_memory: bool = False,
     ) -> None:
         self.manifest = load_manifest(path)
         check_tokenizer(self.manifest, tokenizer)
@@ -95,6 +96,12 @@ class CorpusLoader:
             [np.arange(end - count, end) for end, count in zip(ends, held_out, strict=True)]
         ).astype(np.int64)
         self._tables = MaskingTables.of(tokenizer) if mlm_probability > 0 else None
+        if self._tables is not None and whole_word and self._tables.continuation is None:
+            raise UserError(
+                f"data.whole_word_mask=true: the tokenizer {tokenizer.name_or_path!r} does not mark where words begin; "
+                "set it to false"
+            )
+        self._pin_memory = pin_memory
         self._mlm_probability, self._whole_word, self._seed = mlm_probability, whole_word, seed
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
@@ -188,12 +195,13 @@ class CorpusLoader:
             position_pairs=ids.size * length,
             masked=0 if labels is None else int((labels != IGNORE).sum()),
         )
-        return Batch(
+        batch = Batch(
             input_ids=torch.from_numpy(ids),
             attention_mask=None if mask is None else torch.from_numpy(mask),
             labels=None if labels is None else torch.from_numpy(labels),
             counts=counts,
         )
+        return batch.pinned() if self._pin_memory else batch
 
 
 def held_out_counts(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -140,6 +140,11 @@ AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], _without_asking_the_dev
 AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], _without_asking_the_device(eager_mask))
 
 
+class Backend(NamedTuple):
+    name: str
+    reason: str
+
+
 def resolve_backend(
     requested: str,
     *,
@@ -149,8 +154,8 @@ def resolve_backend(
     head_dim: int,
     training: bool = True,
     key: str = "attention",
-) -> tuple[str, str]:
-    """(backend, reason). `auto` follows the measured table in docs/benchmarks.md, section "Attention backend".
+) -> Backend:
+    """The backend and why. `auto` follows the measured table in docs/benchmarks.md, section "Attention backend".
 
     dtype: what the matrices are multiplied in (the autocast type where there is one). training: whether a backward
     pass follows (a teacher has none). Raises UserError (naming `key`) for flash_attention_2 where it cannot run.
@@ -158,17 +163,17 @@ def resolve_backend(
     if requested == "flash_attention_2":
         _check_flash(device, dtype, key)
     if requested != "auto":
-        return requested, f"{key}={requested}"
+        return Backend(requested, f"{key}={requested}")
     if device.type != "cpu":
-        return "sdpa", f"auto: fused attention on {device.type}"
+        return Backend("sdpa", f"auto: fused attention on {device.type}")
     if dtype not in (torch.bfloat16, torch.float32):
-        return "sdpa", f"auto: the default; {dtype} on a CPU was not measured"
+        return Backend("sdpa", f"auto: the default; {dtype} on a CPU was not measured")
     where = f"on a CPU in {str(dtype).removeprefix('torch.')}, length {seq_len}, head width {head_dim}"
     if not training:
-        return "sdpa", f"auto: measured faster than eager {where}, without a backward pass"
+        return Backend("sdpa", f"auto: measured faster than eager {where}, without a backward pass")
     if dtype == torch.bfloat16 and seq_len <= EAGER_UP_TO:
-        return "eager", f"auto: measured faster than sdpa {where} (its backward pass is slow there)"
-    return "sdpa", f"auto: eager was measured to have no clear advantage {where}"
+        return Backend("eager", f"auto: measured faster than sdpa {where} (its backward pass is slow there)")
+    return Backend("sdpa", f"auto: eager was measured to have no clear advantage {where}")
 
 
 def _check_flash(device: torch.device, dtype: torch.dtype, key: str) -> None:

@@ -21,6 +21,7 @@ from engine.models.features import Features, Wanted
 __all__ = ["capture", "install", "layer_modules", "resolve_backend"]
 
 IGNORED_LABEL = -100
+REMEDY = "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT or another encoder that does"
 
 
 class _DeepEnough(Exception):
@@ -53,6 +54,19 @@ def install(model: PreTrainedModel, backend: str) -> None:
     backend: sdpa, eager or flash_attention_2 (see `resolve_backend`). Call it before DeepSpeed shards the model.
     Raises UserError for a model that cannot be captured.
     """
+    if backend == "flash_attention_2":  # its kernels refuse the CPU and fp32, in which models are built
+        install(model, "sdpa")
+        _switch(model, backend)
+        return
+    _switch(model, backend)
+    if not layer_modules(model):
+        raise UserError(
+            f"model type {model.config.model_type!r} does not declare its layers (_can_record_outputs); {REMEDY}"
+        )
+    _probe(model)
+
+
+def _switch(model: PreTrainedModel, backend: str) -> None:
     name, kind = IMPLEMENTATIONS[backend], model.config.model_type
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # it only warns where we raise
@@ -62,16 +76,12 @@ def install(model: PreTrainedModel, backend: str) -> None:
         raise UserError(f"model type {kind!r} does not support attention={backend!r}: {error}") from None
     finally:
         hf_logging.set_verbosity(verbosity)
-    remedy = "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT or another encoder that does"
     if model.config._attn_implementation != name:
-        raise UserError(f"model type {kind!r} does not go through transformers' attention interface; {remedy}")
-    if not layer_modules(model):
-        raise UserError(f"model type {kind!r} does not declare its layers (_can_record_outputs); {remedy}")
-    _probe(model, remedy)
+        raise UserError(f"model type {kind!r} does not go through transformers' attention interface; {REMEDY}")
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, remedy: str) -> None:
+def _probe(model: PreTrainedModel) -> None:
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     was_training = model.training
     recorder, progress = Recorder(frozenset(), values=False), _Progress(Features(), Wanted())
@@ -85,10 +95,10 @@ def _probe(model: PreTrainedModel, remedy: str) -> None:
     if recorder.calls == 0 or recorder.calls != progress.layers:
         raise UserError(
             f"model type {model.config.model_type!r} made {recorder.calls} calls of the attention interface in "
-            f"{progress.layers} layers, expected one for each; {remedy}"
+            f"{progress.layers} layers, expected one for each; {REMEDY}"
         )
     if recorder.causal:
-        raise UserError(f"model type {model.config.model_type!r} attends to the left only; {remedy}")
+        raise UserError(f"model type {model.config.model_type!r} attends to the left only; {REMEDY}")
 
 
 @dataclass

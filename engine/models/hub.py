@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import socket
@@ -24,6 +25,7 @@ from engine.errors import UserError
 from engine.models.shape import ModelShape
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 64, 64 * 1024
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -190,19 +192,48 @@ def _modern_name(name: str) -> str:
     return name
 
 
-def _stored_names(path: str, key: str) -> set[str]:
-    """Names of the tensors in a checkpoint."""
+def weights_fingerprint(path: str, key: str) -> str:
+    """Tells whether the weights of a model were replaced, without reading them all: sha256 over the size and 64 evenly
+    spaced blocks of 64 KiB of each weight file (first and last block among them)."""
+    digest = hashlib.sha256()
+    for file in _weight_files(path, key):
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        last = max(0, size - FINGERPRINT_BLOCK)
+        with file.open("rb") as data:
+            for i in range(FINGERPRINT_BLOCKS):
+                data.seek(last * i // (FINGERPRINT_BLOCKS - 1))
+                digest.update(data.read(FINGERPRINT_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def _weight_files(path: str, key: str) -> list[Path]:
+    """The files that hold the tensors, in the order of their names."""
+    found = _weight_file(path, key)
+    if not found.name.endswith(".index.json"):
+        return [found]
+    names = set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
+    return [Path(cached_file(path, name, **_where(path))) for name in sorted(names)]
+
+
+def _weight_file(path: str, key: str) -> Path:
+    """The first of WEIGHT_FILES that the model has."""
     for file_name in WEIGHT_FILES:
         try:
             found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **_where(path))
         except LOAD_ERRORS as error:
             raise _not_readable(path, key, "weights", error) from None
-        if found is None:
-            continue
-        if file_name.endswith(".index.json"):
-            return set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"])
-        if file_name.endswith(".safetensors"):
-            with safe_open(found, framework="pt") as tensors:
-                return set(tensors.keys())
-        return set(torch.load(found, map_location="meta", weights_only=True, mmap=True))
+        if found is not None:
+            return Path(found)
     raise UserError(f"{key}={path!r}: found none of {', '.join(WEIGHT_FILES)}; the model has no weights")
+
+
+def _stored_names(path: str, key: str) -> set[str]:
+    """Names of the tensors in a checkpoint."""
+    found = _weight_file(path, key)
+    if found.name.endswith(".index.json"):
+        return set(json.loads(found.read_text(encoding="utf-8"))["weight_map"])
+    if found.name.endswith(".safetensors"):
+        with safe_open(found, framework="pt") as tensors:
+            return set(tensors.keys())
+    return set(torch.load(found, map_location="meta", weights_only=True, mmap=True))

@@ -48,7 +48,9 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         self._stop_early = placement == "replicate" and not wanted.logits and wanted.deepest < self.shape.layers
         self.layers_run = wanted.deepest if self._stop_early else self.layers_loaded
         run = replace(self.shape, layers=self.layers_run)
-        self._linear_flops = forward_flops_per_token(model, run, 0)  # before sharding, which empties the weights
+        # before sharding, which empties the weights
+        self._body_flops = forward_flops_per_token(model, run, 0, head_share=0.0)
+        self._head_flops = forward_flops_per_token(model, run, 0) - self._body_flops
         self._model = model.eval().requires_grad_(False)
         self._forward: nn.Module = model.to(device) if placement == "replicate" else _shard(model, device)  # type: ignore[arg-type]
 
@@ -94,9 +96,9 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
     def dtype(self) -> torch.dtype:
         return self._model.dtype
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int, *, head_share: float = 1.0) -> float:
         """Analytic FLOPs of one forward per token; see `forward_flops_per_token`. Only the layers that run count."""
-        return self._linear_flops + 4.0 * seq_len * self.shape.width * self.layers_run
+        return self._body_flops + head_share * self._head_flops + 4.0 * seq_len * self.shape.width * self.layers_run
 
     def resident_bytes(self) -> int:
         """Bytes of parameters that this rank holds between forwards."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from engine.config import RunConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
+from engine.ds_config import FOLDER
 from engine.models.capture import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
@@ -175,6 +177,7 @@ MISTAKES = [
     (["--student.fused_layer_norm", "true"], "apex"),
     (["--optim.name", "apex_fused_adam"], "apex"),
     (["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
+    (["--data.eval_sequences", "5000"], "hold out at most"),
 ]
 
 
@@ -187,6 +190,33 @@ def test_mistakes_exit_2_with_one_line(make_run, argv: list[str], says: str) -> 
     assert says in lines[0]
     assert "Traceback" not in output
     assert not run.run_dir.checkpoints.exists()
+
+
+@pytest.mark.parametrize(
+    "argv", [["--loss.hiden", "3"], ["--output_dir", "/proc/nowhere"], ["--data.eval_sequences", "5000"]]
+)
+def test_the_launcher_shows_a_mistake_once(make_run, argv: list[str]) -> None:
+    run = make_run("run", ranks=2)
+    began = time.monotonic()
+    output = run.finish(*argv, expect=2)
+    assert len([line for line in output.splitlines() if "error: " in line]) == 1, output
+    assert "Traceback" not in output
+    assert time.monotonic() - began < 60
+    assert not run.run_dir.config.exists()
+
+
+def test_require_fused_makes_a_fall_back_an_error(make_run) -> None:
+    run = make_run("run", launcher=False, stage=0, optim__name="lamb")
+    assert "require_fused=true, but DeepSpeed FusedLamb needs CUDA" in run.finish("--require_fused", expect=2)
+
+
+@pytest.mark.parametrize(
+    "name", ["zero0_fp16", "zero2_fp16", "zero3_fp16", "zero3_offload_fp16", "cpu_bf16", "cpu_fp32"]
+)
+def test_shipped_ds_configs_train(make_run, name: str) -> None:
+    run = make_run("run", launcher=False, deepspeed_config=FOLDER / f"{name}.json", train__steps=3, train__lr=1e-4)
+    run.finish()
+    assert [r["step"] for r in run.steps()] == [1, 2, 3]
 
 
 def test_settings_without_effect_are_warnings(make_run) -> None:

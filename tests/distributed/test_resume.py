@@ -11,7 +11,9 @@ import psutil
 import pytest
 import torch
 from launching import kill_session
+from safetensors.torch import load_file, save_file
 
+from engine.export import load_full_state
 from engine.records import parse_record
 from engine.run_dir import COMPLETE, step_tag
 
@@ -61,9 +63,12 @@ def test_a_signal_to_one_rank_stops_all_with_a_complete_checkpoint(make_run, num
     whole = make_run("whole", ranks=2, train__steps=150)
     stopped = make_run("stopped", ranks=2, train__steps=150)
     process = stopped.start()
-    stopped.wait_for_step(3, process)
-    os.kill(stopped.rank_pids(process.pid)[1], number)
-    output, _ = process.communicate(timeout=200)
+    try:
+        stopped.wait_for_step(3, process)
+        os.kill(stopped.rank_pids(process.pid)[1], number)
+        output, _ = process.communicate(timeout=200)
+    finally:
+        kill_session(process)
     assert process.returncode == 4, output[-3000:]
     last = stopped.steps()[-1]["step"]
     assert last < 150
@@ -81,12 +86,14 @@ def test_sigterm_to_the_launcher_leaves_a_complete_checkpoint(make_run) -> None:
     """What a scheduler's preemption does: the launcher passes the signal on and waits for its ranks."""
     run = make_run("preempted", ranks=2, train__steps=400)
     process = run.start()
-    run.wait_for_step(3, process)
-    ranks = [psutil.Process(pid) for pid in run.rank_pids(process.pid)]
-    os.killpg(process.pid, signal.SIGTERM)
-    _, alive = psutil.wait_procs(ranks, timeout=60)
-    kill_session(process)
-    process.communicate()
+    try:
+        run.wait_for_step(3, process)
+        ranks = [psutil.Process(pid) for pid in run.rank_pids(process.pid)]
+        os.killpg(process.pid, signal.SIGTERM)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+    finally:
+        kill_session(process)
+        process.communicate()
     assert not alive
     assert run.run_dir.complete_tags() == [step_tag(run.steps()[-1]["step"])]
     assert run.records("run")[-1]["status"] == "preempted"
@@ -151,19 +158,66 @@ def test_a_finished_run_started_again_changes_nothing(make_run) -> None:
     run = make_run("run", launcher=False, train__steps=3)
     run.finish()
     weights = run.student()
-    run.finish()
+    output = run.finish()
     assert_same_bits(weights, run.student())
-    assert run.records("result")[-1]["status"] == "done"
+    first, second = run.records("result")
+    assert first == second
+    assert "step 1" in output
+    assert "tokens/s over 1 rank(s)" in output, "the table is printed again"
+    assert len(run.steps()) == 3
+
+
+def test_a_fresh_start_sets_the_logs_of_an_earlier_run_aside(make_run) -> None:
+    run = make_run("run", launcher=False, train__steps=3)
+    run.finish()
+    shutil.rmtree(run.run_dir.checkpoints)
+    output = run.finish("--train.lr", "1e-3")
+    assert "renamed records.jsonl to superseded-records.jsonl: the run starts anew" in output
+    assert len(run.records("run")) == len(run.records("result")) == 1
+
+
+def test_weights_that_are_not_finite_are_never_saved(make_run) -> None:
+    """The loss of a step is computed before its update: it is finite while the update destroys the weights."""
+    run = make_run("run", ranks=2, stage=3, train__steps=4, train__save_every=1)
+    output = run.finish("--train.lr", "1e38", "--train.warmup_steps", "0", "--optim.weight_decay", "10", expect=3)
+    assert "weights are not finite after step 1" in output
+    assert run.run_dir.complete_tags() == []
+    assert run.records("error")[-1]["terms"] == ["weights"]
+
+
+def test_a_replaced_teacher_is_noticed(make_run, tiny_world, tmp_path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_world.teacher, teacher)
+    run = make_run("run", launcher=False, train__steps=4, train__save_every=2, teacher__path=teacher)
+    run.finish()
+    shutil.rmtree(run.run_dir.checkpoints / step_tag(4))
+    weights = load_file(teacher / "model.safetensors")
+    save_file({k: v + 1e-3 for k, v in weights.items()}, teacher / "model.safetensors", metadata={"format": "pt"})
+    assert "teacher.weights_sha256" in run.finish(expect=2)
+
+
+def test_micro_batch_may_change_on_the_way(make_run, tmp_path) -> None:
+    whole = make_run("whole", launcher=False, train__steps=6, train__save_every=3, micro=8)
+    whole.finish()
+    half = make_run("half", launcher=False, train__steps=6, train__save_every=3, micro=2)
+    shutil.copytree(whole.output_dir, half.output_dir)
+    shutil.rmtree(half.run_dir.checkpoints / step_tag(6))
+    output = half.finish()
+    assert "2 micro batch x 4 accumulation" in output
+    assert half.curve() == pytest.approx(whole.curve(), rel=1e-5)
 
 
 def test_divergence_exits_3_and_leaves_the_last_checkpoint(make_run) -> None:
-    run = make_run("run", ranks=2, train__steps=30, train__save_every=2, train__log_every=3)
-    run.finish("--train.lr", "1e25", "--train.warmup_steps", "4", expect=3)
+    run = make_run("run", ranks=2, train__steps=30, train__save_every=1, train__log_every=3)
+    run.finish("--train.lr", "1e12", "--train.warmup_steps", "20", "--optim.weight_decay", "0", expect=3)
     error = run.records("error")[-1]
     assert error["status"] == "diverged"
     assert error["terms"]
     tags = run.run_dir.complete_tags()
+    assert tags, "a checkpoint from before the divergence is there"
     assert all(int(tag[5:]) < error["step"] for tag in tags)
+    state = load_full_state(run.run_dir.checkpoints, tags[-1])
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
     for tag in tags:
         assert json.loads((run.run_dir.checkpoints / tag / COMPLETE).read_text())["step"] == int(tag[5:])
     assert not run.records("result")

@@ -57,6 +57,10 @@ def test_accumulation_is_derived(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 4}}, "stage=4"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
         ({"bf16": True}, "must be an object"),
+        ({"zero_optimization": 2}, "zero_optimization=2 must be an object"),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param='cpu' must be an object"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs ZeRO stage 3"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs ZeRO stage 1"),
     ],
 )
 def test_conflicts_name_file_key_and_remedy(tmp_path: Path, ds: dict[str, Any], says: str) -> None:

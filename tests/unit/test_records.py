@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.records import RecordWriter, format_record, parse_record, read_records
+from engine.records import RecordWriter, final_result, format_record, parse_record, read_records
 
 LINE = format_record("step", step=3, total=0.25)
 
@@ -50,3 +50,14 @@ def test_writer_appends_after_a_torn_line(tmp_path: Path) -> None:
     writer.close()
     assert [r["kind"] for r in read_records(path)] == ["step", "result"]
     assert parse_record(stream.getvalue()) == {"v": 1, "kind": "result", "status": "done"}
+
+
+def test_only_the_last_start_proves_success() -> None:
+    start = {"kind": "run", "status": "started"}
+    first, second = {"kind": "result", "step": 1}, {"kind": "result", "step": 2}
+    step = {"kind": "step", "step": 1}
+    assert final_result([]) is None
+    assert final_result([start, step]) is None
+    assert final_result([start, step, first]) == first
+    assert final_result([start, first, start, step]) is None
+    assert final_result([start, first, start, step, second]) == second

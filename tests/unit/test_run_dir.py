@@ -19,6 +19,18 @@ def test_only_marked_folders_count(tmp_path: Path) -> None:
     assert run.newest_tag() == "step-1000000000"
 
 
+def test_logs_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for text in ("first", "second"):
+        run.records.write_text(text)
+        run.tensorboard.mkdir()
+        (run.tensorboard / text).write_text("")
+        assert run.set_aside_logs() == [run.records, run.tensorboard]
+    assert run.set_aside_logs() == []
+    assert (tmp_path / "superseded-records.jsonl").read_text() == "second"
+    assert [p.name for p in (tmp_path / "superseded-tensorboard").iterdir()] == ["second"]
+
+
 @pytest.mark.parametrize("tag", ["latest", "step-1", "step-0000010x", "../step-00000100"])
 def test_what_is_not_a_tag(tag: str) -> None:
     with pytest.raises(ValueError, match="step-00000100"):
