@@ -24,7 +24,7 @@ from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.monitor import History, Monitor, peak_memory_gib
+from engine.monitor import History, Monitor
 from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine
 from engine.plan import Plan, describe_for_export, identity, make_plan
 from engine.run_dir import RunDir, step_tag
@@ -253,7 +253,6 @@ class Job:
             monitor.say(f"stopped by a signal after step {trainer.step}; the same command continues from there")
             return
         export_checkpoint(self.run_dir, step_tag(trainer.step), self.run_dir.student)
-        peak = peak_memory_gib(self.here.device)
         history = monitor.history
         if not history.steps:  # records.jsonl was removed from a finished run
             monitor.say(f"finished before; student {self.run_dir.student}")
@@ -266,14 +265,14 @@ class Job:
             total=history.last["total"],
             held_out=history.held_out,
             tokens_per_s=history.tokens_per_s,
-            peak_memory_gib=peak,
+            peak_memory_gib=history.peak_memory_gib,
             student=str(self.run_dir.student),
             **{k: v for k, v in self._facts().items() if k != "steps"},
         )
-        monitor.say("\n" + self._closing_table(history, peak))
+        monitor.say("\n" + self._closing_table(history))
 
-    def _closing_table(self, history: History, peak: float) -> str:
-        first, last = history.first, history.last
+    def _closing_table(self, history: History) -> str:
+        first, last, peak = history.first, history.last, history.peak_memory_gib
         facts = [
             ("speed", f"{history.tokens_per_s:,.0f} tokens/s over {self.here.world_size} rank(s), peak {peak:.2f} GiB"),
             ("student", f"{self.run_dir.student}   (AutoModel.from_pretrained)"),

@@ -104,6 +104,10 @@ class History:
         return self.steps[max(self.steps)]
 
     @property
+    def peak_memory_gib(self) -> float:
+        return max(float(record["peak_memory_gib"]) for record in self.steps.values())
+
+    @property
     def tokens_per_s(self) -> float:
         """Mean over the training time; checkpoints and evaluations are left out."""
         seconds = sum(record["seconds"] for record in self.steps.values())
