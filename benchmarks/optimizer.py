@@ -61,9 +61,8 @@ def main() -> None:
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
     )
-    print(
-        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.parameters / 1e6:.1f} M parameters\n"
-    )
+    size = f"{args.parameters / 1e6:.1f} M parameters"
+    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {size}\n")
     print("| optimizer | median ms | min to max ms | times the fastest |\n|---|---|---|---|")
     for name, values in sorted(times.items(), key=lambda item: statistics.median(item[1])):
         low, mid, high = (1000 * f(values) for f in (min, statistics.median, max))
