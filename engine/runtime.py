@@ -60,6 +60,17 @@ def _use_free_port() -> None:
         os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
 
 
+def _unlink_shared_buffers(local_rank: int) -> None:
+    """Takes the names off the buffers of DeepSpeed's shared-memory all-reduce (66 MiB a rank in /dev/shm), once every
+    rank has mapped them. DeepSpeed 0.19.8 never does: each start on a new port would keep that memory until the next
+    reboot (a day's starts filled 20 of 24 GiB here), and one on an old port would find the remains of another run."""
+    torch.distributed.barrier()
+    if local_rank == 0:
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_*"
+        for buffer in Path("/dev/shm").glob(name):
+            buffer.unlink(missing_ok=True)
+
+
 def start(seed: int) -> Runtime:
     """Joins the distributed group of the launcher (or a group of one when started with plain `python`)."""
     if not torch.cuda.is_available():
@@ -84,6 +95,8 @@ def start(seed: int) -> Runtime:
     # torch 2.13 renames a collective that DeepSpeed 0.19 calls: nothing that a user could do about it
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    if not on_gpu and torch.distributed.get_world_size() > 1:
+        _unlink_shared_buffers(local_rank)
     torch.manual_seed(seed)
     return Runtime(
         rank=torch.distributed.get_rank(),

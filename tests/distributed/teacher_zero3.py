@@ -10,10 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
+from engine import runtime
 from engine.data.batch import Batch, Counts
 from engine.models import teacher as teacher_module
 from engine.models.features import Features, Wanted
@@ -65,7 +65,7 @@ def compare(path: str, rank: int, dtype: torch.dtype, logits: bool) -> dict[str,
 def main() -> None:
     folder, *paths = [word for word in sys.argv[1:] if not word.startswith("--")]  # the launcher adds --local_rank
     out = Path(folder)
-    deepspeed.init_distributed()
+    runtime.start(seed=0)
     rank = dist.get_rank()
     result: dict[str, object] = {"world": dist.get_world_size()}
     for path in paths:
