@@ -119,3 +119,17 @@ def test_engine_never_imports_the_search() -> None:
         text = path.read_text()
         assert "import ga" not in text, path
         assert "from ga" not in text, path
+
+
+def test_no_argument_is_the_quick_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "QUICKSTART_NEEDS", ("README.md",))
+    config = parse_config(RunConfig, cli.quickstart(), "test")
+    assert config.output_dir == "runs/quickstart"
+    assert Path.cwd() == ROOT, "its paths are relative to the repository"
+
+
+def test_the_quick_start_without_its_data_names_the_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "QUICKSTART_NEEDS", ("README.md", "nowhere"))
+    with pytest.raises(UserError, match=rf"^the quick start needs nowhere: run `make data` in {ROOT}$"):
+        cli.quickstart()
