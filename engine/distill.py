@@ -248,6 +248,7 @@ class Job:
         """Exports and says how it ended (rank 0). What diverged has said so already."""
         if not self.here.is_rank_zero or outcome is Outcome.DIVERGED:
             return
+        monitor.end_progress()
         if outcome is Outcome.PREEMPTED:
             monitor.write_record("run", status="preempted", step=trainer.step, signal=trainer.stop.signal)
             monitor.say(f"stopped by a signal after step {trainer.step}; the same command continues from there")

@@ -149,7 +149,7 @@ def _offloads(zero: dict[str, Any], name: str, stage: int, source: str) -> bool:
     section = zero.get(name) or {}
     if not isinstance(section, dict):
         raise UserError(f'{source}: zero_optimization.{name}={section!r} must be an object like {{"device": "cpu"}}')
-    active = section.get("device", "none") != "none"
+    active = bool(section.get("device", "none") != "none")
     if active and stage < OFFLOAD_NEEDS_STAGE[name]:
         raise UserError(
             f"{source}: {name} needs ZeRO stage {OFFLOAD_NEEDS_STAGE[name]} or higher, this file has {stage}"

@@ -273,9 +273,14 @@ class Monitor:
             "another output_dir"
         )
 
-    def close(self) -> None:
+    def end_progress(self) -> None:
+        """Leaves the bar where it is; what is said from now on comes under it."""
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
+
+    def close(self) -> None:
+        self.end_progress()
         if self._writer is not None:
             self._writer.close()
         if self.records is not None:

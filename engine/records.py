@@ -58,12 +58,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def final_result(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The `result` of the last start, or None while (or because) that has none: an older start's does not count."""
-    for record in reversed(records):
+    result: dict[str, Any] | None = None
+    for record in records:
         if record["kind"] == "result":
-            return record
-        if record["kind"] == "run" and record.get("status") == "started":
-            return None
-    return None
+            result = record
+        elif record["kind"] == "run" and record.get("status") == "started":
+            result = None
+    return result
 
 
 class RecordWriter:
