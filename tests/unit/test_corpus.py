@@ -130,7 +130,15 @@ def interrupt(text: Path, out: Path, tokenizer: str, kind: int, *, worker: bool 
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     log = out.with_suffix(".log")
     with log.open("wb") as stderr:
-        job = subprocess.Popen(argv, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=stderr)
+        job = subprocess.Popen(
+            argv,
+            env=env,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            # a suite started in the background of a script inherits an ignored SIGINT, and so would this job
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     try:
         deadline = time.monotonic() + 60
         while not list(out.glob("shard-*.json")):
