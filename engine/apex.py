@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+from engine.errors import UserError
+
 BUILD = (
     "build it from source: git clone https://github.com/NVIDIA/apex && cd apex && "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation ."
@@ -39,3 +41,17 @@ def probe_fused_layer_norm() -> tuple[bool, str]:
     if usable and importlib.util.find_spec("fused_layer_norm_cuda") is None:
         return False, f"{reason} was built without its CUDA extensions (fused_layer_norm_cuda); {BUILD}"
     return usable, reason
+
+
+def require_apex(optimizer: str) -> None:
+    """Raises UserError when `optim.name` asks for NVIDIA Apex and it cannot be used."""
+    usable, why_not = probe_apex()
+    if not usable:
+        raise UserError(f"optim.name={optimizer!r}: {why_not}")
+
+
+def require_fused_layer_norm() -> None:
+    """Raises UserError when `student.fused_layer_norm` asks for NVIDIA Apex and it cannot be used."""
+    usable, why_not = probe_fused_layer_norm()
+    if not usable:
+        raise UserError(f"student.fused_layer_norm=true: {why_not}; or set it to false")

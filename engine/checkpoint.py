@@ -108,12 +108,7 @@ class Checkpointer:
                 f"cannot continue {tag} in {self.run_dir.root}: the run was changed in what it computes "
                 f"({'; '.join(changes)}). Restore these values, or name another output_dir"
             )
-        here = {
-            "world_size": self.execution.world_size,
-            "zero_stage": self.execution.zero_stage,
-            "precision": self.execution.precision,
-        }
-        for key, value in here.items():
+        for key, value in self.execution.facts.items():
             if saved[key] != value:
                 raise UserError(
                     f"cannot continue {tag}: it was written with {key}={saved[key]} and this start has {key}={value}; "
@@ -152,13 +147,7 @@ class Checkpointer:
         torch.distributed.barrier()
         if self.is_rank_zero:
             (folder / EXPORT_FILE).write_text(json.dumps({**self.export, "step": step}, indent=1), encoding="utf-8")
-            marker = {
-                "step": step,
-                "world_size": self.execution.world_size,
-                "zero_stage": self.execution.zero_stage,
-                "precision": self.execution.precision,
-                "identity": self.identity,
-            }
+            marker = {"step": step, **self.execution.facts, "identity": self.identity}
             pending = folder / f"{COMPLETE}.part"
             pending.write_text(json.dumps(marker, indent=1), encoding="utf-8")
             pending.replace(folder / COMPLETE)

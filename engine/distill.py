@@ -143,7 +143,9 @@ class Job:
             stop=runtime.StopRequest(),  # not before: until here a signal may simply end the process
             step=step,
         )
-        monitor.write_record("run", status="started", step=step, resumed_from=tag, **self._facts())
+        monitor.write_record(
+            "run", status="started", step=step, resumed_from=tag, **self._facts(), steps=self.config.train.steps
+        )
         try:
             outcome = trainer.train()
             self._finish(outcome, trainer, monitor)
@@ -217,10 +219,7 @@ class Job:
         plan = self.plan
         return {
             "mapping": {"hidden": str(plan.hidden_map), "attention": str(plan.attention_map)},
-            "world_size": plan.execution.world_size,
-            "zero_stage": plan.execution.zero_stage,
-            "precision": plan.execution.precision,
-            "steps": self.config.train.steps,
+            **plan.execution.facts,
             "seed": self.config.seed,
         }
 
@@ -268,7 +267,7 @@ class Job:
             tokens_per_s=history.tokens_per_s,
             peak_memory_gib=history.peak_memory_gib,
             student=str(self.run_dir.student),
-            **{k: v for k, v in self._facts().items() if k != "steps"},
+            **self._facts(),
         )
         monitor.say("\n" + self._closing_table(history))
 

@@ -79,6 +79,11 @@ class Execution:
     offload_optimizer: bool
     offload_param: bool
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What shapes a sharded checkpoint, and what a record says of an execution."""
+        return {"world_size": self.world_size, "zero_stage": self.zero_stage, "precision": self.precision}
+
 
 def default_config_name(*, has_gpu: bool, has_fast_bf16: bool) -> str:
     if has_gpu:

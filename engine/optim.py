@@ -15,9 +15,9 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from engine.apex import require_apex
 from engine.config import OptimConfig, TrainConfig
 from engine.ds_config import Execution
-from engine.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,7 @@ def _lamb(groups: list[dict[str, Any]], settings: dict[str, Any], device: torch.
 
 
 def _apex(name: str, groups: list[dict[str, Any]], settings: dict[str, Any]) -> ChosenOptimizer:
-    from engine.apex import probe_apex
-
-    usable, why_not = probe_apex()
-    if not usable:
-        raise UserError(f"optim.name={name!r}: {why_not}")
+    require_apex(name)
     from apex.optimizers import FusedAdam, FusedLAMB  # type: ignore[import-not-found]
 
     if name == "apex_fused_adam":

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from engine import runtime
-from engine.apex import probe_apex, probe_fused_layer_norm
+from engine.apex import require_apex, require_fused_layer_norm
 from engine.checkpoint import flatten
 from engine.config import RunConfig
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
@@ -65,7 +65,10 @@ def make_plan(config: RunConfig) -> Plan:
         path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())
     execution = resolve_execution(config, path, runtime.launcher_world_size())
     check_zero_section(execution)
-    check_apex(config)
+    if config.optim.name.startswith("apex_"):
+        require_apex(config.optim.name)
+    if config.student.fused_layer_norm:
+        require_fused_layer_norm()
     teacher_config = hub.load_config(config.teacher.path, key="teacher.path")
     tokenizer = hub.load_tokenizer(config.teacher.path, key="teacher.path")
     manifest = load_manifest(Path(config.data.path))
@@ -146,18 +149,6 @@ def check_zero_section(execution: Execution) -> None:
         first = error.errors()[0]
         key = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
         raise UserError(f"{execution.source}: {key}={first['input']!r}: {first['msg']}") from None
-
-
-def check_apex(config: RunConfig) -> None:
-    """Raises UserError when NVIDIA Apex is asked for and cannot be used."""
-    if config.optim.name.startswith("apex_"):
-        usable, why_not = probe_apex()
-        if not usable:
-            raise UserError(f"optim.name={config.optim.name!r}: {why_not}")
-    if config.student.fused_layer_norm:
-        usable, why_not = probe_fused_layer_norm()
-        if not usable:
-            raise UserError(f"student.fused_layer_norm=true: {why_not}; or set it to false")
 
 
 def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world_size: int) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from engine.apex import probe_fused_layer_norm
+from engine.apex import require_fused_layer_norm
 from engine.config import StudentConfig
 from engine.errors import UserError
 from engine.mapping import LayerMapping, round_half_up
@@ -175,9 +175,7 @@ def replace_layer_norm(model: nn.Module) -> int:
 
     Raises UserError when Apex cannot be used, or for LayerNorms without bias (ModernBERT), which Apex has not.
     """
-    usable, reason = probe_fused_layer_norm()
-    if not usable:
-        raise UserError(f"student.fused_layer_norm=true: {reason}; or set it to false")
+    require_fused_layer_norm()
     from apex.normalization import FusedLayerNorm
 
     replaced = 0
