@@ -136,13 +136,16 @@ class Checkpointer:
             (self.run_dir.checkpoints / name).rename(target)
         return newer
 
-    def save(self, ds_engine: Any, step: int) -> Path:
-        """Collective. Every rank writes its shards; COMPLETE comes last, after a barrier."""
+    def save(self, ds_engine: Any, step: int, state: dict[str, Any]) -> Path:
+        """Collective. Every rank writes its shards; COMPLETE comes last, after a barrier.
+
+        state: what `load` gives back. `state["best_step"]`, if there, names a checkpoint that is kept as well.
+        """
         tag = step_tag(step)
         folder = self.run_dir.checkpoints / tag
         if (folder / COMPLETE).is_file():
             return folder
-        ds_engine.save_checkpoint(str(self.run_dir.checkpoints), tag=tag, client_state={"step": step})
+        ds_engine.save_checkpoint(str(self.run_dir.checkpoints), tag=tag, client_state={**state, "step": step})
         _flush(folder)
         torch.distributed.barrier()
         if self.is_rank_zero:
@@ -152,7 +155,8 @@ class Checkpointer:
             pending.write_text(json.dumps(marker, indent=1), encoding="utf-8")
             pending.replace(folder / COMPLETE)
             for old in self.run_dir.complete_tags()[: -self.keep]:
-                self._remove(old)
+                if tag_step(old) != state.get("best_step"):
+                    self._remove(old)
         torch.distributed.barrier()
         return folder
 
@@ -161,9 +165,10 @@ class Checkpointer:
         (folder / COMPLETE).unlink()  # first, so that a half-removed folder never looks whole
         shutil.rmtree(folder)
 
-    def load(self, ds_engine: Any, tag: str) -> int:
-        """Collective. Restores model, projections, optimizer, schedule and scaler; returns the step."""
+    def load(self, ds_engine: Any, tag: str) -> dict[str, Any]:
+        """Collective. Restores model, projections, optimizer, schedule and scaler; returns the saved state, with its
+        `step`."""
         path, client_state = ds_engine.load_checkpoint(str(self.run_dir.checkpoints), tag=tag)
         if path is None:
             raise UserError(f"{self.run_dir.checkpoints / tag}: DeepSpeed could not load this checkpoint")
-        return int(client_state["step"])
+        return dict(client_state)

@@ -12,7 +12,7 @@ from typing import Literal
 from engine.errors import UserError
 
 
-def _require(ok: bool, key: str, value: object, remedy: str) -> None:
+def require(ok: bool, key: str, value: object, remedy: str) -> None:
     if not ok:
         raise UserError(f"{key}={value!r}: {remedy}")
 
@@ -70,11 +70,11 @@ class StudentConfig:
     def __post_init__(self) -> None:
         for name in ("layers", "hidden_size", "heads", "intermediate_size"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"student.{name}", value, "must be at least 1")
-        _require(0.0 <= self.dropout < 1.0, "student.dropout", self.dropout, "must be in [0, 1)")
+            require(value is None or value >= 1, f"student.{name}", value, "must be at least 1")
+        require(0.0 <= self.dropout < 1.0, "student.dropout", self.dropout, "must be in [0, 1)")
         if self.path is not None:
             for name in ("layers", "hidden_size", "heads", "intermediate_size", "init"):
-                _require(
+                require(
                     getattr(self, name) is None,
                     f"student.{name}",
                     getattr(self, name),
@@ -100,7 +100,7 @@ class MappingConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_weights", "attention_weights"):
             for weight in getattr(self, name) or ():
-                _require(weight >= 0, f"mapping.{name}", getattr(self, name), "weights must be >= 0")
+                require(weight >= 0, f"mapping.{name}", getattr(self, name), "weights must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,15 +155,15 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name in LOSS_NAMES:
-            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "a loss weight must be >= 0")
-        _require(self.temperature > 0, "loss.temperature", self.temperature, "must be > 0")
-        _require(
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "a loss weight must be >= 0")
+        require(self.temperature > 0, "loss.temperature", self.temperature, "must be > 0")
+        require(
             self.relation_heads is None or self.relation_heads >= 1,
             "loss.relation_heads",
             self.relation_heads,
             "must be at least 1",
         )
-        _require(
+        require(
             len(self.relation_weights) == 3 and min(self.relation_weights) >= 0 and max(self.relation_weights) > 0,
             "loss.relation_weights",
             self.relation_weights,
@@ -171,7 +171,7 @@ class LossConfig:
         )
         if self.preset == "tinybert":
             for name in ("projection", "projection_bias", "average_layers"):
-                _require(
+                require(
                     getattr(self, name) is None,
                     f"loss.{name}",
                     getattr(self, name),
@@ -222,9 +222,9 @@ class DataConfig:
     """Choose whole words instead of single tokens for masking."""
 
     def __post_init__(self) -> None:
-        _require(self.eval_sequences >= 0, "data.eval_sequences", self.eval_sequences, "must be >= 0")
-        _require(0.0 <= self.mlm_probability < 1.0, "data.mlm_probability", self.mlm_probability, "must be in [0, 1)")
-        _require(self.seq_len is None or self.seq_len >= 4, "data.seq_len", self.seq_len, "must be at least 4 tokens")
+        require(self.eval_sequences >= 0, "data.eval_sequences", self.eval_sequences, "must be >= 0")
+        require(0.0 <= self.mlm_probability < 1.0, "data.mlm_probability", self.mlm_probability, "must be in [0, 1)")
+        require(self.seq_len is None or self.seq_len >= 4, "data.seq_len", self.seq_len, "must be at least 4 tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,14 +243,14 @@ class OptimConfig:
     """Decoupled weight decay; biases and norms get none."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             len(self.betas) == 2 and all(0.0 <= b < 1.0 for b in self.betas),
             "optim.betas",
             self.betas,
             "give two numbers in [0, 1)",
         )
-        _require(self.eps > 0, "optim.eps", self.eps, "must be > 0")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be >= 0")
+        require(self.eps > 0, "optim.eps", self.eps, "must be > 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,11 +287,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "keep"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
         for name in ("warmup_steps", "grad_clip", "eval_every", "save_every"):
-            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")
-        _require(self.lr > 0, "train.lr", self.lr, "must be > 0")
-        _require(
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")
+        require(self.lr > 0, "train.lr", self.lr, "must be > 0")
+        require(
             self.warmup_steps <= self.steps,
             "train.warmup_steps",
             self.warmup_steps,
@@ -330,8 +330,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed", self.seed, "must be >= 0")
-        _require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
+        require(self.seed >= 0, "seed", self.seed, "must be >= 0")
+        require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +353,7 @@ class SourceConfig:
     """Configuration name of a hub data set."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, "sources.weight", self.weight, "must be > 0")
+        require(self.weight > 0, "sources.weight", self.weight, "must be > 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,11 +397,11 @@ class PrepareConfig:
     """Seed of the short sequences."""
 
     def __post_init__(self) -> None:
-        _require(self.seq_len >= 8, "seq_len", self.seq_len, "must be at least 8 tokens")
-        _require(0.0 <= self.short_seq_prob <= 1.0, "short_seq_prob", self.short_seq_prob, "must be in [0, 1]")
-        _require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "must be at least 1")
-        _require(self.min_tokens >= 1, "min_tokens", self.min_tokens, "must be at least 1")
-        _require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
+        require(self.seq_len >= 8, "seq_len", self.seq_len, "must be at least 8 tokens")
+        require(0.0 <= self.short_seq_prob <= 1.0, "short_seq_prob", self.short_seq_prob, "must be in [0, 1]")
+        require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "must be at least 1")
+        require(self.min_tokens >= 1, "min_tokens", self.min_tokens, "must be at least 1")
+        require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

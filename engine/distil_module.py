@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.data.batch import Batch, Counts
 from engine.losses.loss_set import LossSet
-from engine.models.capture import capture
+from engine.models.capture import capture, inputs_of
 from engine.models.features import Features
 from engine.models.projections import Projections
 
@@ -22,11 +22,18 @@ class DistilModule(nn.Module):
         self.projections = projections
         self._losses = losses
 
-    def forward(self, batch: Batch, teacher: Features, per_micro: Counts) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: Batch, teacher: Features | None = None, per_micro: Counts | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """The total (scalar, differentiable) and the raw value of every term (T,), detached, both fp32.
 
         `per_micro`: counts of the global batch divided by (ranks x accumulation), so that DeepSpeed's averages over
-        both give the mean over the global batch whatever the split.
+        both give the mean over the global batch whatever the split. Without `teacher` and `per_micro`: the student's
+        last hidden state (B, L, D), for probes.
         """
+        if teacher is None or per_micro is None:
+            output = self.student.base_model(**inputs_of(batch))
+            last: torch.Tensor = output.last_hidden_state
+            return last
         features = capture(self.student, batch, self._losses.wanted_student)
         return self._losses(features, teacher, batch, per_micro, self.projections)

@@ -9,46 +9,25 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from engine import banner, runtime
+from engine.assemble import build_module, load_teacher, parameters_of, start_engine
 from engine.checkpoint import Checkpointer
 from engine.config import RunConfig
-from engine.data.batch import Batch, Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.errors import UserError
 from engine.export import export_checkpoint
-from engine.losses.loss_set import LossSet
+from engine.held_out import HeldOutLosses
 from engine.models.flops import forward_flops_per_token
-from engine.models.projections import Projections
-from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import History, Monitor
-from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine
+from engine.optim import ChosenOptimizer
 from engine.plan import Plan, describe_for_export, identity, make_plan
 from engine.run_dir import RunDir, step_tag
-from engine.timing import PhaseTimer
-from engine.trainer import Outcome, Trainer
+from engine.trainer import Outcome, Trainee, Trainer
 
 EXIT_BY_OUTCOME = {Outcome.DONE: 0, Outcome.DIVERGED: 3, Outcome.PREEMPTED: 4}
-
-
-class DistillationTask:
-    """One forward pass of a distillation: the teacher's, then the student's with all losses."""
-
-    def __init__(self, teacher: FrozenTeacher, ds_engine: Any, losses: LossSet) -> None:
-        self._teacher = teacher
-        self._ds_engine = ds_engine
-        self.term_names = losses.term_names
-        self.coefficients = losses.coefficients
-
-    def forward(self, batch: Batch, per_micro: Counts, timer: PhaseTimer) -> tuple[torch.Tensor, torch.Tensor]:
-        with timer.phase("teacher"):
-            features = self._teacher(batch)
-        with timer.phase("student"):
-            total, terms = self._ds_engine(batch, features, per_micro)
-        return total, terms
 
 
 def distill(config: RunConfig) -> int:
@@ -120,34 +99,44 @@ class Job:
         plan = self.plan
         if self.here.is_rank_zero and not self.config.dry_run:
             self._tidy(tag)
-        teacher = self._load_teacher()
-        module, chosen = self._build_module()
+        teacher = load_teacher(plan, plan.losses.wanted_teacher, self.here.device)
+        module, chosen = build_module(plan, self.here.device)
         self.checkpointer = replace(self.checkpointer, export=describe_for_export(plan, module.student.config))
         if self.here.is_rank_zero:
             print(self._banner(teacher, module, chosen, tag), flush=True)
         if self.config.dry_run:
             return 0
         monitor = self._open_monitor(self._flops_per_token(teacher, module))
-        schedule = build_schedule(self.config.train, chosen.optimizer)
-        ds_engine = initialize_engine(module, chosen.optimizer, schedule, plan.execution)
-        step = self.checkpointer.load(ds_engine, tag) if tag is not None else 0
-        trainer = Trainer(
-            config=self.config,
+        ds_engine = start_engine(module, chosen, self.config.train, plan.execution)
+        step = self.checkpointer.load(ds_engine, tag)["step"] if tag is not None else 0
+        trainee = Trainee(
+            ds_engine,
+            term_names=plan.losses.term_names,
+            coefficients=plan.losses.coefficients,
             execution=plan.execution,
             runtime=self.here,
-            ds_engine=ds_engine,
-            task=DistillationTask(teacher, ds_engine, plan.losses),
-            loader=self.loader,
-            checkpointer=self.checkpointer,
             monitor=monitor,
+            checkpointer=self.checkpointer,
+        )
+        agreement = runtime.Agreement()
+        trainer = Trainer(
+            train=self.config.train,
+            seed=self.config.seed,
+            execution=plan.execution,
+            runtime=self.here,
+            agreement=agreement,
             stop=runtime.StopRequest(),  # not before: until here a signal may simply end the process
+            trainees=[trainee],
+            teacher=teacher,
+            loader=self.loader,
+            evaluation=HeldOutLosses(trainee, teacher, self.loader, agreement, every=self.config.train.eval_every),
             step=step,
         )
         monitor.write_record(
             "run", status="started", step=step, resumed_from=tag, **self._facts(), steps=self.config.train.steps
         )
         try:
-            outcome = trainer.train()
+            outcome = trainer.run()
             self._finish(outcome, trainer, monitor)
         finally:
             monitor.close()
@@ -162,53 +151,13 @@ class Job:
         for path in self.run_dir.set_aside_logs() if tag is None else ():
             print(f"renamed {path.name} to superseded-{path.name}: the run starts anew")
 
-    def _load_teacher(self) -> FrozenTeacher:
-        cfg, plan = self.config.teacher, self.plan
-        return FrozenTeacher.load(
-            cfg.path,
-            wanted=plan.losses.wanted_teacher,
-            dtype=getattr(torch, plan.teacher_dtype),
-            device=self.here.device,
-            backend=plan.teacher_attention.name,
-            placement=cfg.placement,
-        )
-
-    def _build_module(self) -> tuple[DistilModule, ChosenOptimizer]:
-        plan = self.plan
-        torch.manual_seed(self.config.seed)
-        student = build_student(
-            self.config.student,
-            teacher_path=self.config.teacher.path,
-            teacher_config=plan.teacher_config,
-            hidden_map=plan.hidden_map,
-            with_mlm_head=plan.mlm_head,
-            seed=self.config.seed,
-            backend=plan.student_attention.name,
-        )
-        torch.manual_seed(self.config.seed + 1)  # the projections do not depend on how the student was initialised
-        projections = Projections(
-            self.config.loss,
-            student_width=plan.student_shape.width,
-            teacher_width=plan.teacher_shape.width,
-            layers=plan.losses.projected_layers,
-        )
-        module = DistilModule(student, projections, plan.losses)
-        if plan.execution.zero_stage < 3:  # ZeRO-3 places the shards itself
-            module.to(self.here.device)
-        chosen = build_optimizer(
-            self.config.optim, module, lr=self.config.train.lr, execution=plan.execution, device=self.here.device
-        )
-        if self.config.require_fused and chosen.why_not_faster:
-            raise UserError(f"require_fused=true, but {chosen.why_not_faster}")
-        return module, chosen
-
     def _banner(self, teacher: FrozenTeacher, module: DistilModule, chosen: ChosenOptimizer, tag: str | None) -> str:
         optimizer = chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else "")
         return banner.start(
             self.plan,
             teacher=teacher,
-            student_parameters=count_parameters(module.student),
-            projection_parameters=count_parameters(module.projections),
+            student_parameters=parameters_of(module.student),
+            projection_parameters=parameters_of(module.projections),
             optimizer=optimizer,
             epoch_sequences=self.loader.order.slots,
             device=f"{self.here.device}, {self.here.threads} threads",
@@ -287,7 +236,3 @@ class Job:
             facts,
             steps=(first["step"], last["step"]),
         )
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

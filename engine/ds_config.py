@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig
+from engine.config import OptimConfig, TrainConfig
 from engine.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -162,7 +162,7 @@ def _offloads(zero: dict[str, Any], name: str, stage: int, source: str) -> bool:
     return active
 
 
-def resolve_execution(config: RunConfig, path: Path, world_size: int) -> Execution:
+def resolve_execution(train: TrainConfig, optim: OptimConfig, path: Path, world_size: int) -> Execution:
     """Loads `path` and fills in what the run config owns, for `world_size` ranks."""
     ds, source = load_ds_config(path), str(path)
     bf16, fp16 = _enabled(ds, "bf16", source), _enabled(ds, "fp16", source)
@@ -174,28 +174,26 @@ def resolve_execution(config: RunConfig, path: Path, world_size: int) -> Executi
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{source}: zero_optimization.stage={stage!r} must be 0, 1, 2 or 3")
-    micro = _micro_batch(ds, config.train.global_batch, world_size, source)
-    accumulation = config.train.global_batch // (micro * world_size)
+    micro = _micro_batch(ds, train.global_batch, world_size, source)
+    accumulation = train.global_batch // (micro * world_size)
     ds["train_micro_batch_size_per_gpu"] = micro
     owned: dict[str, object] = {
-        "train_batch_size": config.train.global_batch,
+        "train_batch_size": train.global_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.train.grad_clip,
+        "gradient_clipping": train.grad_clip,
     }
     fill_auto(ds, owned, source)
     ds.setdefault("steps_per_print", 1_000_000_000)  # the monitor prints; DeepSpeed's own line would double it
     offload = {name: _offloads(zero, name, stage, source) for name in OFFLOAD_NEEDS_STAGE}
-    if config.optim.name.endswith("lamb") and stage > 0:
+    if optim.name.endswith("lamb") and stage > 0:
         raise UserError(
-            f"optim.name={config.optim.name!r} with ZeRO stage {stage} ({source}): the trust ratio needs whole "
+            f"optim.name={optim.name!r} with ZeRO stage {stage} ({source}): the trust ratio needs whole "
             "tensors, and ZeRO cuts them into flat shards; use a stage 0 file such as ds_configs/zero0_bf16.json, or "
             "optim.name=adamw"
         )
-    if any(offload.values()) and config.optim.name != "adamw":
-        raise UserError(
-            f"optim.name={config.optim.name!r} with offload ({source}): only adamw (DeepSpeedCPUAdam) works there"
-        )
-    if config.optim.name.startswith("apex"):
+    if any(offload.values()) and optim.name != "adamw":
+        raise UserError(f"optim.name={optim.name!r} with offload ({source}): only adamw (DeepSpeedCPUAdam) works there")
+    if optim.name.startswith("apex"):
         ds["zero_allow_untested_optimizer"] = True
     return Execution(
         source=source,

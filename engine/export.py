@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from engine.checkpoint import EXPORT_FILE
 from engine.config import ExportConfig
 from engine.errors import UserError
-from engine.models.hub import quiet
+from engine.models.hub import init_arguments, model_class, quiet
 from engine.run_dir import COMPLETE, RunDir
 
 CARD_TAG = "- mapdistill"
@@ -101,13 +101,7 @@ def rebuild_student(description: dict[str, Any], weights: dict[str, torch.Tensor
     """The student in fp32 with exactly these weights. Raises RuntimeError when one is missing or left over."""
     settings = dict(description["student_config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    if description["mlm_head"]:
-        model = AutoModelForMaskedLM.from_config(config)
-    else:
-        try:
-            model = AutoModel.from_config(config, add_pooling_layer=False)
-        except TypeError:  # families without a pooler do not know the argument
-            model = AutoModel.from_config(config)
+    model = model_class(config, description["head"])(config, **init_arguments(config, description["head"]))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     model.tie_weights()
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())

@@ -31,10 +31,24 @@ ETA_AFTER_STEPS = 20
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """Means over the log interval that ends at `step`."""
+class Interval:
+    """What one log interval has in common for all models that are trained side by side."""
 
     step: int
+    """Its last step."""
+    counts: Counts
+    """Of the whole interval, over all ranks."""
+    phases: dict[str, float]
+    """Seconds by phase on this rank."""
+    wait_s: float
+    """Seconds that this rank has waited for data since the start."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Means over a log interval."""
+
+    interval: Interval
     total: float
     terms: dict[str, float]
     """Raw value of each term."""
@@ -43,12 +57,10 @@ class StepReport:
     grad_norm: float | None
     loss_scale: float | None
     skipped_steps: int
-    counts: Counts
-    """Of the whole interval, over all ranks."""
-    phases: dict[str, float]
-    """Seconds by phase on this rank."""
-    wait_s: float
-    """Seconds that this rank has waited for data since the start."""
+
+    @property
+    def step(self) -> int:
+        return self.interval.step
 
     def by_loss(self) -> dict[str, float]:
         """Weighted contribution of each loss to the total: hidden, attention, embedding …"""
@@ -114,6 +126,11 @@ class History:
         return float(sum(record["tokens"] for record in self.steps.values()) / seconds)
 
 
+def open_records(path: Path, *, echo: bool = True) -> RecordWriter:
+    """On a terminal the bar is for the eyes, and records.jsonl holds the lines; logs and pipes get both (`echo`)."""
+    return RecordWriter(path, stream=None if echo and not sys.stdout.isatty() else _Silent())
+
+
 class Monitor:
     def __init__(
         self,
@@ -125,8 +142,13 @@ class Monitor:
         flops_per_token: float,
         device: torch.device,
         config_text: str,
+        labels: dict[str, Any] | None = None,
+        part_of_a_job: bool = False,
     ) -> None:
+        """labels: fields that every record gets, e.g. which of several models it is about. part_of_a_job: the records
+        go to the file alone, since stdout is the job's."""
         self._active = active
+        self._labels = labels or {}
         self._steps = steps
         self._flops_per_token = flops_per_token
         self._device = device
@@ -135,9 +157,7 @@ class Monitor:
         self._writer: SummaryWriter | None = None
         self._bar: tqdm[Any] | None = None
         self._on_terminal = sys.stderr.isatty()
-        # on a terminal the bar is for the eyes, and records.jsonl holds the lines; logs and pipes get both
-        quiet = _Silent() if sys.stdout.isatty() else None
-        self.records = RecordWriter(records, stream=quiet) if active else None
+        self.records = open_records(records, echo=not part_of_a_job) if active else None
         self.history = History()
         self._records_path = records
         self._wait_s = 0.0
@@ -158,7 +178,7 @@ class Monitor:
 
     def write_record(self, kind: str, **fields: Any) -> None:
         if self.records is not None:
-            self.records.write(kind, **fields)
+            self.records.write(kind, **self._labels, **fields)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -170,16 +190,16 @@ class Monitor:
     def step(self, report: StepReport) -> None:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
-        wait, self._wait_s = report.wait_s - self._wait_s, report.wait_s
+        wait, self._wait_s = report.interval.wait_s - self._wait_s, report.interval.wait_s
         if not self._active:
             return
         speed = {
-            "tokens_per_s": report.counts.tokens / seconds,
-            "samples_per_s": report.counts.sequences / seconds,
-            "tflops": self._flops_per_token * report.counts.tokens / seconds / 1e12,
+            "tokens_per_s": report.interval.counts.tokens / seconds,
+            "samples_per_s": report.interval.counts.sequences / seconds,
+            "tflops": self._flops_per_token * report.interval.counts.tokens / seconds / 1e12,
             "data_wait_share": wait / seconds,
         }
-        shares = {name: value / seconds for name, value in report.phases.items()}
+        shares = {name: value / seconds for name, value in report.interval.phases.items()}
         peak = peak_memory_gib(self._device)
         self._plot(report, speed, shares, peak)
         fields = {
@@ -191,7 +211,7 @@ class Monitor:
             "grad_norm": report.grad_norm,
             "loss_scale": report.loss_scale,
             "skipped_steps": report.skipped_steps,
-            "tokens": int(report.counts.tokens),
+            "tokens": int(report.interval.counts.tokens),
             "seconds": seconds,
             "time_share": shares,
             "peak_memory_gib": peak,
@@ -253,6 +273,12 @@ class Monitor:
         self._scalars({f"loss_held_out/{name}": value for name, value in points.items()}, step)
         self.write_record("step", step=step, held_out={"total": total, "terms": terms})
         self.say(f"step {step}/{self._steps}  held-out loss {total:.4g}")
+
+    def scores(self, step: int, scores: dict[str, float], **fields: Any) -> None:
+        """Task scores after `step`."""
+        self._scalars({f"score/{name}": value for name, value in scores.items()}, step)
+        self.write_record("step", step=step, scores=scores, **fields)
+        self.say(f"step {step}/{self._steps}  " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
     def checkpoint(self, step: int, folder: Path) -> None:
         self.write_record("checkpoint", step=step, path=str(folder))

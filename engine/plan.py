@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from engine import runtime
 from engine.apex import require_apex, require_fused_layer_norm
 from engine.checkpoint import flatten
-from engine.config import RunConfig
+from engine.config import MappingConfig, OptimConfig, RunConfig, TrainConfig
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
 from engine.ds_config import FOLDER, Execution, default_config_name, resolve_execution
 from engine.errors import UserError
@@ -60,13 +60,7 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Reads configuration files, manifest and tokenizer, and checks them against each other. Raises UserError."""
-    path = Path(config.deepspeed_config)
-    if config.deepspeed_config == "auto":
-        path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())
-    execution = resolve_execution(config, path, runtime.launcher_world_size())
-    check_zero_section(execution)
-    if config.optim.name.startswith("apex_"):
-        require_apex(config.optim.name)
+    execution = plan_execution(config.deepspeed_config, config.train, config.optim)
     if config.student.fused_layer_norm:
         require_fused_layer_norm()
     teacher_config = hub.load_config(config.teacher.path, key="teacher.path")
@@ -82,24 +76,10 @@ def make_plan(config: RunConfig) -> Plan:
     student_config = build_student_config(config.student, teacher_config)
     teacher_shape = hub.shape_of(teacher_config, has_mlm_head=hub.has_mlm_weights(config.teacher.path, teacher_config))
     student_shape = hub.shape_of(student_config, has_mlm_head=wants_head)
-    sizes = {"student_layers": student_shape.layers, "teacher_layers": teacher_shape.layers}
-    hidden_map = parse_mapping(config.mapping.hidden, key="mapping.hidden", **sizes)
-    attention_text = config.mapping.attention or config.mapping.hidden
-    if config.student.path is None:
-        resolve_init(config.student.init or "random", student_shape.layers, teacher_shape.layers, hidden_map)
-    attention_map = parse_mapping(attention_text, key="mapping.attention", **sizes)
-    losses = LossSet(
-        config.loss,
-        config.mapping,
-        hidden_map=hidden_map,
-        attention_map=attention_map,
-        student=student_shape,
-        teacher=teacher_shape,
-        mlm_probability=config.data.mlm_probability,
-    )
     longest = getattr(student_config, "max_position_embeddings", None)
     if longest is not None and manifest.seq_len > longest:
         raise UserError(f"{config.data.path} has sequences of {manifest.seq_len} tokens; the student takes {longest}")
+    mapped = map_layers(config, student_shape, teacher_shape)
     return Plan(
         config=config,
         execution=execution,
@@ -109,9 +89,7 @@ def make_plan(config: RunConfig) -> Plan:
         student_config=student_config,
         teacher_shape=teacher_shape,
         student_shape=student_shape,
-        hidden_map=hidden_map,
-        attention_map=attention_map,
-        losses=losses,
+        **vars(mapped),
         teacher_attention=attention_backend(
             config.teacher.attention, teacher_dtype(config, execution), teacher_shape, manifest.seq_len, trained=False
         ),
@@ -119,8 +97,56 @@ def make_plan(config: RunConfig) -> Plan:
             config.student.attention, execution.precision, student_shape, manifest.seq_len, trained=True
         ),
         seq_len=manifest.seq_len,
-        warnings=(*losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
+        warnings=(*mapped.losses.warnings, *idle_settings(config, mapped.losses, student_shape, execution.world_size)),
     )
+
+
+@dataclass(frozen=True)
+class MappedLayers:
+    hidden_map: LayerMapping
+    attention_map: LayerMapping
+    losses: LossSet
+
+
+def map_layers(config: RunConfig, student: ModelShape, teacher: ModelShape) -> MappedLayers:
+    """The mappings of `config`, and the losses over them. Raises UserError for what does not fit the two models."""
+    sizes = {"student_layers": student.layers, "teacher_layers": teacher.layers}
+    hidden_map = parse_mapping(config.mapping.hidden, key="mapping.hidden", **sizes)
+    attention_text = config.mapping.attention or config.mapping.hidden
+    if config.student.path is None:
+        resolve_init(config.student.init or "random", student.layers, teacher.layers, hidden_map)
+    attention_map = parse_mapping(attention_text, key="mapping.attention", **sizes)
+    losses = LossSet(
+        config.loss,
+        config.mapping,
+        hidden_map=hidden_map,
+        attention_map=attention_map,
+        student=student,
+        teacher=teacher,
+        mlm_probability=config.data.mlm_probability,
+    )
+    return MappedLayers(hidden_map, attention_map, losses)
+
+
+def with_mapping(plan: Plan, mapping: MappingConfig) -> Plan:
+    """The same plan with other layers mapped. Raises UserError."""
+    config = replace(plan.config, mapping=mapping)
+    mapped = map_layers(config, plan.student_shape, plan.teacher_shape)
+    idle = idle_settings(config, mapped.losses, plan.student_shape, plan.execution.world_size)
+    warnings = (*mapped.losses.warnings, *idle)
+    return replace(plan, config=config, **vars(mapped), warnings=warnings)
+
+
+def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig) -> Execution:
+    """How this machine executes it. Raises UserError for a DeepSpeed file or an optimizer that cannot work."""
+    path = Path(deepspeed_config)
+    if deepspeed_config == "auto":
+        path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())
+    execution = resolve_execution(train, optim, path, runtime.launcher_world_size())
+    check_zero_section(execution)
+    if optim.name.startswith("apex_"):
+        require_apex(optim.name)
+    return execution
 
 
 def teacher_dtype(config: RunConfig, execution: Execution) -> str:
@@ -170,22 +196,32 @@ def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world
 def identity(plan: Plan) -> dict[str, Any]:
     """What must be the same when a run is continued: every setting that decides what is computed, and its inputs."""
 
-    def digest(tree: object) -> str:
-        return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-    architecture = plan.teacher_config.to_dict()
-    for name in ("transformers_version", "_name_or_path"):  # not of the teacher, but of who read it
-        architecture.pop(name, None)
     settings: dict[str, Any] = json.loads(json.dumps(asdict(plan.config)))
     return flatten(settings) | {
-        "teacher.config_sha256": digest(architecture),
-        "teacher.weights_sha256": hub.weights_fingerprint(plan.config.teacher.path, key="teacher.path"),
-        "data.content_sha256": digest(
-            [[shard.sha256 for shard in plan.manifest.shards], [source.weight for source in plan.manifest.sources]]
-        ),
+        **model_hashes("teacher", plan.config.teacher.path, plan.teacher_config),
+        "data.content_sha256": corpus_hash(plan.manifest),
         "mapping.hidden_resolved": str(plan.hidden_map),
         "mapping.attention_resolved": str(plan.attention_map),
     }
+
+
+def digest(tree: object) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def model_hashes(section: str, path: str, config: PretrainedConfig) -> dict[str, str]:
+    """Of a model's architecture and weights, as `<section>.config_sha256` and `<section>.weights_sha256`."""
+    architecture = config.to_dict()
+    for name in ("transformers_version", "_name_or_path"):  # not of the model, but of who read it
+        architecture.pop(name, None)
+    return {
+        f"{section}.config_sha256": digest(architecture),
+        f"{section}.weights_sha256": hub.weights_fingerprint(path, key=f"{section}.path"),
+    }
+
+
+def corpus_hash(manifest: Manifest) -> str:
+    return digest([[shard.sha256 for shard in manifest.shards], [source.weight for source in manifest.sources]])
 
 
 def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[str, Any]:
@@ -193,7 +229,7 @@ def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[st
     config, shape = plan.config, plan.student_shape
     return {
         "student_config": student_config.to_dict(),
-        "mlm_head": plan.mlm_head,
+        "head": "mlm" if plan.mlm_head else "none",
         "card": {
             "teacher": config.teacher.path,
             "student": f"{shape.layers} layers x {shape.width}, {shape.heads} heads",

@@ -107,9 +107,10 @@ def start(seed: int) -> Runtime:
     )
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout's random numbers are a function of (seed, step, rank), so that a resumed run needs no saved RNG state."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
+def seed_micro_step(seed: int, step: int, micro: int, rank: int) -> None:
+    """Dropout's random numbers are a function of (seed, step, micro step, rank), so that a resumed run needs no saved
+    RNG state, and a member of a cohort draws the same as alone."""
+    torch.manual_seed((((seed * 1_000_003 + step) * 8_191 + micro) * 65_537 + rank) % 2**63)
 
 
 class StopRequest:

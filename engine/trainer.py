@@ -1,23 +1,28 @@
-"""The training loop: generic over what is trained, free of host synchronisation between log steps."""
+"""The training loop: one teacher pass, then a micro step of every model in training. Distillation and fine-tuning train
+one, a proxy cohort several. No host synchronisation between log steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 import torch
 
 from engine.checkpoint import Checkpointer
-from engine.config import RunConfig
+from engine.config import TrainConfig
 from engine.data.batch import Batch, Counts
-from engine.data.loader import CorpusLoader, StepBatches
+from engine.data.loader import StepBatches
 from engine.ds_config import Execution
-from engine.monitor import Monitor, StepReport
-from engine.runtime import Agreement, Runtime, StopRequest, seed_step
+from engine.models.features import Features
+from engine.monitor import Interval, Monitor, StepReport
+from engine.runtime import Agreement, Runtime, StopRequest, seed_micro_step
 from engine.timing import PhaseTimer
+
+Teacher = Callable[[Batch], Features]
 
 
 class Outcome(Enum):
@@ -26,14 +31,30 @@ class Outcome(Enum):
     PREEMPTED = "preempted"
 
 
-class Task(Protocol):
-    """What is trained: its loss terms, and one forward pass."""
+class BatchSource(Protocol):
+    """CorpusLoader or TaskLoader."""
 
-    term_names: Sequence[str]
-    coefficients: Sequence[float]
+    wait_s: float
 
-    def forward(self, batch: Batch, per_micro: Counts, timer: PhaseTimer) -> tuple[torch.Tensor, torch.Tensor]:
-        """The total (scalar, differentiable) and the raw terms (T,), normalised as DistilModule.forward says."""
+    def steps(self, start: int) -> Iterator[StepBatches]: ...
+
+
+class Evaluation(Protocol):
+    """What is measured between steps. Called on every rank, and decides the same on all of them."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether training should end before its last step."""
+        ...
+
+    def due(self, step: int, *, last: bool) -> bool: ...
+
+    def __call__(self, step: int) -> bool:
+        """Measures; returns whether a checkpoint of this step is worth keeping."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know; a checkpoint keeps it."""
         ...
 
 
@@ -67,68 +88,52 @@ class LossWindow:
         return means, None if math.isinf(first) else int(first)
 
 
-@dataclass
-class Trainer:
-    config: RunConfig
-    execution: Execution
-    runtime: Runtime
-    ds_engine: Any
-    task: Task
-    loader: CorpusLoader
-    checkpointer: Checkpointer
-    monitor: Monitor
-    stop: StopRequest
-    step: int = 0
+class Trainee:
+    """One model in training: its engine, and what is seen and kept of it.
 
-    def __post_init__(self) -> None:
-        self.timer = PhaseTimer(self.runtime.device)
-        self.agreement = Agreement()
-        self.window = LossWindow(len(self.task.term_names), self.runtime.device)
-        self._interval_counts = Counts()
+    ds_engine: around a module whose forward(batch, teacher features, per_micro) returns the total (scalar,
+    differentiable) and the raw terms (T,), normalised as DistilModule.forward says.
+    """
+
+    def __init__(
+        self,
+        ds_engine: Any,
+        *,
+        term_names: Sequence[str],
+        coefficients: Sequence[float],
+        execution: Execution,
+        runtime: Runtime,
+        monitor: Monitor,
+        checkpointer: Checkpointer | None = None,
+    ) -> None:
+        self.ds_engine = ds_engine
+        self.term_names, self.coefficients = tuple(term_names), tuple(coefficients)
+        self.execution, self.runtime = execution, runtime
+        self.monitor, self.checkpointer = monitor, checkpointer
+        self.diverged = False
+        self._window = LossWindow(len(self.term_names), runtime.device)
         self._grad_norm: torch.Tensor | float | None = None
 
-    def train(self) -> Outcome:
-        """Runs from `self.step` to train.steps; returns early when told to stop or when the loss is not finite."""
-        train = self.config.train
-        self.monitor.begin(self.step)
-        batches = self.loader.steps(self.step)
-        try:
-            while self.step < train.steps:
-                inputs = next(batches)
-                stopping = self.train_step(inputs)
-                last = self.step == train.steps or stopping
-                saving = last or (train.save_every and self.step % train.save_every == 0)
-                if (self.step % train.log_every == 0 or saving) and not self.log():
-                    return Outcome.DIVERGED
-                if train.eval_every and (self.step % train.eval_every == 0 or self.step == train.steps):
-                    with self.monitor.pause():
-                        self.evaluate()
-                if saving and not self.save():
-                    return Outcome.DIVERGED
-                if stopping and self.step < train.steps:
-                    return Outcome.PREEMPTED
-        finally:
-            batches.close()
-        return Outcome.DONE
-
-    def train_step(self, inputs: StepBatches) -> bool:
-        """One optimizer step; returns whether any rank was told to stop before it."""
-        counts, stopping = self.agreement.reduce(inputs.local_counts, self.stop.requested)
-        self._interval_counts = self._interval_counts + counts
-        per_micro = counts.scaled(1.0 / (self.runtime.world_size * self.execution.grad_accum_steps))
-        seed_step(self.config.seed, self.step, self.runtime.rank)
-        self.step += 1
-        for i, batch in enumerate(inputs.micro, start=1):
-            total, terms = self.task.forward(batch.to(self.runtime.device), per_micro, self.timer)
-            last_micro = i == len(inputs.micro)
-            with self.timer.phase("student"):
-                self.ds_engine.backward(total)  # divides by accumulation itself
-            with self.timer.phase("optimizer"):
-                if last_micro and self.step % self.config.train.log_every == 0:
-                    self._grad_norm = self._unreported_grad_norm()
-                self.ds_engine.step()  # updates the weights on the last micro step only
-            self.window.add(total, terms, step=self.step, last_micro=last_micro)
-        return stopping
+    def micro_step(
+        self,
+        batch: Batch,
+        features: Features | None,
+        per_micro: Counts,
+        timer: PhaseTimer,
+        *,
+        step: int,
+        last_micro: bool,
+        logged: bool,
+    ) -> None:
+        """One forward and backward; the last micro step of a step also updates the weights."""
+        with timer.phase("student"):
+            total, terms = self.ds_engine(batch, features, per_micro)
+            self.ds_engine.backward(total)  # divides by accumulation itself
+        with timer.phase("optimizer"):
+            if last_micro and logged:
+                self._grad_norm = self._unreported_grad_norm()
+            self.ds_engine.step()  # updates the weights on the last micro step only
+        self._window.add(total, terms, step=step, last_micro=last_micro)
 
     def _unreported_grad_norm(self) -> torch.Tensor | None:
         """DeepSpeed keeps no gradient norm for plain fp32 data parallel, so it is taken before the step there."""
@@ -136,72 +141,148 @@ class Trainer:
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.ds_engine.module.parameters() if p.grad is not None])
 
-    def log(self) -> bool:
-        """Reports the interval; False when a loss was not finite."""
-        means, first_bad = self.window.reduce(
+    def log(self, interval: Interval) -> None:
+        """Reports the interval, or that a loss was not finite."""
+        means, first_bad = self._window.reduce(
             ranks=self.runtime.world_size, grad_accum_steps=self.execution.grad_accum_steps
         )
         norm = self._grad_norm if self._grad_norm is not None else self.ds_engine.get_global_grad_norm()
         report = StepReport(
-            step=self.step,
+            interval=interval,
             total=means[0],
-            terms=dict(zip(self.task.term_names, means[1:], strict=True)),
-            coefficients=dict(zip(self.task.term_names, self.task.coefficients, strict=True)),
+            terms=dict(zip(self.term_names, means[1:], strict=True)),
+            coefficients=dict(zip(self.term_names, self.coefficients, strict=True)),
             lr=float(self.ds_engine.get_lr()[0]),
             grad_norm=None if norm is None else float(norm),
             loss_scale=_loss_scale(self.ds_engine, self.execution.precision),
             skipped_steps=int(self.ds_engine.skipped_steps),
-            counts=self._interval_counts,
-            phases=self.timer.read(),
-            wait_s=self.loader.wait_s,
         )
-        self._interval_counts, self._grad_norm = Counts(), None
+        self._grad_norm = None
         if first_bad is None:
             self.monitor.step(report)
-            return True
-        self.monitor.diverged(report, first_bad)
-        return False
+        else:
+            self.diverged = True
+            self.monitor.diverged(report, first_bad)
 
-    def evaluate(self) -> None:
-        """Held-out losses on the fixed slice: exact means over it, whatever the ranks and batches."""
-        batches = list(self.loader.evaluation(self.execution.micro_batch_size))
-        if not batches:
-            return
-        local = sum((batch.counts for batch in batches), Counts())
-        counts, _ = self.agreement.reduce(local, False)
-        sums = torch.zeros(len(self.task.term_names) + 1, device=self.runtime.device)
-        untimed = PhaseTimer(torch.device("cpu"))
-        self.ds_engine.eval()
-        with torch.no_grad():
-            for batch in batches:
-                total, terms = self.task.forward(batch.to(self.runtime.device), counts, untimed)
-                sums += torch.cat([total.float().reshape(1), terms])
-        self.ds_engine.train()
-        if self.runtime.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        values = sums.tolist()
-        self.monitor.held_out(self.step, values[0], dict(zip(self.task.term_names, values[1:], strict=True)))
-
-    def save(self) -> bool:
-        """Writes a checkpoint, unless the weights are not finite: then it returns False, and resume finds an older one.
-
-        The losses of a step are computed before its update, so they cannot tell.
-        """
-        with self.monitor.pause():
-            if not self._weights_are_finite():
-                self.monitor.diverged_weights(self.step)
-                return False
-            folder = self.checkpointer.save(self.ds_engine, self.step)
-        self.monitor.checkpoint(self.step, folder)
-        return True
-
-    def _weights_are_finite(self) -> bool:
-        """Collective. Under ZeRO-3 each rank looks at its own shards."""
+    def check_weights(self, step: int) -> bool:
+        """Collective. Whether all weights are finite; says so when not. The losses of a step are computed before its
+        update, so they cannot tell. Under ZeRO-3 each rank looks at its own shards."""
         held = [getattr(p, "ds_tensor", p).detach() for p in self.ds_engine.module.parameters()]
         finite = torch.stack([torch.isfinite(tensor).all().to(self.runtime.device) for tensor in held]).all().float()
         if self.runtime.world_size > 1:
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
-        return bool(finite.item())
+        if not finite.item():
+            self.diverged = True
+            self.monitor.diverged_weights(step)
+        return not self.diverged
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes a checkpoint, unless the weights are not finite: then resume finds an older one."""
+        if self.checkpointer is None or not self.check_weights(step):
+            return
+        self.monitor.checkpoint(step, self.checkpointer.save(self.ds_engine, step, state))
+
+
+@dataclass
+class Trainer:
+    train: TrainConfig
+    seed: int
+    execution: Execution
+    runtime: Runtime
+    agreement: Agreement
+    stop: StopRequest
+    trainees: Sequence[Trainee]
+    teacher: Teacher | None
+    loader: BatchSource
+    evaluation: Evaluation | None = None
+    step: int = 0
+    timer: PhaseTimer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.timer = PhaseTimer(self.runtime.device)
+        self._interval_counts = Counts()
+
+    @property
+    def live(self) -> list[Trainee]:
+        """Those that have not diverged."""
+        return [trainee for trainee in self.trainees if not trainee.diverged]
+
+    def run(self) -> Outcome:
+        """Runs from `self.step` to train.steps; returns early when told to stop, when the evaluation has seen enough,
+        or when no model is left whose loss is finite."""
+        for trainee in self.trainees:
+            trainee.monitor.begin(self.step)
+        batches = self.loader.steps(self.step)
+        try:
+            while self.step < self.train.steps and not self._seen_enough():
+                stopping = self.train_step(next(batches))
+                last = self.step == self.train.steps
+                saving = last or stopping or bool(self.train.save_every and self.step % self.train.save_every == 0)
+                if self.step % self.train.log_every == 0 or saving:
+                    self.log()
+                if self.evaluation is not None and self.live and self.evaluation.due(self.step, last=last):
+                    with self._pause():
+                        saving |= self.evaluation(self.step)
+                if saving or self._seen_enough():
+                    self.save()
+                if not self.live:
+                    return Outcome.DIVERGED
+                if stopping and not last and not self._seen_enough():
+                    return Outcome.PREEMPTED
+        finally:
+            batches.close()
+        return Outcome.DONE
+
+    def _seen_enough(self) -> bool:
+        return self.evaluation is not None and self.evaluation.enough
+
+    def _pause(self) -> ExitStack:
+        """Time spent inside does not count as training time."""
+        stack = ExitStack()
+        for trainee in self.trainees:
+            stack.enter_context(trainee.monitor.pause())
+        return stack
+
+    def train_step(self, inputs: StepBatches) -> bool:
+        """One optimizer step of every model; returns whether any rank was told to stop before it."""
+        counts, stopping = self.agreement.reduce(inputs.local_counts, self.stop.requested)
+        self._interval_counts = self._interval_counts + counts
+        per_micro = counts.scaled(1.0 / (self.runtime.world_size * self.execution.grad_accum_steps))
+        live = self.live
+        self.step += 1
+        for i, micro in enumerate(inputs.micro, start=1):
+            batch = micro.to(self.runtime.device)
+            features = None
+            if self.teacher is not None:
+                with self.timer.phase("teacher"):
+                    features = self.teacher(batch)
+            for trainee in live:
+                seed_micro_step(self.seed, self.step, i, self.runtime.rank)  # the same dropout alone and in a cohort
+                trainee.micro_step(
+                    batch,
+                    features,
+                    per_micro,
+                    self.timer,
+                    step=self.step,
+                    last_micro=i == len(inputs.micro),
+                    logged=self.step % self.train.log_every == 0,
+                )
+        return stopping
+
+    def log(self) -> None:
+        """Reports the interval of every model; one whose loss was not finite drops out."""
+        interval = Interval(
+            step=self.step, counts=self._interval_counts, phases=self.timer.read(), wait_s=self.loader.wait_s
+        )
+        self._interval_counts = Counts()
+        for trainee in self.live:
+            trainee.log(interval)
+
+    def save(self) -> None:
+        state = {} if self.evaluation is None else self.evaluation.state()
+        with self._pause():
+            for trainee in self.live:
+                trainee.save(self.step, state)
 
 
 def _loss_scale(ds_engine: Any, precision: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 
@@ -45,24 +46,35 @@ class Batch:
     labels: torch.Tensor | None
     """(B, L) int64 original ids at masked positions, -100 elsewhere; None without MLM."""
     counts: Counts
+    token_types: torch.Tensor | None = None
+    """(B, L) int64 token type ids, for models that take them; None: the model's own default."""
 
     @property
     def token_mask(self) -> torch.Tensor | None:
         """(B, L) bool, or None when every position is real."""
         return None if self.attention_mask is None else self.attention_mask.bool()
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         """Copied to `device` without waiting, when the batch is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> Batch:
+    def pinned(self) -> Self:
         """In page-locked host memory, from which a GPU copies on its own."""
         return self._each(torch.Tensor.pin_memory)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return replace(
-            self,
-            input_ids=change(self.input_ids),
-            attention_mask=None if self.attention_mask is None else change(self.attention_mask),
-            labels=None if self.labels is None else change(self.labels),
-        )
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: change(value) for name, value in values if isinstance(value, torch.Tensor)})
+
+
+@dataclass(frozen=True)
+class TaskBatch(Batch):
+    """One micro batch of task rows."""
+
+    targets: torch.Tensor | None = None
+    """(B,) int64 label indices, (B,) float32 regression targets, or (B, 2) int64 span; None when unlabelled."""
+    rows: torch.Tensor | None = None
+    """(B,) int64, on the host: which rows of the split these are."""
+
+    def to(self, device: torch.device) -> Self:
+        return replace(super().to(device), rows=self.rows)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import queue
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from engine.data.batch import Batch, Counts
 from engine.data.manifest import check_tokenizer, load_manifest
 from engine.data.masking import IGNORE, MaskingTables, mask_tokens
 from engine.data.order import TrainingOrder
+from engine.data.prefetch import prefetched
 from engine.data.shards import SequenceStore
 from engine.errors import UserError
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 
 _EVALUATION_SAMPLES = 1 << 62  # sample ids of held-out sequences for masking: far from any training position
-_PREFETCHED_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -122,39 +119,10 @@ class CorpusLoader:
 
     def steps(self, start: int) -> Iterator[StepBatches]:
         """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
-        ready: queue.Queue[StepBatches | BaseException] = queue.Queue(_PREFETCHED_STEPS)
-        closed = threading.Event()
-        worker = threading.Thread(target=self._produce, args=(start, ready, closed), name="corpus-loader", daemon=True)
-        worker.start()
-        try:
-            while True:
-                began = time.perf_counter()
-                item = ready.get()
-                self.wait_s += time.perf_counter() - began
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            closed.set()
-            worker.join()
+        return prefetched(self.step, start, name="corpus-loader", waited=self._waited)
 
-    def _produce(self, start: int, ready: queue.Queue[StepBatches | BaseException], closed: threading.Event) -> None:
-        step = start
-        while not closed.is_set():
-            item: StepBatches | BaseException
-            try:
-                item = self.step(step)
-            except BaseException as error:  # whatever it is, the consumer must see it and not wait for ever
-                item = error
-            while not closed.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            step += 1
+    def _waited(self, seconds: float) -> None:
+        self.wait_s += seconds
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """This rank's share of the held-out sequences: each of them once over all ranks, the same number of batches on

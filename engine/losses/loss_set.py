@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import reduce
+from operator import or_
 
 import torch
 
@@ -35,16 +36,6 @@ def active_pairs(
     active = [(m, g, weights[m - 1]) for m, g in layer_map.pairs if weights[m - 1] > 0]
     divisor = len(active) if average_layers else 1
     return tuple(Pair(m, g, weight / divisor) for m, g, weight in active)
-
-
-def _union(parts: Iterable[Wanted]) -> Wanted:
-    everything = list(parts)
-    return Wanted(
-        hidden=frozenset().union(*(part.hidden for part in everything)),
-        attention=frozenset().union(*(part.attention for part in everything)),
-        values=any(part.values for part in everything),
-        logits=any(part.logits for part in everything),
-    )
 
 
 def _idle_settings(config: LossConfig, mapping: MappingConfig, *, projects: bool) -> list[str]:
@@ -145,8 +136,8 @@ class LossSet:
         shares = {name: (loss.name, share) for loss in self._losses for name, share in loss.shares.items()}
         self.term_names = tuple(shares)
         self.coefficients = tuple(config.active[loss] * share for loss, share in shares.values())
-        self.wanted_student = _union(loss.wanted("student") for loss in self._losses)
-        self.wanted_teacher = _union(loss.wanted("teacher") for loss in self._losses)
+        self.wanted_student = reduce(or_, (loss.wanted("student") for loss in self._losses))
+        self.wanted_teacher = reduce(or_, (loss.wanted("teacher") for loss in self._losses))
         self._coefficients_on: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
     @staticmethod

@@ -131,14 +131,12 @@ def capture(
     the deepest layer that is wanted; only under no_grad, and not under ZeRO-3, which counts on seeing every module.
     """
     recorder = Recorder(wanted.attention, wanted.values)
-    progress = _Progress(recorder.features, wanted, stop_early and not wanted.logits)
+    progress = _Progress(recorder.features, wanted, stop_early and not wanted.whole)
     assert not (progress.stop_early and torch.is_grad_enabled()), "stop_early is for frozen models"
     output = None
     try:
         with recording(recorder), _hooks(model, progress, batch):
-            output = (forward or model)(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=True
-            )
+            output = (forward or model)(**inputs_of(batch), return_dict=True)
     except _DeepEnough:
         pass
     if wanted.logits:
@@ -147,8 +145,24 @@ def capture(
             raise RuntimeError(f"{type(model).__name__} has no logits: load it with its MLM head")
         # (1, P, V) -> (P, V); an empty selection keeps its place in the graph, so that all parameters get gradients
         recorder.features.logits = logits[0, :0] if progress.no_position else logits[0]
+    if wanted.task_logits:
+        recorder.features.task_logits = task_logits(output)
     _check_complete(recorder, progress)
     return recorder.features
+
+
+def inputs_of(batch: Batch) -> dict[str, torch.Tensor | None]:
+    """The arguments of a transformers model."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return inputs if batch.token_types is None else {**inputs, "token_type_ids": batch.token_types}
+
+
+def task_logits(output: Any) -> torch.Tensor:
+    """(B, labels) of a sequence classifier; (B, L, 2), start and end, of a question answerer."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    logits: torch.Tensor = output.logits
+    return logits
 
 
 def _check_complete(recorder: Recorder, progress: _Progress) -> None:

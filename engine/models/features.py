@@ -22,6 +22,8 @@ class Features:
     """layer -> the factor on Q K^T (usually d_head ** -0.5)"""
     logits: torch.Tensor | None = None
     """(P, V) MLM logits of the P positions that were asked for, row-major over (B, L)."""
+    task_logits: torch.Tensor | None = None
+    """(B, labels) of a sequence classifier, (B, 1) of a regression, (B, L, 2) start and end of a span."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,21 @@ class Wanted:
     values: bool = False
     """Whether `attention` includes the values (only the relation loss needs them)."""
     logits: bool = False
+    task_logits: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the forward must run to its end, through the head."""
+        return self.logits or self.task_logits
+
+    def __or__(self, other: Wanted) -> Wanted:
+        return Wanted(
+            hidden=self.hidden | other.hidden,
+            attention=self.attention | other.attention,
+            values=self.values or other.values,
+            logits=self.logits or other.logits,
+            task_logits=self.task_logits or other.task_logits,
+        )
 
     @property
     def deepest(self) -> int:

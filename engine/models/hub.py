@@ -10,14 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
 from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
@@ -25,6 +34,13 @@ from engine.errors import UserError
 from engine.models.shape import ModelShape
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+Head = Literal["none", "mlm", "classification", "span"]
+AUTO_CLASSES: dict[Head, tuple[Any, str]] = {
+    "none": (AutoModel, "an encoder"),
+    "mlm": (AutoModelForMaskedLM, "a masked-language-model head"),
+    "classification": (AutoModelForSequenceClassification, "a sequence-classification head"),
+    "span": (AutoModelForQuestionAnswering, "a question-answering head"),
+}
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 64, 64 * 1024
 WEIGHT_FILES = (
     "model.safetensors",
@@ -113,28 +129,27 @@ def shape_of(config: PretrainedConfig, has_mlm_head: bool) -> ModelShape:
     )
 
 
-def model_class(config: PretrainedConfig, with_mlm_head: bool) -> type[PreTrainedModel]:
+def model_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
     """The Auto class' choice for this configuration. Raises UserError when there is none."""
-    auto = AutoModelForMaskedLM if with_mlm_head else AutoModel
+    auto, what = AUTO_CLASSES[head]
     try:
         chosen: Any = auto._model_mapping[type(config)]
     except KeyError:
-        what = "a masked-language-model head" if with_mlm_head else "an encoder"
         raise UserError(f"model type {config.model_type!r} has no class with {what} in transformers") from None
     first: type[PreTrainedModel] = chosen[0] if isinstance(chosen, (tuple, list)) else chosen
     return first
 
 
-def init_arguments(config: PretrainedConfig, with_mlm_head: bool) -> dict[str, Any]:
-    """Constructor arguments that leave out the pooler: no loss uses it, and unused parameters get no gradient."""
-    parameters = inspect.signature(model_class(config, with_mlm_head).__init__).parameters
+def init_arguments(config: PretrainedConfig, head: Head) -> dict[str, Any]:
+    """Constructor arguments that leave out an optional pooler: no loss uses it, and unused parameters get no gradient."""
+    parameters = inspect.signature(model_class(config, head).__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
-def skeleton(config: PretrainedConfig, with_mlm_head: bool) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, head: Head) -> PreTrainedModel:
     """The model without storage (meta device), to ask it for names and sizes."""
     with torch.device("meta"), quiet():
-        return model_class(config, with_mlm_head)(config, **init_arguments(config, with_mlm_head))
+        return model_class(config, head)(config, **init_arguments(config, head))
 
 
 def load_backbone(
@@ -142,15 +157,15 @@ def load_backbone(
     *,
     key: str,
     config: PretrainedConfig,
-    with_mlm_head: bool = False,
+    head: Head = "none",
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The model with its weights on the CPU, without pooler. `config` may ask for fewer layers than the file holds.
 
     Raises UserError when a weight that the model needs is missing from the file or has another shape.
     """
-    arguments = init_arguments(config, with_mlm_head)
-    load: Any = model_class(config, with_mlm_head).from_pretrained
+    arguments = init_arguments(config, head)
+    load: Any = model_class(config, head).from_pretrained
     try:
         with quiet():
             model, info = load(path, config=config, dtype=dtype, output_loading_info=True, **_where(path), **arguments)
@@ -161,7 +176,7 @@ def load_backbone(
         raise UserError(
             f"{key}={path!r}: {len(missing)} weights are missing from the file or have another shape, "
             f"first {', '.join(missing[:3])}; name a folder whose weights fit its config.json"
-            + (" and hold an MLM head" if with_mlm_head else "")
+            + (f" and hold {AUTO_CLASSES[head][1]}" if head != "none" else "")
         )
     loaded: PreTrainedModel = model
     return loaded
@@ -170,7 +185,7 @@ def load_backbone(
 def has_mlm_weights(path: str, config: PretrainedConfig, key: str = "teacher.path") -> bool:
     """Whether the checkpoint holds a complete MLM head. Reads the names of its tensors, not the tensors."""
     try:
-        model = skeleton(config, with_mlm_head=True)
+        model = skeleton(config, "mlm")
     except UserError:
         return False
     stored = {_modern_name(name) for name in _stored_names(path, key)}

@@ -12,6 +12,7 @@ from engine.errors import UserError
 from engine.mapping import LayerMapping, round_half_up
 from engine.models.capture import install
 from engine.models.hub import (
+    Head,
     has_mlm_weights,
     init_arguments,
     load_backbone,
@@ -129,7 +130,9 @@ def build_student(
         student = new_model(build_student_config(cfg, teacher_config, sources), with_mlm_head, seed)
         if init != "random":
             head = with_mlm_head and has_mlm_weights(teacher_path, teacher_config)
-            teacher = load_backbone(teacher_path, key="teacher.path", config=teacher_config, with_mlm_head=head)
+            teacher = load_backbone(
+                teacher_path, key="teacher.path", config=teacher_config, head="mlm" if head else "none"
+            )
             copy_from_teacher(student, teacher, sources)
     if cfg.fused_layer_norm:
         replace_layer_norm(student)
@@ -143,12 +146,13 @@ def new_model(config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTr
     """A model with random weights that depend on the configuration and the seed alone."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        return model_class(config, with_mlm_head)(config, **init_arguments(config, with_mlm_head))
+        head: Head = "mlm" if with_mlm_head else "none"
+        return model_class(config, head)(config, **init_arguments(config, head))
 
 
 def _from_folder(path: str, config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTrainedModel:
     if not with_mlm_head or has_mlm_weights(path, config, "student.path"):
-        return load_backbone(path, key="student.path", config=config, with_mlm_head=with_mlm_head)
+        return load_backbone(path, key="student.path", config=config, head="mlm" if with_mlm_head else "none")
     student = new_model(config, with_mlm_head, seed)
     body = load_backbone(path, key="student.path", config=config)
     student.base_model.load_state_dict(body.state_dict())

@@ -40,12 +40,12 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         self.placement = placement
         self.parameters_count = _count(model)
         """Parameters that are loaded (over all ranks)."""
-        self.full_parameters_count = _count(skeleton(full_config, wanted.logits))
+        self.full_parameters_count = _count(skeleton(full_config, "mlm" if wanted.logits else "none"))
         """Parameters of the whole teacher."""
         self.layers_loaded = shape_of(model.config, wanted.logits).layers
         # When all layers are wanted the forward must reach its end, where some models have one more norm. ZeRO-3
         # releases a module's weights in a hook after it, so there the forward always runs to the end.
-        self._stop_early = placement == "replicate" and not wanted.logits and wanted.deepest < self.shape.layers
+        self._stop_early = placement == "replicate" and not wanted.whole and wanted.deepest < self.shape.layers
         self.layers_run = wanted.deepest if self._stop_early else self.layers_loaded
         run = replace(self.shape, layers=self.layers_run)
         # before sharding, which empties the weights
@@ -80,7 +80,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
                 "or name a teacher that was saved with its head"
             )
         shallow = config if wanted.logits else truncated_config(config, wanted.deepest)
-        model = load_backbone(path, key=key, config=shallow, with_mlm_head=wanted.logits, dtype=dtype)
+        model = load_backbone(path, key=key, config=shallow, head="mlm" if wanted.logits else "none", dtype=dtype)
         install(model, backend)
         return cls(model, wanted=wanted, full_config=config, device=device, placement=placement)
 

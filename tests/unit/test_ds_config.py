@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engine.config import OptimConfig, RunConfig, TrainConfig
-from engine.ds_config import FOLDER, load_ds_config, resolve_execution
+from engine.ds_config import FOLDER, Execution, load_ds_config, resolve_execution
 from engine.errors import UserError
 
 SHIPPED = sorted(FOLDER.glob("*.json"))
@@ -21,10 +21,14 @@ def run(global_batch: int = 32, **kwargs: Any) -> RunConfig:
     return RunConfig(train=TrainConfig(global_batch=global_batch, steps=100, warmup_steps=0), **kwargs)
 
 
+def resolve(config: RunConfig, path: Path, world: int) -> Execution:
+    return resolve_execution(config.train, config.optim, path, world)
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 @pytest.mark.parametrize("world", [1, 2, 8])
 def test_shipped_files_resolve(path: Path, world: int) -> None:
-    execution = resolve_execution(run(64), path, world)
+    execution = resolve(run(64), path, world)
     product = execution.micro_batch_size * execution.grad_accum_steps * world
     assert product == 64 == execution.resolved["train_batch_size"]
     assert "auto" not in json.dumps(execution.resolved)
@@ -38,7 +42,7 @@ def test_every_shipped_file_has_its_line_in_the_readme() -> None:
 
 
 def test_accumulation_is_derived(tmp_path: Path) -> None:
-    execution = resolve_execution(run(32), write(tmp_path, train_micro_batch_size_per_gpu=4), 2)
+    execution = resolve(run(32), write(tmp_path, train_micro_batch_size_per_gpu=4), 2)
     assert (execution.micro_batch_size, execution.grad_accum_steps) == (4, 4)
 
 
@@ -66,19 +70,19 @@ def test_accumulation_is_derived(tmp_path: Path) -> None:
 def test_conflicts_name_file_key_and_remedy(tmp_path: Path, ds: dict[str, Any], says: str) -> None:
     path = write(tmp_path, **ds)
     with pytest.raises(UserError, match=says) as error:
-        resolve_execution(run(32), path, 1)
+        resolve(run(32), path, 1)
     assert str(path) in str(error.value)
 
 
 def test_global_batch_must_fit_the_ranks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.global_batch=32 is not divisible by 3 ranks; use e.g. 30"):
-        resolve_execution(run(32), write(tmp_path), 3)
+        resolve(run(32), write(tmp_path), 3)
 
 
 def test_lamb_and_zero_do_not_go_together() -> None:
     with pytest.raises(UserError, match="whole tensors"):
-        resolve_execution(run(optim=OptimConfig(name="lamb")), FOLDER / "zero2_bf16.json", 1)
-    resolve_execution(run(optim=OptimConfig(name="lamb")), FOLDER / "zero0_bf16.json", 1)
+        resolve(run(optim=OptimConfig(name="lamb")), FOLDER / "zero2_bf16.json", 1)
+    resolve(run(optim=OptimConfig(name="lamb")), FOLDER / "zero0_bf16.json", 1)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

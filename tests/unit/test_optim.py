@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.config import OptimConfig, RunConfig, TrainConfig
+from engine.config import OptimConfig, TrainConfig
 from engine.ds_config import FOLDER, resolve_execution
 from engine.errors import UserError
 from engine.optim import Lamb, build_optimizer, build_schedule, parameter_groups
@@ -69,7 +69,7 @@ def test_schedules(name: str, at: dict[int, float]) -> None:
 
 
 def build(name: str, ds: Path):
-    execution = resolve_execution(RunConfig(optim=OptimConfig(name=name)), ds, 1)
+    execution = resolve_execution(TrainConfig(), OptimConfig(name=name), ds, 1)
     module = nn.Linear(3, 3)
     return build_optimizer(OptimConfig(name=name), module, lr=1e-3, execution=execution, device=torch.device("cpu"))
 

@@ -14,7 +14,7 @@ from transformers import AlbertConfig, AlbertModel, BertConfig, BertForMaskedLM,
 from engine.banner import closing_table, estimate_memory, mapping_table
 from engine.checkpoint import HOW_KEYS, changed_keys, flatten
 from engine.cli import parse_config
-from engine.config import RunConfig, TrainConfig
+from engine.config import OptimConfig, RunConfig, TrainConfig
 from engine.config_docs import field_docs
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
@@ -26,7 +26,7 @@ from engine.models.projections import Projections
 from engine.models.shape import ModelShape
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.monitor import StepReport, format_seconds
+from engine.monitor import Interval, StepReport, format_seconds
 from engine.plan import make_plan
 from engine.trainer import LossWindow
 
@@ -151,7 +151,7 @@ def check_flops(model: torch.nn.Module, shape: ModelShape) -> None:
     ],
 )
 def test_memory_of_states_follows_the_zero_paper(name: str, world: int, bytes_per_parameter: float) -> None:
-    execution = resolve_execution(RunConfig(), FOLDER / f"{name}.json", world)
+    execution = resolve_execution(TrainConfig(), OptimConfig(), FOLDER / f"{name}.json", world)
     shape = ModelShape(2, 8, 2, 100, False)
     estimate = estimate_memory(
         student=shape, student_parameters=1000, student_attention="sdpa", activation_checkpointing=False,
@@ -177,9 +177,10 @@ def test_banner_tables() -> None:
 
 def test_contributions_of_losses_add_up_to_the_total() -> None:
     report = StepReport(
-        step=1, total=3.5, terms={"hidden/1-2": 1.0, "hidden/2-4": 2.0, "embedding": 2.0},
+        interval=Interval(step=1, counts=Counts(), phases={}, wait_s=0.0), total=3.5,
+        terms={"hidden/1-2": 1.0, "hidden/2-4": 2.0, "embedding": 2.0},
         coefficients={"hidden/1-2": 0.5, "hidden/2-4": 0.5, "embedding": 1.0}, lr=0.1, grad_norm=None, loss_scale=None,
-        skipped_steps=0, counts=Counts(), phases={}, wait_s=0.0,
+        skipped_steps=0,
     )  # fmt: skip
     assert report.by_loss() == {"hidden": 1.5, "embedding": 2.0}
     assert sum(report.by_loss().values()) == report.total

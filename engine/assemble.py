@@ -1,0 +1,86 @@
+"""From a plan to the parts of a distillation: frozen teacher, trained module with its optimizer, DeepSpeed engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.config import OptimConfig, TrainConfig
+from engine.distil_module import DistilModule
+from engine.ds_config import Execution
+from engine.errors import UserError
+from engine.models.features import Wanted
+from engine.models.projections import Projections
+from engine.models.student import build_student
+from engine.models.teacher import FrozenTeacher
+from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine
+from engine.plan import Plan
+
+
+def load_teacher(plan: Plan, wanted: Wanted, device: torch.device) -> FrozenTeacher:
+    cfg = plan.config.teacher
+    return FrozenTeacher.load(
+        cfg.path,
+        wanted=wanted,
+        dtype=getattr(torch, plan.teacher_dtype),
+        device=device,
+        backend=plan.teacher_attention.name,
+        placement=cfg.placement,
+    )
+
+
+def build_module(plan: Plan, device: torch.device) -> tuple[DistilModule, ChosenOptimizer]:
+    """Student and projections with their initial weights, which depend on the plan's configuration and seed alone."""
+    config = plan.config
+    torch.manual_seed(config.seed)
+    student = build_student(
+        config.student,
+        teacher_path=config.teacher.path,
+        teacher_config=plan.teacher_config,
+        hidden_map=plan.hidden_map,
+        with_mlm_head=plan.mlm_head,
+        seed=config.seed,
+        backend=plan.student_attention.name,
+    )
+    torch.manual_seed(config.seed + 1)  # the projections do not depend on how the student was initialised
+    projections = Projections(
+        config.loss,
+        student_width=plan.student_shape.width,
+        teacher_width=plan.teacher_shape.width,
+        layers=plan.losses.projected_layers,
+    )
+    module = DistilModule(student, projections, plan.losses)
+    optimizer = choose_optimizer(
+        module, config.optim, config.train, plan.execution, device, require_fused=config.require_fused
+    )
+    return module, optimizer
+
+
+def choose_optimizer(
+    module: nn.Module,
+    optim: OptimConfig,
+    train: TrainConfig,
+    execution: Execution,
+    device: torch.device,
+    *,
+    require_fused: bool,
+) -> ChosenOptimizer:
+    """Puts the module where it is trained, and makes its optimizer. Raises UserError when `require_fused` is broken."""
+    if execution.zero_stage < 3:  # ZeRO-3 places the shards itself
+        module.to(device)
+    chosen = build_optimizer(optim, module, lr=train.lr, execution=execution, device=device)
+    if require_fused and chosen.why_not_faster:
+        raise UserError(f"require_fused=true, but {chosen.why_not_faster}")
+    return chosen
+
+
+def start_engine(module: nn.Module, chosen: ChosenOptimizer, train: TrainConfig, execution: Execution) -> Any:
+    """The DeepSpeed engine around the module."""
+    return initialize_engine(module, chosen.optimizer, build_schedule(train, chosen.optimizer), execution)
+
+
+def parameters_of(module: nn.Module) -> int:
+    """How many parameters it has. Call it before ZeRO-3 shards them."""
+    return sum(p.numel() for p in module.parameters())

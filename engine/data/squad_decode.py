@@ -1,0 +1,84 @@
+"""SQuAD answers from the logits of windows, their scores, and the official file of predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.squad import CLS, SquadSplit, Windows
+
+Floats = npt.NDArray[np.float32]
+
+
+def decode(
+    windows: Windows,
+    split: SquadSplit,
+    start_logits: Sequence[npt.NDArray[np.floating]],
+    end_logits: Sequence[npt.NDArray[np.floating]],
+    *,
+    v2: bool,
+    n_best: int = 20,
+    max_answer_tokens: int = 30,
+) -> dict[str, str]:
+    """The answer's text by question id, as Hugging Face's run_qa.py chooses it.
+
+    A span's score is the sum of its two logits; the best one over all windows wins, among the `n_best` first and last
+    tokens of each window. With `v2` the answer is "" (none) where the least score of CLS over the windows is higher.
+    Logits: per window (L,), of the real tokens only. "" as well where no span is possible.
+    """
+    assert len(start_logits) == len(end_logits) == len(windows.offsets), "one row of logits per window"
+    none = np.full(len(split), np.inf, np.float32)
+    best = np.full(len(split), -np.inf, np.float32)
+    texts = [""] * len(split)
+    for example, offsets, starts, ends in zip(windows.example, windows.offsets, start_logits, end_logits, strict=True):
+        assert len(starts) == len(ends) == len(offsets), "logits of the real tokens only"
+        start, end = np.asarray(starts, np.float32), np.asarray(ends, np.float32)
+        none[example] = min(none[example], start[CLS] + end[CLS])
+        score, first, last = _best_span(start, end, offsets, n_best=n_best, max_tokens=max_answer_tokens)
+        if score > best[example]:
+            best[example] = score
+            # Tokens of sentencepiece include the space before the word.
+            texts[example] = split.contexts[example][offsets[first, 0] : offsets[last, 1]].strip()
+    if v2:
+        texts = ["" if no_answer else text for text, no_answer in zip(texts, none > best, strict=True)]
+    return dict(zip(split.ids, texts, strict=True))
+
+
+def _best_span(
+    start: Floats, end: Floats, offsets: npt.NDArray[np.int32], *, n_best: int, max_tokens: int
+) -> tuple[float, int, int]:
+    """Score, first and last token of the best span of the text; -inf when there is none."""
+    first, last = _largest(start, n_best)[:, None], _largest(end, n_best)[None]
+    allowed = (offsets[first, 0] >= 0) & (offsets[last, 0] >= 0) & (last >= first) & (last < first + max_tokens)
+    allowed &= offsets[last, 1] > offsets[first, 0]  # a token may stand for no character at all
+    scores = np.where(allowed, start[first] + end[last], -np.inf)
+    row, column = np.unravel_index(int(scores.argmax()), scores.shape)
+    return float(scores[row, column]), int(first[row, 0]), int(last[0, column])
+
+
+def _largest(values: Floats, count: int) -> npt.NDArray[np.intp]:
+    return np.argpartition(values, -count)[-count:] if count < len(values) else np.arange(len(values))
+
+
+def squad_metrics(split: SquadSplit, predictions: Mapping[str, str]) -> dict[str, float]:
+    """exact_match and f1 in [0, 1], as the official script counts them: the best over a question's gold answers; ""
+    is right for an unanswerable one. Every question of the labelled `split` has a prediction."""
+    from torchmetrics.functional.text import squad
+
+    assert split.answers is not None, f"{split.name} is unlabelled"
+    given = [{"id": key, "prediction_text": predictions[key]} for key in split.ids]
+    wanted = [
+        {"id": key, "answers": {"answer_start": [0], "text": [text for _, text in golds] or [""]}}
+        for key, golds in zip(split.ids, split.answers, strict=True)
+    ]
+    return {name: float(value) / 100 for name, value in squad(given, wanted).items()}
+
+
+def write_predictions(path: Path, predictions: Mapping[str, str]) -> None:
+    """The file that the official evaluation reads: one JSON object, question id -> text. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(predictions), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

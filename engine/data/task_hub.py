@@ -1,0 +1,141 @@
+"""GLUE and SQuAD as Hugging Face `datasets`: from the hub, or from a folder that save_to_disk wrote."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from engine.data.task_files import Columns, Rows
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Splits = Mapping[str, "Dataset"]
+
+
+def hub_splits(path: str, config: str | None) -> Splits:
+    """All splits of a hub data set by the hub's names. When the hub cannot be reached, what was loaded before counts.
+
+    Raises UserError that names task.data_dir as the remedy.
+    """
+    import datasets
+
+    name = path if config is None else f"{path} ({config})"
+    try:
+        with _offline_if_unreachable():
+            splits: Splits = datasets.load_dataset(path, config)
+    except Exception as error:  # network, hub, file system: datasets has no common base class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"task.data_dir is unset, and the hub data set {name} cannot be had ({reason}); set task.data_dir to a "
+            "folder with the task's files"
+        ) from None
+    return splits
+
+
+def saved_splits(folder: Path) -> Splits:
+    """All splits of a folder that DatasetDict.save_to_disk wrote, by the hub's names."""
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets raises whatever its readers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: not a readable `datasets` folder ({reason}); save it again") from None
+    if not isinstance(data, datasets.DatasetDict):
+        raise UserError(f"{folder}: holds one split; save a DatasetDict with the splits train and validation")
+    return data
+
+
+def hub_split_name(name: str) -> str:
+    """The hub's name of our split: dev_matched is validation_matched there."""
+    return name.replace("dev", "validation")
+
+
+def find_split(splits: Splits, name: str, source: str) -> Dataset:
+    try:
+        return splits[hub_split_name(name)]
+    except KeyError:
+        there = ", ".join(splits)
+        raise UserError(
+            f"{source}: no split {hub_split_name(name)!r} (it has: {there}); save it with that one"
+        ) from None
+
+
+def hub_rows(data: Dataset, source: str, columns: Columns, *, labels: Sequence[str], labelled: bool) -> Rows:
+    """The rows of one split, as read_rows gives those of a file: classes by name, not by index.
+
+    `labels`: the task's label names by index, () for a regression. Unless `labelled`, a split without label column, or
+    with -1 in every row, is unlabelled. Raises UserError.
+    """
+    has_label = labelled or columns.label in data.column_names
+    wanted = [columns.first, columns.second, columns.label if has_label else None]
+    names = [name for name in wanted if name is not None]
+    for name in names:
+        if name not in data.column_names:
+            there = ", ".join(map(repr, data.column_names))
+            raise UserError(f"{source}: no column {name!r} (its columns: {there}); save the hub's data set unchanged")
+    if len(data) == 0:
+        raise UserError(f"{source}: has no rows; save the hub's data set unchanged")
+    ids = next((name for name in columns.ids if name in data.column_names), None)
+    values = data.select_columns([*dict.fromkeys([*names, *([ids] if ids else [])])]).to_dict()
+    for name in filter(None, wanted[:2]):
+        for row, value in enumerate(values[name], start=1):
+            if not isinstance(value, str):
+                raise UserError(f"{source}:{row}: {name!r} is {value!r}, not text; save the hub's data set unchanged")
+    given = values[columns.label] if has_label else None
+    if given is not None and not labelled and all(value == -1 for value in given):
+        given = None
+    if given is not None and labels:
+        given = _named(given, data.features[columns.label], labels)
+    return Rows(
+        source=source,
+        lines=range(1, len(data) + 1),
+        first=values[columns.first],
+        second=None if columns.second is None else values[columns.second],
+        labels=given,
+        ids=[str(value) for value in (values[ids] if ids else range(len(data)))],
+    )
+
+
+def _named(given: list[Any], feature: Any, labels: Sequence[str]) -> list[Any]:
+    """Label names instead of indices; what is no index stays, and is reported as an unknown label."""
+    names = getattr(feature, "names", None)
+    # A copy may count its classes in another order; the hub's own names for 0 and 1 (like "negative") are not the files'.
+    by_index = names if names is not None and set(names) == set(labels) else labels
+    return [by_index[value] if isinstance(value, int) and 0 <= value < len(by_index) else value for value in given]
+
+
+@cache
+def _hub_is_reachable() -> bool:
+    """Asked once: huggingface_hub retries for half a minute before it says so."""
+    if getproxies():
+        return True  # only a request can tell
+    from huggingface_hub.constants import ENDPOINT
+
+    url = urlsplit(ENDPOINT)
+    try:
+        with socket.create_connection((url.hostname or "", url.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Sends datasets to its cache at once, where it would get there after all its retries."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or not _hub_is_reachable()
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before

@@ -1,0 +1,152 @@
+"""Batches of a tokenised task: bucketed by length, in an order that any step can be started from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.data.batch import Counts, TaskBatch
+from engine.data.encoding import Encoded
+from engine.data.loader import StepBatches
+from engine.data.order import TrainingOrder
+from engine.data.prefetch import prefetched
+
+Ints = npt.NDArray[np.int64]
+
+_BUCKET = 50  # global batches that are sorted together: 0.96 of the positions are real for SST-2 in batches of 32
+
+
+class TaskLoader:
+    """Training batches. The rows come in the order of TrainingOrder: each once per epoch, and a batch may hold the end
+    of one epoch and the beginning of the next. Of this order, a bucket of consecutive rows (50 global batches, or about
+    one epoch if that is less) is sorted by length and cut into global batches, which are shuffled within the bucket.
+
+    The order is a pure function of (rows, seed, global_batch, step). Step s is one global batch, from short rows to
+    long ones; micro step i of rank r takes micro_batch of them from (i * world + r) * micro_batch on. So the rows of a
+    step depend neither on the number of ranks nor on the micro batch. A split smaller than a global batch shows a row
+    several times in a step.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        *,
+        pad_id: int,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        assert len(encoded) > 0, "no rows"
+        assert global_batch % (micro_batch * world) == 0, (global_batch, micro_batch, world)  # ds_config.py sees to it
+        assert 0 <= rank < world, (rank, world)
+        self._encoded, self._lengths = encoded, encoded.lengths
+        self._order = TrainingOrder([len(encoded)], [1.0], seed)
+        self._seed, self._pad_id, self._pin_memory = seed, pad_id, pin_memory
+        self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
+        self.grad_accum_steps = global_batch // (micro_batch * world)
+        self._bucket_steps = max(1, min(_BUCKET, len(encoded) // global_batch))
+        self._bucket: tuple[int, Ints] | None = None
+        self.wait_s = 0.0
+        """Seconds that the consumer of steps() has waited for data."""
+
+    def step(self, step: int) -> StepBatches:
+        """This rank's share of optimizer step `step` (0-based), as TaskBatch micro batches; at the same cost for every
+        step, apart from sorting its bucket."""
+        number, within = divmod(step, self._bucket_steps)
+        rows = self._bucket_rows(number)[within]
+        batches = []
+        for micro in range(self.grad_accum_steps):
+            first = (micro * self._world + self._rank) * self._micro_batch
+            batches.append(self._batch(rows[first : first + self._micro_batch]))
+        return StepBatches(step, [*batches], sum((batch.counts for batch in batches), Counts()))
+
+    def steps(self, start: int) -> Iterator[StepBatches]:
+        """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
+        return prefetched(self.step, start, name="task-loader", waited=self._waited)
+
+    def steps_for(self, epochs: float) -> int:
+        """Optimizer steps in which at least `epochs` epochs are seen; at least 1."""
+        rows = Fraction(str(epochs)) * len(self._encoded)  # exact: 1.1 * 320 is 352.00000000000006 in floats
+        return max(1, math.ceil(rows / self._global_batch))
+
+    def _waited(self, seconds: float) -> None:
+        self.wait_s += seconds
+
+    def _batch(self, rows: Ints) -> TaskBatch:
+        batch = _padded(self._encoded, rows, self._pad_id)
+        return batch.pinned() if self._pin_memory else batch
+
+    def _bucket_rows(self, number: int) -> Ints:
+        """(steps of a bucket, global_batch) row numbers of bucket `number`, in the order of training."""
+        bucket = self._bucket  # read once: the thread of steps() may change it meanwhile
+        if bucket is None or bucket[0] != number:
+            size = self._bucket_steps * self._global_batch
+            rows = self._order.indices(np.arange(number * size, (number + 1) * size))
+            rows = rows[np.argsort(self._lengths[rows], kind="stable")].reshape(self._bucket_steps, self._global_batch)
+            order = np.random.default_rng([self._seed, number]).permutation(self._bucket_steps)
+            self._bucket = bucket = (number, rows[order])
+        return bucket[1]
+
+
+def evaluation_batches(
+    encoded: Encoded, *, pad_id: int, batch_size: int, rank: int, world: int, pin_memory: bool = False
+) -> Iterator[TaskBatch]:
+    """This rank's share of all rows: each row once over all ranks, `batch.rows` says which; at most batch_size rows in
+    a batch, all of about the same length, the longest first (a lack of memory shows at once).
+
+    Every rank gets the same number of batches, for collectives within the model's forward. Where there are fewer rows
+    left than ranks, the last ranks get a stand-in: a batch of one row of the split, with the row number -1 and counts
+    of 0, whose outputs must be dropped. A split without rows gives no batches.
+    """
+    assert 0 <= rank < world, (rank, world)
+    rounds = math.ceil(len(encoded) / (batch_size * world))
+    if rounds == 0:
+        return
+    longest_first = np.argsort(-encoded.lengths, kind="stable")
+    for together in np.array_split(longest_first, rounds):
+        rows = np.array_split(together, world)[rank]
+        batch = _padded(encoded, rows, pad_id) if len(rows) else _stand_in(encoded, together[-1:], pad_id)
+        yield batch.pinned() if pin_memory else batch
+
+
+def _stand_in(encoded: Encoded, rows: Ints, pad_id: int) -> TaskBatch:
+    return replace(_padded(encoded, rows, pad_id), counts=Counts(), rows=torch.full((len(rows),), -1))
+
+
+def _padded(encoded: Encoded, rows: Ints, pad_id: int) -> TaskBatch:
+    """The rows, padded to the longest of them."""
+    starts = encoded.starts[rows]
+    lengths = encoded.starts[rows + 1] - starts
+    length = int(lengths.max())
+    real = np.arange(length) < lengths[:, None]
+    at = (starts[:, None] + np.arange(length))[real]  # where each real token stands, row after row
+
+    def laid_out(values: npt.NDArray[np.int32] | npt.NDArray[np.int8], padding: int) -> torch.Tensor:
+        grid = np.full(real.shape, padding, np.int64)
+        grid[real] = values[at]
+        return torch.from_numpy(grid)
+
+    return TaskBatch(
+        input_ids=laid_out(encoded.ids, pad_id),
+        attention_mask=None if real.all() else torch.from_numpy(real.astype(np.int64)),
+        labels=None,
+        counts=Counts(
+            sequences=len(rows),
+            tokens=int(lengths.sum()),
+            token_pairs=int((lengths**2).sum()),
+            positions=real.size,
+            position_pairs=real.size * length,
+        ),
+        token_types=None if encoded.types is None else laid_out(encoded.types, 0),
+        targets=None if encoded.targets is None else torch.from_numpy(encoded.targets[rows]),
+        rows=torch.from_numpy(rows.astype(np.int64)),
+    )

@@ -1,0 +1,230 @@
+"""Descriptions of the tasks: GLUE, SQuAD and those of the user's own; their names in any spelling."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.data.task_files import Columns
+from engine.errors import UserError
+from engine.task_config import CustomTaskConfig, TaskDataConfig
+
+Kind = Literal["classification", "regression", "span"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskDefaults:
+    epochs: float
+    lr: float
+    batch: int
+    """Rows per optimizer step."""
+    seq_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where a GLUE task's texts and labels are."""
+
+    files: Columns
+    """In the files of the GLUE download."""
+    hub: Columns
+    config: str
+    """Configuration of the hub's nyu-mll/glue."""
+    headerless: tuple[str, ...] = ()
+    """Columns of train and dev files that have no header line (CoLA; its test file has one)."""
+    skip_short: bool = False
+    """Leave out lines with too few columns, as the official reader does (QQP: questions with line breaks in them)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    """By index, as the files write them; () for regressions and spans."""
+    metrics: tuple[str, ...]
+    """Names in engine.metrics; the score is their mean (SQuAD: f1)."""
+    dev_splits: tuple[str, ...] = ("dev",)
+    test_splits: tuple[str, ...] = ("test",)
+    pair: bool
+    defaults: TaskDefaults
+    similarity: bool = False
+    """A regression of how alike two texts are, which a cosine can score without training."""
+    glue: bool = False
+    """Counts in the GLUE average."""
+    layout: Layout | None = None
+    """None for SQuAD and custom tasks."""
+    submission: tuple[str, ...] = ()
+    """Name of the prediction file for each dev split, and for the test split in its place."""
+    target_range: tuple[float, float] | None = None
+    """Smallest and largest regression target that can occur; predictions are clipped to it."""
+
+
+LARGE = TaskDefaults(epochs=3, lr=5e-5, batch=32, seq_len=128)
+"""Tasks of 67,000 rows and more. Small students gain from a larger rate than BERT-base's 2e-5, and batches of 32 keep
+their steps few; 128 tokens hold nearly every GLUE input."""
+SMALL = TaskDefaults(epochs=8, lr=5e-5, batch=16, seq_len=128)
+"""Tasks of 3,700 to 8,600 rows: 3 epochs would be too few steps for a head that starts at random."""
+TINY = TaskDefaults(epochs=10, lr=5e-5, batch=16, seq_len=128)
+"""RTE, 2,490 rows."""
+WINOGRAD = TaskDefaults(epochs=5, lr=5e-5, batch=16, seq_len=128)
+"""WNLI, 635 rows whose dev split contradicts them: longer training makes it worse than the majority label."""
+SPAN = TaskDefaults(epochs=3, lr=5e-5, batch=16, seq_len=384)
+"""SQuAD, as in BERT's run_squad.py but for the rate, which is the one DistilBERT-sized students take."""
+CUSTOM = TaskDefaults(epochs=3, lr=5e-5, batch=16, seq_len=128)
+
+_LABEL_01, _ENTAILED = ("0", "1"), ("entailment", "not_entailment")
+
+
+def _glue(
+    name: str, config: str, first: str, second: str | None = None, *, labels: tuple[str, ...] = _LABEL_01,
+    metrics: tuple[str, ...] = ("accuracy",), label: str = "label", ids: str = "index",
+    hub: tuple[str, str | None] | None = None, headerless: tuple[str, ...] = (), skip_short: bool = False,
+    defaults: TaskDefaults, **more: Any,
+) -> TaskSpec:  # fmt: skip
+    """`hub`: the hub's names of the text columns where they are not the files' own."""
+    hub_first, hub_second = hub or (first, second)
+    layout = Layout(
+        files=Columns(first=first, second=second, label=label, ids=(ids,)),
+        hub=Columns(first=hub_first, second=hub_second, ids=("idx",)),
+        config=config,
+        headerless=headerless,
+        skip_short=skip_short,
+    )
+    return TaskSpec(
+        name=name, kind="classification" if labels else "regression", labels=labels, metrics=metrics,
+        pair=second is not None, defaults=defaults, glue=True, layout=layout,
+        **{"submission": (f"{name}.tsv",), **more},
+    )  # fmt: skip
+
+
+def _squad(name: str) -> TaskSpec:
+    return TaskSpec(
+        name=name, kind="span", labels=(), metrics=("exact_match", "f1"), test_splits=(), pair=True, defaults=SPAN
+    )
+
+
+_SENTENCES = ("sentence1", "sentence2")
+BUILT_IN = {
+    spec.name: spec
+    for spec in (
+        _glue(
+            "CoLA", "cola", "sentence", metrics=("matthews",), defaults=SMALL,
+            headerless=("source", "label", "star", "sentence"),
+        ),
+        _glue("SST-2", "sst2", "sentence", defaults=LARGE),
+        _glue(
+            "MRPC", "mrpc", "#1 String", "#2 String", label="Quality", metrics=("accuracy", "f1"), hub=_SENTENCES,
+            defaults=SMALL,
+        ),
+        _glue(
+            "STS-B", "stsb", *_SENTENCES, labels=(), label="score", metrics=("pearson", "spearman"), similarity=True,
+            target_range=(0.0, 5.0), defaults=SMALL,
+        ),
+        _glue(
+            "QQP", "qqp", "question1", "question2", label="is_duplicate", ids="id", metrics=("accuracy", "f1"),
+            skip_short=True, defaults=LARGE,
+        ),
+        _glue(
+            "MNLI", "mnli", *_SENTENCES, label="gold_label", labels=("entailment", "neutral", "contradiction"),
+            hub=("premise", "hypothesis"), dev_splits=("dev_matched", "dev_mismatched"),
+            test_splits=("test_matched", "test_mismatched"), submission=("MNLI-m.tsv", "MNLI-mm.tsv"), defaults=LARGE,
+        ),
+        _glue("QNLI", "qnli", "question", "sentence", labels=_ENTAILED, defaults=LARGE),
+        _glue("RTE", "rte", *_SENTENCES, labels=_ENTAILED, defaults=TINY),
+        _glue("WNLI", "wnli", *_SENTENCES, defaults=WINOGRAD),
+        _squad("SQuAD-v1.1"),
+        _squad("SQuAD-v2"),
+    )
+}  # fmt: skip
+"""Every task with an official layout, by its official spelling."""
+
+GLUE_TASKS: tuple[str, ...] = tuple(name for name, spec in BUILT_IN.items() if spec.glue)
+
+_SQUAD_SPELLINGS = {"squad": "SQuAD-v1.1", "squadv1": "SQuAD-v1.1", "squad11": "SQuAD-v1.1"} | dict.fromkeys(
+    ("squad2", "squad20", "squadv20"), "SQuAD-v2"
+)
+
+
+def plain(name: str) -> str:
+    """How names are compared: without case and punctuation."""
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+_SPELLINGS = {plain(name): name for name in BUILT_IN} | _SQUAD_SPELLINGS
+
+
+def spec_of(name: str, config: TaskDataConfig) -> TaskSpec:
+    """The task of this name in any spelling. Raises UserError with the nearest name when there is none.
+
+    A custom classification without `labels` has none here: load_task finds them in its training rows.
+    """
+    check_custom_names(config)
+    if name in config.custom:
+        return _custom_spec(name, config.custom[name])
+    key = plain(name)
+    if key in _SPELLINGS:
+        return BUILT_IN[_SPELLINGS[key]]
+    custom = {plain(own): own for own in config.custom}
+    if key in custom:
+        return _custom_spec(custom[key], config.custom[custom[key]])
+    spellings = {"glue": "glue"} | _SPELLINGS | custom
+    near = difflib.get_close_matches(key, spellings, n=1)
+    hint = f"; did you mean {spellings[near[0]]!r}?" if near else ""
+    valid = ", ".join(["glue", *BUILT_IN, *config.custom])
+    raise UserError(f"task {name!r}: there is no such task{hint} Write one of {valid}, or describe it in task.custom")
+
+
+def official_name(folder: str) -> str | None:
+    """The built-in task that a folder's name means."""
+    return _SPELLINGS.get(plain(folder))
+
+
+def check_custom_names(config: TaskDataConfig) -> None:
+    """Raises UserError for a custom name that is another task's, or cannot name a file."""
+    seen = {**_SPELLINGS, "glue": "glue"}
+    for name in config.custom:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"task.custom.{name}: names a file; use letters, digits, -, _ and . only, a letter first")
+        if plain(name) in seen:
+            raise UserError(f"task.custom.{name}: is also how {seen[plain(name)]!r} is spelled; choose another name")
+        seen[plain(name)] = name
+
+
+def _custom_spec(name: str, custom: CustomTaskConfig) -> TaskSpec:
+    key = f"task.custom.{name}"
+    classifies = custom.kind == "classification"
+    if custom.labels is not None:
+        if not classifies:
+            raise UserError(f"{key}.labels={custom.labels!r}: remove it: a regression has none")
+        check_labels(custom.labels, f"{key}.labels={custom.labels!r}")
+    usual = ["accuracy"] if classifies else ["pearson", "spearman"]
+    possible = ["accuracy", "f1", "matthews"] if classifies else usual
+    metrics = usual if custom.metrics is None else list(dict.fromkeys(custom.metrics))
+    if not metrics or not set(metrics) <= set(possible):
+        raise UserError(f"{key}.metrics={custom.metrics!r}: a {custom.kind} takes one or more of {', '.join(possible)}")
+    return TaskSpec(
+        name=name,
+        kind=custom.kind,
+        labels=tuple(custom.labels or ()),
+        metrics=tuple(metrics),
+        test_splits=("test",) if custom.test is not None else (),
+        pair=custom.text_pair is not None,
+        defaults=CUSTOM,
+        similarity=not classifies and custom.text_pair is not None,
+        submission=(f"{name}.tsv",),
+    )
+
+
+def check_labels(labels: Sequence[str], place: str) -> None:
+    """Raises UserError unless these can be the labels of a classification; `place` begins the message."""
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{place}: a label is listed twice; list each once")
+    if len(labels) < 2:
+        raise UserError(f"{place}: a classification needs at least two labels")
+    for label in labels:
+        if "\t" in label or len(label.splitlines()) != 1:
+            raise UserError(f"{place}: label {label!r} is empty or has a tab or line break; rename it")

@@ -1,0 +1,385 @@
+"""What fine-tuning and proxy jobs compute: frozen dataclasses beside those of engine/config.py. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.config import (
+    DataConfig,
+    LossConfig,
+    MappingConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    require,
+)
+
+GRID_KEYS = ("lr", "epochs", "batch")
+METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomTaskConfig:
+    train: str
+    """File of the training rows: .tsv, .csv or .jsonl, with named columns."""
+
+    dev: str
+    """File of the rows that score."""
+
+    test: str | None = None
+    """File of rows to predict; needs no label column."""
+
+    text: str = "text"
+    """Column of the (first) text."""
+
+    text_pair: str | None = None
+    """Column of the second text; unset: single texts."""
+
+    label: str = "label"
+    """Column of the label: a name (classification) or a number (regression)."""
+
+    kind: Literal["classification", "regression"] = "classification"
+    """What the label is."""
+
+    labels: list[str] | None = None
+    """Every label of a classification, in the order of their indices; unset: those of the training rows, sorted."""
+
+    metrics: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] | None = None
+    """Scores; the task's score is their mean. Unset: accuracy, or pearson and spearman for a regression."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskDataConfig:
+    data_dir: str | None = None
+    """Folder with tasks in their official layout (SST-2/train.tsv, SQuAD/train-v1.1.json …); unset: the hub."""
+
+    custom: dict[str, CustomTaskConfig] = field(default_factory=dict)
+    """Tasks of your own by name: files and columns."""
+
+    train_rows: int | None = None
+    """Most training rows of a task, drawn at random once (the same for every seed); unset: all."""
+
+    dev_rows: int | None = None
+    """Most rows that score, from the front of the file; unset: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_rows", "dev_rows"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"task.{name}", value, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(TaskDataConfig):
+    name: str | list[str] = "SST-2"
+    """Task, list of tasks, or `glue` for all nine (those that are missing under data_dir are named and left out)."""
+
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One fine-tuning for each: head, order of the rows and dropout. Scores are means over them."""
+
+    epochs: float | None = None
+    """Passes over the training rows; unset: by task (docs/tasks.md)."""
+
+    lr: float | None = None
+    """Peak learning rate; unset: by task."""
+
+    batch: int | None = None
+    """Rows per optimizer step over all ranks; unset: by task."""
+
+    seq_len: int | None = None
+    """Longest input in tokens, longer ones are cut; unset: by task, and never more than the model takes."""
+
+    doc_stride: int = 128
+    """SQuAD: tokens by which two windows of one text are apart."""
+
+    grid: dict[str, list[float]] = field(default_factory=dict)
+    """Values to try of lr, epochs and batch, like `{lr: [2e-5, 5e-5], batch: [16, 32]}`: every combination is trained
+    with every seed, and the one with the best mean dev score is reported."""
+
+    warmup_share: float = 0.1
+    """Share of the optimizer steps with linear warm-up."""
+
+    dropout: float = 0.1
+    """Dropout of the encoder and the head while it is fine-tuned."""
+
+    patience: int | None = None
+    """Early stopping: end after so many evaluations without a better dev score, and keep the best weights. Unset: train
+    all epochs and keep the last."""
+
+    eval_every: int | None = None
+    """Optimizer steps between evaluations; unset: once per epoch."""
+
+    predict: bool = False
+    """Write predictions for dev and test files in the GLUE submission layout, under `predictions/`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.names), "task.name", self.name, "name at least one task")
+        require(bool(self.seeds), "task.seeds", self.seeds, "give at least one seed")
+        require(len(set(self.seeds)) == len(self.seeds), "task.seeds", self.seeds, "each seed once")
+        require(min(self.seeds) >= 0, "task.seeds", self.seeds, "seeds must be >= 0")
+        for name in ("epochs", "lr"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"task.{name}", value, "must be > 0")
+        for name in ("batch", "patience", "eval_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"task.{name}", value, "must be at least 1")
+        require(self.seq_len is None or self.seq_len >= 8, "task.seq_len", self.seq_len, "must be at least 8 tokens")
+        require(self.doc_stride >= 1, "task.doc_stride", self.doc_stride, "must be at least 1")
+        require(0.0 <= self.warmup_share <= 1.0, "task.warmup_share", self.warmup_share, "must be in [0, 1]")
+        require(0.0 <= self.dropout < 1.0, "task.dropout", self.dropout, "must be in [0, 1)")
+        for key, values in self.grid.items():
+            require(key in GRID_KEYS, "task.grid", key, f"only {', '.join(GRID_KEYS)} can be searched")
+            require(bool(values) and min(values) > 0, f"task.grid.{key}", values, "give at least one value > 0")
+            require(
+                getattr(self, key) is None,
+                f"task.{key}",
+                getattr(self, key),
+                f"remove it: task.grid already sets {key}",
+            )
+        for value in self.grid.get("batch", ()):
+            require(value == int(value), "task.grid.batch", value, "must be a whole number")
+
+    @property
+    def names(self) -> list[str]:
+        """As written, each once: a list, or text with commas."""
+        given = self.name.split(",") if isinstance(self.name, str) else self.name
+        return list(dict.fromkeys(name.strip() for name in given if name.strip()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str = "runs/quickstart"
+    """What to fine-tune: a student folder, a run directory of launch/distill.py (its `student/`), or any Hugging Face
+    encoder by folder or hub name."""
+
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention backend; auto picks by device, dtype, length and head width from a measured table."""
+
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskTeacherConfig:
+    path: str | None = None
+    """Folder of a teacher that was fine-tuned on the same task, for task-stage distillation; unset: none. `{task}` in
+    it stands for the task's name, as in runs/teacher/{task}/model."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the teacher's weights and forward; auto follows the student's (ds_configs)."""
+
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention backend; auto picks by device, dtype, length and head width from a measured table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskLossConfig(LossConfig):
+    labels: float = 1.0
+    """Weight of the task's own loss: cross-entropy of the labels or spans, squared error of a regression."""
+
+    logits: float = 1.0
+    """Weight of the KL to the teacher's task logits at `temperature` (squared error for a regression); only with
+    teacher.path."""
+
+    hidden: float = 0.0
+    """Weight of the hidden-state MSE on the task's text; only with teacher.path, as all losses below."""
+
+    attention: float = 0.0
+    """Weight of the MSE of attention scores on the task's text; needs equal head counts."""
+
+    embedding: float = 0.0
+    """Weight of the MSE of the embedding outputs on the task's text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.labels >= 0, "loss.labels", self.labels, "a loss weight must be >= 0")
+        require(self.mlm == 0, "loss.mlm", self.mlm, "remove it: task texts are not masked")
+        require(self.preset == "clean", "loss.preset", self.preset, "remove it: task losses have the clean form only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTrainConfig:
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up: to 0 at the last step linearly or by a half cosine, or constant."""
+
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    log_every: int = 50
+    """Optimizer steps between step records, TensorBoard points and progress updates."""
+
+    save_every: int = 0
+    """Optimizer steps between checkpoints; 0: at the end of each fine-tuning (with patience: at each better score)."""
+
+    def __post_init__(self) -> None:
+        require(self.log_every >= 1, "train.log_every", self.log_every, "must be at least 1")
+        for name in ("grad_clip", "save_every"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    output_dir: str = "runs/finetune"
+    """Folder of all fine-tunings of this command; starting the same command again continues where it stopped."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """auto: keep finished fine-tunings and continue the unfinished one; never: refuse a folder that has any."""
+
+    deepspeed_config: str = "auto"
+    """DeepSpeed JSON (see ds_configs/README.md); auto as in launch/distill.py."""
+
+    dry_run: bool = False
+    """Stop after the start-up banner."""
+
+    require_fused: bool = False
+    """Make a fall-back to a slower optimizer or kernel an error."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    teacher: TaskTeacherConfig = field(default_factory=TaskTeacherConfig)
+    mapping: MappingConfig = field(default_factory=MappingConfig)
+    loss: TaskLossConfig = field(default_factory=TaskLossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: FineTrainConfig = field(default_factory=FineTrainConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
+        if self.teacher.path is None:
+            for name in self.loss.active:
+                require(
+                    name == "logits" or getattr(self.loss, name) == 0,
+                    f"loss.{name}",
+                    getattr(self.loss, name),
+                    "needs a teacher: set teacher.path",
+                )
+            require(self.loss.labels > 0, "loss.labels", self.loss.labels, "must be > 0 without a teacher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyConfig:
+    """The `proxy` section."""
+
+    steps: int = 200
+    """Optimizer steps of each student's distillation."""
+
+    tasks: list[str] = field(default_factory=lambda: ["SST-2", "MRPC", "STS-B"])
+    """Tasks that score a student; its fitness is the mean of their scores."""
+
+    evaluator: Literal["probe", "finetune"] = "probe"
+    """probe: frozen mean-pooled features (zero-shot cosine for similarity tasks, logistic and ridge regression
+    elsewhere; deterministic); finetune: a short fine-tuning of a copy on each task."""
+
+    report_at: list[int] = field(default_factory=list)
+    """Steps at which intermediate scores are taken as well (records of kind step), so that a search can stop early."""
+
+    repeats: int = 1
+    """Runs of every genome, with seeds seed, seed + 1 …; two or more print the signal ratio."""
+
+    epochs: float = 2.0
+    """Passes over the task's training rows (evaluator finetune)."""
+
+    lr: float = 1e-4
+    """Peak learning rate (evaluator finetune)."""
+
+    batch: int = 32
+    """Rows per optimizer step (evaluator finetune)."""
+
+    keep_students: bool = False
+    """Write each distilled student to `students/`."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "repeats", "batch"):
+            require(getattr(self, name) >= 1, f"proxy.{name}", getattr(self, name), "must be at least 1")
+        require(bool(self.tasks), "proxy.tasks", self.tasks, "name at least one task")
+        for name in ("epochs", "lr"):
+            require(getattr(self, name) > 0, f"proxy.{name}", getattr(self, name), "must be > 0")
+        for step in self.report_at:
+            require(
+                1 <= step < self.steps, "proxy.report_at", step, f"must be in 1..{self.steps - 1} (proxy.steps - 1)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyTrainConfig:
+    global_batch: int = 16
+    """Sequences per optimizer step over all ranks."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+
+    warmup_steps: int = 20
+    """Optimizer steps of linear warm-up from 0."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up: to 0 at `proxy.steps` linearly or by a half cosine, or constant."""
+
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    log_every: int = 50
+    """Optimizer steps between step records and TensorBoard points."""
+
+    def as_train(self, steps: int) -> TrainConfig:
+        """The same as a TrainConfig of `steps` steps, which checks the values."""
+        return TrainConfig(
+            steps=steps,
+            global_batch=self.global_batch,
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            schedule=self.schedule,
+            grad_clip=self.grad_clip,
+            log_every=min(self.log_every, steps),
+            eval_every=0,
+            save_every=0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyJobConfig:
+    output_dir: str = "runs/proxy"
+    """Folder for records.jsonl, TensorBoard and kept students; genomes that it holds a result of are not run again."""
+
+    seed: int = 0
+    """Seed of weights, data order and dropout, of the first repeat."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """auto: a genome whose result of the same fingerprint and seed is in output_dir is not run again; never: all are
+    run."""
+
+    genomes: list[str] = field(default_factory=list)
+    """Layer mappings to compare, like `0-5-0-10`, a preset, or HIDDEN/ATTENTION for two different ones; all of them are
+    distilled side by side against one teacher pass."""
+
+    deepspeed_config: str = "auto"
+    """DeepSpeed JSON (see ds_configs/README.md); auto as in launch/distill.py."""
+
+    dry_run: bool = False
+    """Stop after the start-up banner."""
+
+    require_fused: bool = False
+    """Make a fall-back to a slower optimizer or kernel an error."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=lambda: StudentConfig(init="uniform"))
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(eval_sequences=0))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: ProxyTrainConfig = field(default_factory=ProxyTrainConfig)
+    task: TaskDataConfig = field(default_factory=lambda: TaskDataConfig(train_rows=4000))
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "must be >= 0")
+        require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
+        require(
+            bool(self.genomes), "genomes", self.genomes, "name at least one layer mapping, e.g. --genomes uniform last"
+        )
+        require(
+            self.data.eval_sequences == 0,
+            "data.eval_sequences",
+            self.data.eval_sequences,
+            "remove it: a proxy is scored on tasks",
+        )
+        self.train.as_train(self.proxy.steps)
