@@ -141,7 +141,7 @@ def model_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
 
 
 def init_arguments(config: PretrainedConfig, head: Head) -> dict[str, Any]:
-    """Constructor arguments that leave out an optional pooler: no loss uses it, and unused parameters get no gradient."""
+    """Constructor arguments that leave out an optional pooler: no loss uses it, and it would get no gradient."""
     parameters = inspect.signature(model_class(config, head).__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
