@@ -1,13 +1,16 @@
-"""From a plan to the parts of a distillation: frozen teacher, trained module with its optimizer, DeepSpeed engine."""
+"""From a plan to the parts of a distillation: corpus, teacher, trained module with its optimizer, DeepSpeed engine."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from engine import runtime
 from engine.config import OptimConfig, TrainConfig
+from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.ds_config import Execution
 from engine.errors import UserError
@@ -17,6 +20,25 @@ from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine
 from engine.plan import Plan
+
+
+def open_corpus(plan: Plan) -> CorpusLoader:
+    """Of this rank. Raises UserError for a corpus that is torn or too small."""
+    config = plan.config
+    return CorpusLoader(
+        Path(config.data.path),
+        seq_len=plan.seq_len,
+        eval_sequences=config.data.eval_sequences,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=plan.execution.micro_batch_size,
+        rank=runtime.launcher_rank(),
+        world=plan.execution.world_size,
+        mlm_probability=config.data.mlm_probability,
+        whole_word=config.data.whole_word_mask,
+        tokenizer=plan.tokenizer,
+        pin_memory=runtime.uses_gpu(),
+    )
 
 
 def load_teacher(plan: Plan, wanted: Wanted, device: torch.device) -> FrozenTeacher:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from engine.config import ATTENTION_MAPPED
 from engine.ds_config import Execution
 from engine.mapping import LayerMapping
 from engine.models.shape import ModelShape
 from engine.models.teacher import FrozenTeacher
 from engine.plan import Plan
 
+KEEPS_MAPS = ("attention_probs", "relation")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -61,8 +61,8 @@ def estimate_memory(
     """Weights, gradients and optimizer by ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054, figure 1: 2 + 2 + 12
     bytes a parameter in 16 bits); activations by Korthikanti et al. 2022 (arXiv 2205.05198, equation 2: 34 bytes a
     token, unit of width and layer in 16 bits, plus 5 bytes per attention score when scores are kept); both double in
-    fp32. The plain PyTorch attention losses keep about 4.5 fp32 maps (H, L, L) of each term for their backward pass
-    (measured: 165 MB for 3 terms of 16 x 12 x 128 x 128).
+    fp32. The plain PyTorch losses of attention probabilities and relations keep about 4.5 fp32 maps (H, L, L) of each
+    term for their backward pass (measured: 165 MB for 3 terms of 16 x 12 x 128 x 128); attention scores keep none.
     """
     e, p = execution, float(student_parameters)
     wide = BYTES[e.precision] / 2
@@ -129,7 +129,7 @@ def start(
         teacher_dtype=plan.teacher_dtype,
         teacher_sharded=cfg.teacher.placement == "zero3",
         captured_teacher_tensors=len(wanted.hidden) + len(wanted.attention) * (3 if wanted.values else 2),
-        attention_terms=sum(name.partition("/")[0] in ATTENTION_MAPPED for name in plan.losses.term_names),
+        attention_terms=sum(name.partition("/")[0] in KEEPS_MAPS for name in plan.losses.term_names),
         execution=ex,
         seq_len=plan.seq_len,
     )
@@ -175,7 +175,10 @@ def start(
         ),
         ("execution", f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {device}"),
         ("optimizer", optimizer),
-        ("kernels", "reference losses in plain PyTorch (the only ones there are)"),
+        (
+            "kernels",
+            "attention scores: value and gradient in one pass (PyTorch); other losses: reference in plain PyTorch",
+        ),
         ("memory", str(memory)),
         ("start", start),
         ("output", cfg.output_dir),

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from engine import banner, runtime
-from engine.assemble import build_module, load_teacher, parameters_of, start_engine
+from engine.assemble import build_module, load_teacher, open_corpus, parameters_of, start_engine
 from engine.checkpoint import Checkpointer
 from engine.config import RunConfig
 from engine.data.loader import CorpusLoader
@@ -50,25 +50,6 @@ def distill(config: RunConfig) -> int:
     code = Job(plan, run_dir, checkpointer, here, loader).run(tag)
     torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
     return code
-
-
-def open_corpus(plan: Plan) -> CorpusLoader:
-    """Of this rank. Raises UserError for a corpus that is torn or too small."""
-    config = plan.config
-    return CorpusLoader(
-        Path(config.data.path),
-        seq_len=plan.seq_len,
-        eval_sequences=config.data.eval_sequences,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=plan.execution.micro_batch_size,
-        rank=runtime.launcher_rank(),
-        world=plan.execution.world_size,
-        mlm_probability=config.data.mlm_probability,
-        whole_word=config.data.whole_word_mask,
-        tokenizer=plan.tokenizer,
-        pin_memory=runtime.uses_gpu(),
-    )
 
 
 def config_text(config: RunConfig) -> str:

@@ -292,6 +292,9 @@ class Monitor:
     def diverged_weights(self, step: int) -> None:
         self._say_diverged(f"weights are not finite after step {step}", step=step, terms=["weights"])
 
+    def diverged_scale(self, step: int) -> None:
+        self._say_diverged(f"gradients overflow fp16 at the smallest loss scale in step {step}", step=step, terms=[])
+
     def _say_diverged(self, what: str, **fields: Any) -> None:
         self.write_record("error", status="diverged", **fields)
         self.say(

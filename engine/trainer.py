@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -111,6 +111,7 @@ class Trainee:
         self.execution, self.runtime = execution, runtime
         self.monitor, self.checkpointer = monitor, checkpointer
         self.diverged = False
+        self._timer = PhaseTimer(runtime.device)
         self._window = LossWindow(len(self.term_names), runtime.device)
         self._grad_norm: torch.Tensor | float | None = None
 
@@ -119,21 +120,29 @@ class Trainee:
         batch: Batch,
         features: Features | None,
         per_micro: Counts,
-        timer: PhaseTimer,
         *,
         step: int,
         last_micro: bool,
         logged: bool,
     ) -> None:
         """One forward and backward; the last micro step of a step also updates the weights."""
-        with timer.phase("student"):
+        with self._timer.phase("student"):
             total, terms = self.ds_engine(batch, features, per_micro)
             self.ds_engine.backward(total)  # divides by accumulation itself
-        with timer.phase("optimizer"):
+        with self._timer.phase("optimizer"):
             if last_micro and logged:
                 self._grad_norm = self._unreported_grad_norm()
-            self.ds_engine.step()  # updates the weights on the last micro step only
+            self._step(step)
         self._window.add(total, terms, step=step, last_micro=last_micro)
+
+    def _step(self, step: int) -> None:
+        try:
+            self.ds_engine.step()  # updates the weights on the last micro step only
+        except Exception as error:  # DeepSpeed has no class for it; every rank raises it in the same step
+            if "loss scale already at minimum" not in str(error):
+                raise
+            self.diverged = True
+            self.monitor.diverged_scale(step)
 
     def _unreported_grad_norm(self) -> torch.Tensor | None:
         """DeepSpeed keeps no gradient norm for plain fp32 data parallel, so it is taken before the step there."""
@@ -146,6 +155,7 @@ class Trainee:
         means, first_bad = self._window.reduce(
             ranks=self.runtime.world_size, grad_accum_steps=self.execution.grad_accum_steps
         )
+        interval = replace(interval, phases={**interval.phases, **self._timer.read()})
         norm = self._grad_norm if self._grad_norm is not None else self.ds_engine.get_global_grad_norm()
         report = StepReport(
             interval=interval,
@@ -196,10 +206,9 @@ class Trainer:
     loader: BatchSource
     evaluation: Evaluation | None = None
     step: int = 0
-    timer: PhaseTimer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.timer = PhaseTimer(self.runtime.device)
+        self._timer = PhaseTimer(self.runtime.device)
         self._interval_counts = Counts()
 
     @property
@@ -254,7 +263,7 @@ class Trainer:
             batch = micro.to(self.runtime.device)
             features = None
             if self.teacher is not None:
-                with self.timer.phase("teacher"):
+                with self._timer.phase("teacher"):
                     features = self.teacher(batch)
             for trainee in live:
                 seed_micro_step(self.seed, self.step, i, self.runtime.rank)  # the same dropout alone and in a cohort
@@ -262,7 +271,6 @@ class Trainer:
                     batch,
                     features,
                     per_micro,
-                    self.timer,
                     step=self.step,
                     last_micro=i == len(inputs.micro),
                     logged=self.step % self.train.log_every == 0,
@@ -272,7 +280,7 @@ class Trainer:
     def log(self) -> None:
         """Reports the interval of every model; one whose loss was not finite drops out."""
         interval = Interval(
-            step=self.step, counts=self._interval_counts, phases=self.timer.read(), wait_s=self.loader.wait_s
+            step=self.step, counts=self._interval_counts, phases=self._timer.read(), wait_s=self.loader.wait_s
         )
         self._interval_counts = Counts()
         for trainee in self.live:

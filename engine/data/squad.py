@@ -166,7 +166,7 @@ def encode_squad(split: SquadSplit, tokenizer: PreTrainedTokenizerBase, *, seq_l
     lengths = np.array([len(ids) for ids in text_ids], np.int64)[text_of]
     room = seq_len - frame.specials - np.array([len(ids) for ids in question_ids], np.int64)
     _check_room(split, room, lengths, seq_len=seq_len, doc_stride=doc_stride)
-    counts = np.where(lengths > room, 1 - (room - lengths) // doc_stride, 1)  # 1 + ceil((lengths - room) / doc_stride)
+    counts = np.maximum(1, 1 - (room - lengths) // doc_stride)  # 1 + ceil((lengths - room) / doc_stride)
     example = np.repeat(np.arange(len(split), dtype=np.int64), counts)
     begin = (np.arange(len(example)) - np.repeat(np.cumsum(counts) - counts, counts)) * doc_stride
     end = np.minimum(begin + room[example], lengths[example])
@@ -234,8 +234,8 @@ class _Frame:
 
     def sizes(self, question: Ints, text: Ints) -> Ints:
         """(n, 5) tokens of each piece of n windows, whose questions and texts have so many."""
-        sizes = [len(self.before), question, len(self.between), text, len(self.after)]
-        return np.stack(np.broadcast_arrays(*sizes), axis=1)
+        before, between, after = (np.full_like(question, len(part)) for part in (self.before, self.between, self.after))
+        return np.stack([before, question, between, text, after], axis=1)
 
 
 def _check_room(split: SquadSplit, room: Ints, lengths: Ints, *, seq_len: int, doc_stride: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,8 +54,9 @@ def _best_span(
 ) -> tuple[float, int, int]:
     """Score, first and last token of the best span of the text; -inf when there is none."""
     first, last = _largest(start, n_best)[:, None], _largest(end, n_best)[None]
-    allowed = (offsets[first, 0] >= 0) & (offsets[last, 0] >= 0) & (last >= first) & (last < first + max_tokens)
-    allowed &= offsets[last, 1] > offsets[first, 0]  # a token may stand for no character at all
+    # The last comparison is false where `last` is not of the text, or no character is between the two.
+    allowed = (last >= first) & (last < first + max_tokens)
+    allowed &= (offsets[first, 0] >= 0) & (offsets[last, 1] > offsets[first, 0])
     scores = np.where(allowed, start[first] + end[last], -np.inf)
     row, column = np.unravel_index(int(scores.argmax()), scores.shape)
     return float(scores[row, column]), int(first[row, 0]), int(last[0, column])
@@ -71,7 +73,7 @@ def squad_metrics(split: SquadSplit, predictions: Mapping[str, str]) -> dict[str
 
     assert split.answers is not None, f"{split.name} is unlabelled"
     given = [{"id": key, "prediction_text": predictions[key]} for key in split.ids]
-    wanted = [
+    wanted: list[dict[str, Any]] = [
         {"id": key, "answers": {"answer_start": [0], "text": [text for _, text in golds] or [""]}}
         for key, golds in zip(split.ids, split.answers, strict=True)
     ]

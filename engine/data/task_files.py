@@ -11,52 +11,17 @@ import difflib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.task_rows import Rows
+from engine.data.task_specs import Columns
 from engine.errors import UserError
 
 KINDS = (".tsv", ".csv", ".jsonl")
 _MISSING = object()
 _UNLABELLED = frozenset({None, "", "-1", -1})
 _Numbered = Iterator[tuple[int, list[Any]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Which columns of a file hold what."""
-
-    first: str
-    second: str | None = None
-    label: str = "label"
-    ids: tuple[str, ...] = ("index",)
-    """Names of the column that identifies a row; the first one that the file has counts."""
-    setting: str | None = None
-    """The section that chose these names, like task.custom.mine; None: the task's official layout."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """n rows of one split as they are written."""
-
-    source: str
-    """File, or folder or hub name with the split."""
-    lines: Sequence[int]
-    """(n,) where each row starts, for messages."""
-    first: list[str]
-    second: list[str] | None
-    labels: list[Any] | None
-    """(n,) text or JSON values; None: unlabelled."""
-    ids: list[str]
-    skipped: int = 0
-    """Lines left out because they have too few columns."""
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    def place(self, row: int) -> str:
-        return f"{self.source}:{self.lines[row]}"
 
 
 def read_rows(
@@ -95,7 +60,8 @@ def read_rows(
         ids.append(str(len(lines)) if ids_at is None else _id(path, line, header[ids_at], fields[ids_at]))
         lines.append(line)
     if not lines:
-        raise UserError(f"{path}: has no rows; give a file with at least one")
+        wide = f" of {len(header)} columns" if skipped else ""
+        raise UserError(f"{path}: has no rows{wide}; give a file with at least one")
     if label is not None:
         _check_labels_are_there(path, lines, label, labels)
     blank = label is None or (not labelled and _UNLABELLED.issuperset(labels))
@@ -216,9 +182,8 @@ def _find(path: Path, header: list[str], name: str, columns: Columns, role: str)
 
 
 def _wrong_width(path: Path, line: int, found: int, header: list[str]) -> UserError:
-    return UserError(
-        f"{path}:{line}: has {found} column{'s' * (found != 1)}, not {len(header)} ({', '.join(header[:20])}); repair the line"
-    )
+    wanted = f"{len(header)} ({', '.join(header[:20])})"
+    return UserError(f"{path}:{line}: has {found} column{'s' * (found != 1)}, not {wanted}; repair the line")
 
 
 def _text(path: Path, line: int, name: str, value: Any) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from engine.data.task_files import Columns, Rows
+from engine.data.task_rows import Rows
+from engine.data.task_specs import Columns
 from engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def hub_splits(path: str, config: str | None) -> Splits:
             splits: Splits = datasets.load_dataset(path, config)
     except Exception as error:  # network, hub, file system: datasets has no common base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not _hub_is_reachable():
+            reason = "the hub cannot be reached from here, and its cache has no copy"
         raise UserError(
             f"task.data_dir is unset, and the hub data set {name} cannot be had ({reason}); set task.data_dir to a "
             "folder with the task's files"
@@ -51,7 +54,8 @@ def saved_splits(folder: Path) -> Splits:
         raise UserError(f"{folder}: not a readable `datasets` folder ({reason}); save it again") from None
     if not isinstance(data, datasets.DatasetDict):
         raise UserError(f"{folder}: holds one split; save a DatasetDict with the splits train and validation")
-    return data
+    splits: Splits = data
+    return splits
 
 
 def hub_split_name(name: str) -> str:
@@ -108,7 +112,7 @@ def hub_rows(data: Dataset, source: str, columns: Columns, *, labels: Sequence[s
 def _named(given: list[Any], feature: Any, labels: Sequence[str]) -> list[Any]:
     """Label names instead of indices; what is no index stays, and is reported as an unknown label."""
     names = getattr(feature, "names", None)
-    # A copy may count its classes in another order; the hub's own names for 0 and 1 (like "negative") are not the files'.
+    # A copy may count its classes in another order. Where the files have 0 and 1, the hub has names: index by index.
     by_index = names if names is not None and set(names) == set(labels) else labels
     return [by_index[value] if isinstance(value, int) and 0 <= value < len(by_index) else value for value in given]
 

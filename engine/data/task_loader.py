@@ -19,13 +19,14 @@ from engine.data.prefetch import prefetched
 
 Ints = npt.NDArray[np.int64]
 
-_BUCKET = 50  # global batches that are sorted together: 0.96 of the positions are real for SST-2 in batches of 32
+_BUCKET = 50  # most global batches sorted together: 95 % of the positions are then real for SST-2 in batches of 32
 
 
 class TaskLoader:
     """Training batches. The rows come in the order of TrainingOrder: each once per epoch, and a batch may hold the end
-    of one epoch and the beginning of the next. Of this order, a bucket of consecutive rows (50 global batches, or about
-    one epoch if that is less) is sorted by length and cut into global batches, which are shuffled within the bucket.
+    of one epoch and the beginning of the next. Of this order, a bucket of consecutive rows (at most 50 global
+    batches, and at most about one epoch) is sorted by length and cut into global batches, which are shuffled within the
+    bucket.
 
     The order is a pure function of (rows, seed, global_batch, step). Step s is one global batch, from short rows to
     long ones; micro step i of rank r takes micro_batch of them from (i * world + r) * micro_batch on. So the rows of a
@@ -53,7 +54,7 @@ class TaskLoader:
         self._seed, self._pad_id, self._pin_memory = seed, pad_id, pin_memory
         self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
         self.grad_accum_steps = global_batch // (micro_batch * world)
-        self._bucket_steps = max(1, min(_BUCKET, len(encoded) // global_batch))
+        self._bucket_steps = _bucket_steps(len(encoded) / global_batch)
         self._bucket: tuple[int, Ints] | None = None
         self.wait_s = 0.0
         """Seconds that the consumer of steps() has waited for data."""
@@ -75,7 +76,7 @@ class TaskLoader:
 
     def steps_for(self, epochs: float) -> int:
         """Optimizer steps in which at least `epochs` epochs are seen; at least 1."""
-        rows = Fraction(str(epochs)) * len(self._encoded)  # exact: 1.1 * 320 is 352.00000000000006 in floats
+        rows = Fraction(str(epochs)) * len(self._encoded)  # exact: as floats, 1.1 * 400 is above 440
         return max(1, math.ceil(rows / self._global_batch))
 
     def _waited(self, seconds: float) -> None:
@@ -95,6 +96,12 @@ class TaskLoader:
             order = np.random.default_rng([self._seed, number]).permutation(self._bucket_steps)
             self._bucket = bucket = (number, rows[order])
         return bucket[1]
+
+
+def _bucket_steps(epoch_steps: float) -> int:
+    """Steps of a bucket, of which a whole number makes about one epoch: training stops after whole epochs, and of a
+    bucket that is cut short there, rows of the last epoch would be missing."""
+    return max(1, round(epoch_steps / math.ceil(epoch_steps / _BUCKET)))
 
 
 def evaluation_batches(

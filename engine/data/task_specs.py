@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from engine.data.task_files import Columns
 from engine.errors import UserError
 from engine.task_config import CustomTaskConfig, TaskDataConfig
 
@@ -25,18 +23,46 @@ class TaskDefaults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a file hold what."""
+
+    first: str
+    second: str | None = None
+    label: str = "label"
+    ids: tuple[str, ...] = ("index",)
+    """Names of the column that identifies a row; the first one that the file has counts."""
+    setting: str | None = None
+    """The section that chose these names, like task.custom.mine; None: the task's official layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where a GLUE task's texts and labels are."""
 
-    files: Columns
-    """In the files of the GLUE download."""
-    hub: Columns
     config: str
     """Configuration of the hub's nyu-mll/glue."""
+    first: str
+    """Column of the files of the GLUE download."""
+    second: str | None = None
+    hub_texts: tuple[str, str] | None = None
+    """The hub's names of both columns, where they differ."""
+    label: str = "label"
+    """Column of the files; the hub's is always `label`."""
+    ids: str = "index"
+    """Column of the files that identifies a row, where there is one; the hub's is always `idx`."""
     headerless: tuple[str, ...] = ()
     """Columns of train and dev files that have no header line (CoLA; its test file has one)."""
     skip_short: bool = False
     """Leave out lines with too few columns, as the official reader does (QQP: questions with line breaks in them)."""
+
+    @property
+    def files(self) -> Columns:
+        return Columns(first=self.first, second=self.second, label=self.label, ids=(self.ids,))
+
+    @property
+    def hub(self) -> Columns:
+        first, second = self.hub_texts or (self.first, self.second)
+        return Columns(first=first, second=second, ids=("idx",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,29 +102,30 @@ SPAN = TaskDefaults(epochs=3, lr=5e-5, batch=16, seq_len=384)
 """SQuAD, as in BERT's run_squad.py but for the rate, which is the one DistilBERT-sized students take."""
 CUSTOM = TaskDefaults(epochs=3, lr=5e-5, batch=16, seq_len=128)
 
-_LABEL_01, _ENTAILED = ("0", "1"), ("entailment", "not_entailment")
+_ACCURACY, _ACCURACY_F1 = ("accuracy",), ("accuracy", "f1")
+_LABELS_01, _ENTAILED = ("0", "1"), ("entailment", "not_entailment")
+_SENTENCES = ("sentence1", "sentence2")
 
 
 def _glue(
-    name: str, config: str, first: str, second: str | None = None, *, labels: tuple[str, ...] = _LABEL_01,
-    metrics: tuple[str, ...] = ("accuracy",), label: str = "label", ids: str = "index",
-    hub: tuple[str, str | None] | None = None, headerless: tuple[str, ...] = (), skip_short: bool = False,
-    defaults: TaskDefaults, **more: Any,
-) -> TaskSpec:  # fmt: skip
-    """`hub`: the hub's names of the text columns where they are not the files' own."""
-    hub_first, hub_second = hub or (first, second)
-    layout = Layout(
-        files=Columns(first=first, second=second, label=label, ids=(ids,)),
-        hub=Columns(first=hub_first, second=hub_second, ids=("idx",)),
-        config=config,
-        headerless=headerless,
-        skip_short=skip_short,
-    )
+    name: str,
+    layout: Layout,
+    metrics: tuple[str, ...],
+    defaults: TaskDefaults,
+    *,
+    labels: tuple[str, ...] = _LABELS_01,
+) -> TaskSpec:
     return TaskSpec(
-        name=name, kind="classification" if labels else "regression", labels=labels, metrics=metrics,
-        pair=second is not None, defaults=defaults, glue=True, layout=layout,
-        **{"submission": (f"{name}.tsv",), **more},
-    )  # fmt: skip
+        name=name,
+        kind="classification",
+        labels=labels,
+        metrics=metrics,
+        pair=layout.second is not None,
+        defaults=defaults,
+        glue=True,
+        layout=layout,
+        submission=(f"{name}.tsv",),
+    )
 
 
 def _squad(name: str) -> TaskSpec:
@@ -107,39 +134,43 @@ def _squad(name: str) -> TaskSpec:
     )
 
 
-_SENTENCES = ("sentence1", "sentence2")
-BUILT_IN = {
-    spec.name: spec
-    for spec in (
-        _glue(
-            "CoLA", "cola", "sentence", metrics=("matthews",), defaults=SMALL,
-            headerless=("source", "label", "star", "sentence"),
-        ),
-        _glue("SST-2", "sst2", "sentence", defaults=LARGE),
-        _glue(
-            "MRPC", "mrpc", "#1 String", "#2 String", label="Quality", metrics=("accuracy", "f1"), hub=_SENTENCES,
-            defaults=SMALL,
-        ),
-        _glue(
-            "STS-B", "stsb", *_SENTENCES, labels=(), label="score", metrics=("pearson", "spearman"), similarity=True,
-            target_range=(0.0, 5.0), defaults=SMALL,
-        ),
-        _glue(
-            "QQP", "qqp", "question1", "question2", label="is_duplicate", ids="id", metrics=("accuracy", "f1"),
-            skip_short=True, defaults=LARGE,
-        ),
-        _glue(
-            "MNLI", "mnli", *_SENTENCES, label="gold_label", labels=("entailment", "neutral", "contradiction"),
-            hub=("premise", "hypothesis"), dev_splits=("dev_matched", "dev_mismatched"),
-            test_splits=("test_matched", "test_mismatched"), submission=("MNLI-m.tsv", "MNLI-mm.tsv"), defaults=LARGE,
-        ),
-        _glue("QNLI", "qnli", "question", "sentence", labels=_ENTAILED, defaults=LARGE),
-        _glue("RTE", "rte", *_SENTENCES, labels=_ENTAILED, defaults=TINY),
-        _glue("WNLI", "wnli", *_SENTENCES, defaults=WINOGRAD),
-        _squad("SQuAD-v1.1"),
-        _squad("SQuAD-v2"),
-    )
-}  # fmt: skip
+_COLA = Layout(config="cola", first="sentence", headerless=("source", "label", "star", "sentence"))
+_SST2 = Layout(config="sst2", first="sentence")
+_MRPC = Layout(config="mrpc", first="#1 String", second="#2 String", hub_texts=_SENTENCES, label="Quality")
+_STSB = Layout(config="stsb", first="sentence1", second="sentence2", label="score")
+_QQP = Layout(config="qqp", first="question1", second="question2", label="is_duplicate", ids="id", skip_short=True)
+_MNLI = Layout(
+    config="mnli", first="sentence1", second="sentence2", hub_texts=("premise", "hypothesis"), label="gold_label"
+)
+_QNLI = Layout(config="qnli", first="question", second="sentence")
+_RTE = Layout(config="rte", first="sentence1", second="sentence2")
+_WNLI = Layout(config="wnli", first="sentence1", second="sentence2")
+
+_SPECS = (
+    _glue("CoLA", _COLA, ("matthews",), SMALL),
+    _glue("SST-2", _SST2, _ACCURACY, LARGE),
+    _glue("MRPC", _MRPC, _ACCURACY_F1, SMALL),
+    replace(
+        _glue("STS-B", _STSB, ("pearson", "spearman"), SMALL, labels=()),
+        kind="regression",
+        similarity=True,
+        target_range=(0.0, 5.0),
+    ),
+    _glue("QQP", _QQP, _ACCURACY_F1, LARGE),
+    replace(
+        _glue("MNLI", _MNLI, _ACCURACY, LARGE, labels=("entailment", "neutral", "contradiction")),
+        dev_splits=("dev_matched", "dev_mismatched"),
+        test_splits=("test_matched", "test_mismatched"),
+        submission=("MNLI-m.tsv", "MNLI-mm.tsv"),
+    ),
+    _glue("QNLI", _QNLI, _ACCURACY, LARGE, labels=_ENTAILED),
+    _glue("RTE", _RTE, _ACCURACY, TINY, labels=_ENTAILED),
+    _glue("WNLI", _WNLI, _ACCURACY, WINOGRAD),
+    _squad("SQuAD-v1.1"),
+    _squad("SQuAD-v2"),
+)
+
+BUILT_IN = {spec.name: spec for spec in _SPECS}
 """Every task with an official layout, by its official spelling."""
 
 GLUE_TASKS: tuple[str, ...] = tuple(name for name, spec in BUILT_IN.items() if spec.glue)
@@ -157,10 +188,11 @@ def plain(name: str) -> str:
 _SPELLINGS = {plain(name): name for name in BUILT_IN} | _SQUAD_SPELLINGS
 
 
-def spec_of(name: str, config: TaskDataConfig) -> TaskSpec:
+def task_spec(name: str, config: TaskDataConfig) -> TaskSpec:
     """The task of this name in any spelling. Raises UserError with the nearest name when there is none.
 
-    A custom classification without `labels` has none here: load_task finds them in its training rows.
+    A custom classification without `labels` has none here: load_task finds them in its training rows, and the spec of
+    its result is the final one.
     """
     check_custom_names(config)
     if name in config.custom:
@@ -173,9 +205,11 @@ def spec_of(name: str, config: TaskDataConfig) -> TaskSpec:
         return _custom_spec(custom[key], config.custom[custom[key]])
     spellings = {"glue": "glue"} | _SPELLINGS | custom
     near = difflib.get_close_matches(key, spellings, n=1)
-    hint = f"; did you mean {spellings[near[0]]!r}?" if near else ""
+    hint = f", did you mean {spellings[near[0]]!r}?" if near else ""
     valid = ", ".join(["glue", *BUILT_IN, *config.custom])
-    raise UserError(f"task {name!r}: there is no such task{hint} Write one of {valid}, or describe it in task.custom")
+    raise UserError(
+        f"task {name!r}: there is no such task{hint} (tasks: {valid}); correct it, or describe it in task.custom"
+    )
 
 
 def official_name(folder: str) -> str | None:
@@ -200,7 +234,13 @@ def _custom_spec(name: str, custom: CustomTaskConfig) -> TaskSpec:
     if custom.labels is not None:
         if not classifies:
             raise UserError(f"{key}.labels={custom.labels!r}: remove it: a regression has none")
-        check_labels(custom.labels, f"{key}.labels={custom.labels!r}")
+        if len(set(custom.labels)) < len(custom.labels) or len(custom.labels) < 2:
+            raise UserError(f"{key}.labels={custom.labels!r}: list two or more labels, each once")
+        for label in custom.labels:
+            if not is_label(label):
+                raise UserError(
+                    f"{key}.labels={custom.labels!r}: {label!r} is empty or has a tab or line break; rename it"
+                )
     usual = ["accuracy"] if classifies else ["pearson", "spearman"]
     possible = ["accuracy", "f1", "matthews"] if classifies else usual
     metrics = usual if custom.metrics is None else list(dict.fromkeys(custom.metrics))
@@ -219,12 +259,6 @@ def _custom_spec(name: str, custom: CustomTaskConfig) -> TaskSpec:
     )
 
 
-def check_labels(labels: Sequence[str], place: str) -> None:
-    """Raises UserError unless these can be the labels of a classification; `place` begins the message."""
-    if len(set(labels)) < len(labels):
-        raise UserError(f"{place}: a label is listed twice; list each once")
-    if len(labels) < 2:
-        raise UserError(f"{place}: a classification needs at least two labels")
-    for label in labels:
-        if "\t" in label or len(label.splitlines()) != 1:
-            raise UserError(f"{place}: label {label!r} is empty or has a tab or line break; rename it")
+def is_label(label: str) -> bool:
+    """Whether prediction files can hold it."""
+    return "\t" not in label and len(label.splitlines()) == 1

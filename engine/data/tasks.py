@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.formats import is_saved_dataset
+from engine.data.task_files import beside, read_rows
+from engine.data.task_rows import Rows, Split, labels_in, to_split
 from engine.data.task_specs import (
     GLUE_TASKS,
+    Columns,
     Kind,
     TaskDefaults,
     TaskSpec,
     check_custom_names,
+    official_name,
     plain,
-    spec_of,
+    task_spec,
 )
 from engine.errors import UserError
 from engine.task_config import TaskDataConfig
@@ -36,26 +44,10 @@ __all__ = [
     "task_spec",
 ]
 
-Labels = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 AnySplit = TypeVar("AnySplit", bound="Split | SquadSplit")
+GLUE_HUB = "nyu-mll/glue"
 _SQUAD_FILES = {"SQuAD-v1.1": "{}-v1.1.json", "SQuAD-v2": "{}-v2.0.json"}
 _SQUAD_HUB = {"SQuAD-v1.1": "rajpurkar/squad", "SQuAD-v2": "rajpurkar/squad_v2"}
-
-
-@dataclass(frozen=True)
-class Split:
-    """n rows of a classification or regression task."""
-
-    name: str
-    first: list[str]
-    second: list[str] | None
-    labels: Labels | None
-    """(n,) int64 label indices or float32 targets; None: unlabelled."""
-    ids: list[str]
-    """The file's own index column where it has one, else row numbers from 0."""
-
-    def __len__(self) -> int:
-        return len(self.first)
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class TaskData:
     spec: TaskSpec
     splits: dict[str, Split | SquadSplit]
     sha256: str
-    """Over the rows, after task.train_rows and task.dev_rows: the same for two runs that see the same rows."""
+    """Over the train and dev rows, after task.train_rows and task.dev_rows: the same for two runs that see the same."""
     warnings: tuple[str, ...] = ()
     """What was left out of the files, for the banner."""
 
@@ -76,7 +68,7 @@ def resolve_names(names: Sequence[str], config: TaskDataConfig) -> tuple[list[st
     absent: list[str] = []
     for name in names:
         if plain(name) != "glue":
-            chosen[spec_of(name, config).name] = None
+            chosen[task_spec(name, config).name] = None
             continue
         there = [
             task for task in GLUE_TASKS if config.data_dir is None or _task_folder(task, _root(config)) is not None
@@ -88,29 +80,173 @@ def resolve_names(names: Sequence[str], config: TaskDataConfig) -> tuple[list[st
     return list(chosen), [task for task in absent if task not in chosen]
 
 
-def task_spec(name: str, config: TaskDataConfig) -> TaskSpec:
-    """The task of this name in any spelling. A custom classification without `labels` has none here; the spec of
-    load_task's result is the final one. Raises UserError."""
-    return spec_of(name, config)
-
-
 def load_task(name: str, config: TaskDataConfig, *, test: bool = False) -> TaskData:
-    """Reads train, dev and (with `test`) test splits, and caps their rows; heavy for the big tasks, so once per process.
+    """Reads the train, dev and (with `test`) test splits, and caps their rows. A second or two for the big tasks.
 
     task.train_rows draws rows at random, always the same ones and a part of those that a larger cap draws, in the
     order of the file; task.dev_rows takes the first. Test splits are never capped, and absent ones are left out unless
     the user named the file. Raises UserError that names the file and line, or the setting.
     """
-    spec = spec_of(name, config)
+    spec = task_spec(name, config)
     if spec.name in config.custom:
         spec, splits, warnings = _load_custom(spec, config, test=test)
     elif spec.kind == "span":
         splits, warnings = _load_squad(spec, config), ()
     else:
         splits, warnings = _load_glue(spec, config, test=test)
-    if config.train_rows is not None and config.train_rows < len(splits["train"].ids):
-        drawn = np.random.default_rng(0).permutation(len(splits["train"].ids))[: config.train_rows]
+    if config.train_rows is not None:
+        drawn = np.random.default_rng(0).permutation(len(splits["train"]))[: config.train_rows]
         splits["train"] = _take(splits["train"], np.sort(drawn))
-    for split in spec.dev_splits if config.dev_rows is not None else ():
-        splits[split] = _take(splits[split], np.arange(min(config.dev_rows, len(splits[split].ids))))
+    if config.dev_rows is not None:
+        for split in spec.dev_splits:
+            splits[split] = _take(splits[split], np.arange(len(splits[split]))[: config.dev_rows])
     return TaskData(spec, splits, _digest(spec, splits), warnings)
+
+
+def _root(config: TaskDataConfig) -> Path:
+    root = Path(config.data_dir or "").expanduser()
+    if not root.is_dir():
+        raise UserError(f"task.data_dir={config.data_dir!r}: no such folder{beside(root)}")
+    return root
+
+
+def _task_folder(name: str, root: Path) -> Path | None:
+    """The task's folder, in any spelling of its name; the official spelling goes first. One SQuAD folder may hold the
+    files of both versions."""
+    if (root / name).is_dir():
+        return root / name
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    own = [path for path in folders if official_name(path.name) == name]
+    shared = [path for path in folders if name in _SQUAD_FILES and plain(path.name) == "squad"]
+    return next(iter(own + shared), None)
+
+
+def _existing_folder(name: str, config: TaskDataConfig) -> Path:
+    root = _root(config)
+    folder = _task_folder(name, root)
+    if folder is None:
+        there = ", ".join(sorted(path.name for path in root.iterdir())[:20]) or "nothing"
+        raise UserError(f"task.data_dir={config.data_dir!r}: no folder {name} there (it has: {there}); add it")
+    return folder
+
+
+def _load_glue(
+    spec: TaskSpec, config: TaskDataConfig, *, test: bool
+) -> tuple[dict[str, Split | SquadSplit], tuple[str, ...]]:
+    folder = None if config.data_dir is None else _existing_folder(spec.name, config)
+    names = ["train", *spec.dev_splits, *(spec.test_splits if test else ())]
+    found = (
+        _hub_rows(spec, names, folder)
+        if folder is None or is_saved_dataset(folder)
+        else _file_rows(spec, names, folder)
+    )
+    warnings = tuple(
+        f"{rows.source}: {rows.skipped} lines with too few columns left out, as the official reader does"
+        for rows in found.values()
+        if rows.skipped
+    )
+    return {name: to_split(name, rows, spec) for name, rows in found.items()}, warnings
+
+
+def _file_rows(spec: TaskSpec, names: Sequence[str], folder: Path) -> dict[str, Rows]:
+    layout = spec.layout
+    assert layout is not None, spec.name
+    found: dict[str, Rows] = {}
+    for name in names:
+        path, is_test = folder / f"{name}.tsv", name in spec.test_splits
+        if is_test and not path.exists():
+            continue
+        headerless = () if is_test else layout.headerless
+        found[name] = read_rows(
+            path, layout.files, labelled=not is_test, headerless=headerless, skip_short=layout.skip_short
+        )
+    return found
+
+
+def _hub_rows(spec: TaskSpec, names: Sequence[str], folder: Path | None) -> dict[str, Rows]:
+    from engine.data.task_hub import find_split, hub_rows, hub_split_name, hub_splits, saved_splits
+
+    layout = spec.layout
+    assert layout is not None, spec.name
+    source = f"{GLUE_HUB}/{layout.config}" if folder is None else str(folder)
+    splits = hub_splits(GLUE_HUB, layout.config) if folder is None else saved_splits(folder)
+    found: dict[str, Rows] = {}
+    for name in names:
+        is_test = name in spec.test_splits
+        if is_test and hub_split_name(name) not in splits:
+            continue
+        data, place = find_split(splits, name, source), f"{source}:{hub_split_name(name)}"
+        found[name] = hub_rows(data, place, layout.hub, labels=spec.labels, labelled=not is_test)
+    return found
+
+
+def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> dict[str, Split | SquadSplit]:
+    from engine.data.squad import read_squad, squad_from_rows
+
+    v2 = spec.name == "SQuAD-v2"
+    folder = None if config.data_dir is None else _existing_folder(spec.name, config)
+    names = ("train", *spec.dev_splits)
+    found: dict[str, SquadSplit] = {}
+    if folder is not None and not is_saved_dataset(folder):
+        for name in names:
+            path = folder / _SQUAD_FILES[spec.name].format(name)
+            if not path.exists():
+                raise UserError(f"{path}: no such file{beside(path)}")
+            found[name] = read_squad(path, name=name, v2=v2)
+    else:
+        from engine.data.task_hub import find_split, hub_split_name, hub_splits, saved_splits
+
+        source = _SQUAD_HUB[spec.name] if folder is None else str(folder)
+        splits = hub_splits(source, None) if folder is None else saved_splits(folder)
+        for name in names:
+            place = f"{source}:{hub_split_name(name)}"
+            found[name] = replace(squad_from_rows(find_split(splits, name, source), place), name=name)
+            if not v2 and [] in (found[name].answers or []):
+                raise UserError(f"{place}: has questions without an answer, as SQuAD v2 has; use the task SQuAD-v2")
+    for name, split in found.items():
+        if split.answers is None:
+            raise UserError(f"{spec.name}: the {name} split has no answers; give the official file")
+    return dict(found)
+
+
+def _load_custom(
+    spec: TaskSpec, config: TaskDataConfig, *, test: bool
+) -> tuple[TaskSpec, dict[str, Split | SquadSplit], tuple[str, ...]]:
+    custom, key = config.custom[spec.name], f"task.custom.{spec.name}"
+    columns = Columns(
+        first=custom.text, second=custom.text_pair, label=custom.label, ids=("index", "id", "idx"), setting=key
+    )
+    files = {"train": custom.train, "dev": custom.dev, **({"test": custom.test} if test and custom.test else {})}
+    found: dict[str, Rows] = {}
+    for name, file in files.items():
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise UserError(f"{key}.{name}={file!r}: no such file{beside(path)}")
+        found[name] = read_rows(path, columns, labelled=name != "test")
+    if spec.kind == "classification" and not spec.labels:
+        spec = replace(spec, labels=labels_in(found["train"]))
+    return spec, {name: to_split(name, rows, spec) for name, rows in found.items()}, ()
+
+
+def _take(split: AnySplit, rows: npt.NDArray[np.int64]) -> AnySplit:
+    """These rows of every field that has one value per row."""
+    changed: dict[str, Any] = {}
+    for field in fields(split):
+        value = getattr(split, field.name)
+        if isinstance(value, list):
+            changed[field.name] = [value[row] for row in rows]
+        elif isinstance(value, np.ndarray):
+            changed[field.name] = value[rows]
+    return replace(split, **changed)
+
+
+def _digest(spec: TaskSpec, splits: dict[str, Split | SquadSplit]) -> str:
+    digest = hashlib.sha256(json.dumps([spec.kind, spec.labels]).encode())
+    for name in ("train", *spec.dev_splits):
+        for field in fields(splits[name]):
+            value = getattr(splits[name], field.name)
+            if isinstance(value, np.ndarray):
+                digest.update(value.dtype.str.encode() + value.tobytes())
+            else:
+                digest.update(json.dumps(value).encode())
+    return digest.hexdigest()

@@ -26,16 +26,19 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _normalised(total: torch.Tensor, denominator: float, *, empty: bool = False) -> torch.Tensor:
-    """total / denominator. A count of 0 is legal only for a sum over nothing, whose value 0 keeps its graph."""
+def normaliser(denominator: float) -> float:
+    """The denominator, which must be positive."""
     if denominator > 0:
-        return total / denominator
-    if empty:
-        return total
+        return denominator
     raise ValueError(f"a loss over real elements needs a positive count to divide by, got {denominator}")
 
 
-def _without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _normalised(total: torch.Tensor, denominator: float, *, empty: bool = False) -> torch.Tensor:
+    """total / denominator. A count of 0 is legal only for a sum over nothing, whose value 0 keeps its graph."""
+    return total if empty and denominator <= 0 else total / normaliser(denominator)
+
+
+def without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """x (B, L, D) or (B, H, L, d) in full precision, exactly 0 at padded tokens (and so is its gradient)."""
     x = _wide(x)
     if mask is None:
@@ -44,7 +47,7 @@ def _without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     return x.masked_fill(~real, 0.0)
 
 
-def _same_shape(what: str, student: torch.Size, teacher: torch.Size) -> None:
+def check_same_shape(what: str, student: torch.Size, teacher: torch.Size) -> None:
     """Different sizes would broadcast into a number that means nothing."""
     if student != teacher:
         raise ValueError(f"{what} of student and teacher differ: {tuple(student)} and {tuple(teacher)}")
@@ -72,8 +75,8 @@ def hidden_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor 
     TinyBERT (arXiv 1909.10351), with the student already projected to the teacher's width. With
     mask=None and tokens=B*L it is nn.MSELoss, as TinyBERT's released code has it.
     """
-    _same_shape("hidden states", student.shape, teacher.shape)
-    difference = _without_padding(student, mask) - _without_padding(teacher, mask)
+    check_same_shape("hidden states", student.shape, teacher.shape)
+    difference = without_padding(student, mask) - without_padding(teacher, mask)
     return _normalised(difference.square().sum(), tokens * student.shape[-1])
 
 
@@ -84,8 +87,8 @@ def hidden_cosine(
 
     DistilBERT's cosine loss (arXiv 1910.01108), here on any layer. Norms are clamped from below at 1e-8.
     """
-    _same_shape("hidden states", student.shape, teacher.shape)
-    cosine = F.cosine_similarity(_without_padding(student, mask), _without_padding(teacher, mask), dim=-1, eps=1e-8)
+    check_same_shape("hidden states", student.shape, teacher.shape)
+    cosine = F.cosine_similarity(without_padding(student, mask), without_padding(teacher, mask), dim=-1, eps=1e-8)
     distance = 1.0 - cosine
     if mask is not None:
         distance = distance.masked_fill(~mask, 0.0)
@@ -108,10 +111,10 @@ def attention_score_mse(
 
     q (B, H, L, d_s) and (B, H, L, d_t): equal H, any head widths. k may have fewer heads (grouped-query attention).
     """
-    _same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
+    check_same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
     # A zeroed query or key makes its scores 0 on both sides: no pair mask is needed.
-    scores_s = _scores(_without_padding(q_s, mask), _without_padding(k_s, mask), scale_s)
-    scores_t = _scores(_without_padding(q_t, mask), _without_padding(k_t, mask), scale_t)
+    scores_s = _scores(without_padding(q_s, mask), without_padding(k_s, mask), scale_s)
+    scores_t = _scores(without_padding(q_t, mask), without_padding(k_t, mask), scale_t)
     return _normalised((scores_s - scores_t).square().sum(), q_s.shape[1] * token_pairs)
 
 
@@ -130,7 +133,7 @@ def attention_score_mse_tinybert(
     keys, each side's scores <= -100 become 0, and the mean is over all positions, pads included:
     sum / (H * position_pairs). The scores of padded queries count, so their content matters here.
     """
-    _same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
+    check_same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
 
     def compared(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         scores = _scores(_wide(q), _wide(k), scale)
@@ -168,9 +171,9 @@ def attention_probs_kl(
     """KL(P_t || P_s) of the attention probabilities P = softmax(scale * Q K^T over real keys): sum over heads and
     real queries / (H * tokens). MiniLM (arXiv 2002.10957). Shapes as in attention_score_mse.
     """
-    _same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
-    scores_s = _scores(_without_padding(q_s, mask), _without_padding(k_s, mask), scale_s)
-    scores_t = _scores(_without_padding(q_t, mask), _without_padding(k_t, mask), scale_t)
+    check_same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
+    scores_s = _scores(without_padding(q_s, mask), without_padding(k_s, mask), scale_s)
+    scores_t = _scores(without_padding(q_t, mask), without_padding(k_t, mask), scale_t)
     return _normalised(_softmax_kl_sum(scores_s, scores_t, mask), q_s.shape[1] * tokens)
 
 
@@ -193,8 +196,8 @@ def relation_kl(
     x (B, H, L, d): heads and head widths may differ between the sides. Heads are concatenated and split anew into
     `relation_heads` heads of width d_r = H * d / relation_heads, each side its own d_r.
     """
-    scores_s = _relation_scores(_without_padding(x_s, mask), relation_heads)
-    scores_t = _relation_scores(_without_padding(x_t, mask), relation_heads)
+    scores_s = _relation_scores(without_padding(x_s, mask), relation_heads)
+    scores_t = _relation_scores(without_padding(x_t, mask), relation_heads)
     return _normalised(_softmax_kl_sum(scores_s, scores_t, mask), relation_heads * tokens)
 
 
@@ -203,7 +206,7 @@ def logits_kl(z_s: torch.Tensor, z_t: torch.Tensor, *, temperature: float, count
 
     Hinton, Vinyals, Dean (arXiv 1503.02531); T^2 keeps the gradient's size independent of T.
     """
-    _same_shape("logits", z_s.shape, z_t.shape)
+    check_same_shape("logits", z_s.shape, z_t.shape)
     log_s = F.log_softmax(_wide(z_s) / temperature, dim=-1)
     log_t = F.log_softmax(_wide(z_t) / temperature, dim=-1)
     total = temperature**2 * (log_t.exp() * (log_t - log_s)).sum()

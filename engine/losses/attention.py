@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.errors import UserError
-from engine.kernels import reference
+from engine.kernels import attention_score, reference
 from engine.losses.base import AttentionMapped, LossSetup, StepInputs
 
 
@@ -36,7 +36,7 @@ class AttentionScoreLoss(AttentionMapped):
                     *tensors, scale_s=scale_s, scale_t=scale_t, mask=mask, position_pairs=counts.position_pairs
                 )
             else:
-                value = reference.attention_score_mse(
+                value = attention_score.attention_score_mse(
                     *tensors, scale_s=scale_s, scale_t=scale_t, mask=mask, token_pairs=counts.token_pairs
                 )
             terms[f"{self.name}/{pair}"] = value

@@ -29,7 +29,7 @@ def write_squad_sample(folder: Path, *, v2: bool) -> None:
 def _paragraph(rng: random.Random, name: str, index: int, *, dev: bool, v2: bool) -> dict[str, Any]:
     length = rng.randint(90, 120) if index % _LONG_EVERY == 0 else rng.randint(15, 40)
     words = rng.choices(WORDS, k=length)
-    # A sentence ends now and then, but not right after an answer's first word: texts end without a dot.
+    # Texts end without a dot, so that the last answer stands at the very end.
     marks = ["." if rng.random() < 0.1 and i + 1 < length else "" for i in range(length)]
     context = " ".join(word + mark for word, mark in zip(words, marks, strict=True))
     begins = [0]
@@ -50,15 +50,6 @@ def _paragraph(rng: random.Random, name: str, index: int, *, dev: bool, v2: bool
         if v2:
             qas[-1]["is_impossible"] = False
     if v2:
-        plausible = [answer(places["middle"], 1)]
-        question = "what not not not not?"
-        qas.append(
-            {
-                "id": f"{name}-none",
-                "question": question,
-                "answers": [],
-                "is_impossible": True,
-                "plausible_answers": plausible,
-            }
-        )
+        none: dict[str, Any] = {"id": f"{name}-none", "question": "what not not not not?", "answers": []}
+        qas.append({**none, "is_impossible": True, "plausible_answers": [answer(places["middle"], 1)]})
     return {"context": context, "qas": qas}

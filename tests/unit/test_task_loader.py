@@ -77,20 +77,34 @@ def check(batch: TaskBatch, encoded: Encoded) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "global_batch"), [(64, 8), (65, 8), (101, 8), (635, 32), (2000, 4), (40, 40), (7, 8), (3, 16), (1, 4)]
+    ("n", "global_batch", "bucket"),
+    [
+        *[(64, 8, 8), (65, 8, 8), (101, 8, 13), (635, 32, 20), (2000, 4, 50), (2490, 32, 39)],
+        *[(40, 40, 1), (7, 8, 1), (3, 16, 1), (1, 4, 1)],
+    ],
 )
 @pytest.mark.parametrize("seed", [0, 5])
-def test_every_row_once_per_epoch(n, global_batch, seed):
+def test_every_row_once_per_epoch(n, global_batch, bucket, seed):
     """Buckets do not end where epochs do, so: after any number of whole buckets, no row is more than one ahead."""
     loader = make(make_encoded(n), seed=seed, global_batch=global_batch, micro_batch=global_batch)
-    seen, bucket = Counter(), max(1, min(50, n // global_batch))
-    for step in range(4 * bucket * max(1, n // (bucket * global_batch))):
+    seen = Counter()
+    for step in range(3 * n // global_batch + 2 * bucket):
         seen.update(rows_of(loader, step))
         if (step + 1) % bucket == 0:
             times = [seen[row] for row in range(n)]
             assert max(times) - min(times) <= 1
             assert sum(times) == (step + 1) * global_batch
     assert min(times) >= 3
+
+
+@pytest.mark.parametrize("n", [635, 2490, 3668, 5749, 8551])
+def test_training_for_whole_epochs_shows_nearly_each_row_as_often(n):
+    loader = make(make_encoded(n), global_batch=32, micro_batch=32)
+    for epochs in (1, 3):
+        seen = Counter(row for step in range(loader.steps_for(epochs)) for row in rows_of(loader, step))
+        assert (
+            np.mean([seen[row] != epochs for row in range(n)]) < 0.05
+        )  # measured: 0.002 to 0.047; buckets of 50: 0.24
 
 
 def test_a_bucket_of_one_epoch_is_one_epoch():
@@ -131,13 +145,15 @@ def test_the_order_changes_with_seed_and_epoch():
 
 
 def test_short_and_long_batches_alternate_at_random():
-    encoded = make_encoded(1600)
-    loader = make(encoded)
-    lengths = np.array([encoded.lengths[rows_of(loader, step)].mean() for step in range(200)])
-    assert abs(np.corrcoef(np.arange(200), lengths)[0, 1]) < 0.2
-    assert abs(np.corrcoef(lengths[1:], lengths[:-1])[0, 1]) < 0.2
-    places = [np.argsort(lengths[begin : begin + 50]).tolist() for begin in (0, 50, 100, 150)]
-    assert all(a != b for i, a in enumerate(places) for b in places[:i])  # another shuffle in each bucket
+    lengths = np.arange(2, 402)  # all different: every epoch of 50 steps has the same batches, in another order
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    loader = make(Encoded(np.zeros(starts[-1], np.int32), starts))
+    mean = np.array([lengths[rows_of(loader, step)].mean() for step in range(200)])
+    epochs = mean.reshape(4, 50)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
+    assert abs(np.corrcoef(np.arange(200), mean)[0, 1]) < 0.2
+    assert abs(np.corrcoef(mean[1:], mean[:-1])[0, 1]) < 0.2
 
 
 def test_rows_of_a_step_are_close_in_length():
@@ -189,7 +205,7 @@ def test_batches_do_not_share_memory_with_the_loader():
 
 @pytest.mark.parametrize(
     ("n", "batch", "epochs", "steps"),
-    [(100, 8, 3.0, 38), (96, 8, 1.0, 12), (97, 8, 1.0, 13), (320, 32, 1.1, 11), (100, 8, 1e-5, 1), (3, 8, 2.0, 1)],
+    [(100, 8, 3.0, 38), (96, 8, 1.0, 12), (97, 8, 1.0, 13), (400, 8, 1.1, 55), (100, 8, 1e-5, 1), (3, 8, 2.0, 1)],
 )
 def test_steps_for(n, batch, epochs, steps):
     assert make(make_encoded(n), global_batch=batch, micro_batch=batch).steps_for(epochs) == steps
@@ -305,8 +321,8 @@ def glue_rows(name: str, columns: tuple[int, ...], most: int) -> list[list[str]]
 
 @pytest.mark.parametrize(
     ("name", "columns", "unsorted", "bucketed", "in_eights"),
-    # measured: 0.32 -> 0.955 (0.99 in micro batches of 8), and 0.52 -> 0.983 (0.996)
-    [("SST-2", (0,), 0.40, 0.94, 0.98), ("RTE", (1, 2), 0.60, 0.97, 0.985)],
+    # measured: 0.33 -> 0.953 (0.990 in micro batches of 8), and 0.52 -> 0.979 (0.995)
+    [("SST-2", (0,), 0.40, 0.94, 0.98), ("RTE", (1, 2), 0.60, 0.96, 0.985)],
 )
 def test_buckets_leave_little_padding_in_real_tasks(name, columns, unsorted, bucketed, in_eights):
     texts = glue_rows(name, columns, 12_000)
