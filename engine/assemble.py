@@ -15,6 +15,7 @@ from engine.distil_module import DistilModule
 from engine.ds_config import Execution
 from engine.errors import UserError
 from engine.models.features import Wanted
+from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
@@ -101,6 +102,21 @@ def choose_optimizer(
 def start_engine(module: nn.Module, chosen: ChosenOptimizer, train: TrainConfig, execution: Execution) -> Any:
     """The DeepSpeed engine around the module."""
     return initialize_engine(module, chosen.optimizer, build_schedule(train, chosen.optimizer), execution)
+
+
+def flops_per_token(
+    plan: Plan, teacher: FrozenTeacher, module: DistilModule, *, share_of_teacher: float = 1.0
+) -> float:
+    """See TFLOPS_NOTE of engine/monitor.py; an MLM head counts for the tokens that go through it.
+
+    share_of_teacher: 1 / the number of students that one teacher pass serves. Call it before ZeRO-3 shards the weights.
+    """
+    head_share = plan.config.data.mlm_probability or 1.0
+    student = forward_flops_per_token(module.student, plan.student_shape, plan.seq_len, head_share=head_share)
+    used = len(plan.losses.projected_layers) if plan.config.loss.resolved_projection != "identity" else 0
+    projections = 2.0 * used * plan.student_shape.width * plan.teacher_shape.width
+    forward = teacher.flops_per_token(plan.seq_len, head_share=head_share)
+    return share_of_teacher * forward + 3.0 * (student + projections)
 
 
 def parameters_of(module: nn.Module) -> int:

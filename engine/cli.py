@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 crash, 2 bad configuration or input, 3 diverged, 4 preempt
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from engine.config import ExportConfig, PrepareConfig, RunConfig
 from engine.errors import UserError
+from engine.task_config import FinetuneConfig, ProxyJobConfig
 
 EXIT_DONE, EXIT_CRASH, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = range(5)
 RANK_ZERO_SPEAKS_WITHIN_S = 20.0
@@ -139,6 +141,41 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
         from engine.distill import distill  # heavy imports only once the configuration is known to be sound
 
         return distill(config)
+
+    return run_main(body)
+
+
+def _listed(argv: Sequence[str], flag: str) -> list[str]:
+    """`--genomes A B C` as one YAML list, which is what jsonargparse reads."""
+    words = list(argv)
+    if flag not in words:
+        return words
+    at = words.index(flag)
+    end = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
+    given = words[at + 1 : end]
+    if len(given) == 1 and given[0].startswith("["):
+        return words
+    return [*words[: at + 1], json.dumps(given), *words[end:]]
+
+
+def proxy_main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        words = _listed(without_local_rank(sys.argv[1:] if argv is None else argv), "--genomes")
+        config = parse_config(ProxyJobConfig, words, "Distil layer mappings briefly, side by side, and score them.")
+        from engine.proxy import proxy
+
+        return proxy(config)
+
+    return run_main(body)
+
+
+def finetune_main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        words = without_local_rank(sys.argv[1:] if argv is None else argv)
+        config = parse_config(FinetuneConfig, words, "Fine-tune a model on tasks (start this with `deepspeed`).")
+        from engine.finetune import finetune
+
+        return finetune(config)
 
     return run_main(body)
 

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the dataclasses of engine/config.py: `python -m engine.config_docs`."""
+"""Writes docs/configuration.md from the dataclasses that hold every default: `python -m engine.config_docs`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from engine import config
+from engine import config, task_config
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 INTRO = """\
 # Configuration
 
-Generated from `engine/config.py` by `make docs`; do not edit.
+Generated from `engine/config.py` and `engine/task_config.py` by `make docs`; do not edit.
 
 Every script takes `--config FILE.yaml` and any field as `--section.field value`; the command line wins over the file.
 `--help` lists the fields, `--print_config` prints the resolved file. A mistake names key, value and remedy, and exits
@@ -27,41 +27,71 @@ file of [ds_configs](../ds_configs/README.md).
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
-    """field -> the string literal that follows it in the source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    """field -> the string literal that follows it in the source, of the class itself or of one that it extends."""
     docs: dict[str, str] = {}
-    for node, following in itertools.pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(following, ast.Expr):
-            value = following.value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                docs[node.target.id] = " ".join(value.value.split())
+    for one in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body  # type: ignore[attr-defined]
+        for node, following in itertools.pairwise(body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(following, ast.Expr)
+            ):
+                value = following.value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    docs[node.target.id] = " ".join(value.value.split())
     return docs
 
 
-def rows(cls: type[Any], prefix: str = "") -> list[str]:
+def rows(instance: Any, prefix: str) -> list[str]:
     """One table row per plain field; fields that are sections are left to `sections`."""
-    docs, out = field_docs(cls), []
-    for f in dataclasses.fields(cls):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    docs, out = field_docs(type(instance)), []
+    for f in dataclasses.fields(instance):
+        default = getattr(instance, f.name)
         if dataclasses.is_dataclass(default):
             continue
-        shown = "required" if default is dataclasses.MISSING else "unset" if default is None else f"`{default}`"
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        shown = "required" if required else "unset" if default is None else f"`{default}`"
         out.append(f"| `{prefix}{f.name}` | {shown} | {docs[f.name].replace('|', chr(92) + '|')} |")
     return out
 
 
-def table(title: str, cls: type[Any], prefix: str = "") -> str:
-    return "\n".join([f"## {title}", "", "| key | default | meaning |", "| --- | --- | --- |", *rows(cls, prefix), ""])
+def table(title: str, instance: Any, prefix: str = "") -> str:
+    lines = [f"## {title}", "", "| key | default | meaning |", "| --- | --- | --- |", *rows(instance, prefix), ""]
+    return "\n".join(lines)
+
+
+def script(command: str, instance: Any, same: dict[str, str] | None = None) -> list[str]:
+    """A chapter. same: sections that stand elsewhere -> what to say of them."""
+    parts = [f"# `{command}`\n", table("Top level", instance)]
+    for f in dataclasses.fields(instance):
+        section = getattr(instance, f.name)
+        if not dataclasses.is_dataclass(section):
+            continue
+        if same and f.name in same:
+            parts.append(f"## {f.name}\n\n{same[f.name]}\n")
+        else:
+            parts.append(table(f.name, section, f"{f.name}."))
+    return parts
 
 
 def render() -> str:
-    parts = [INTRO, "# `deepspeed launch/distill.py`\n", table("Top level", config.RunConfig)]
-    for f in dataclasses.fields(config.RunConfig):
-        if f.default_factory is not dataclasses.MISSING:
-            parts.append(table(f.name, type(f.default_factory()), f"{f.name}."))
-    parts += ["# `python launch/prepare_data.py`\n", table("Top level", config.PrepareConfig)]
-    parts.append(table("Each entry of `sources`", config.SourceConfig))
-    parts += ["# `python launch/export.py`\n", table("Top level", config.ExportConfig)]
+    """The whole page. Fields without a default are shown for instances that need one."""
+    as_above = "As for `launch/distill.py`."
+    fine = {"mapping": as_above, "optim": as_above}
+    proxy = dict.fromkeys(("teacher", "loss", "optim"), as_above)
+    proxy |= {
+        "student": "As for `launch/distill.py`, but `init` is `uniform` when unset.",
+        "data": "As for `launch/distill.py`, but nothing is held out.",
+        "task": "The first four keys of `task` of `launch/finetune.py`; `train_rows` is 4000 when unset.",
+    }
+    parts = [INTRO, *script("deepspeed launch/distill.py", config.RunConfig())]
+    parts += script("deepspeed launch/finetune.py", task_config.FinetuneConfig(), fine)
+    parts.append(table("Each entry of `task.custom`", task_config.CustomTaskConfig(train="", dev="")))
+    parts += script("deepspeed launch/proxy.py", task_config.ProxyJobConfig(genomes=["uniform"]), proxy)
+    parts += script("python launch/prepare_data.py", config.PrepareConfig())
+    parts.append(table("Each entry of `sources`", config.SourceConfig(path="")))
+    parts += script("python launch/export.py", config.ExportConfig(run=""))
     return "\n".join(parts)
 
 

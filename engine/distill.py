@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from engine import banner, runtime
-from engine.assemble import build_module, load_teacher, open_corpus, parameters_of, start_engine
+from engine.assemble import build_module, flops_per_token, load_teacher, open_corpus, parameters_of, start_engine
 from engine.checkpoint import Checkpointer
 from engine.config import RunConfig
 from engine.data.loader import CorpusLoader
@@ -19,7 +19,6 @@ from engine.distil_module import DistilModule
 from engine.errors import UserError
 from engine.export import export_checkpoint
 from engine.held_out import HeldOutLosses
-from engine.models.flops import forward_flops_per_token
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import History, Monitor
 from engine.optim import ChosenOptimizer
@@ -87,7 +86,7 @@ class Job:
             print(self._banner(teacher, module, chosen, tag), flush=True)
         if self.config.dry_run:
             return 0
-        monitor = self._open_monitor(self._flops_per_token(teacher, module))
+        monitor = self._open_monitor(flops_per_token(plan, teacher, module))
         ds_engine = start_engine(module, chosen, self.config.train, plan.execution)
         step = self.checkpointer.load(ds_engine, tag)["step"] if tag is not None else 0
         trainee = Trainee(
@@ -163,15 +162,6 @@ class Job:
             device=self.here.device,
             config_text=config_text(self.config),
         )
-
-    def _flops_per_token(self, teacher: FrozenTeacher, module: DistilModule) -> float:
-        """See TFLOPS_NOTE of engine/monitor.py; an MLM head counts for the tokens that go through it."""
-        plan = self.plan
-        head_share = self.config.data.mlm_probability or 1.0
-        student = forward_flops_per_token(module.student, plan.student_shape, plan.seq_len, head_share=head_share)
-        used = len(plan.losses.projected_layers) if plan.config.loss.resolved_projection != "identity" else 0
-        projections = 2.0 * used * plan.student_shape.width * plan.teacher_shape.width
-        return teacher.flops_per_token(plan.seq_len, head_share=head_share) + 3.0 * (student + projections)
 
     def _finish(self, outcome: Outcome, trainer: Trainer, monitor: Monitor) -> None:
         """Exports and says how it ended (rank 0). What diverged has said so already."""

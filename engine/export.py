@@ -21,6 +21,8 @@ from engine.models.hub import init_arguments, model_class, quiet
 from engine.run_dir import COMPLETE, RunDir
 
 CARD_TAG = "- mapdistill"
+TASK_HEADS = {"classification": "AutoModelForSequenceClassification", "span": "AutoModelForQuestionAnswering"}
+"""Heads of fine-tuned models, and the class that loads them."""
 PROJECTIONS_FILE = "projections.safetensors"
 """Beside the student: the training-only linear maps to the teacher's width, for those who want to go on."""
 
@@ -34,7 +36,9 @@ def export_run(config: ExportConfig) -> Path:
     tag = tags[-1] if config.tag == "newest" else config.tag
     if tag not in tags:
         raise UserError(f"tag={config.tag!r}: no complete checkpoint of that name; complete ones: {', '.join(tags)}")
-    target = Path(config.to).resolve() if config.to is not None else run_dir.student
+    head = _description(run_dir, tag)["head"]
+    usual = run_dir.model if head in TASK_HEADS else run_dir.student
+    target = Path(config.to).resolve() if config.to is not None else usual
     if target.exists() and not target.is_dir():
         raise UserError(f"to={config.to!r} is a file; name a folder")
     if target.exists() and any(target.iterdir()) and not _is_export(target):
@@ -42,7 +46,8 @@ def export_run(config: ExportConfig) -> Path:
             f"to={config.to!r} holds files that are not an export of mapdistill; name an empty or new folder"
         )
     export_checkpoint(run_dir, tag, target)
-    print(f"student of {tag} written to {target}; load it with AutoModel.from_pretrained({str(target)!r})")
+    loader = TASK_HEADS.get(head, "AutoModel")
+    print(f"model of {tag} written to {target}; load it with {loader}.from_pretrained({str(target)!r})")
     return target
 
 
@@ -51,21 +56,37 @@ def _is_export(folder: Path) -> bool:
     return card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace")
 
 
-def export_checkpoint(run_dir: RunDir, tag: str, target: Path) -> None:
-    """Writes into a sibling folder first and renames it, so that `target` is never half written."""
-    description = json.loads((run_dir.checkpoints / tag / EXPORT_FILE).read_text(encoding="utf-8"))
+def _description(run_dir: RunDir, tag: str) -> dict[str, Any]:
+    description: dict[str, Any] = json.loads((run_dir.checkpoints / tag / EXPORT_FILE).read_text(encoding="utf-8"))
+    return description
+
+
+def export_checkpoint(run_dir: RunDir, tag: str, target: Path, *, scores: dict[str, str] | None = None) -> None:
+    """scores: of a fine-tuned model, for its card."""
+    description = _description(run_dir, tag)
+    description["card"] |= scores or {}
     state = load_full_state(run_dir.checkpoints, tag)
     student, projections = split_state(state)
-    model = rebuild_student(description, student)
-    pending = target.with_name(target.name + ".part")
+    write_model(rebuild_student(description, student), description, projections, run_dir.tokenizer, target)
+
+
+def write_model(
+    model: PreTrainedModel,
+    description: dict[str, Any],
+    projections: dict[str, torch.Tensor],
+    tokenizer: Path,
+    target: Path,
+) -> None:
+    """A Hugging Face folder with model card; `tokenizer`: a folder, which may be missing. Never half written."""
+    pending = target.with_name(target.name + ".part")  # a sibling, renamed at the end
     shutil.rmtree(pending, ignore_errors=True)
     pending.mkdir(parents=True)
     with quiet():
         model.save_pretrained(pending)
     if projections:
         save_file(projections, pending / PROJECTIONS_FILE)
-    if run_dir.tokenizer.is_dir():
-        shutil.copytree(run_dir.tokenizer, pending, dirs_exist_ok=True)
+    if tokenizer.is_dir():
+        shutil.copytree(tokenizer, pending, dirs_exist_ok=True)
     (pending / "README.md").write_text(model_card(description), encoding="utf-8")
     if target.exists():
         shutil.rmtree(target)
@@ -113,11 +134,20 @@ def rebuild_student(description: dict[str, Any], weights: dict[str, torch.Tensor
 
 def model_card(description: dict[str, Any]) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in description["card"].items())
+    tuned = description["head"] in TASK_HEADS
+    tags = "" if tuned else "- knowledge-distillation\n"
+    about = (
+        "# Fine-tuned model\n\nTrained with mapdistill (launch/finetune.py). Scores are of the dev split, which also "
+        "chose among checkpoints and hyper-parameters where that was asked for.\n\n"
+        if tuned
+        else "# Distilled student\n\nTrained with mapdistill (layer-mapped distillation on DeepSpeed). Numbers are of "
+        "the distillation itself; the model has not been scored on any task.\n\n"
+    )
+    maps = (
+        f"\n`{PROJECTIONS_FILE}`, if there, holds the training-only projections to the teacher's width; the model does "
+        "not need it.\n"
+    )
     return (
-        f"---\nlibrary_name: transformers\ntags:\n- knowledge-distillation\n{CARD_TAG}\n---\n\n"
-        "# Distilled student\n\nTrained with mapdistill (layer-mapped distillation on DeepSpeed). Numbers are of the "
-        "distillation itself; the model has not been scored on any task.\n\n"
-        f"| | |\n| --- | --- |\n| optimizer step | {description['step']} |\n{rows}\n\n"
-        f"`{PROJECTIONS_FILE}` holds the training-only projections to the teacher's width; the model does not need "
-        "it.\n"
+        f"---\nlibrary_name: transformers\ntags:\n{tags}{CARD_TAG}\n---\n\n{about}"
+        f"| | |\n| --- | --- |\n| optimizer step | {description['step']} |\n{rows}\n{maps}"
     )

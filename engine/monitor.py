@@ -104,7 +104,7 @@ class History:
     def add(self, record: dict[str, Any]) -> None:
         if "held_out" in record:
             self.held_out = {"step": record["step"], **record["held_out"]}
-        else:
+        elif "total" in record:
             self.steps[record["step"]] = record
 
     @property
@@ -118,6 +118,15 @@ class History:
     @property
     def peak_memory_gib(self) -> float:
         return max(float(record["peak_memory_gib"]) for record in self.steps.values())
+
+    @property
+    def seconds_by_phase(self) -> dict[str, float]:
+        """Seconds of the training time by phase, on rank 0."""
+        sums: dict[str, float] = defaultdict(float)
+        for record in self.steps.values():
+            for phase, share in record["time_share"].items():
+                sums[phase] += share * record["seconds"]
+        return dict(sums)
 
     @property
     def tokens_per_s(self) -> float:
@@ -144,10 +153,13 @@ class Monitor:
         config_text: str,
         labels: dict[str, Any] | None = None,
         part_of_a_job: bool = False,
+        name: str = "",
     ) -> None:
         """labels: fields that every record gets, e.g. which of several models it is about. part_of_a_job: the records
-        go to the file alone, since stdout is the job's."""
+        go to the file alone, since stdout is the job's. name: of the model, where lines of several are mixed; they then
+        have no bar."""
         self._active = active
+        self._name = name
         self._labels = labels or {}
         self._steps = steps
         self._flops_per_token = flops_per_token
@@ -173,7 +185,7 @@ class Monitor:
         self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=step + 1 if step else None, flush_secs=15)
         self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
         self._writer.add_text("how speed/tflops is counted", TFLOPS_NOTE, step)
-        if self._on_terminal:
+        if self._on_terminal and not self._name:
             self._bar = tqdm(total=self._steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def write_record(self, kind: str, **fields: Any) -> None:
@@ -262,6 +274,7 @@ class Monitor:
     def say(self, text: str) -> None:
         if not self._active:
             return
+        text = f"{self._name}  {text}" if self._name else text
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
@@ -274,11 +287,13 @@ class Monitor:
         self.write_record("step", step=step, held_out={"total": total, "terms": terms})
         self.say(f"step {step}/{self._steps}  held-out loss {total:.4g}")
 
-    def scores(self, step: int, scores: dict[str, float], **fields: Any) -> None:
-        """Task scores after `step`."""
+    def scores(self, step: int, scores: dict[str, float], *, aloud: bool = True, **fields: Any) -> None:
+        """Task scores after `step`; also as a line of text when `aloud`."""
         self._scalars({f"score/{name}": value for name, value in scores.items()}, step)
         self.write_record("step", step=step, scores=scores, **fields)
-        self.say(f"step {step}/{self._steps}  " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        if aloud:
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            self.say(f"step {step}/{self._steps}  {listed}")
 
     def checkpoint(self, step: int, folder: Path) -> None:
         self.write_record("checkpoint", step=step, path=str(folder))

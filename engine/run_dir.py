@@ -56,6 +56,11 @@ class RunDir:
     def student(self) -> Path:
         return self.root / "student"
 
+    @property
+    def model(self) -> Path:
+        """Where a fine-tuning exports to; `student` is a distillation's."""
+        return self.root / "model"
+
     def set_aside_logs(self) -> list[Path]:
         """Renames records and TensorBoard events of an earlier run in this folder to superseded-…, so that its result
         is not taken for the next one's. Returns their old paths."""

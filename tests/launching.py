@@ -38,15 +38,16 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class Run:
-    """One start of launch/distill.py in a run directory; the same object can be started again."""
+    """One start of a script of launch/ in a run directory; the same object can be started again."""
 
     output_dir: Path
     ranks: int = 1
     argv: list[str] = field(default_factory=list)
     launcher: bool = True
+    script: str = "distill.py"
 
     def command(self, *more: str) -> list[str]:
-        script = ["launch/distill.py", "--output_dir", str(self.output_dir), *self.argv, *more]
+        script = [f"launch/{self.script}", "--output_dir", str(self.output_dir), *self.argv, *more]
         if not self.launcher:
             return [sys.executable, *script]
         launcher = str(Path(sys.executable).parent / "deepspeed")
@@ -78,7 +79,7 @@ class Run:
         for child in psutil.Process(launcher_pid).children(recursive=True):
             words = child.cmdline()
             local = [w for w in words if w.startswith("--local_rank=")]
-            if local and "launch/distill.py" in words:
+            if local and f"launch/{self.script}" in words:
                 found.append((int(local[0].partition("=")[2]), child.pid))
         return [pid for _, pid in sorted(found)]
 

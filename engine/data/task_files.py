@@ -105,7 +105,7 @@ def _read(path: Path) -> str:
             error.object.count(b"\n", 0, error.start) + 1
         )  # the error's offsets do not count a BOM, its bytes neither
         raise UserError(f"{path}:{line}: is not UTF-8 ({error.reason}); convert the file") from None
-    if not content.strip("\r\n"):
+    if not content.strip():
         raise UserError(f"{path}: is empty; give a file with rows")
     return content
 

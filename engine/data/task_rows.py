@@ -103,7 +103,8 @@ def _indices(rows: Rows, spec: TaskSpec) -> npt.NDArray[np.int64]:
 
 def _numbers(rows: Rows) -> npt.NDArray[np.float32]:
     assert rows.labels is not None, rows.source
-    numbers = np.array([_number(value) for value in rows.labels], np.float32)
+    with np.errstate(over="ignore"):  # what float32 does not hold becomes inf, and an error below
+        numbers = np.array([_number(value) for value in rows.labels], np.float64).astype(np.float32)
     if not np.isfinite(numbers).all():
         row = int(np.isfinite(numbers).argmin())
         raise UserError(f"{rows.place(row)}: label {rows.labels[row]!r} is not a finite number; repair the line")
@@ -111,9 +112,8 @@ def _numbers(rows: Rows) -> npt.NDArray[np.float32]:
 
 
 def _number(value: Any) -> float:
-    """nan for what is not a number that float32 holds."""
+    """nan for what is not a number."""
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
-    return number if abs(number) <= float(np.finfo(np.float32).max) else math.nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,13 @@ def test_score_of_logits() -> None:
     assert scores == {"accuracy": 0.75, "f1": pytest.approx(2 / 3)}
     assert task_score(BUILT_IN["MRPC"], scores) == pytest.approx((0.75 + 2 / 3) / 2)
     assert score_task(BUILT_IN["CoLA"], logits, ints(0, 1, 1, 0)) == {"matthews": pytest.approx(1 / math.sqrt(3))}
+
+
+def test_f1_of_a_task_with_three_labels_of_which_two_occur() -> None:
+    spec = replace(BUILT_IN["MNLI"], metrics=("f1",))
+    logits = np.eye(3)[[0, 1, 1]]
+    assert score_task(spec, logits, ints(0, 1, 0)) == {"f1": pytest.approx((2 / 3 + 2 / 3) / 2)}
+    assert score_task(spec, logits, ints(0, 0, 0)) == {"f1": pytest.approx((1 / 2 + 0) / 2)}
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])

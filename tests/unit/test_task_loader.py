@@ -79,7 +79,7 @@ def check(batch: TaskBatch, encoded: Encoded) -> None:
 @pytest.mark.parametrize(
     ("n", "global_batch", "bucket"),
     [
-        *[(64, 8, 8), (65, 8, 8), (101, 8, 13), (635, 32, 20), (2000, 4, 50), (2490, 32, 39)],
+        *[(64, 8, 2), (65, 8, 2), (101, 8, 3), (635, 32, 5), (2000, 4, 50), (2490, 32, 13)],
         *[(40, 40, 1), (7, 8, 1), (3, 16, 1), (1, 4, 1)],
     ],
 )
@@ -107,7 +107,7 @@ def test_training_for_whole_epochs_shows_nearly_each_row_as_often(n):
         )  # measured: 0.002 to 0.047; buckets of 50: 0.24
 
 
-def test_a_bucket_of_one_epoch_is_one_epoch():
+def test_four_buckets_are_one_epoch():
     loader = make(make_encoded(96))
     for epoch in range(3):
         seen = [row for step in range(12 * epoch, 12 * epoch + 12) for row in rows_of(loader, step)]
@@ -145,13 +145,13 @@ def test_the_order_changes_with_seed_and_epoch():
 
 
 def test_short_and_long_batches_alternate_at_random():
-    lengths = np.arange(2, 402)  # all different: every epoch of 50 steps has the same batches, in another order
+    lengths = np.arange(2, 402)  # all different, in epochs of 50 steps
     starts = np.concatenate([[0], np.cumsum(lengths)])
     loader = make(Encoded(np.zeros(starts[-1], np.int32), starts))
     mean = np.array([lengths[rows_of(loader, step)].mean() for step in range(200)])
     epochs = mean.reshape(4, 50)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 4, "the batches themselves change from epoch to epoch"
     assert abs(np.corrcoef(np.arange(200), mean)[0, 1]) < 0.2
     assert abs(np.corrcoef(mean[1:], mean[:-1])[0, 1]) < 0.2
 
@@ -322,7 +322,7 @@ def glue_rows(name: str, columns: tuple[int, ...], most: int) -> list[list[str]]
 @pytest.mark.parametrize(
     ("name", "columns", "unsorted", "bucketed", "in_eights"),
     # measured: 0.33 -> 0.953 (0.990 in micro batches of 8), and 0.52 -> 0.979 (0.995)
-    [("SST-2", (0,), 0.40, 0.94, 0.98), ("RTE", (1, 2), 0.60, 0.96, 0.985)],
+    [("SST-2", (0,), 0.40, 0.94, 0.98), ("RTE", (1, 2), 0.60, 0.94, 0.98)],
 )
 def test_buckets_leave_little_padding_in_real_tasks(name, columns, unsorted, bucketed, in_eights):
     texts = glue_rows(name, columns, 12_000)

@@ -12,6 +12,8 @@ TRAIN_ROWS, DEV_ROWS, TEST_ROWS = 24, 8, 4
 _MARKERS = ("not", "else", "much", "today")
 _PLAIN = tuple(word for word in WORDS if word not in _MARKERS)
 _PARSES = ("sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse")
+_TEXTS = ("sentence", "sentence1", "sentence2", "question", "question1", "question2", "#1 String", "#2 String")
+_LABELS = ("label", "Quality", "score", "is_duplicate", "gold_label", "label1")
 
 Row = tuple[tuple[str, ...], str]
 """The texts and the label of a row."""
@@ -78,11 +80,9 @@ def _cells(columns: tuple[str, ...], number: int, texts: tuple[str, ...], label:
     for column in columns:
         if column in ("index", "id"):
             cells.append(str(number))
-        elif column in ("label", "Quality", "score", "is_duplicate", "gold_label", "label1"):
+        elif column in _LABELS:
             cells.append(label)
-        elif column in ("sentence", "sentence1", "sentence2", "question", "question1", "question2") or (
-            column in ("#1 String", "#2 String")
-        ):
+        elif column in _TEXTS:
             cells.append(left.pop(0))
         else:
             cells.append("" if column == "star" else f"{column}-{number}")

@@ -1,0 +1,259 @@
+"""The fine-tuning job: every task with every grid point and seed, one after another, and one table at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from engine import finetune_banner, runtime
+from engine.data.encoded_task import EncodedTask, encode_task
+from engine.data.squad_decode import write_predictions
+from engine.data.submission import write_submission
+from engine.distill import EXIT_BY_OUTCOME
+from engine.errors import UserError
+from engine.finetune_plan import FinetunePlan, PlannedTask, Unit, make_finetune_plan
+from engine.finetune_unit import (
+    Earlier,
+    UnitRun,
+    look_back,
+    relative_link,
+    remove_checkpoints,
+    score_of,
+    stopping,
+)
+from engine.models.task_model import load_task_model
+from engine.models.teacher import FrozenTeacher
+from engine.monitor import open_records
+from engine.optim import build_optimizer
+from engine.run_dir import RunDir
+from engine.runtime import Runtime
+from engine.score_table import TaskScore, averages, choose, render_table, speed
+from engine.task_config import FinetuneConfig
+from engine.task_evaluation import predict_split
+from engine.task_module import TaskModule, wanted_of_teacher
+from engine.trainer import Outcome
+
+
+def finetune(config: FinetuneConfig) -> int:
+    """Runs or continues all fine-tunings; returns the exit code."""
+    plan = make_finetune_plan(config)
+    earlier = {unit.folder: look_back(plan, unit) for unit in plan.units}
+    if runtime.launcher_rank() == 0 and not config.dry_run:
+        _write_config(config)
+    here = runtime.start(config.task.seeds[0])
+    outcome = FinetuneJob(plan, earlier, here).run()
+    torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
+    return EXIT_BY_OUTCOME[outcome]
+
+
+def _config_text(config: FinetuneConfig) -> str:
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def _write_config(config: FinetuneConfig) -> None:
+    """Rank 0 only, before the ranks meet: an error here ends them all."""
+    try:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(config.output_dir) / "config.yaml").write_text(_config_text(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir={config.output_dir!r} cannot be written: {error}") from None
+
+
+class FinetuneJob:
+    """One start of a job on this rank."""
+
+    def __init__(self, plan: FinetunePlan, earlier: dict[Path, Earlier], here: Runtime) -> None:
+        self.plan, self.earlier, self.here = plan, earlier, here
+        self.config, self.root = plan.config, Path(plan.config.output_dir)
+        self.results: dict[Path, dict[str, Any]] = {
+            folder: found.result for folder, found in earlier.items() if found.result is not None
+        }
+
+    def run(self) -> Outcome:
+        self._say(self._banner())
+        if self.config.dry_run:
+            return Outcome.DONE
+        records = open_records(self.root / "records.jsonl") if self.here.is_rank_zero else None
+        if records is not None:
+            records.write("run", status="started", tasks=[t.name for t in self.plan.tasks], **self._facts())
+        self.agreement = runtime.Agreement()
+        self.stop = runtime.StopRequest()  # not before: until here a signal may simply end the process
+        scores: list[TaskScore] = []
+        failed: list[str] = []
+        for task in self.plan.tasks:
+            if not self._run_task(task):
+                if records is not None:
+                    records.write("run", status="preempted", signal=self.stop.signal)
+                self._say("stopped by a signal; the same command continues from there")
+                return Outcome.PREEMPTED
+            score = self._choose(task)
+            if score is None:
+                failed.append(task.name)
+            else:
+                scores.append(score)
+        outcome = Outcome.DIVERGED if failed else Outcome.DONE
+        if records is not None:
+            self._write_tensorboard(scores)
+            records.write("result", status=outcome.value, **self._result(scores, failed))
+            records.close()
+            self._say("\n" + render_table(scores, without_score=failed, absent=self.plan.absent))
+            self._say(self._where(scores))
+        return outcome
+
+    def _banner(self) -> str:
+        """Raises UserError when `require_fused` is broken."""
+        lr = self.plan.tasks[0].points[0].lr
+        execution = next(iter(self.plan.executions.values()))
+        chosen = build_optimizer(
+            self.config.optim, nn.Linear(1, 1), lr=lr, execution=execution, device=self.here.device
+        )
+        if self.config.require_fused and chosen.why_not_faster:
+            raise UserError(f"require_fused=true, but {chosen.why_not_faster}")
+        unfinished = [
+            f"{unit.name} from {found.tag}"
+            for unit in self.plan.units
+            if (found := self.earlier[unit.folder]).tag is not None
+        ]
+        return finetune_banner.start(
+            self.plan,
+            optimizer=chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else ""),
+            device=f"{self.here.device}, {self.here.threads} threads",
+            finished=len(self.results),
+            unfinished=unfinished,
+        )
+
+    def _run_task(self, task: PlannedTask) -> bool:
+        """Runs what is not finished; False when a signal stopped it."""
+        pending = [unit for unit in self.plan.units_of(task) if unit.folder not in self.results]
+        if not pending:
+            return True
+        encoded, teacher = self._encode(task), self._load_teacher(task)
+        for unit in pending:
+            if stopping(self.agreement, self.stop):
+                return False
+            self._say(f"\n{unit.name}  (fine-tuning {self.plan.units.index(unit) + 1} of {len(self.plan.units)})")
+            tag = self.earlier[unit.folder].tag
+            run = UnitRun(self.plan, unit, tag, here=self.here, agreement=self.agreement, stop=self.stop)
+            result = run.run(encoded, teacher)
+            if result is None:
+                return False
+            self.results[unit.folder] = result
+            score = "diverged, no score" if result["score"] is None else f"score {result['score']:.4f}"
+            self._say(f"{unit.name}: {score} after {result['steps_run']} steps")
+        return True
+
+    def _encode(self, task: PlannedTask) -> EncodedTask:
+        return encode_task(task.data, self.plan.tokenizer, seq_len=task.seq_len, doc_stride=self.config.task.doc_stride)
+
+    def _load_teacher(self, task: PlannedTask) -> FrozenTeacher | None:
+        planned = task.teacher
+        if planned is None:
+            return None
+        model = load_task_model(
+            planned.path,
+            key="teacher.path",
+            spec=task.data.spec,
+            dropout=0.0,
+            seed=0,
+            backend=planned.backend.name,
+            head_required=True,
+            dtype=getattr(torch, planned.dtype),
+        )
+        wanted = wanted_of_teacher(self.config.loss, planned.losses)
+        return FrozenTeacher(model, wanted=wanted, full_config=model.config, device=self.here.device)
+
+    def _choose(self, task: PlannedTask) -> TaskScore | None:
+        """The task's score at its best point; removes the other points' models and writes predictions. Collective."""
+        units = self.plan.units_of(task)
+        score = choose(
+            task.name,
+            [score_of(unit, self.results[unit.folder]) for unit in units],
+            train_rows=task.train_rows,
+            epochs={at.point: at.epochs for at in task.points},
+        )
+        if score is None:
+            return None
+        first = next(u for u in units if u.at.point == score.chosen and u.seed == score.units[0].seed)
+        if self.here.is_rank_zero:
+            for unit in units:
+                remove_checkpoints(RunDir(unit.folder))  # of a start that was killed between result and removal
+                if unit.at.point != score.chosen:
+                    shutil.rmtree(RunDir(unit.folder).model, ignore_errors=True)
+            relative_link(self.root / task.name / "model", RunDir(first.folder).model)
+        if self.config.task.predict:
+            self._predict(first)
+        return score
+
+    def _predict(self, unit: Unit) -> None:
+        """Writes the predictions of a finished fine-tuning for its dev and test splits. Collective."""
+        torch.distributed.barrier()  # rank 0 may still be writing the model
+        task, folder = unit.task, RunDir(unit.folder).model
+        if not folder.is_dir():
+            self._say(f"no predictions for {task.name}: {folder} was removed; remove {unit.folder} to train it again")
+            return
+        spec, execution = task.data.spec, self.plan.executions[unit.at.batch]
+        student = load_task_model(
+            str(folder),
+            key="model",
+            spec=spec,
+            dropout=0.0,
+            seed=0,
+            backend=task.backend.name,
+            head_required=True,
+            dtype=getattr(torch, execution.precision),
+        )
+        module, encoded = TaskModule(student.to(self.here.device), kind=spec.kind), self._encode(task)
+        for name, split in encoded.splits.items():
+            outputs = predict_split(module, encoded, name, runtime=self.here, batch_size=2 * execution.micro_batch_size)
+            if not self.here.is_rank_zero or outputs is None:
+                continue
+            target = self.root / "predictions"
+            if name in spec.dev_splits:
+                target = target / "dev"
+            if isinstance(outputs, dict):
+                write_predictions(target / f"{spec.name}.json", outputs)
+            else:
+                write_submission(target, spec, name, split.ids, outputs)
+
+    def _facts(self) -> dict[str, Any]:
+        execution = next(iter(self.plan.executions.values()))
+        return {"model": self.config.model.path, "seeds": self.config.task.seeds, **execution.facts}
+
+    def _result(self, scores: Sequence[TaskScore], failed: Sequence[str]) -> dict[str, Any]:
+        tasks: dict[str, Any] = {score.task: score.as_record() for score in scores}
+        units = [score_of(unit, self.results[unit.folder]) for unit in self.plan.units]
+        return {
+            "tasks": tasks | dict.fromkeys(failed),
+            "averages": averages(scores),
+            "absent": list(self.plan.absent),
+            "samples_per_s": speed(units),
+            **self._facts(),
+        }
+
+    def _write_tensorboard(self, scores: Sequence[TaskScore]) -> None:
+        folder = self.root / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, which had the same scores or fewer
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_text("config", f"```yaml\n{_config_text(self.config)}\n```", 0)
+            for score in scores:
+                writer.add_scalar(f"score/{score.task}", score.score, 0)
+            for name, value in averages(scores).items():
+                writer.add_scalar(f"average/{name}", value, 0)
+
+    def _where(self, scores: Sequence[TaskScore]) -> str:
+        lines = [f"model          {self.root / score.task / 'model'}" for score in scores]
+        if self.config.task.predict:
+            lines.append(f"predictions    {self.root / 'predictions'}")
+        return "\n".join([*lines, f"tensorboard    tensorboard --logdir {self.root}"])
+
+    def _say(self, text: str) -> None:
+        if self.here.is_rank_zero:
+            print(text, flush=True)

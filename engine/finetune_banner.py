@@ -1,0 +1,111 @@
+"""What a fine-tuning job says before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from engine import banner
+from engine.assemble import parameters_of
+from engine.finetune_plan import FinetunePlan, PlannedTask
+from engine.models import hub
+
+
+def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unfinished: Sequence[str]) -> str:
+    """finished: fine-tunings that an earlier start completed. unfinished: those that are continued, with the step."""
+    config, shape = plan.config, plan.shape
+    parameters = parameters_of(hub.skeleton(plan.model_config, "none"))
+    packages = ("mapdistill", "torch", "deepspeed", "transformers")
+    backends = {f"attention {task.backend.name} ({task.backend.reason})": None for task in plan.tasks}
+    kept = f", {finished} of them finished before" if finished else ""
+    how = next(iter(plan.executions.values()))
+    rows: list[tuple[str, str | Sequence[str]]] = [
+        ("versions", ", ".join(f"{name} {version(name)}" for name in packages)),
+        (
+            "model",
+            [
+                f"{plan.model_path}: {plan.model_config.model_type}, {shape.layers} layers, width {shape.width}, "
+                f"{shape.heads} heads, {parameters / 1e6:.1f} M parameters",
+                *backends,
+            ],
+        ),
+        ("tasks", [_task_line(plan, task) for task in plan.tasks]),
+    ]
+    if plan.absent:
+        rows.append(("absent", f"{', '.join(plan.absent)}: no folder under {config.task.data_dir}"))
+    rows += [
+        (
+            "schedule",
+            f"{config.train.schedule}, {config.task.warmup_share:.0%} warm-up, dropout {config.task.dropout:g}",
+        ),
+        ("stopping", _stopping(plan)),
+        ("losses", _losses(plan)),
+    ]
+    rows += [("teacher", _teacher_lines(plan))] if any(task.teacher for task in plan.tasks) else []
+    rows += [
+        ("runs", f"{len(plan.units)} fine-tunings, seeds {', '.join(map(str, config.task.seeds))}{kept}"),
+        ("batch", [_batch_line(plan, batch) for batch in plan.executions]),
+        ("execution", f"{how.precision}, ZeRO stage {how.zero_stage} ({how.source}), {device}"),
+        ("optimizer", optimizer),
+        ("start", [f"continues {line}" for line in unfinished] or "fresh" if not finished else "goes on"),
+        ("output", config.output_dir),
+    ]
+    rows += [("warning", text) for text in plan.warnings]
+    return banner.render(rows) + "\n"
+
+
+def _task_line(plan: FinetunePlan, task: PlannedTask) -> str:
+    spec = task.data.spec
+    dev = " + ".join(f"{len(task.data.splits[name]):,}" for name in spec.dev_splits)
+    kind = f"{len(spec.labels)} labels" if spec.kind == "classification" else spec.kind
+    values = {
+        "epochs": dict.fromkeys(at.epochs for at in task.points),
+        "lr": dict.fromkeys(at.lr for at in task.points),
+        "batch": dict.fromkeys(at.batch for at in task.points),
+    }
+    chosen = ", ".join(f"{name} {' | '.join(f'{value:g}' for value in found)}" for name, found in values.items())
+    return (
+        f"{spec.name}: {task.train_rows:,} rows, {dev} dev; {kind}; score: {' and '.join(spec.metrics)}; {chosen}, "
+        f"{task.seq_len} tokens"
+    )
+
+
+def _stopping(plan: FinetunePlan) -> str:
+    task = plan.config.task
+    when = f"every {task.eval_every} steps" if task.eval_every is not None else "after each epoch"
+    if task.patience is None:
+        return f"none; scores {when}, the last one counts"
+    return f"after {task.patience} scores ({when}) without a better one; the best one counts"
+
+
+def _losses(plan: FinetunePlan) -> str:
+    loss = plan.config.loss
+    if plan.config.teacher.path is None:
+        return f"labels {loss.labels:g}"
+    weights = {"labels": loss.labels} | loss.active
+    return ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight > 0) + (
+        f"; temperature {loss.temperature:g}"
+    )
+
+
+def _teacher_lines(plan: FinetunePlan) -> list[str]:
+    lines: dict[str, None] = {}
+    for task in plan.tasks:
+        if task.teacher is None:
+            continue
+        shape = hub.shape_of(task.teacher.config, has_mlm_head=False)
+        lines[
+            f"{task.teacher.path}: {task.teacher.config.model_type}, {shape.layers} layers, width {shape.width}, "
+            f"{task.teacher.dtype}, attention {task.teacher.backend.name} ({task.teacher.backend.reason})"
+        ] = None
+        if task.teacher.maps:
+            lines |= dict.fromkeys(banner.mapping_table(task.teacher.maps["hidden"], task.teacher.maps["attention"]))
+    return list(lines)
+
+
+def _batch_line(plan: FinetunePlan, batch: int) -> str:
+    how = plan.executions[batch]
+    return (
+        f"{batch} rows = {how.micro_batch_size} micro batch x {how.grad_accum_steps} accumulation x "
+        f"{how.world_size} ranks"
+    )

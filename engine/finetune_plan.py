@@ -1,0 +1,383 @@
+"""What a fine-tuning job will do, worked out and checked before any model is loaded."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PretrainedConfig
+
+from engine import runtime
+from engine.checkpoint import flatten
+from engine.config import TrainConfig
+from engine.data.task_specs import task_spec
+from engine.data.tasks import TaskData, load_task, resolve_names
+from engine.ds_config import Execution
+from engine.errors import UserError
+from engine.losses.loss_set import LossSet
+from engine.mapping import LayerMapping, parse_mapping
+from engine.models import hub
+from engine.models.attention import Backend, resolve_backend
+from engine.models.shape import ModelShape
+from engine.models.task_model import longest_input, model_folder, require_head, task_tokenizer
+from engine.plan import digest, model_hashes, plan_execution
+from engine.score_table import Point
+from engine.task_config import FinetuneConfig, TaskConfig
+from engine.task_run import task_train_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POINT_KEYS = ("lr", "batch", "epochs")
+"""The grid's keys in the order in which folders and tables name them."""
+
+
+@dataclass(frozen=True)
+class TaskTeacher:
+    """A teacher of one task, and what of it the losses need."""
+
+    path: str
+    config: PretrainedConfig
+    backend: Backend
+    dtype: str
+    losses: LossSet | None
+    """Layer-mapped losses and that of the embeddings; None when they are off."""
+    maps: dict[str, LayerMapping]
+
+
+@dataclass(frozen=True)
+class PlannedPoint:
+    """One choice of lr, batch and epochs for one task."""
+
+    point: Point
+    """The part of it that the grid chose."""
+    lr: float
+    batch: int
+    epochs: float
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    data: TaskData
+    rows_sha256: str
+    """Of the rows that train and score."""
+    seq_len: int
+    points: tuple[PlannedPoint, ...]
+    backend: Backend
+    teacher: TaskTeacher | None
+
+    @property
+    def name(self) -> str:
+        return self.data.spec.name
+
+    @property
+    def train_rows(self) -> int:
+        return len(self.data.splits["train"])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One fine-tuning."""
+
+    task: PlannedTask
+    at: PlannedPoint
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        values = ", ".join(f"{name} {value:g}" for name, value in self.at.point)
+        return f"{self.task.name}{', ' + values if values else ''}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    config: FinetuneConfig
+    model_path: str
+    model_config: PretrainedConfig
+    shape: ModelShape
+    tokenizer: PreTrainedTokenizerBase
+    tasks: tuple[PlannedTask, ...]
+    absent: tuple[str, ...]
+    """GLUE tasks that `glue` stands for and that have no files."""
+    executions: dict[int, Execution]
+    """By rows per optimizer step."""
+    model_identity: dict[str, str]
+    warnings: tuple[str, ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        return [unit for task in self.tasks for unit in self.units_of(task)]
+
+    def units_of(self, task: PlannedTask) -> list[Unit]:
+        root = Path(self.config.output_dir) / task.name
+        return [
+            Unit(task, at, seed, root.joinpath(*_folder_names(at.point), f"seed-{seed}"))
+            for at in task.points
+            for seed in self.config.task.seeds
+        ]
+
+    def train_config(self, unit: Unit, rows: int) -> TrainConfig:
+        """rows: training rows, or windows of a span task."""
+        task, train = self.config.task, self.config.train
+        return task_train_config(
+            rows,
+            epochs=unit.at.epochs,
+            lr=unit.at.lr,
+            batch=unit.at.batch,
+            warmup_share=task.warmup_share,
+            schedule=train.schedule,
+            grad_clip=train.grad_clip,
+            log_every=train.log_every,
+            save_every=train.save_every,
+        )
+
+    def unit_config(self, unit: Unit) -> FinetuneConfig:
+        """The configuration that makes this unit alone."""
+        at = unit.at
+        task = replace(
+            self.config.task,
+            name=[unit.task.name],
+            seeds=[unit.seed],
+            grid={},
+            lr=at.lr,
+            batch=at.batch,
+            epochs=at.epochs,
+            seq_len=unit.task.seq_len,
+        )
+        return replace(self.config, task=task)
+
+
+def _folder_names(point: Point) -> list[str]:
+    return ["-".join(f"{name}{value:g}" for name, value in point)] if point else []
+
+
+def make_finetune_plan(config: FinetuneConfig) -> FinetunePlan:
+    """Reads configuration files, tokenizers and task files, and checks them against each other. Raises UserError."""
+    names, absent = resolve_names(config.task.names, config.task)
+    if config.teacher.path is not None and len(names) > 1 and "{task}" not in config.teacher.path:
+        raise UserError(
+            f"teacher.path={config.teacher.path!r}: one teacher cannot know {len(names)} tasks; write {{task}} in it, "
+            "as in runs/teacher/{task}/model, or name one task"
+        )
+    path = model_folder(config.model.path, key="model.path")
+    model_config = hub.load_config(path, key="model.path")
+    hub.model_class(model_config, "classification")
+    _check_activation_checkpointing(config, model_config)
+    executions = _executions(config, names)
+    teachers = {name: hub.load_config(teacher, key="teacher.path") for name, teacher in _teacher_paths(config, names)}
+    tokenizer, warning = task_tokenizer(path, "model.path", model_config, *teachers.values())
+    _check_vocabularies(config, names, tokenizer)
+    shape = hub.shape_of(model_config, has_mlm_head=False)
+    precision = next(iter(executions.values())).precision
+    tasks = tuple(_plan_task(name, config, model_config, teachers.get(name), precision) for name in names)
+    warnings = [warning] if warning else []
+    for task in tasks:
+        warnings += task.data.warnings
+        warnings += task.teacher.losses.warnings if task.teacher is not None and task.teacher.losses is not None else ()
+    return FinetunePlan(
+        config=config,
+        model_path=path,
+        model_config=model_config,
+        shape=shape,
+        tokenizer=tokenizer,
+        tasks=tasks,
+        absent=tuple(absent),
+        executions=executions,
+        model_identity=model_hashes("model", path, model_config),
+        warnings=tuple(dict.fromkeys([*warnings, *_idle_settings(config)])),
+    )
+
+
+def _teacher_paths(config: FinetuneConfig, names: list[str]) -> Iterator[tuple[str, str]]:
+    """The teacher's model folder of each task."""
+    if config.teacher.path is None:
+        return
+    for name in names:
+        yield name, model_folder(config.teacher.path.replace("{task}", name), key="teacher.path")
+
+
+def _check_activation_checkpointing(config: FinetuneConfig, model_config: PretrainedConfig) -> None:
+    kind = hub.model_class(model_config, "classification")
+    if config.model.activation_checkpointing and not getattr(kind, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"model.activation_checkpointing=True: transformers does not support it for model type "
+            f"{model_config.model_type!r}; set it to false"
+        )
+
+
+def _check_vocabularies(config: FinetuneConfig, names: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    for _, path in _teacher_paths(config, names):
+        if hub.load_tokenizer(path, "teacher.path").get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"teacher.path={path!r} has another vocabulary than model.path={config.model.path!r}: both must read "
+                "the same token ids; name a teacher with the model's tokenizer"
+            )
+
+
+def _executions(config: FinetuneConfig, names: list[str]) -> dict[int, Execution]:
+    """How every batch size is executed. Raises UserError in terms of task.batch."""
+    found: dict[int, Execution] = {}
+    for name in names:
+        for at in _points(name, config.task):
+            train = task_train_config(1, epochs=1, lr=at.lr, batch=at.batch, grad_clip=config.train.grad_clip)
+            try:
+                found[at.batch] = plan_execution(config.deepspeed_config, train, config.optim)
+            except UserError as error:
+                key = "task.grid.batch" if "batch" in config.task.grid else "task.batch"
+                raise UserError(str(error).replace("train.global_batch", f"{name}: {key}")) from None
+    return found
+
+
+def _points(name: str, task: TaskConfig) -> tuple[PlannedPoint, ...]:
+    """Every combination of the grid, each once, filled up with the settings and the task's defaults."""
+    defaults = task_spec(name, task).defaults
+    searched = [key for key in POINT_KEYS if key in task.grid]
+    points = []
+    for values in itertools.product(*(dict.fromkeys(task.grid[key]) for key in searched)):
+        point = dict(zip(searched, values, strict=True))
+        chosen = {key: point.get(key, getattr(task, key) or getattr(defaults, key)) for key in POINT_KEYS}
+        at = PlannedPoint(tuple(point.items()), chosen["lr"], int(chosen["batch"]), chosen["epochs"])
+        points.append(at)
+    return tuple(points)
+
+
+def _plan_task(
+    name: str,
+    config: FinetuneConfig,
+    model_config: PretrainedConfig,
+    teacher_config: PretrainedConfig | None,
+    precision: str,
+) -> PlannedTask:
+    data = load_task(name, config.task)
+    sha256 = data.sha256
+    if config.task.predict:  # test rows change no score, so they are not in the hash
+        data = load_task(name, config.task, test=True)
+    if data.spec.kind == "span":
+        hub.model_class(model_config, "span")
+    seq_len = _seq_len(config, data, [model_config, *([teacher_config] if teacher_config is not None else [])])
+    teacher = None
+    if teacher_config is not None:
+        teacher = _plan_teacher(config, data, model_config, teacher_config, seq_len, precision)
+    shape = hub.shape_of(model_config, has_mlm_head=False)
+    backend = _backend("model", config.model.attention, precision, shape, seq_len)
+    return PlannedTask(data, sha256, seq_len, _points(name, config.task), backend, teacher)
+
+
+def _seq_len(config: FinetuneConfig, data: TaskData, models: list[PretrainedConfig]) -> int:
+    """What the user asked for if the models take it; else the task's default, cut to what they take."""
+    limits = [limit for model in models if (limit := longest_input(model)) is not None]
+    wanted = config.task.seq_len or data.spec.defaults.seq_len
+    longest = min([wanted, *limits])
+    if config.task.seq_len is not None and longest < wanted:
+        raise UserError(f"task.seq_len={wanted}: the model takes {longest} tokens at most; set it to {longest} or less")
+    return longest
+
+
+def _backend(section: str, requested: str, dtype: str, shape: ModelShape, seq_len: int) -> Backend:
+    return resolve_backend(
+        requested,
+        device=torch.device("cuda" if runtime.uses_gpu() else "cpu"),
+        dtype=getattr(torch, dtype),
+        seq_len=seq_len,
+        head_dim=shape.width // shape.heads,
+        training=section == "model",
+        key=f"{section}.attention",
+    )
+
+
+def _plan_teacher(
+    config: FinetuneConfig,
+    data: TaskData,
+    model_config: PretrainedConfig,
+    teacher_config: PretrainedConfig,
+    seq_len: int,
+    precision: str,
+) -> TaskTeacher:
+    ((_, path),) = _teacher_paths(config, [data.spec.name])
+    require_head(path, key="teacher.path", config=teacher_config, spec=data.spec)
+    student, teacher = (hub.shape_of(c, has_mlm_head=False) for c in (model_config, teacher_config))
+    dtype = precision if config.teacher.dtype == "auto" else config.teacher.dtype
+    maps: dict[str, LayerMapping] = {}
+    losses = None
+    mapped = replace(config.loss, logits=0.0, temperature=1.0)  # these two are TaskModule's
+    if mapped.active:
+        sizes = {"student_layers": student.layers, "teacher_layers": teacher.layers}
+        texts = {"hidden": config.mapping.hidden, "attention": config.mapping.attention or config.mapping.hidden}
+        maps = {key: parse_mapping(text, key=f"mapping.{key}", **sizes) for key, text in texts.items()}
+        losses = LossSet(
+            mapped,
+            config.mapping,
+            hidden_map=maps["hidden"],
+            attention_map=maps["attention"],
+            student=student,
+            teacher=teacher,
+            mlm_probability=0.0,
+        )
+    elif config.loss.logits == 0:
+        raise UserError("teacher.path is set, but every loss towards the teacher is 0; set loss.logits or remove it")
+    return TaskTeacher(
+        path,
+        teacher_config,
+        _backend("teacher", config.teacher.attention, dtype, teacher, seq_len),
+        dtype,
+        losses,
+        maps,
+    )
+
+
+def _idle_settings(config: FinetuneConfig) -> list[str]:
+    """Settings without effect, one sentence each."""
+    idle = []
+    if config.teacher.path is None:
+        for name in ("temperature", "projection", "projection_bias", "average_layers", "relation_heads"):
+            if getattr(config.loss, name) != getattr(type(config.loss)(), name):
+                idle.append(f"loss.{name} has no effect without teacher.path")
+        if config.mapping != type(config.mapping)():
+            idle.append("mapping has no effect without teacher.path")
+    elif config.loss.temperature != 1.0 and config.loss.logits == 0:
+        idle.append("loss.temperature has no effect while loss.logits is 0")
+    return idle
+
+
+def unit_identity(plan: FinetunePlan, unit: Unit) -> dict[str, Any]:
+    """What must be the same when a fine-tuning is continued, or its result taken over."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(plan.unit_config(unit))))
+    for name in ("output_dir", "resume", "deepspeed_config", "dry_run", "require_fused", "train"):
+        settings.pop(name)
+    for name in ("path", "attention", "activation_checkpointing"):
+        settings["model"].pop(name)
+    for name in ("path", "attention"):
+        settings["teacher"].pop(name)
+    task = settings["task"]
+    for name in ("data_dir", "custom", "train_rows", "dev_rows", "predict", "name"):  # the rows' hash says it all
+        task.pop(name)
+    if unit.task.data.spec.kind != "span":
+        task.pop("doc_stride")
+    if plan.config.task.patience is None:
+        task.pop("eval_every")
+    teacher, train = unit.task.teacher, plan.config.train
+    of_teacher: dict[str, Any] = {}
+    if teacher is None:
+        for name in ("teacher", "mapping"):
+            settings.pop(name)
+        settings["loss"] = {"labels": plan.config.loss.labels}
+    else:
+        of_teacher = model_hashes("teacher", teacher.path, teacher.config)
+        of_teacher |= {f"mapping.{key}_resolved": str(found) for key, found in teacher.maps.items()}
+    return (
+        flatten(settings)
+        | of_teacher
+        | {
+            "task.rows_sha256": unit.task.rows_sha256,
+            "train.schedule": train.schedule,
+            "train.grad_clip": train.grad_clip,
+            "tokenizer.sha256": digest([plan.tokenizer.get_vocab(), plan.tokenizer.model_input_names]),
+            **plan.model_identity,
+        }
+    )

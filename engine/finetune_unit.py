@@ -1,0 +1,301 @@
+"""One fine-tuning of a job: its run directory, its resume, its export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from engine import runtime
+from engine.checkpoint import Checkpointer, changed_keys
+from engine.data.batch import Counts
+from engine.data.encoded_task import EncodedTask
+from engine.errors import UserError
+from engine.export import export_checkpoint
+from engine.finetune_plan import FinetunePlan, Unit, unit_identity
+from engine.models.flops import forward_flops_per_token
+from engine.models.projections import Projections
+from engine.models.student import enable_activation_checkpointing
+from engine.models.task_model import head_of, load_task_model
+from engine.models.teacher import FrozenTeacher
+from engine.monitor import Monitor
+from engine.records import final_result, read_records
+from engine.run_dir import RunDir, step_tag
+from engine.runtime import Agreement, Runtime, StopRequest
+from engine.score_table import UnitScore
+from engine.task_module import TaskModule
+from engine.task_run import TaskResult, train_on_task
+from engine.trainer import Outcome
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier start left of a unit."""
+
+    result: dict[str, Any] | None
+    """Its `result` record, when it was finished."""
+    tag: str | None
+    """The checkpoint to continue from, when it was not."""
+
+
+def look_back(plan: FinetunePlan, unit: Unit) -> Earlier:
+    """Raises UserError when what is there was computed differently, or must not be there (resume=never)."""
+    run_dir = RunDir(unit.folder)
+    records = read_records(run_dir.records) if run_dir.records.is_file() else []
+    checkpointer = _checkpointer(plan, unit)
+    if plan.config.resume == "never":
+        if records or run_dir.complete_tags():
+            raise UserError(
+                f"resume='never', but {unit.folder} holds a fine-tuning; name another output_dir, remove that folder, "
+                "or write resume=auto"
+            )
+        return Earlier(None, None)
+    result = final_result(records)
+    if result is None:
+        return Earlier(None, checkpointer.choose("auto"))
+    changes = changed_keys(result["identity"], checkpointer.identity)
+    if changes:
+        raise UserError(
+            f"{unit.folder} holds a fine-tuning that was computed differently ({'; '.join(changes)}). Restore these "
+            "values, name another output_dir, or remove that folder"
+        )
+    return Earlier(result, None)
+
+
+def _checkpointer(plan: FinetunePlan, unit: Unit) -> Checkpointer:
+    return Checkpointer(
+        run_dir=RunDir(unit.folder),
+        execution=plan.executions[unit.at.batch],
+        identity=unit_identity(plan, unit),
+        export={},
+        keep=1,
+        is_rank_zero=runtime.launcher_rank() == 0,
+    )
+
+
+def score_of(unit: Unit, result: dict[str, Any]) -> UnitScore:
+    return UnitScore(
+        point=unit.at.point,
+        seed=unit.seed,
+        score=result["score"],
+        metrics=result["metrics"],
+        steps=result["steps_run"],
+        samples=result["samples"],
+        seconds=result["seconds"],
+    )
+
+
+def task_module(plan: FinetunePlan, unit: Unit) -> TaskModule:
+    """With its initial weights, which depend on the model and the unit's seed alone."""
+    config, teacher = plan.config, unit.task.teacher
+    spec = unit.task.data.spec
+    student = load_task_model(
+        plan.model_path,
+        key="model.path",
+        spec=spec,
+        dropout=config.task.dropout,
+        seed=unit.seed,
+        backend=unit.task.backend.name,
+    )
+    if config.model.activation_checkpointing:
+        enable_activation_checkpointing(student)
+    projections = None
+    if teacher is not None and teacher.losses is not None:
+        torch.manual_seed(unit.seed + 1)
+        projections = Projections(
+            config.loss,
+            student_width=plan.shape.width,
+            teacher_width=teacher.config.hidden_size,
+            layers=teacher.losses.projected_layers,
+        )
+    return TaskModule(
+        student,
+        kind=spec.kind,
+        loss=config.loss,
+        with_teacher=teacher is not None,
+        losses=None if teacher is None else teacher.losses,
+        projections=projections,
+    )
+
+
+class UnitRun:
+    """One start of a unit on this rank."""
+
+    def __init__(
+        self, plan: FinetunePlan, unit: Unit, tag: str | None, *, here: Runtime, agreement: Agreement, stop: StopRequest
+    ) -> None:
+        self.plan, self.unit, self.tag = plan, unit, tag
+        self.here, self.agreement, self.stop = here, agreement, stop
+        self.run_dir = RunDir(unit.folder)
+        self.execution = plan.executions[unit.at.batch]
+        self.config_text = yaml.safe_dump(asdict(plan.unit_config(unit)), sort_keys=False)
+
+    def run(self, task: EncodedTask, teacher: FrozenTeacher | None) -> dict[str, Any] | None:
+        """Collective. The result record (with `score` None after a divergence), or None when it was preempted."""
+        plan, unit = self.plan, self.unit
+        checkpointer = _checkpointer(plan, unit)
+        if self.here.is_rank_zero:
+            self._tidy(checkpointer)
+            self._write_settings()
+        module = task_module(plan, unit)
+        train = plan.train_config(unit, len(task.train))
+        monitor = Monitor(
+            active=self.here.is_rank_zero,
+            tensorboard=self.run_dir.tensorboard,
+            records=self.run_dir.records,
+            steps=train.steps,
+            flops_per_token=self._flops_per_token(module, teacher, task),
+            device=self.here.device,
+            config_text=self.config_text,
+            part_of_a_job=True,
+        )
+        checkpointer.export.update(self._description(module))
+        monitor.write_record("run", status="started", step=0, resumed_from=self.tag, steps=train.steps, **self._facts())
+        try:
+            result = train_on_task(
+                module=module,
+                task=task,
+                train=train,
+                optim=plan.config.optim,
+                execution=self.execution,
+                runtime=self.here,
+                agreement=self.agreement,
+                stop=self.stop,
+                seed=unit.seed,
+                monitor=monitor,
+                checkpointer=checkpointer,
+                tag=self.tag,
+                teacher=teacher,
+                patience=plan.config.task.patience,
+                eval_every=plan.config.task.eval_every,
+                require_fused=plan.config.require_fused,
+            )
+            monitor.end_progress()
+            if result.outcome is Outcome.PREEMPTED:
+                monitor.write_record("run", status="preempted", step=result.step, signal=self.stop.signal)
+                return None
+            return self._finish(result, monitor, checkpointer.identity, train.global_batch)
+        finally:
+            monitor.close()
+
+    def _tidy(self, checkpointer: Checkpointer) -> None:
+        """Puts what earlier starts left out of the way."""
+        for name in checkpointer.clean():
+            print(f"removed {name}: an unfinished checkpoint")
+        for path in self.run_dir.set_aside_logs() if self.tag is None else ():
+            print(f"renamed {path} to superseded-{path.name}: this fine-tuning starts anew")
+
+    def _write_settings(self) -> None:
+        self.run_dir.root.mkdir(parents=True, exist_ok=True)
+        self.run_dir.config.write_text(self.config_text, encoding="utf-8")
+        self.run_dir.ds_config.write_text(json.dumps(self.execution.resolved, indent=2) + "\n", encoding="utf-8")
+        self.plan.tokenizer.save_pretrained(self.run_dir.tokenizer)
+
+    def _flops_per_token(self, module: TaskModule, teacher: FrozenTeacher | None, task: EncodedTask) -> float:
+        """See TFLOPS_NOTE of engine/monitor.py, at the mean length of a row. A head on the first token (and the pooler)
+        runs once a row."""
+        length, student = task.mean_tokens, module.student
+        share = 1.0 if task.spec.kind == "span" else 1 / length
+        forward = forward_flops_per_token(student, self.plan.shape, round(length), head_share=share)  # type: ignore[arg-type]
+        pooler = getattr(student.base_model, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            forward -= (1 - 1 / length) * 2.0 * sum(p.numel() for p in pooler.parameters() if p.ndim == 2)
+        of_teacher = 0.0 if teacher is None else teacher.flops_per_token(round(length), head_share=share)
+        projections = 2.0 * sum(p.numel() for p in module.projections.parameters())
+        return of_teacher + 3.0 * (forward + projections)
+
+    def _facts(self) -> dict[str, Any]:
+        at = self.unit.at
+        return {
+            "task": self.unit.task.name,
+            "lr": at.lr,
+            "batch": at.batch,
+            "epochs": at.epochs,
+            "seed": self.unit.seed,
+            **self.execution.facts,
+        }
+
+    def _description(self, module: TaskModule) -> dict[str, Any]:
+        """What a checkpoint tells the export."""
+        unit, config = self.unit, self.plan.config
+        spec, student = unit.task.data.spec, module.student
+        teacher = unit.task.teacher
+        card = {
+            "task": spec.name,
+            "fine-tuned from": config.model.path,
+            "training rows": f"{unit.task.train_rows:,}",
+            "epochs, learning rate, batch": f"{unit.at.epochs:g}, {unit.at.lr:g}, {unit.at.batch}",
+            "longest input": f"{unit.task.seq_len} tokens",
+            "seed": unit.seed,
+        }
+        if teacher is not None:
+            card["teacher"] = teacher.path
+        return {"student_config": student.config.to_dict(), "head": head_of(spec), "card": card}
+
+    def _finish(self, result: TaskResult, monitor: Monitor, identity: dict[str, Any], batch: int) -> dict[str, Any]:
+        """Exports, writes the result, removes the checkpoints (rank 0)."""
+        history = monitor.history
+        seconds = sum(record["seconds"] for record in history.steps.values())
+        timed = sum(record["samples_per_s"] * record["seconds"] for record in history.steps.values())
+        fields = {
+            "status": result.outcome.value,
+            "score": result.score,
+            "metrics": result.metrics,
+            "step": result.step,
+            "steps_run": result.steps_run,
+            "samples": timed,
+            "seconds": seconds,
+            "samples_per_s": timed / seconds if seconds else None,
+            "optimizer": result.optimizer,
+            "identity": identity,
+            **self._facts(),
+        }
+        if not self.here.is_rank_zero:
+            return fields
+        if result.score is not None:
+            scores = {name: f"{value:.4f}" for name, value in {"dev score": result.score, **result.metrics}.items()}
+            export_checkpoint(self.run_dir, step_tag(result.step), self.run_dir.model, scores=scores)
+            fields["model"] = str(self.run_dir.model)
+            self._write_hparams(result.score)
+        monitor.write_record("result", **fields)
+        remove_checkpoints(self.run_dir)
+        return fields
+
+    def _write_hparams(self, score: float) -> None:
+        """For TensorBoard's table of hyper-parameters, beside the curves of this unit."""
+        at = self.unit.at
+        values = {
+            "task": self.unit.task.name,
+            "lr": at.lr,
+            "batch": at.batch,
+            "epochs": at.epochs,
+            "seed": self.unit.seed,
+        }
+        with SummaryWriter(str(self.run_dir.tensorboard)) as writer:
+            writer.add_hparams(values, {"hparam/score": score}, run_name=".")
+
+
+def remove_checkpoints(run_dir: RunDir) -> None:
+    """Of a unit whose result is written."""
+    shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
+    shutil.rmtree(run_dir.tokenizer, ignore_errors=True)  # the model's folder has it
+
+
+def stopping(agreement: Agreement, stop: StopRequest) -> bool:
+    """Whether any rank was told to stop between two units. Collective."""
+    return agreement.reduce(Counts(), stop.requested)[1]
+
+
+def relative_link(link: Path, target: Path) -> None:
+    """Makes `link` point to `target` in the same tree, whatever it pointed to before."""
+    pending = link.with_name(f"{link.name}.part")
+    pending.unlink(missing_ok=True)
+    pending.symlink_to(target.relative_to(link.parent), target_is_directory=True)
+    pending.replace(link)

@@ -1,0 +1,211 @@
+"""A classifier, regressor or span finder around any encoder, with a head that the task and the seed decide."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from engine.data.task_specs import TaskSpec
+from engine.errors import UserError
+from engine.models.capture import install
+from engine.models.hub import (
+    AUTO_CLASSES,
+    LOAD_ERRORS,
+    Head,
+    _not_readable,
+    _where,
+    load_config,
+    load_tokenizer,
+    model_class,
+    quiet,
+)
+from engine.models.student import DROPOUTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "qa_dropout")
+"""The names that encoders give to the dropout of a task head."""
+INSIDE = ("student", "model")
+"""Where a run directory keeps its model: of launch/distill.py, of launch/finetune.py."""
+LEARNED_FROM_PAD = frozenset(
+    ["roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "data2vec-text", "mpnet", "roformer"]
+)
+"""Model types whose positions start behind the pad token's index."""
+
+
+def head_of(spec: TaskSpec) -> Head:
+    return "span" if spec.kind == "span" else "classification"
+
+
+def model_folder(path: str, *, key: str) -> str:
+    """`path`, or the model inside it when it is a run directory. Raises UserError for one without a model yet."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return path
+    for name in INSIDE:
+        if (folder / name / "config.json").is_file():
+            return str(folder / name)
+    if (folder / "checkpoints").is_dir() or (folder / "records.jsonl").is_file():
+        raise UserError(
+            f"{key}={path!r} is a run directory without a model yet: let the run finish, or write its newest "
+            f"checkpoint with `python launch/export.py --run {path}`"
+        )
+    return path  # load_config says what is missing
+
+
+def longest_input(config: PretrainedConfig) -> int | None:
+    """The most tokens that the model has positions for; None: no limit known."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        return None
+    if config.model_type in LEARNED_FROM_PAD:
+        return positions - (config.pad_token_id or 0) - 1
+    return positions
+
+
+def task_tokenizer(path: str, key: str, *configs: PretrainedConfig) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer of a model, without token types when one of the models (`configs`) takes none; and a warning, or
+    nothing. Raises UserError for one without a pad token."""
+    tokenizer = load_tokenizer(path, key)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{key}={path!r}: its tokenizer has no pad token; add pad_token to tokenizer_config.json")
+    without = [config.model_type for config in configs if not _takes_types(config)]
+    if "token_type_ids" in tokenizer.model_input_names and without:
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        if len(without) < len(configs):
+            return tokenizer, f"token types are left out: model type {without[0]!r} takes none"
+    return tokenizer, ""
+
+
+def _takes_types(config: PretrainedConfig) -> bool:
+    parameters = inspect.signature(model_class(config, "none").forward).parameters
+    return "token_type_ids" in parameters and getattr(config, "type_vocab_size", 2) >= 2
+
+
+def set_head(config: PretrainedConfig, spec: TaskSpec) -> None:
+    """Writes the task's labels and kind into the configuration."""
+    if spec.kind == "classification":
+        config.id2label = dict(enumerate(spec.labels))
+        config.label2id = {label: index for index, label in enumerate(spec.labels)}
+        config.problem_type = "single_label_classification"
+    else:
+        config.num_labels = 1 if spec.kind == "regression" else 2
+        config.problem_type = "regression" if spec.kind == "regression" else None
+
+
+def head_problem(config: PretrainedConfig, spec: TaskSpec) -> str | None:
+    """Why the head that a model was saved with is not one for this task; None when it is."""
+    wanted = model_class(config, head_of(spec)).__name__
+    saved = ", ".join(config.architectures or ()) or "no class named in config.json"
+    if wanted not in (config.architectures or ()):
+        return f"it was saved without {AUTO_CLASSES[head_of(spec)][1]} ({saved}, not {wanted})"
+    if spec.kind == "classification":
+        labels = tuple(config.id2label[index] for index in sorted(config.id2label))
+        if labels != spec.labels:
+            return f"its labels are {', '.join(labels)}, those of {spec.name} are {', '.join(spec.labels)}"
+    elif spec.kind == "regression" and config.num_labels != 1:
+        return f"it has {config.num_labels} outputs, the regression {spec.name} needs 1"
+    return None
+
+
+def require_head(path: str, *, key: str, config: PretrainedConfig, spec: TaskSpec) -> None:
+    """Raises UserError when the model at `path` was not fine-tuned on the task."""
+    problem = head_problem(config, spec)
+    if problem is not None:
+        raise UserError(
+            f"{key}={path!r} is no teacher for {spec.name}: {problem}; fine-tune it on {spec.name} with "
+            "launch/finetune.py first (or correct id2label in its config.json, in the order of its outputs)"
+        )
+
+
+def load_task_model(
+    path: str,
+    *,
+    key: str,
+    spec: TaskSpec,
+    dropout: float,
+    seed: int,
+    backend: str,
+    head_required: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """The model with a head for the task, on the CPU, in train mode and ready for `capture`.
+
+    path: model folder, run directory or hub name; `key` names its setting in errors. Every weight of the encoder must
+    be there. A pooler that is not, and the head unless it was saved for the same labels, start from `seed` alone; the
+    caller's random state is untouched. dropout: of encoder and head. backend: as resolved by `resolve_backend`.
+    head_required: for a teacher; raises UserError unless all weights are there and the labels are the task's.
+    """
+    path = model_folder(path, key=key)
+    config = load_config(path, key)
+    if head_required:
+        require_head(path, key=key, config=config, spec=spec)
+    other_labels = model_class(config, head_of(spec)).__name__ in (config.architectures or ()) and (
+        head_problem(config, spec) is not None
+    )
+    set_head(config, spec)
+    for name in (*DROPOUTS, *HEAD_DROPOUTS):
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, absent = _load(path, key=key, config=config, head=head_of(spec), dtype=dtype)
+        _check_absent(model, absent, path=path, key=key, head_required=head_required)
+        if other_labels:
+            model = _with_new_head(model, absent, seed)
+    install(model, backend)
+    return model.train()
+
+
+def _load(
+    path: str, *, key: str, config: PretrainedConfig, head: Head, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its weights that the file has not, or has in another shape."""
+    load: Any = model_class(config, head).from_pretrained
+    try:
+        with quiet():
+            model, info = load(
+                path,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **_where(path),
+            )
+    except LOAD_ERRORS as error:
+        raise _not_readable(path, key, "weights", error) from None
+    return model, sorted({*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])})
+
+
+def _in_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight belongs to the head or the pooler, which a fine-tuning may start anew."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
+def _check_absent(model: PreTrainedModel, absent: list[str], *, path: str, key: str, head_required: bool) -> None:
+    needed = [name for name in absent if head_required or not _in_head(model, name)]
+    if needed:
+        raise UserError(
+            f"{key}={path!r}: {len(needed)} weights are missing from the file or have another shape, "
+            f"first {', '.join(needed[:3])}; name a folder whose weights fit its config.json"
+            + (" and that holds a fine-tuned model" if head_required else "")
+        )
+
+
+def _with_new_head(model: PreTrainedModel, absent: list[str], seed: int) -> PreTrainedModel:
+    """The same encoder with a head from the seed: the head in the file tells other labels apart."""
+    torch.manual_seed(seed)
+    with quiet():
+        fresh = type(model)(model.config)
+    body = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in absent and name.startswith(f"{model.base_model_prefix}.")
+    }
+    fresh.load_state_dict(body, strict=False)
+    return fresh.to(model.dtype)

@@ -1,0 +1,241 @@
+"""Scores of frozen features without fine-tuning: cosine, logistic and ridge regression. No random numbers, so that one
+student always gets one score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import normalize, one_hot
+
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from engine.data.tasks import TaskSpec
+
+Outputs = npt.NDArray[np.float64]
+Labels = npt.NDArray[Any]
+
+GRADIENT_TOLERANCE = 1e-6
+"""Largest entry of the preconditioned gradient at which the logistic regression counts as solved: logits are then
+within about 1e-4 of the optimum."""
+MOST_ITERATIONS = 100
+"""About 10 are needed on real features."""
+DEV_CHUNK = 4096
+"""Dev rows that are held in float64 at a time."""
+
+
+@dataclass(frozen=True)
+class ProbeFeatures:
+    """The pooled texts of one split."""
+
+    first: torch.Tensor
+    """(n, D) float32."""
+    second: torch.Tensor | None
+    """(n, D) float32 second text of each pair; None for single texts."""
+
+
+def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, L, D) of any float dtype -> (B, D) float32: the mean over the real tokens of each row. 0 for a row without
+    any. attention_mask: (B, L), 1 = real; None: all are. What stands at padded positions does not matter, not even
+    nan."""
+    if attention_mask is None:
+        return hidden.mean(1, dtype=torch.float32)
+    real = attention_mask.bool()
+    total = hidden.masked_fill(~real[..., None], 0).sum(1, dtype=torch.float32)
+    return total / real.sum(1, keepdim=True).clamp(min=1)
+
+
+def pair_features(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """(n, D) twice -> (n, 2D) float32: |u - v| and u * v of the rows u, v scaled to length 1."""
+    u, v = (normalize(rows.double(), dim=1).float() for rows in (first, second))
+    return torch.cat([(u - v).abs(), u * v], 1)
+
+
+def cosine(first: torch.Tensor, second: torch.Tensor) -> Outputs:
+    """(n, D) twice -> (n,) cosine of each pair of rows; 0 where one of them is 0."""
+    return (normalize(first.double(), dim=1) * normalize(second.double(), dim=1)).sum(1).numpy()
+
+
+def default_l2(features: torch.Tensor) -> float:
+    """D / n for (n, D) training features: weights with prior variance 1 / D, so that a logit (or a standardised target)
+    has prior variance of about 1 however wide the student is."""
+    return features.shape[1] / len(features)
+
+
+def logistic_probe(
+    train: torch.Tensor, labels: Labels, dev: torch.Tensor, *, classes: int, l2: float
+) -> npt.NDArray[np.float64]:
+    """(n, D) features, (n,) label indices below `classes`, (m, D) features -> (m, classes) logits.
+
+    Multinomial logistic regression on features with mean 0 and variance 1 over the training rows: the least
+    mean cross-entropy + l2 / 2 * (sum of squared weights), intercepts free (scikit-learn's C = 1 / (l2 * n); for two
+    classes 2 / (l2 * n), since it has one weight vector there and we have two). A class without a training row is
+    never the largest logit. All logits are nan when a training feature is not finite.
+    """
+    assert l2 > 0, l2
+    assert len(train) == len(labels) > 0, (train.shape, labels.shape)
+    present, targets = np.unique(labels, return_inverse=True)
+    assert 0 <= present[0] <= present[-1] < classes, (present, classes)
+    if not _finite(train):
+        return np.full((len(dev), classes), np.nan)
+    scale = _Scale.of(train)
+    weights = _fit_logistic(scale(train), torch.from_numpy(targets), classes=len(present), l2=l2)
+    fitted = _apply(scale, weights, dev)
+    logits = np.repeat(fitted.min(1, keepdims=True) - 1.0, classes, axis=1)
+    logits[:, present] = fitted
+    return logits
+
+
+def ridge_probe(train: torch.Tensor, targets: Labels, dev: torch.Tensor, *, l2: float) -> Outputs:
+    """(n, D) features, (n,) numbers, (m, D) features -> (m,) predictions.
+
+    Least squares on features with mean 0 and variance 1 over the training rows: the least mean squared error
+    + l2 * (sum of squared weights), intercept free (scikit-learn's Ridge: alpha = l2 * n). All predictions are nan when
+    a training feature is not finite.
+    """
+    assert l2 > 0, l2
+    assert len(train) == len(targets) > 0, (train.shape, targets.shape)
+    if not _finite(train):
+        return np.full(len(dev), np.nan)
+    scale = _Scale.of(train)
+    rows = scale(train)
+    wanted = torch.from_numpy(np.asarray(targets, np.float64))
+    middle = wanted.mean()
+    factor = _factor(rows, share=1.0, l2=l2)
+    slopes = torch.cholesky_solve((rows.T @ (wanted - middle))[:, None] / len(rows), factor)
+    return _apply(scale, torch.cat([slopes, middle.reshape(1, 1)]), dev)[:, 0]
+
+
+def needs_training_rows(spec: TaskSpec) -> bool:
+    """Whether probe_outputs wants `train`."""
+    return not spec.similarity
+
+
+def probe_outputs(
+    spec: TaskSpec, train: ProbeFeatures | None, train_labels: Labels | None, dev: dict[str, ProbeFeatures]
+) -> dict[str, Outputs]:
+    """Outputs of each dev split as engine.metrics.score_task takes them: cosine for similarity tasks, where `train` and
+    `train_labels` are not read; (m, labels) logits of a classification; predictions of another regression. Pairs are
+    seen as pair_features. Where a student's features are not finite, neither are its outputs.
+
+    Raises UserError for a span task.
+    """
+    if spec.kind == "span":
+        raise UserError(
+            f"proxy.tasks={spec.name!r}: a probe cannot score spans of text; write proxy.evaluator=finetune"
+        )
+    with _one_thread():
+        if spec.similarity:
+            return {name: _similarity(features) for name, features in dev.items()}
+        assert train is not None, spec.name
+        assert train_labels is not None, spec.name
+        rows = _features(train)
+        together = torch.cat([_features(part) for part in dev.values()])  # one fit for all dev splits
+        if spec.kind == "regression":
+            outputs = ridge_probe(rows, train_labels, together, l2=default_l2(rows))
+        else:
+            classes = len(spec.labels)
+            outputs = logistic_probe(rows, train_labels, together, classes=classes, l2=default_l2(rows))
+    ends = np.cumsum([len(part.first) for part in dev.values()])
+    return dict(zip(dev, np.split(outputs, ends[:-1]), strict=True))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The same sums for any number of threads; and many short parallel loops wait long where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _similarity(pairs: ProbeFeatures) -> Outputs:
+    assert pairs.second is not None
+    return cosine(pairs.first, pairs.second)
+
+
+def _features(texts: ProbeFeatures) -> torch.Tensor:
+    return texts.first if texts.second is None else pair_features(texts.first, texts.second)
+
+
+def _finite(features: torch.Tensor) -> bool:
+    return bool(torch.isfinite(features).all())
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Features to mean 0 and variance 1. A feature that is constant in the training rows becomes 0 everywhere."""
+
+    mean: torch.Tensor
+    inverse: torch.Tensor
+
+    @staticmethod
+    def of(train: torch.Tensor) -> _Scale:
+        rows = train.double()
+        mean = rows.mean(0)
+        deviation = (rows - mean).square_().mean(0).sqrt_()  # torch.var_mean over columns is three times slower
+        # Below a millionth of the mean there is nothing but the rounding of float32.
+        constant = deviation <= 1e-6 * mean.abs()
+        return _Scale(mean, torch.where(constant, 0.0, 1.0 / deviation))
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, D) float64."""
+        return (features.double() - self.mean).mul_(self.inverse)
+
+
+def _apply(scale: _Scale, weights: torch.Tensor, features: torch.Tensor) -> Outputs:
+    """(m, D) features -> (m, K) outputs of (D + 1, K) weights, the intercept in the last row."""
+    chunks = [scale(chunk) @ weights[:-1] + weights[-1] for chunk in features.split(DEV_CHUNK)]
+    return torch.cat(chunks).numpy()
+
+
+def _factor(rows: torch.Tensor, *, share: float, l2: float) -> torch.Tensor:
+    """Lower Cholesky factor of share * rows^T rows / n + l2 * identity."""
+    gram = rows.T @ rows
+    gram *= share / len(rows)
+    gram.diagonal().add_(l2)
+    return torch.linalg.cholesky(gram)
+
+
+def _fit_logistic(rows: torch.Tensor, targets: torch.Tensor, *, classes: int, l2: float) -> torch.Tensor:
+    """(n, D) standardised rows, (n,) classes -> (D + 1, classes) weights, the intercept in the last row.
+
+    LBFGS on L^T W, where L L^T is the Hessian at W = 0: at most a few dozen passes over the rows instead of hundreds,
+    since the features of small students are nearly collinear.
+    """
+    wanted = one_hot(targets, classes).double()
+    lower = _factor(rows, share=1.0 / classes, l2=l2)
+    upper, intercept_scale = lower.T.contiguous(), math.sqrt(classes)
+    point = torch.zeros(rows.shape[1] + 1, classes, dtype=torch.float64)
+
+    def weights() -> torch.Tensor:
+        slopes = torch.linalg.solve_triangular(upper, point[:-1], upper=True)
+        return torch.cat([slopes, intercept_scale * point[-1:]])
+
+    def loss() -> torch.Tensor:
+        w = weights()
+        logits = rows @ w[:-1] + w[-1]
+        total = torch.logsumexp(logits, 1, keepdim=True)
+        error = ((logits - total).exp_() - wanted) / len(rows)
+        slope = torch.linalg.solve_triangular(lower, rows.T @ error + l2 * w[:-1], upper=False)
+        point.grad = torch.cat([slope, intercept_scale * error.sum(0, keepdim=True)])
+        return total.mean() - (logits * wanted).sum() / len(rows) + 0.5 * l2 * w[:-1].square().sum()
+
+    solver = torch.optim.LBFGS(
+        [point],
+        max_iter=MOST_ITERATIONS,
+        tolerance_grad=GRADIENT_TOLERANCE,
+        tolerance_change=1e-14,  # the gradient decides; this ends a search that stands still
+        line_search_fn="strong_wolfe",
+    )
+    solver.step(loss)  # type: ignore[no-untyped-call]
+    return weights()

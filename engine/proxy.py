@@ -1,0 +1,254 @@
+"""The proxy job: short distillations of several genomes side by side, each student scored on tasks.
+
+One teacher forward serves every student of the cohort; each has its own optimizer, clipping and loss scaler, and the
+same numbers as if it were alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import operator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+
+from engine import runtime
+from engine.assemble import load_teacher, open_corpus
+from engine.data.loader import CorpusLoader
+from engine.errors import UserError
+from engine.models.teacher import FrozenTeacher
+from engine.monitor import open_records, peak_memory_gib
+from engine.plan import Plan
+from engine.proxy_cohort import IntermediateScores, Member, build_member
+from engine.proxy_evaluators import Evaluator, Scores, Stopped, build_evaluator
+from engine.proxy_plan import Genome, ProxyPlan, make_proxy_plan
+from engine.proxy_report import Result, closing_text, describe_start, earlier_results, signal_of
+from engine.records import RecordWriter
+from engine.run_dir import RunDir
+from engine.task_config import ProxyJobConfig
+from engine.trainer import Outcome, Trainer
+
+EXIT_DONE, EXIT_DIVERGED, EXIT_STOPPED = 0, 3, 4
+
+
+def proxy(config: ProxyJobConfig) -> int:
+    """Runs the genomes that have no result yet; returns the exit code: 0 when any genome has one, 3 when all diverged,
+    4 when told to stop (finished results are recorded, and the same command runs the others)."""
+    began = psutil.Process().create_time()  # starting Python and importing are part of what a proxy costs
+    plan = make_proxy_plan(config)
+    run_dir = RunDir(Path(config.output_dir))
+    if runtime.launcher_rank() == 0 and not config.dry_run:
+        _write_settings(plan, run_dir)
+    here = runtime.start(config.seed)
+    code = ProxyJob(plan, run_dir, here, began).run()
+    torch.distributed.destroy_process_group()
+    return code
+
+
+def _write_settings(plan: ProxyPlan, run_dir: RunDir) -> None:
+    try:
+        run_dir.root.mkdir(parents=True, exist_ok=True)
+        run_dir.config.write_text(yaml.safe_dump(asdict(plan.config), sort_keys=False), encoding="utf-8")
+        run_dir.ds_config.write_text(json.dumps(plan.base.execution.resolved, indent=2) + "\n", encoding="utf-8")
+        plan.base.tokenizer.save_pretrained(run_dir.tokenizer)
+    except OSError as error:
+        raise UserError(f"output_dir={plan.config.output_dir!r} cannot be written: {error}") from None
+
+
+class ProxyJob:
+    """One start on this rank."""
+
+    def __init__(self, plan: ProxyPlan, run_dir: RunDir, here: runtime.Runtime, began: float) -> None:
+        self.plan, self.run_dir, self.here, self.began = plan, run_dir, here, began
+        self.config = plan.config
+        self.seeds = range(self.config.seed, self.config.seed + self.config.proxy.repeats)
+        self.names = {genome.key: genome.given for genome in plan.genomes}
+        self.agreement, self.stop = runtime.Agreement(), runtime.StopRequest()
+        self.wall: dict[str, float] = {}
+        """Seconds by phase, over all cohorts of this start."""
+        self.failed: list[str] = []
+        self.results: dict[tuple[str, int], Result] = {}
+        """By genome and seed; with those of earlier starts that can be compared."""
+        self._records: RecordWriter | None = None
+
+    def run(self) -> int:
+        self.results = self._earlier_results()
+        if self.here.is_rank_zero:
+            print(describe_start(self.plan, self.here, self.seeds, set(self.results)), flush=True)
+        if self.config.dry_run:
+            return EXIT_DONE
+        self.wall["start"] = time.time() - self.began
+        self._records = open_records(self.run_dir.records) if self.here.is_rank_zero else None
+        try:
+            return self._run()
+        finally:
+            if self._records is not None:
+                self._records.close()
+
+    def _earlier_results(self) -> dict[tuple[str, int], Result]:
+        """Read by rank 0 and told to all: the file may be on its host alone."""
+        box: list[dict[tuple[str, int], Result]] = [{}]
+        if self.here.is_rank_zero and self.config.resume == "auto":
+            box = [earlier_results(self.run_dir.records, self.plan.fingerprint)]
+        if self.here.world_size > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _run(self) -> int:
+        self._record("run", status="started", fingerprint_parts=self.plan.fingerprint_parts)
+        missing = {
+            seed: [genome for genome in self.plan.genomes if (genome.key, seed) not in self.results]
+            for seed in self.seeds
+        }
+        if any(missing.values()):
+            with self._phase("encode"):
+                evaluator = self._build_evaluator()
+            with self._phase("load"):
+                teacher = self._teacher()
+            for seed, genomes in missing.items():
+                if genomes and not self._cohort(genomes, seed, teacher, evaluator):
+                    self._record("run", status="preempted", signal=self.stop.signal)
+                    return EXIT_STOPPED
+        signal = signal_of(list(self.results.values()))
+        self._record("run", status="finished", signal=None if signal is None else asdict(signal), wall_s=self.wall)
+        if self.here.is_rank_zero:
+            print("\n" + closing_text(list(self.results.values()), self.names, self.failed), flush=True)
+        done = any((genome, seed) in self.results for genome in self.names for seed in self.seeds)
+        return EXIT_DONE if done else EXIT_DIVERGED
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        if self._records is not None:
+            facts = {"genomes": list(self.names), "seeds": list(self.seeds), "fingerprint": self.plan.fingerprint}
+            self._records.write(kind, **facts, **self.plan.base.execution.facts, **fields)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.wall[name] = self.wall.get(name, 0.0) + time.perf_counter() - start
+
+    def _build_evaluator(self) -> Evaluator:
+        scratch = self.run_dir.root / "students" / ".scored"
+        return build_evaluator(self.plan, self.here, self.agreement, self.stop, scratch)
+
+    def _teacher(self) -> FrozenTeacher | None:
+        """As deep as the deepest layer that any genome needs. None when no genome learns."""
+        wanted = [genome.plan.losses.wanted_teacher for genome in self.plan.genomes if genome.plan is not None]
+        if not wanted:
+            return None
+        return load_teacher(self.plan.base, functools.reduce(operator.or_, wanted), self.here.device)
+
+    def _cohort(
+        self, genomes: Sequence[Genome], seed: int, teacher: FrozenTeacher | None, evaluator: Evaluator
+    ) -> bool:
+        """Distils the genomes side by side, scores and records each. False when told to stop."""
+        base = replace(self.plan.base, config=replace(self.plan.base.config, seed=seed))
+        with self._phase("load"):
+            members = [
+                build_member(
+                    genome, base, seed, teacher=teacher, cohort=len(genomes), here=self.here, run_dir=self.run_dir
+                )
+                for genome in genomes
+            ]
+            loader = open_corpus(base)
+        score = functools.partial(self._score, evaluator)
+        try:
+            if not self._train(members, base, seed, teacher, loader, score):
+                return False
+            for member in members:
+                self._finish(member, seed, score, len(members))
+            return True
+        except Stopped:
+            return False
+        finally:
+            for member in members:
+                member.release()
+            members.clear()
+            gc.collect()  # engines hold themselves in cycles of hooks
+
+    def _train(
+        self,
+        members: Sequence[Member],
+        base: Plan,
+        seed: int,
+        teacher: FrozenTeacher | None,
+        loader: CorpusLoader,
+        score: Callable[[Member], Scores],
+    ) -> bool:
+        """False when told to stop."""
+        trainees = [member.trainee for member in members if member.trainee is not None]
+        if not trainees:
+            return True
+        trainer = Trainer(
+            train=base.config.train,
+            seed=seed,
+            execution=base.execution,
+            runtime=self.here,
+            agreement=self.agreement,
+            stop=self.stop,
+            trainees=trainees,
+            teacher=teacher,
+            loader=loader,
+            evaluation=IntermediateScores(members, frozenset(self.config.proxy.report_at), score),
+        )
+        with self._phase("train"):
+            return trainer.run() is not Outcome.PREEMPTED
+
+    def _score(self, evaluator: Evaluator, member: Member) -> Scores:
+        """Collective."""
+        member.evaluating(True)
+        with self._phase("evaluate"):
+            scores = evaluator(member)
+        member.evaluating(False)
+        return scores
+
+    def _finish(self, member: Member, seed: int, score: Callable[[Member], Scores], cohort: int) -> None:
+        """Scores a member and records its result; one that has diverged has its own record already."""
+        genome, trainee, steps = member.genome, member.trainee, self.config.proxy.steps
+        if trainee is not None and (trainee.diverged or not trainee.check_weights(steps)):
+            self.failed.append(f"{genome.key}  seed {seed}: diverged")
+            return
+        start = time.perf_counter()
+        scores = score(member)
+        result: Result = {
+            "status": "ok",
+            "genome": genome.key,
+            "seed": seed,
+            "mapping": {"hidden": str(genome.hidden_map), "attention": str(genome.attention_map)},
+            "scores": scores.tasks,
+            "metrics": scores.metrics,
+            "fitness": scores.fitness,
+            "reports": {str(step): report.fitness for step, report in member.reports.items()},
+            "fingerprint": self.plan.fingerprint,
+            "steps": 0 if trainee is None else steps,
+            "cohort": cohort,
+            "peak_memory_gib": peak_memory_gib(self.here.device),
+            **self.plan.base.execution.facts,
+        }
+        wall = {**self.wall, "evaluate": time.perf_counter() - start}
+        if trainee is not None:
+            trainee.monitor.scores(steps, scores.tasks, aloud=False, metrics=scores.metrics, fitness=scores.fitness)
+            history = trainee.monitor.history
+            if history.steps:  # on rank 0
+                result |= {"losses": history.last["losses"], "total": history.last["total"]}
+                result["tokens_per_s"] = history.tokens_per_s
+                wall |= history.seconds_by_phase
+        if self.config.proxy.keep_students:
+            folder = self.run_dir.root / "students" / f"{genome.file_name}-seed{seed}"
+            member.save(folder)
+            result["student"] = str(folder)
+        result["wall_s"] = wall
+        self.results[genome.key, seed] = result
+        if self._records is not None:
+            self._records.write("result", **result)
+            text = ", ".join(f"{task} {value:.4f}" for task, value in scores.tasks.items())
+            print(f"{genome.key}  seed {seed}  fitness {scores.fitness:.4f}  ({text})", flush=True)

@@ -1,0 +1,159 @@
+"""The students of a proxy job that are trained side by side: built, stepped by the one Trainer, and let go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from engine.assemble import build_module, flops_per_token, start_engine
+from engine.data.batch import Batch
+from engine.export import rebuild_student, write_model
+from engine.models.capture import inputs_of
+from engine.models.student import build_student
+from engine.models.teacher import FrozenTeacher
+from engine.monitor import Monitor
+from engine.plan import Plan, describe_for_export
+from engine.proxy_evaluators import Scores
+from engine.proxy_plan import Genome
+from engine.run_dir import RunDir
+from engine.runtime import Runtime
+from engine.trainer import Trainee
+
+
+@dataclass
+class Member:
+    """One genome of a cohort, with its student."""
+
+    genome: Genome
+    plan: Plan
+    student: PreTrainedModel
+    tokenizer: Path
+    """Folder of the tokenizer that goes with a saved student."""
+    trainee: Trainee | None
+    """None for a genome that no loss reaches: its student is scored as it was initialised."""
+    reports: dict[int, Scores] = field(default_factory=dict)
+    """Intermediate scores by step."""
+
+    @property
+    def diverged(self) -> bool:
+        return self.trainee is not None and self.trainee.diverged
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The student's last hidden state (B, L, D)."""
+        if self.trainee is not None:
+            last: torch.Tensor = self.trainee.ds_engine(batch)
+        else:
+            last = self.student.base_model(**inputs_of(batch)).last_hidden_state
+        return last
+
+    def evaluating(self, on: bool) -> None:
+        """Dropout off (or on again)."""
+        owner: Any = self.student if self.trainee is None else self.trainee.ds_engine
+        owner.train(not on)
+
+    @property
+    def seed(self) -> int:
+        return self.plan.config.seed
+
+    def save(self, folder: Path) -> None:
+        """Collective. Writes the student as a Hugging Face folder, in fp32."""
+        weights = self._weights()
+        if torch.distributed.get_rank() == 0:
+            steps = self.plan.config.train.steps
+            description = {**describe_for_export(self.plan, self.student.config), "step": steps}
+            write_model(rebuild_student(description, weights), description, {}, self.tokenizer, folder)
+        torch.distributed.barrier()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Collective. The student's weights in fp32 on the CPU: the optimizer's master copy where there is one."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full: dict[int, torch.Tensor] = {}
+        for parameter in self.student.parameters():
+            master = safe_get_full_fp32_param(parameter) if self.trainee is not None else None
+            full[id(parameter)] = (parameter if master is None else master).detach().float().cpu().clone()
+        state = self.student.state_dict(keep_vars=True)
+        return {name: full.get(id(tensor), tensor.detach().cpu()) for name, tensor in state.items()}
+
+    def release(self) -> None:
+        """Lets go of engine, optimizer and student, so that the next cohort has their memory."""
+        if self.trainee is not None:
+            self.trainee.monitor.close()
+            self.trainee.ds_engine.destroy()
+            self.trainee = None
+
+
+def build_member(
+    genome: Genome, base: Plan, seed: int, *, teacher: FrozenTeacher | None, cohort: int, here: Runtime, run_dir: RunDir
+) -> Member:
+    """base: a plan for what does not depend on the genome. cohort: how many students share the teacher's passes."""
+    plan = genome.plan or base
+    plan = replace(plan, config=replace(plan.config, seed=seed))
+    if genome.plan is None or teacher is None:
+        return Member(genome, plan, _untrained(genome, plan, here), run_dir.tokenizer, trainee=None)
+    module, chosen = build_module(plan, here.device)
+    flops = flops_per_token(plan, teacher, module, share_of_teacher=1.0 / cohort)
+    monitor = Monitor(
+        active=here.is_rank_zero,
+        tensorboard=run_dir.tensorboard / f"{genome.file_name}-seed{seed}",
+        records=run_dir.records,
+        steps=plan.config.train.steps,
+        flops_per_token=flops,
+        device=here.device,
+        config_text=yaml.safe_dump(asdict(plan.config), sort_keys=False),
+        labels={"genome": genome.key, "seed": seed},
+        part_of_a_job=True,
+        name=genome.key,
+    )
+    trainee = Trainee(
+        start_engine(module, chosen, plan.config.train, plan.execution),
+        term_names=plan.losses.term_names,
+        coefficients=plan.losses.coefficients,
+        execution=plan.execution,
+        runtime=here,
+        monitor=monitor,
+    )
+    return Member(genome, plan, module.student, run_dir.tokenizer, trainee)
+
+
+def _untrained(genome: Genome, plan: Plan, here: Runtime) -> PreTrainedModel:
+    student = build_student(
+        plan.config.student,
+        teacher_path=plan.config.teacher.path,
+        teacher_config=plan.teacher_config,
+        hidden_map=genome.hidden_map,
+        with_mlm_head=False,
+        seed=plan.config.seed,
+        backend=plan.student_attention.name,
+    )
+    return student.to(device=here.device, dtype=getattr(torch, plan.execution.precision))  # type: ignore[arg-type]
+
+
+@dataclass
+class IntermediateScores:
+    """An Evaluation (engine/trainer.py): scores every student that is still alive at the steps of proxy.report_at."""
+
+    members: Sequence[Member]
+    steps: frozenset[int]
+    score: Callable[[Member], Scores]
+    enough: bool = False
+
+    def due(self, step: int, *, last: bool) -> bool:
+        return step in self.steps
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, step: int) -> bool:
+        for member in self.members:
+            if member.trainee is not None and not member.trainee.diverged:
+                scores = self.score(member)
+                member.reports[step] = scores
+                member.trainee.monitor.scores(step, scores.tasks, metrics=scores.metrics, fitness=scores.fitness)
+        return False

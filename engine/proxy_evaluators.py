@@ -1,0 +1,238 @@
+"""How a proxy job scores a student: probes on frozen features, or a short fine-tuning of a copy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from engine.data.batch import Batch
+from engine.data.encoded_task import EncodedTask, encode_task
+from engine.data.encoding import Encoded
+from engine.data.task_encoding import encode_split
+from engine.data.task_loader import evaluation_batches
+from engine.data.task_rows import Split
+from engine.data.tasks import TaskData
+from engine.gather import gather_rows
+from engine.metrics import score_task, task_score
+from engine.models.task_model import load_task_model, longest_input
+from engine.monitor import Monitor
+from engine.plan import plan_execution
+from engine.probe import ProbeFeatures, needs_training_rows, pool, probe_outputs
+from engine.proxy_plan import ProxyPlan
+from engine.runtime import Agreement, Runtime, StopRequest
+from engine.task_module import TaskModule
+from engine.task_run import task_train_config, train_on_task
+from engine.trainer import Outcome
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE_BATCH = 64
+
+
+class Student(Protocol):
+    """What an evaluator needs of a member of a cohort."""
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The last hidden state (B, L, D)."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Collective. Writes a Hugging Face folder."""
+        ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+Evaluator = Callable[[Student], "Scores"]
+"""Collective; gives the same on every rank."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    metrics: dict[str, dict[str, float]]
+    """task -> metric -> value; means over the task's dev splits."""
+    tasks: dict[str, float]
+    """task -> its score, the mean of its metrics."""
+
+    @property
+    def fitness(self) -> float:
+        """The mean of the tasks' scores."""
+        return float(np.mean(list(self.tasks.values())))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows `start:stop` of the one big table of texts, and what they are."""
+
+    task: str
+    split: str
+    first: slice
+    second: slice | None
+
+
+class ProbeEvaluator:
+    """Tokenises the texts of all tasks once, as one table; a student then reads all of them in one sweep."""
+
+    def __init__(
+        self, tasks: Sequence[TaskData], tokenizer: PreTrainedTokenizerBase, *, longest: int, runtime: Runtime
+    ) -> None:
+        self._tasks, self._runtime = tasks, runtime
+        texts: list[str] = []
+        self._parts: list[_Part] = []
+
+        def table(rows: list[str] | None) -> slice | None:
+            if rows is None:
+                return None
+            texts.extend(rows)
+            return slice(len(texts) - len(rows), len(texts))
+
+        for task in tasks:
+            names = (*(("train",) if needs_training_rows(task.spec) else ()), *task.spec.dev_splits)
+            for name in names:
+                split = task.splits[name]
+                assert isinstance(split, Split)
+                first = table(split.first)
+                assert first is not None
+                self._parts.append(_Part(task.spec.name, name, first, table(split.second)))
+        seq_len = min(longest, max(task.spec.defaults.seq_len for task in tasks))
+        self._encoded: Encoded = encode_split(texts, None, tokenizer, seq_len=seq_len)
+        self._pad_id = tokenizer.pad_token_id or 0
+        self.tokens = int(self._encoded.starts[-1])
+
+    def __call__(self, student: Student) -> Scores:
+        """Deterministic: no training, no seed."""
+        features = self._features(student)
+        metrics: dict[str, dict[str, float]] = {}
+        for task in self._tasks:
+            parts = {
+                part.split: ProbeFeatures(features[part.first], None if part.second is None else features[part.second])
+                for part in self._parts
+                if part.task == task.spec.name
+            }
+            train = parts.pop("train", None)
+            labels = _labels(task, "train") if train is not None else None
+            outputs = probe_outputs(task.spec, train, labels, parts)
+            metrics[task.spec.name] = mean_of(
+                [score_task(task.spec, outputs[name], _labels(task, name)) for name in task.spec.dev_splits]
+            )
+        return scores_of(self._tasks, metrics)
+
+    def _features(self, student: Student) -> torch.Tensor:
+        """(texts, D) float32 mean-pooled last hidden states, on the CPU."""
+        device = self._runtime.device
+        batches = evaluation_batches(
+            self._encoded,
+            pad_id=self._pad_id,
+            batch_size=PROBE_BATCH,
+            rank=self._runtime.rank,
+            world=self._runtime.world_size,
+        )
+        pooled, rows = [], []
+        with torch.no_grad():
+            for batch in batches:
+                on_device = batch.to(device)
+                pooled.append(pool(student.hidden(on_device), on_device.attention_mask))
+                rows.append(batch.rows)
+        return gather_rows(torch.cat(pooled), torch.cat(rows), total=len(self._encoded)).cpu()
+
+
+def _labels(task: TaskData, split: str) -> np.ndarray[Any, Any]:
+    rows = task.splits[split]
+    assert isinstance(rows, Split)
+    assert rows.labels is not None
+    return rows.labels
+
+
+def mean_of(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
+
+
+def scores_of(tasks: Sequence[TaskData], metrics: dict[str, dict[str, float]]) -> Scores:
+    return Scores(metrics, {task.spec.name: task_score(task.spec, metrics[task.spec.name]) for task in tasks})
+
+
+class Stopped(Exception):
+    """The job was told to stop while a student was being scored."""
+
+
+class FinetuneEvaluator:
+    """Fine-tunes a copy of the student on each task, with the settings of the `proxy` section; tokenised once."""
+
+    def __init__(
+        self, plan: ProxyPlan, runtime: Runtime, agreement: Agreement, stop: StopRequest, scratch: Path
+    ) -> None:
+        """scratch: a folder that all ranks see; a student lies there while it is scored."""
+        self._plan, self._runtime, self._scratch = plan, runtime, scratch
+        self._agreement, self._stop = agreement, stop
+        longest = longest_input(plan.base.student_config)
+        self._tasks = []
+        for data in plan.tasks:
+            seq_len = min(data.spec.defaults.seq_len, longest or data.spec.defaults.seq_len)
+            self._tasks.append(encode_task(data, plan.base.tokenizer, seq_len=seq_len))
+
+    def __call__(self, student: Student) -> Scores:
+        student.save(self._scratch)
+        metrics = {task.spec.name: self._fine_tune(task, student.seed) for task in self._tasks}
+        torch.distributed.barrier()
+        if self._runtime.is_rank_zero:
+            shutil.rmtree(self._scratch)
+        return scores_of(self._plan.tasks, metrics)
+
+    def _fine_tune(self, task: EncodedTask, seed: int) -> dict[str, float]:
+        proxy, config = self._plan.config.proxy, self._plan.config
+        train = task_train_config(len(task.train), epochs=proxy.epochs, lr=proxy.lr, batch=proxy.batch)
+        execution = plan_execution(self._plan.base.config.deepspeed_config, train, config.optim)
+        model = load_task_model(
+            str(self._scratch),
+            key="student",
+            spec=task.spec,
+            dropout=0.0,  # random numbers cost more than the forward on a CPU, and proxies are short
+            seed=seed,
+            backend=self._plan.base.student_attention.name,
+        )
+        nowhere = Path(os.devnull)
+        monitor = Monitor(
+            active=False,
+            tensorboard=nowhere,
+            records=nowhere,
+            steps=train.steps,
+            flops_per_token=0.0,
+            device=self._runtime.device,
+            config_text="",
+        )
+        result = train_on_task(
+            module=TaskModule(model, kind=task.spec.kind),
+            task=task,
+            train=train,
+            optim=config.optim,
+            execution=execution,
+            runtime=self._runtime,
+            agreement=self._agreement,
+            stop=self._stop,
+            seed=seed,
+            monitor=monitor,
+            eval_every=train.steps,
+        )
+        if result.outcome is Outcome.PREEMPTED:
+            raise Stopped
+        if result.outcome is Outcome.DIVERGED:
+            return dict.fromkeys(task.spec.metrics, 0.0)  # as score_task has it for outputs that are not finite
+        return result.metrics
+
+
+def build_evaluator(
+    plan: ProxyPlan, runtime: Runtime, agreement: Agreement, stop: StopRequest, scratch: Path
+) -> Evaluator:
+    if plan.config.proxy.evaluator == "finetune":
+        return FinetuneEvaluator(plan, runtime, agreement, stop, scratch)
+    longest = longest_input(plan.base.student_config) or plan.base.seq_len
+    return ProbeEvaluator(plan.tasks, plan.base.tokenizer, longest=longest, runtime=runtime)

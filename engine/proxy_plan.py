@@ -1,0 +1,170 @@
+"""What a proxy job will do, checked before any model is loaded: its genomes, its tasks, and the fingerprint of all that
+makes two fitness values comparable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from engine import runtime
+from engine.config import ATTENTION_MAPPED, HIDDEN_MAPPED, MappingConfig, RunConfig
+from engine.data.tasks import TaskData, load_task, resolve_names, task_spec
+from engine.ds_config import FOLDER
+from engine.errors import UserError
+from engine.mapping import LayerMapping, parse_mapping
+from engine.models import hub
+from engine.plan import Plan, corpus_hash, digest, make_plan, model_hashes, with_mapping
+from engine.task_config import ProxyJobConfig
+
+PACKAGES = ("torch", "deepspeed", "transformers", "torchmetrics")
+
+
+@dataclass(frozen=True)
+class Genome:
+    """One candidate of a cohort."""
+
+    key: str
+    """The mapping in integers: `0-5-0-10`, or HIDDEN/ATTENTION where the two differ."""
+    given: str
+    """As the user wrote it, e.g. `uniform`."""
+    hidden_map: LayerMapping
+    attention_map: LayerMapping
+    plan: Plan | None
+    """None when no loss is left to learn from (all layers skipped and no other loss): the student is scored as it was
+    initialised."""
+
+    @property
+    def file_name(self) -> str:
+        return self.key.replace("/", "_")
+
+
+@dataclass(frozen=True)
+class ProxyPlan:
+    config: ProxyJobConfig
+    base: Plan
+    """What does not depend on the mapping is the same for all genomes."""
+    genomes: tuple[Genome, ...]
+    tasks: tuple[TaskData, ...]
+    fingerprint: str
+    fingerprint_parts: dict[str, Any]
+    """What the fingerprint is made of, in readable groups."""
+
+
+def make_proxy_plan(config: ProxyJobConfig) -> ProxyPlan:
+    """Reads configuration files, manifest, tokenizer and task rows, and checks them. Raises UserError."""
+    names, _ = resolve_names(config.proxy.tasks, config.task)
+    if config.proxy.evaluator == "probe":
+        for name in names:
+            if task_spec(name, config.task).kind == "span":
+                raise UserError(
+                    f"proxy.tasks={name!r}: a probe cannot find answers in a text; write proxy.evaluator=finetune or "
+                    "leave it out"
+                )
+    base = make_plan(run_config(config))
+    genomes = parse_genomes(config, base)
+    tasks = tuple(load_task(name, config.task) for name in names)
+    parts = fingerprint_parts(config, base, tasks)
+    return ProxyPlan(config, base, genomes, tasks, digest(parts), parts)
+
+
+def run_config(config: ProxyJobConfig) -> RunConfig:
+    """One student's distillation as launch/distill.py would run it, with the uniform mapping: every model has one."""
+    return RunConfig(
+        output_dir=config.output_dir,
+        seed=config.seed,
+        deepspeed_config=deepspeed_file(config.deepspeed_config),
+        require_fused=config.require_fused,
+        teacher=config.teacher,
+        student=config.student,
+        loss=config.loss,
+        data=config.data,
+        optim=config.optim,
+        train=config.train.as_train(config.proxy.steps),
+    )
+
+
+def deepspeed_file(given: str) -> str:
+    """`auto` on a CPU is stage 0: there is nothing to shard in a small student, and each member of a cohort would pay
+    for ZeRO's copies (docs/benchmarks.md, "Proxy cohorts")."""
+    if given != "auto" or runtime.uses_gpu():
+        return given
+    return str(FOLDER / ("zero0_bf16.json" if runtime.has_fast_bf16() else "zero0_fp32.json"))
+
+
+def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
+    """Each mapping once, in the order given. Raises UserError naming the genome that does not fit the models."""
+    sizes = {"student_layers": base.student_shape.layers, "teacher_layers": base.teacher_shape.layers, "key": "genomes"}
+    found: dict[str, Genome] = {}
+    for text in config.genomes:
+        hidden_text, slash, attention_text = text.partition("/")
+        if slash and not attention_text:
+            raise UserError(f"genomes: {text!r} has nothing after the slash; write HIDDEN/ATTENTION, or one mapping")
+        hidden = parse_mapping(hidden_text, **sizes)
+        attention = parse_mapping(attention_text or hidden_text, **sizes)
+        differ = attention.genes != hidden.genes
+        key = f"{hidden}/{attention}" if differ else str(hidden)
+        if key in found:
+            continue
+        mapping = MappingConfig(hidden=str(hidden), attention=str(attention) if differ else None)
+        learns = any(
+            not (name in HIDDEN_MAPPED and not hidden.pairs) and not (name in ATTENTION_MAPPED and not attention.pairs)
+            for name in config.loss.active
+        )
+        found[key] = Genome(key, text, hidden, attention, with_mapping(base, mapping) if learns else None)
+    return tuple(found.values())
+
+
+@cache
+def code_version() -> str:
+    """Version and a hash of this library's source: an edit may change what a fitness means."""
+    root = Path(__file__).resolve().parent
+    sources = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return f"{version('mapdistill')}+{sources.hexdigest()[:12]}"
+
+
+def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskData]) -> dict[str, Any]:
+    """Seed and mapping are left out: they tell evaluations of one fingerprint apart. So is what changes rounding only
+    (ranks, micro batch, ZeRO stage, attention backend)."""
+    student = asdict(config.student)
+    for name in ("attention", "activation_checkpointing", "fused_layer_norm"):
+        student.pop(name)
+    if config.student.path is not None:
+        student["weights_sha256"] = hub.weights_fingerprint(config.student.path, key="student.path")
+    hashes = model_hashes("teacher", config.teacher.path, base.teacher_config)
+    return {
+        "teacher": {**{key.partition(".")[2]: value for key, value in hashes.items()}, "dtype": base.teacher_dtype},
+        "student": student,
+        "losses": asdict(config.loss),
+        "data": {
+            "content_sha256": corpus_hash(base.manifest),
+            "seq_len": base.seq_len,
+            "mlm_probability": config.data.mlm_probability,
+            "whole_word_mask": config.data.whole_word_mask,
+        },
+        "training": {
+            "steps": config.proxy.steps,
+            **{
+                key: getattr(config.train, key)
+                for key in ("global_batch", "lr", "warmup_steps", "schedule", "grad_clip")
+            },
+            "optimizer": asdict(config.optim),
+            "precision": base.execution.precision,
+        },
+        "tasks": {task.spec.name: task.sha256 for task in tasks},
+        "evaluator": evaluator_settings(config),
+        "code": {"mapdistill": code_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def evaluator_settings(config: ProxyJobConfig) -> dict[str, Any]:
+    kind = config.proxy.evaluator
+    if kind == "probe":
+        return {"kind": kind}
+    return {"kind": kind, **{name: getattr(config.proxy, name) for name in ("epochs", "lr", "batch")}}

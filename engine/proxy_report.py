@@ -1,0 +1,114 @@
+"""What a proxy job has found out: its results of earlier starts, the fitness table, and how far it can be trusted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from engine.banner import render
+from engine.proxy_plan import ProxyPlan
+from engine.records import read_records
+from engine.runtime import Runtime
+from engine.signal_ratio import Signal, describe, signal_ratio
+
+Result = dict[str, Any]
+"""A `result` record of one genome and seed."""
+
+
+def earlier_results(records: Path, fingerprint: str) -> dict[tuple[str, int], Result]:
+    """(genome, seed) -> its result, of all starts whose fingerprint makes it comparable; of several the last."""
+    found: dict[tuple[str, int], Result] = {}
+    for record in read_records(records) if records.is_file() else ():
+        if record["kind"] == "result" and record.get("fingerprint") == fingerprint:
+            found[record["genome"], record["seed"]] = record
+    return found
+
+
+def signal_of(results: Sequence[Result]) -> Signal | None:
+    """None without repeated seeds of at least two genomes."""
+    fitness: dict[str, dict[int, float]] = defaultdict(dict)
+    for result in results:
+        fitness[result["genome"]][result["seed"]] = result["fitness"]
+    return signal_ratio({genome: [by_seed[s] for s in sorted(by_seed)] for genome, by_seed in fitness.items()})
+
+
+def fitness_table(results: Sequence[Result], names: dict[str, str], failed: Sequence[str]) -> str:
+    """Best genome first; means over seeds, with the sample standard deviation where there are several.
+
+    names: genome -> what the user called it. failed: genomes without any result, each with the reason.
+    """
+    by_genome: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        by_genome[result["genome"]].append(result)
+    order = sorted(by_genome, key=lambda genome: -fmean(r["fitness"] for r in by_genome[genome]))
+    tasks = list(results[0]["scores"]) if results else []
+    heads = ["genome", "", *tasks, "fitness", "seeds"]
+    rows = [heads]
+    for genome in order:
+        group = by_genome[genome]
+        given = names.get(genome, genome)
+        cells = [_mean_and_deviation([r["scores"][task] for r in group]) for task in tasks]
+        fitness = _mean_and_deviation([r["fitness"] for r in group])
+        rows.append([genome, given if given != genome else "", *cells, fitness, str(len(group))])
+    rows += [[text] for text in failed]
+    widths = [max((len(row[i]) for row in rows if len(row) > 1), default=0) for i in range(len(heads))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append("  ".join(cells).rstrip() if len(row) > 1 else row[0])
+    return "\n".join(lines)
+
+
+def closing_text(results: Sequence[Result], names: dict[str, str], failed: Sequence[str]) -> str:
+    signal = signal_of(results)
+    return fitness_table(results, names, failed) + (f"\n\n{describe(signal)}" if signal is not None else "")
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: Collection[tuple[str, int]]) -> str:
+    """The banner."""
+    config, base, proxy = plan.config, plan.base, plan.config.proxy
+    t, s, ex = base.teacher_shape, base.student_shape, base.execution
+    wanted = [(genome.key, seed) for seed in seeds for genome in plan.genomes]
+    done = sum(pair in known for pair in wanted)
+    genomes = [genome.key + ("" if genome.given == genome.key else f"  ({genome.given})") for genome in plan.genomes]
+    tasks = [
+        f"{task.spec.name}: "
+        + ", ".join(f"{len(rows):,} {name}" for name, rows in task.splits.items())
+        + f" rows, {' + '.join(task.spec.metrics)}"
+        for task in plan.tasks
+    ]
+    positions = proxy.steps * config.train.global_batch * base.seq_len
+    rows: list[tuple[str, str | list[str]]] = [
+        ("teacher", f"{config.teacher.path}: {t.layers} layers, width {t.width}, {base.teacher_dtype}"),
+        (
+            "student",
+            f"{s.layers} layers, width {s.width}, init {config.student.init or config.student.path or 'random'}",
+        ),
+        ("genomes", genomes),
+        (
+            "distil",
+            f"{proxy.steps} steps x {config.train.global_batch} sequences of {base.seq_len} = {positions / 1e6:.2f} M "
+            f"positions of {config.data.path}, lr {config.train.lr:g}",
+        ),
+        ("evaluator", proxy.evaluator + (f", also after steps {proxy.report_at}" if proxy.report_at else "")),
+        ("tasks", tasks),
+        ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(wanted)} results are here already" if done else "")),
+        (
+            "execution",
+            f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {here.world_size} ranks, {here.device}, "
+            f"{here.threads} threads",
+        ),
+        ("fingerprint", plan.fingerprint),
+        ("output", config.output_dir),
+    ]
+    rows += [("warning", text) for text in (w for task in plan.tasks for w in task.warnings)]
+    return render(rows) + "\n"

@@ -1,0 +1,171 @@
+"""Dev scores between steps, early stopping by them, and predictions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.data.encoded_task import EncodedTask
+from engine.data.squad import SquadSplit, Windows
+from engine.data.squad_decode import decode, squad_metrics
+from engine.data.task_loader import evaluation_batches
+from engine.metrics import score_task, task_score
+from engine.runtime import Runtime
+from engine.trainer import Trainee
+
+Outputs = npt.NDArray[Any] | dict[str, str]
+"""Of a split in the order of its rows: (n, labels) logits or (n, 1) predictions; question id -> answer of a span."""
+
+
+@dataclass
+class Best:
+    """The evaluation that early stopping keeps."""
+
+    score: float = -math.inf
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class TaskEvaluation:
+    """An Evaluation (engine/trainer.py) of one fine-tuning. Collective; every rank sees all outputs, so that all decide
+    alike, and the scores do not depend on how rows were shared out."""
+
+    trainee: Trainee
+    task: EncodedTask
+    batch_size: int
+    """Rows per rank and forward."""
+    global_batch: int
+    """Rows per optimizer step: decides when an epoch ends."""
+    every: int | None = None
+    """Optimizer steps between evaluations; None: once per epoch. One more comes at the end."""
+    patience: int | None = None
+    """Evaluations without a better score after which it is enough; None: never."""
+    best: Best = field(default_factory=Best)
+    """With patience the best evaluation, else the last one."""
+    bad: int = 0
+    """Evaluations since the best one."""
+
+    @property
+    def enough(self) -> bool:
+        return self.patience is not None and self.bad >= self.patience
+
+    def due(self, step: int, *, last: bool) -> bool:
+        if last:
+            return True
+        if self.every is not None:
+            return step % self.every == 0
+        epochs_before, epochs_now = ((s * self.global_batch) // len(self.task.train) for s in (step - 1, step))
+        return epochs_now > epochs_before
+
+    def state(self) -> dict[str, Any]:
+        """`best_step` tells the Checkpointer which checkpoint to keep."""
+        kept = {"score": self.best.score, "step": self.best.step, "metrics": self.best.metrics, "bad": self.bad}
+        return {"evaluation": kept, "best_step": self.best.step if self.patience is not None else None}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """From what a checkpoint holds of `state`."""
+        kept = state["evaluation"]
+        self.best = Best(kept["score"], kept["step"], dict(kept["metrics"]))
+        self.bad = kept["bad"]
+
+    def __call__(self, step: int) -> bool:
+        """Scores the dev splits. With patience: whether they are the best so far (the checkpoint is then kept)."""
+        measured = self._measure()
+        if measured is None:
+            self._diverged(step)
+            return False
+        score, metrics = measured
+        epochs = float(Fraction(step * self.global_batch, len(self.task.train)))
+        self.trainee.monitor.scores(step, {**metrics, "score": score}, epoch=round(epochs, 4))
+        better = score > self.best.score
+        if better or self.patience is None:
+            self.best = Best(score, step, metrics)
+        self.bad = 0 if better else self.bad + 1
+        return better and self.patience is not None
+
+    def _measure(self) -> tuple[float, dict[str, float]] | None:
+        """Score (the mean over the dev splits) and metrics by name; None where an output is not finite."""
+        spec, scores, named = self.task.spec, [], {}
+        for name in spec.dev_splits:
+            metrics = self._score_split(name)
+            if metrics is None:
+                return None
+            scores.append(task_score(spec, metrics))
+            ending = f"_{name.removeprefix('dev_')}" if len(spec.dev_splits) > 1 else ""
+            named |= {metric + ending: value for metric, value in metrics.items()}
+        return math.fsum(scores) / len(scores), named
+
+    def _score_split(self, name: str) -> dict[str, float] | None:
+        trainee = self.trainee
+        outputs = predict_split(trainee.ds_engine, self.task, name, runtime=trainee.runtime, batch_size=self.batch_size)
+        if outputs is None:
+            return None
+        if isinstance(outputs, dict):
+            split = self.task.splits[name]
+            assert isinstance(split, SquadSplit)
+            return squad_metrics(split, outputs)
+        targets = self.task.rows(name).targets
+        assert targets is not None, f"{name} is unlabelled"
+        return score_task(self.task.spec, outputs, targets)
+
+    def _diverged(self, step: int) -> None:
+        """Outputs that are not finite have no score."""
+        if self.trainee.check_weights(step):  # says so itself when they are the reason
+            self.trainee.diverged = True
+            self.trainee.monitor.write_record("error", status="diverged", step=step, terms=["outputs"])
+            self.trainee.monitor.say(f"error: the model's outputs are not finite after step {step}")
+
+
+def predict_split(model: Any, task: EncodedTask, name: str, *, runtime: Runtime, batch_size: int) -> Outputs | None:
+    """The outputs of a dev or test split on every rank; None where one of them is not finite. Collective.
+
+    model: TaskModule, or the DeepSpeed engine around one; left in train mode. batch_size: rows per rank and forward.
+    """
+    by_row = _outputs(model, task, name, runtime, batch_size)
+    if not all(np.isfinite(row).all() for row in by_row):
+        return None
+    part, split = task.parts[name], task.splits[name]
+    if not isinstance(part, Windows):
+        return np.stack(by_row)
+    assert isinstance(split, SquadSplit)
+    starts, ends = [row[:, 0] for row in by_row], [row[:, 1] for row in by_row]
+    return decode(part, split, starts, ends, v2=task.spec.name == "SQuAD-v2")
+
+
+@torch.no_grad()
+def _outputs(
+    model: Any, task: EncodedTask, name: str, runtime: Runtime, batch_size: int
+) -> list[npt.NDArray[np.float32]]:
+    """Logits of each row: (labels,), or (L, 2) of the real tokens of a span's window."""
+    encoded = task.rows(name)
+    spans, lengths = task.spec.kind == "span", encoded.lengths
+    batches = evaluation_batches(
+        encoded,
+        pad_id=task.pad_id,
+        batch_size=batch_size,
+        rank=runtime.rank,
+        world=runtime.world_size,
+        pin_memory=runtime.device.type == "cuda",
+    )
+    found: dict[int, npt.NDArray[np.float32]] = {}
+    model.eval()
+    for batch in batches:
+        assert batch.rows is not None
+        logits = model(batch.to(runtime.device)).cpu().numpy()
+        for row, values in zip(batch.rows.tolist(), logits, strict=True):
+            if row >= 0:
+                found[row] = values[: lengths[row]].copy() if spans else values
+    model.train()
+    if runtime.world_size > 1:
+        shares: list[Any] = [None] * runtime.world_size
+        torch.distributed.all_gather_object(shares, found)
+        found = {row: values for share in shares for row, values in share.items()}
+    assert len(found) == len(encoded), f"{name}: {len(found)} of {len(encoded)} rows came back"
+    return [found[row] for row in range(len(encoded))]

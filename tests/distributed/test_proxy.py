@@ -1,0 +1,137 @@
+"""The proxy job as the search will start it: real processes, tiny models, tiny GLUE tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from glue_sample import write_glue_sample
+from launching import Run, write_ds_config
+from safetensors.torch import load_file
+from tiny_world import TinyWorld
+
+MakeProxy = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny glue")
+    write_glue_sample(folder)
+    return folder
+
+
+@pytest.fixture
+def make_proxy(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> MakeProxy:
+    """make_proxy(name, genomes, ranks=…, **settings): 4 x 32 -> 2 x 16, six steps, fp32."""
+
+    def make(name: str, *genomes: str, ranks: int = 1, launcher: bool = False, **settings: object) -> Run:
+        values: dict[str, object] = {
+            "deepspeed_config": write_ds_config(tmp_path / f"ds {name}", zero_optimization={"stage": 0}),
+            "teacher.path": tiny_world.teacher,
+            "student.layers": 2,
+            "student.hidden_size": 16,
+            "student.dropout": 0.1,
+            "data.path": tiny_world.corpus,
+            "task.data_dir": glue,
+            "train.global_batch": 8,
+            "train.warmup_steps": 2,
+            "train.log_every": 2,
+            "proxy.steps": 6,
+            "proxy.keep_students": True,
+        }
+        values.update({key.replace("__", "."): value for key, value in settings.items()})
+        argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        return Run(
+            tmp_path / name, ranks=ranks, argv=["--genomes", *genomes, *argv], launcher=launcher, script="proxy.py"
+        )
+
+    return make
+
+
+def weights(run: Run, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run.output_dir / "students" / name / "model.safetensors")
+
+
+def results(run: Run) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(r["genome"], r["seed"]): r for r in run.records("result")}
+
+
+def test_a_member_of_a_cohort_equals_the_same_genome_alone(make_proxy: MakeProxy) -> None:
+    together = make_proxy("together", "2-4", "0-3", "none", "1-0/0-2", proxy__report_at=[2, 4], proxy__repeats=2)
+    output = together.finish()
+    alone = make_proxy("alone", "0-3", seed=1, proxy__report_at=[2, 4])
+    alone.finish()
+    both = results(together)
+    assert set(both) == {(g, s) for g in ("2-4", "0-3", "0-0", "1-0/0-2") for s in (0, 1)}
+    mine, theirs = both["0-3", 1], results(alone)["0-3", 1]
+    for key in ("fitness", "scores", "metrics", "losses", "total", "reports", "fingerprint"):
+        assert mine[key] == theirs[key], key
+    assert set(mine["reports"]) == {"2", "4"}
+    one, other = weights(together, "0-3-seed1"), weights(alone, "0-3-seed1")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(*(weights(together, f"0-3-seed{s}")["embeddings.word_embeddings.weight"] for s in (0, 1)))
+    assert mine["cohort"] == 4
+    assert theirs["cohort"] == 1
+    assert mine["mapping"] == {"hidden": "0-3", "attention": "0-3"}
+    assert mine["fitness"] == pytest.approx(sum(mine["scores"].values()) / 3)
+    assert set(mine["scores"]) == {"SST-2", "MRPC", "STS-B"}
+    assert {"start", "encode", "load", "train", "evaluate", "teacher", "student", "optimizer"} <= set(mine["wall_s"])
+    assert "signal ratio" in output
+    assert together.records("run")[-1]["signal"]["seeds"] == 2
+    check_restart(together)
+
+
+def check_restart(run: Run) -> None:
+    """The same command finds everything done; other steps make another fingerprint."""
+    before = run.output_dir.joinpath("records.jsonl").read_text()
+    again = run.finish()
+    assert "8 of 8 results are here already" in again
+    new = run.output_dir.joinpath("records.jsonl").read_text().removeprefix(before)
+    assert [json.loads(line.partition(" ")[2])["kind"] for line in new.splitlines()] == ["run", "run"]
+    dry = run.finish("--train.lr", "2e-3", "--dry_run")
+    assert "are here already" not in dry
+
+
+def test_a_member_that_diverges_ends_alone(make_proxy: MakeProxy) -> None:
+    """An absurd loss weight overflows the one member that has an attention loss; the other's scores stay."""
+    run = make_proxy("apart", "2-4/0-0", "2-4", loss__attention=3e38, train__log_every=1)
+    output = run.finish()
+    found = results(run)
+    assert set(found) == {("2-4/0-0", 0)}
+    assert math.isfinite(found["2-4/0-0", 0]["fitness"])
+    errors = run.records("error")
+    assert [e["genome"] for e in errors] == ["2-4"]
+    assert errors[0]["status"] == "diverged"
+    assert "2-4  seed 0: diverged" in output
+    all_of_them = make_proxy("lost", "2-4", loss__attention=3e38, train__log_every=1)
+    assert "diverged" in all_of_them.finish(expect=3)
+    assert not all_of_them.records("result")
+
+
+@pytest.mark.launcher
+def test_two_ranks_through_the_launcher(make_proxy: MakeProxy) -> None:
+    """Another number of ranks changes rounding only, and only rank 0 speaks."""
+    two = make_proxy("two", "2-4", "0-3", ranks=2, launcher=True, student__dropout=0.0)
+    output = two.finish()
+    one = make_proxy("one", "2-4", "0-3", student__dropout=0.0)
+    one.finish()
+    for key, result in results(one).items():
+        twin = results(two)[key]
+        assert twin["world_size"] == 2
+        assert twin["total"] == pytest.approx(result["total"], rel=1e-5)
+        assert twin["scores"]["STS-B"] == pytest.approx(result["scores"]["STS-B"], abs=1e-3)
+    assert output.count("fitness 0.") == 2
+
+
+def test_a_mistake_ends_with_one_line_and_leaves_nothing(make_proxy: MakeProxy) -> None:
+    run = make_proxy("wrong", "2-9")
+    output = run.finish(expect=2)
+    assert "error: genomes: mapping 2-9: student layer 2 names teacher layer 9" in output
+    assert "Traceback" not in output
+    assert not run.output_dir.exists()

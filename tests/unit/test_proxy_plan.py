@@ -1,0 +1,144 @@
+"""What makes two fitness values comparable, which genomes learn anything, and the table of a proxy job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from glue_sample import write_glue_sample
+from tiny_world import TinyWorld
+
+from engine.cli import _listed, parse_config
+from engine.errors import UserError
+from engine.proxy_plan import ProxyPlan, code_version, make_proxy_plan
+from engine.proxy_report import earlier_results, fitness_table, signal_of
+from engine.records import format_record
+from engine.task_config import ProxyJobConfig
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("glue")
+    write_glue_sample(folder)
+    return folder
+
+
+def plan(world: TinyWorld, glue: Path, *genomes: str, **settings: object) -> ProxyPlan:
+    values: dict[str, object] = {
+        "teacher.path": world.teacher,
+        "student.layers": 2,
+        "data.path": world.corpus,
+        "task.data_dir": glue,
+        "train.warmup_steps": 2,
+        "proxy.steps": 6,
+    }
+    values.update({key.replace("__", "."): value for key, value in settings.items()})
+    argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    listed = ["--genomes", *genomes] if genomes else []
+    return make_proxy_plan(parse_config(ProxyJobConfig, _listed([*listed, *argv], "--genomes"), "test"))
+
+
+def test_each_mapping_is_run_once_however_it_is_written(tiny_world: TinyWorld, glue: Path) -> None:
+    made = plan(tiny_world, glue, "uniform", "2-4", "none", "2-4/0-1", "2-4/2-4", "last")
+    assert [(g.key, g.given) for g in made.genomes] == [
+        ("2-4", "uniform"),
+        ("0-0", "none"),
+        ("2-4/0-1", "2-4/0-1"),
+        ("3-4", "last"),
+    ]
+    assert all(g.plan is not None for g in made.genomes), "the embedding loss is left for `none`"
+    assert [g.plan.config.mapping.attention for g in made.genomes if g.plan] == [None, None, "0-1", None]
+    assert made.genomes[2].file_name == "2-4_0-1"
+
+
+@pytest.mark.parametrize(("genome", "learns"), [("0-0", False), ("0-0/0-2", True), ("1-0/0-0", True)])
+def test_a_genome_without_any_loss_is_scored_untrained(
+    tiny_world: TinyWorld, glue: Path, genome: str, learns: bool
+) -> None:
+    made = plan(tiny_world, glue, genome, loss__embedding=0)
+    assert (made.genomes[0].plan is not None) == learns
+
+
+CHANGES_FITNESS = [
+    {"proxy__steps": 7},
+    {"train__lr": 2e-3},
+    {"student__init": "first"},
+    {"loss__hidden": 2},
+    {"proxy__tasks": "[SST-2]"},
+    {"task__train_rows": 5},
+    {"proxy__evaluator": "finetune"},
+    {"optim__weight_decay": 0.0},
+]
+SAME_FITNESS = [
+    {"seed": 5},
+    {"proxy__repeats": 3},
+    {"output_dir": "elsewhere"},
+    {"proxy__report_at": "[2]"},
+    {"train__log_every": 1},
+    {"student__attention": "eager"},
+    {"proxy__keep_students": True},
+]
+
+
+def test_the_fingerprint_changes_with_what_changes_fitness_and_with_nothing_else(
+    tiny_world: TinyWorld, glue: Path
+) -> None:
+    base = plan(tiny_world, glue, "2-4").fingerprint
+    assert plan(tiny_world, glue, "1-3").fingerprint == base, "the mapping tells evaluations apart"
+    for settings in SAME_FITNESS:
+        assert plan(tiny_world, glue, "2-4", **settings).fingerprint == base, settings
+    others = [plan(tiny_world, glue, "2-4", **settings).fingerprint for settings in CHANGES_FITNESS]
+    assert len({base, *others}) == 1 + len(CHANGES_FITNESS)
+    assert code_version().startswith("0.1.0+")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"genomes": "[2-4, 2-4-1]"}, "genomes='2-4-1' has 3 layers, but the student has 2"),
+        ({"genomes": "[2-4/]"}, "nothing after the slash"),
+        ({"genomes": "[]"}, "name at least one layer mapping"),
+        ({"proxy__tasks": "[SST3, MRPC]"}, "did you mean"),
+        ({"proxy__tasks": "[SQuAD-v2]"}, "proxy.evaluator=finetune"),
+        ({"proxy__report_at": "[6]"}, "proxy.report_at=6"),
+        ({"task__data_dir": "nowhere"}, "task.data_dir='nowhere'"),
+        ({"data__eval_sequences": 8}, "data.eval_sequences=8"),
+    ],
+)
+def test_mistakes_name_key_and_value(tiny_world: TinyWorld, glue: Path, settings: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan(tiny_world, glue, *([] if "genomes" in settings else ["2-4"]), **settings)
+    assert says in str(error.value)
+
+
+def test_genomes_are_one_list_on_the_command_line() -> None:
+    assert _listed(["--genomes", "1-2", "uniform", "--seed", "1"], "--genomes") == [
+        "--genomes", '["1-2", "uniform"]', "--seed", "1",
+    ]  # fmt: skip
+    assert _listed(["--genomes", "[1-2, last]"], "--genomes") == ["--genomes", "[1-2, last]"]
+    assert _listed(["--seed", "1"], "--genomes") == ["--seed", "1"]
+
+
+def result(genome: str, seed: int, fitness: float, fingerprint: str = "f") -> dict[str, object]:
+    scores = {"SST-2": fitness, "STS-B": fitness}
+    return {"genome": genome, "seed": seed, "fitness": fitness, "scores": scores, "fingerprint": fingerprint}
+
+
+def test_results_of_another_fingerprint_do_not_count(tmp_path: Path) -> None:
+    log = tmp_path / "records.jsonl"
+    lines = [result("1-2", 0, 0.5), result("1-2", 0, 0.6), result("1-2", 1, 0.7, "other")]
+    log.write_text("\n".join(format_record("result", **line) for line in lines) + "\n@record {torn")
+    assert {key: r["fitness"] for key, r in earlier_results(log, "f").items()} == {("1-2", 0): 0.6}
+    assert earlier_results(tmp_path / "none", "f") == {}
+
+
+def test_the_table_shows_the_best_first_with_its_noise() -> None:
+    results = [result("1-2", 0, 0.5), result("1-2", 1, 0.7), result("2-4", 0, 0.8), result("2-4", 1, 0.82)]
+    lines = fitness_table(results, {"2-4": "uniform", "1-2": "1-2"}, ["3-3  seed 0: diverged"]).splitlines()
+    assert " ".join(lines[1].split()) == "2-4 uniform 0.8100 ± 0.0141 0.8100 ± 0.0141 0.8100 ± 0.0141 2"
+    assert " ".join(lines[2].split()) == "1-2 0.6000 ± 0.1414 0.6000 ± 0.1414 0.6000 ± 0.1414 2"
+    assert lines[3] == "3-3  seed 0: diverged"
+    signal = signal_of(results)
+    assert signal is not None
+    assert signal.ratio == pytest.approx(((0.81 - 0.6) ** 2 / 2) / ((0.02**2 / 2 + 0.2**2 / 2) / 2))
+    assert signal_of(results[:2]) is None

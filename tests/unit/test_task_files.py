@@ -1,0 +1,162 @@
+"""Tasks from the user's own files, and what goes wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from task_checks import check_error, rows_of
+
+from engine.data.tasks import load_task, task_spec
+from engine.task_config import CustomTaskConfig, TaskDataConfig
+
+
+def custom(folder: Path, train: str, dev: str = "", suffix: str = "csv", test: str | None = None, **settings: object):  # type: ignore[no-untyped-def]
+    """A TaskDataConfig with the task `mine`, whose files have these contents (dev: the same as train)."""
+    for name, content in (("train", train), ("dev", dev or train), ("test", test)):
+        if content is not None:
+            (folder / f"{name}.{suffix}").write_bytes(content.encode())
+    files = {name: str(folder / f"{name}.{suffix}") for name in ("train", "dev", *(["test"] if test else []))}
+    return TaskDataConfig(custom={"mine": CustomTaskConfig(**files, **settings)})  # type: ignore[arg-type]
+
+
+def test_csv_with_quotes(tmp_path: Path) -> None:
+    train = 'text,label\r\n"two\nlines, one ""cell""",good\r\nplain,bad\r\n'
+    data = load_task("mine", custom(tmp_path, train, test="label,id,text\n,a7,hm\n,a8,so\n"), test=True)
+    rows = rows_of(data, "train")
+    assert rows.first == ['two\nlines, one "cell"', "plain"]
+    assert data.spec.labels == ("bad", "good")
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [1, 0]
+    assert rows.ids == ["0", "1"]
+    assert (data.spec.metrics, data.spec.kind, data.spec.similarity) == (("accuracy",), "classification", False)
+    assert not data.spec.glue
+    test = rows_of(data, "test")
+    assert (test.first, test.ids, test.labels) == (["hm", "so"], ["a7", "a8"], None)
+
+
+def test_tsv_pairs_with_given_labels(tmp_path: Path) -> None:
+    config = custom(
+        tmp_path,
+        'q\ta\tfits\n"what\tthis"\tyes\nwho\tshe\tno\n',
+        suffix="tsv",
+        text="q",
+        text_pair="a",
+        label="fits",
+        labels=["yes", "no", "maybe"],
+        metrics=["f1", "accuracy"],
+    )
+    data = load_task("MINE", config)
+    rows = rows_of(data, "dev")
+    assert (rows.first, rows.second) == (['"what', "who"], ['this"', "she"])
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [0, 1]
+    assert data.spec.labels == ("yes", "no", "maybe")
+    assert data.spec.metrics == ("f1", "accuracy")
+    assert data.spec.pair
+
+
+def test_json_lines_regression(tmp_path: Path) -> None:
+    lines = [{"id": 5, "a": "ü\u2028", "b": "x", "score": 1}, {"score": "2.5", "b": "y", "a": "v", "id": 6, "c": None}]
+    content = "\n\n".join(json.dumps(line, ensure_ascii=number == 1) for number, line in enumerate(lines))
+    config = custom(
+        tmp_path,
+        content,
+        suffix="jsonl",
+        text="a",
+        text_pair="b",
+        label="score",
+        kind="regression",
+        test='{"a": "p", "b": "q"}',
+    )
+    data = load_task("mine", config, test=True)
+    rows = rows_of(data, "train")
+    assert (rows.first, rows.second, rows.ids) == (["ü\u2028", "v"], ["x", "y"], ["5", "6"])
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [1.0, 2.5]
+    assert data.spec.similarity
+    assert data.spec.metrics == ("pearson", "spearman")
+    assert data.spec.labels == ()
+    assert rows_of(data, "test").labels is None
+
+
+@pytest.mark.parametrize(
+    ("written", "labels"),
+    [
+        (['"b"', '"a"', '"b"'], ("a", "b")),
+        (["10", "9", "-1"], ("-1", "9", "10")),
+        (['"10"', '"9"', '"x"'], ("10", "9", "x")),
+        (["true", "false", "true"], ("false", "true")),
+    ],
+)
+def test_labels_are_found_in_all_training_rows(tmp_path: Path, written: list[str], labels: tuple[str, ...]) -> None:
+    content = "".join(f'{{"text": "t", "label": {label}}}\n' for label in written)
+    config = custom(tmp_path, content, suffix="jsonl")
+    assert task_spec("mine", config).labels == ()
+    assert load_task("mine", config).spec.labels == labels
+    one = TaskDataConfig(custom=config.custom, train_rows=1)
+    assert load_task("mine", one).spec.labels == labels
+
+
+CSV = "text,label\na,x\nb,y\n"
+BROKEN_CUSTOM: dict[str, tuple[str, str, dict[str, object], list[str]]] = {
+    "column": ("csv", CSV, {"text": "texd"}, ["no column 'texd'", "'text', 'label'", "mine.text to 'text'"]),
+    "pair": ("csv", CSV, {"text_pair": "zzz"}, ["no column 'zzz'", "set task.custom.mine.text_pair to one of them"]),
+    "label column": ("csv", CSV, {"label": "lable"}, ["no column 'lable'", "task.custom.mine.label to 'label'"]),
+    "one label": ("csv", "text,label\na,x\nb,x\n", {}, ["every row has the label 'x'"]),
+    "no label": ("csv", CSV + "c,\n", {}, ["train.csv:4: label '' is empty"]),
+    "label with tab": ("csv", CSV + 'c,"p\tq"\n', {}, ["train.csv:4: label 'p\\tq'"]),
+    "unknown": ("csv", CSV + "c,z\n", {"labels": ["x", "y"]}, ["train.csv:4: unknown label 'z'", "'x', 'y'"]),
+    "after a line break": ("csv", 'text,label\n"a\nb",x\nc,z\n', {"labels": ["x", "y"]}, ["csv:4: unknown label 'z'"]),
+    "number": ("csv", "text,label\na,1\nb,two\n", {"kind": "regression"}, ["train.csv:3: label 'two' is not a finite"]),
+    "quote": ("csv", CSV + '"c,z\n', {}, ["train.csv:4: is not CSV"]),
+    "columns": ("csv", CSV + "c,d,x\n", {}, ["train.csv:4: has 3 columns, not 2 (text, label)"]),
+    "long cell": ("csv", CSV + "c" * 200_000 + ",x\n", {}, ["train.csv:4: is not CSV", "write .jsonl"]),
+    "kind of file": ("txt", CSV, {}, ["train.txt: unknown kind of file", ".tsv, .csv or .jsonl"]),
+    "blanks only": ("jsonl", " \n\t\n", {}, ["train.jsonl: is empty"]),
+    "not JSON": ("jsonl", '{"text": "a", "label": "x"}\n{text: b}\n', {}, ["train.jsonl:2: is not JSON"]),
+    "JSON list": ("jsonl", '["a", "x"]\n', {}, ["train.jsonl:1: is JSON but not an object"]),
+    "text missing": ("jsonl", '{"text": "a", "label": "x"}\n{"label": "y"}\n', {}, ["train.jsonl:2: has no 'text'"]),
+    "label missing": ("jsonl", '{"text": "a", "label": "x"}\n{"text": "y"}\n', {}, ["train.jsonl:2: has no 'label'"]),
+    "text a number": ("jsonl", '{"text": 5, "label": "x"}\n', {}, ["train.jsonl:1: 'text' is 5, not text"]),
+    "text null": ("jsonl", '{"text": null, "label": "x"}\n', {}, ["train.jsonl:1: 'text' is null, not text"]),
+    "label null": ("jsonl", '{"text": "a", "label": null}\n', {"labels": ["x", "y"]}, [":1: unknown label 'null'"]),
+    "label a list": ("jsonl", '{"text": "a", "label": ["x"]}\n', {}, [":1: 'label' is [\"x\"], not one label"]),
+    "label true": ("jsonl", '{"text": "a", "label": true}\n', {"kind": "regression"}, [":1: label True is not a"]),
+    "label NaN": ("jsonl", '{"text": "a", "label": NaN}\n', {"kind": "regression"}, [":1: label nan is not a finite"]),
+    "half a character": ("jsonl", '{"text": "\\ud83d", "label": "x"}\n', {}, ["train.jsonl:1: is not valid Unicode"]),
+    "id": ("jsonl", '{"id": "a\\tb", "text": "t", "label": "x"}\n', {}, ["train.jsonl:1: 'id' is 'a\\tb'"]),
+    "labels twice": ("csv", CSV, {"labels": ["x", "x"]}, ["task.custom.mine.labels=['x', 'x']"]),
+    "labels one": ("csv", CSV, {"labels": ["x"]}, ["task.custom.mine.labels=['x']", "two or more"]),
+    "labels tab": ("csv", CSV, {"labels": ["x", "a\tb"]}, ["task.custom.mine.labels", "'a\\tb'"]),
+    "labels of numbers": ("csv", CSV, {"labels": ["x", "y"], "kind": "regression"}, ["mine.labels", "remove it"]),
+    "metric": ("csv", CSV, {"metrics": ["pearson"]}, ["mine.metrics=['pearson']", "accuracy, f1, matthews"]),
+    "no metric": ("csv", CSV, {"metrics": []}, ["task.custom.mine.metrics=[]"]),
+    "metric of numbers": ("csv", CSV, {"metrics": ["f1"], "kind": "regression"}, ["pearson, spearman"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN_CUSTOM)
+def test_broken_custom_tasks(tmp_path: Path, case: str) -> None:
+    suffix, content, settings, words = BROKEN_CUSTOM[case]
+    check_error(words, lambda: load_task("mine", custom(tmp_path, content, suffix=suffix, **settings)))
+
+
+def test_labels_of_the_dev_file_must_be_known(tmp_path: Path) -> None:
+    config = custom(tmp_path, CSV, "text,label\nc,x\nd,Y\n")
+    check_error(["dev.csv:3: unknown label 'Y'", "the labels of mine: 'x', 'y'"], lambda: load_task("mine", config))
+
+
+def test_missing_custom_files(tmp_path: Path) -> None:
+    config = custom(tmp_path, CSV)
+    own = CustomTaskConfig(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "def.csv"))
+    check_error(
+        ["task.custom.mine.dev=", "def.csv", "did you mean 'dev.csv'"],
+        lambda: load_task("mine", TaskDataConfig(custom={"mine": own})),
+    )
+    far = CustomTaskConfig(train=str(tmp_path / "no" / "train.csv"), dev=config.custom["mine"].dev)
+    check_error(
+        ["task.custom.mine.train=", f"nor is there a folder {tmp_path / 'no'}"],
+        lambda: load_task("mine", TaskDataConfig(custom={"mine": far})),
+    )
