@@ -77,8 +77,11 @@ def _explain(error: Exception, parser: ArgumentParser) -> str:
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
     grouped = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
     plain = re.search(r"does not accept option '([\w.]+)'|Key '([\w.]+)' is not expected|option '([\w.]+)'", text)
+    ambiguous = re.search(r"ambiguous option: --([\w.]+)", text)
     name = None
-    if unknown:
+    if ambiguous:
+        name = ambiguous.group(1)
+    elif unknown:
         name = unknown.group(1)
     elif grouped:
         name = f"{grouped.group(1)}.{grouped.group(2)}"
@@ -90,8 +93,18 @@ def _explain(error: Exception, parser: ArgumentParser) -> str:
         return f"unknown setting {name!r}; {hint}"
     text = re.sub(r"^Parser key \"([\w.]+)\": ", r"\1: ", text)
     text = re.sub(r"Expected a <class '(\w+)'>\.?", r"expected \1,", text)
+    text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
+    text = re.sub(r"Parser key \"([\w.]+)\": ", r"\1: ", text)
+    not_text = re.search(r"expected str, got (True|False|[\d.]+)\b", text)
+    hint = "; YAML reads it as a number or a truth value: write it in quotes" if not_text else ""
+    union = re.match(
+        r"([\w.]+(?:: \w+)?): Does not validate against any of the Union subtypes .*Given value: (.*)$", text
+    )
+    if union:  # each member of the union has said what it expected
+        wanted = [word.replace("NoneType", "null") for word in dict.fromkeys(re.findall(r"expected (\w+)", text))]
+        return f"{union.group(1)}: expected {' or '.join(wanted)}, got {union.group(2)}{hint}"
     text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\.", r"expected one of \1,", text)
-    return re.sub(r"Got value: (.*)$", r"got \1", text)
+    return re.sub(r"Got value: (.*)$", r"got \1", text) + hint
 
 
 def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: str) -> ConfigT:

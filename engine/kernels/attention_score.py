@@ -2,8 +2,8 @@
 
 With D = A_s - A_t and c = 1 / (H * token_pairs): value = c * sum(D^2), dQ_s = 2 c scale_s D K_s, and
 dK_s = 2 c scale_s D^T Q_s. D itself is one product of concatenated matrices, [scale_s Q_s, -scale_t Q_t] [K_s, K_t]^T,
-and is dropped once value and gradients are known, so that one sequence's maps are in memory at a time instead of several
-of the whole batch for each layer pair.
+and is dropped once value and gradients are known, so that the maps of one sequence (on a GPU: of some) are in memory at
+a time, instead of several of the whole batch for each layer pair.
 """
 
 from __future__ import annotations
@@ -14,6 +14,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from engine.kernels.reference import check_same_shape, normaliser, repeat_heads, without_padding
+
+MAP_ENTRIES_AT_ONCE = 2**26
+"""On a GPU, 256 MiB in fp32: enough to fill it, and far from the 2^31 elements that a dot product takes."""
+
+
+def _parts(queries: torch.Tensor) -> list[slice]:
+    """(B, H, L, d) -> the sequences that are worked on together: one on a CPU, whose maps fit into the cache."""
+    B, H, L, _ = queries.shape
+    size = 1 if queries.device.type == "cpu" else max(1, MAP_ENTRIES_AT_ONCE // (H * L * L))
+    return [slice(start, start + size) for start in range(0, B, size)]
 
 
 class _ScoreMSE(torch.autograd.Function):
@@ -34,19 +44,19 @@ class _ScoreMSE(torch.autograd.Function):
             queries, keys = without_padding(q_s, mask), without_padding(k_s, mask)
             left = torch.cat([queries * scale_s, without_padding(q_t, mask) * -scale_t], dim=-1)
             right = torch.cat([keys, without_padding(k_t, mask)], dim=-1)
-            sums = left.new_empty(len(left))
             d_queries, d_keys = torch.empty_like(queries), torch.empty_like(keys)
-            for b in range(len(left)):  # a sequence's maps fit into the cache
-                difference = left[b] @ right[b].transpose(-1, -2)
+            sums = []
+            for at in _parts(left):
+                difference = left[at] @ right[at].transpose(-1, -2)
                 flat = difference.flatten()
-                torch.dot(flat, flat, out=sums[b])
+                sums.append(torch.dot(flat, flat))
                 if wanted:
-                    torch.matmul(difference, keys[b], out=d_queries[b])
-                    torch.matmul(difference.transpose(-1, -2), queries[b], out=d_keys[b])
+                    torch.matmul(difference, keys[at], out=d_queries[at])
+                    torch.matmul(difference.transpose(-1, -2), queries[at], out=d_keys[at])
             if wanted:
                 ctx.save_for_backward(d_queries, d_keys)
                 ctx.factor, ctx.dtypes = 2.0 * factor * scale_s, (q_s.dtype, k_s.dtype)
-            return sums.sum() * factor
+            return torch.stack(sums).sum() * factor
 
     @staticmethod
     @once_differentiable

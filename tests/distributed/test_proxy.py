@@ -114,6 +114,24 @@ def test_a_member_that_diverges_ends_alone(make_proxy: MakeProxy) -> None:
     assert not all_of_them.records("result")
 
 
+def test_the_fine_tuning_evaluator_scores_copies(make_proxy: MakeProxy) -> None:
+    """A score in between does not disturb the student that goes on, and the same seed gives the same scores."""
+    settings: dict[str, object] = {
+        "proxy__evaluator": "finetune", "proxy__tasks": "[SST-2, STS-B]", "proxy__batch": 8, "proxy__lr": 3e-3,
+        "proxy__epochs": 4, "proxy__keep_students": False,
+    }  # fmt: skip
+    run = make_proxy("scored", "2-4", "none", proxy__report_at=[3], loss__embedding=0, **settings)
+    run.finish()
+    found = results(run)
+    assert found["0-0", 0]["steps"] == 0, "nothing to learn from: scored as it was initialised"
+    assert set(found["2-4", 0]["metrics"]["STS-B"]) == {"pearson", "spearman"}
+    plain = make_proxy("plain", "2-4", loss__embedding=0, **settings)
+    plain.finish()
+    assert results(plain)["2-4", 0]["scores"] == found["2-4", 0]["scores"]
+    assert results(plain)["2-4", 0]["total"] == found["2-4", 0]["total"]
+    assert not (run.output_dir / "students").exists() or not list((run.output_dir / "students").iterdir())
+
+
 @pytest.mark.launcher
 def test_two_ranks_through_the_launcher(make_proxy: MakeProxy) -> None:
     """Another number of ranks changes rounding only, and only rank 0 speaks."""

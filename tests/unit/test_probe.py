@@ -40,20 +40,21 @@ def spec_of(name: str) -> TaskSpec:
 def make_rows(
     n: int, width: int, *, classes: int = 2, seed: int = 0, signal: float = 1.5
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Features of very different means and scales that share directions, and noisy labels that depend on them."""
-    rng = np.random.default_rng(seed)
+    """Features of very different means and scales that share directions, and noisy labels that depend on them; other
+    seeds draw other rows of the same world."""
+    world, rng = np.random.default_rng(99), np.random.default_rng(seed)
+    mix = world.normal(size=(width, width)) * np.geomspace(1, 0.05, width)[:, None]
+    centres = world.normal(size=(width, classes)) * signal / np.sqrt(width)
+    means, scales = world.normal(size=width), np.geomspace(0.01, 100, width)
     latent = rng.normal(size=(n, width))
-    mix = rng.normal(size=(width, width)) * np.geomspace(1, 0.05, width)[:, None]
-    centres = np.random.default_rng(99).normal(size=(width, classes)) * signal / np.sqrt(width)
     labels = (latent @ centres + rng.gumbel(size=(n, classes))).argmax(1)
-    features = latent @ mix * np.geomspace(0.01, 100, width) + rng.normal(size=width)
-    return torch.from_numpy(features).float(), labels
+    return torch.from_numpy((latent @ mix + means) * scales).float(), labels
 
 
 def sklearn_logits(train, labels, dev, *, classes: int, l2: float) -> np.ndarray:
     scaler = StandardScaler().fit(train.double().numpy())
     penalty = (1 if classes > 2 else 2) / (l2 * len(train))
-    model = LogisticRegression(C=penalty, tol=1e-10, max_iter=20_000)
+    model = LogisticRegression(C=penalty, solver="newton-cholesky", tol=1e-10, max_iter=1000)
     model.fit(scaler.transform(train.double().numpy()), labels)
     return model.decision_function(scaler.transform(dev.double().numpy()))
 
@@ -205,12 +206,15 @@ def test_labels_without_a_training_row_are_never_chosen():
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("where", ["train", "dev"])
-@pytest.mark.parametrize("name", ["SST-2", "MRPC", "STS-B", "ridge"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *((name, where) for name in ("SST-2", "MRPC", "ridge") for where in ("train", "dev")),
+        ("STS-B", "dev"),  # has no training rows
+    ],
+)
 def test_broken_student_scores_zero(name, where, poison):
     spec = replace(spec_of("STS-B"), similarity=False) if name == "ridge" else spec_of(name)
-    if spec.similarity and where == "train":
-        pytest.skip("a similarity task has no training rows")
     train, labels = make_rows(64, 6)
     dev, dev_labels = make_rows(32, 6, seed=1)
     {"train": train, "dev": dev}[where][3, 2] = poison
@@ -267,30 +271,35 @@ def test_spans_are_refused_by_name(name):
 @pytest.mark.skipif(not GLUE.is_dir(), reason=f"needs GLUE at {GLUE} (or set MAPDISTILL_GLUE)")
 @pytest.mark.skipif(not MINILM.is_dir(), reason=f"needs {MINILM}")
 def test_real_encoder_beats_the_same_one_with_random_weights():
-    """SST-2, 600 training rows: 0.74 and 0.59 on 400 dev rows when this was written."""
+    """STS-B by cosine, 120 pairs: 0.94 against 0.37 when this was written; SST-2, 300 and 200 rows: 0.775."""
     from transformers import AutoModel, AutoTokenizer
 
-    data = load_task("SST-2", TaskDataConfig(data_dir=str(GLUE), train_rows=600, dev_rows=400))
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     trained = AutoModel.from_pretrained(MINILM).eval()
     torch.manual_seed(0)
     blank = AutoModel.from_config(trained.config).eval()
 
     @torch.no_grad()
-    def features(model: torch.nn.Module, split: str) -> ProbeFeatures:
-        texts = sorted(enumerate(data.splits[split].first), key=lambda pair: len(pair[1]))
-        pooled = torch.empty(len(texts), model.config.hidden_size)
-        for start in range(0, len(texts), 50):
-            rows, batch = zip(*texts[start : start + 50], strict=True)
-            encoded = tokenizer(list(batch), padding=True, truncation=True, max_length=64, return_tensors="pt")
-            pooled[list(rows)] = pool(model(**encoded).last_hidden_state, encoded["attention_mask"])
-        return ProbeFeatures(pooled, None)
+    def pooled(model: torch.nn.Module, texts: list[str]) -> torch.Tensor:
+        parts = []
+        for start in range(0, len(texts), 40):
+            batch = tokenizer(
+                texts[start : start + 40], padding=True, truncation=True, max_length=32, return_tensors="pt"
+            )
+            parts.append(pool(model(**batch).last_hidden_state, batch["attention_mask"]))
+        return torch.cat(parts)
 
-    scores = []
-    for model in (trained, blank):
-        outputs = probe_outputs(
-            data.spec, features(model, "train"), data.splits["train"].labels, {"dev": features(model, "dev")}
-        )
-        scores.append(task_score(data.spec, score_task(data.spec, outputs["dev"], data.splits["dev"].labels)))
-    assert scores[0] > 0.70, scores
-    assert scores[0] > scores[1] + 0.08, scores
+    def score(model: torch.nn.Module, name: str, rows: int) -> float:
+        data = load_task(name, TaskDataConfig(data_dir=str(GLUE), train_rows=300, dev_rows=rows))
+        train, dev = data.splits["train"], data.splits["dev"]
+        first = pooled(model, dev.first)
+        features = {"dev": ProbeFeatures(first, None if dev.second is None else pooled(model, dev.second))}
+        known = ProbeFeatures(pooled(model, train.first), None) if needs_training_rows(data.spec) else None
+        outputs = probe_outputs(data.spec, known, train.labels, features)["dev"]
+        return task_score(data.spec, score_task(data.spec, outputs, dev.labels))
+
+    similar = [score(model, "STS-B", 120) for model in (trained, blank)]
+    assert similar[0] > 0.8, similar
+    assert similar[0] > similar[1] + 0.3, similar
+    sentiment = score(trained, "SST-2", 200)
+    assert sentiment > 0.7, sentiment  # the more frequent label: 0.505

@@ -1,0 +1,301 @@
+"""Fine-tuning as a user starts it: resume, ranks, grids, teachers, spans, predictions; and many in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from glue_sample import write_glue_sample
+from launching import ROOT, Run, environment, kill_session, write_ds_config
+from safetensors.torch import load_file
+from squad_sample import write_squad_sample
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_world import TinyWorld
+from transformers import AutoTokenizer, pipeline
+
+from engine.records import read_records
+from engine.run_dir import RunDir
+
+pytestmark = pytest.mark.launcher
+
+MakeJob = Callable[..., Run]
+
+
+@pytest.fixture
+def make_job(tiny_world: TinyWorld, tmp_path: Path) -> MakeJob:
+    """make_job(name, *argv, ranks=…, launcher=…): fine-tunes the tiny teacher on the GLUE sample, fp32."""
+    write_glue_sample(tmp_path / "glue")
+
+    def make(name: str, *argv: str, ranks: int = 1, launcher: bool = False, stage: int = 1) -> Run:
+        usual = {
+            "model.path": tiny_world.teacher,
+            "task.data_dir": tmp_path / "glue",
+            "task.name": "RTE",
+            "task.epochs": 2,
+            "task.batch": 8,
+            "task.lr": 3e-3,
+            "train.log_every": 1,
+            "deepspeed_config": write_ds_config(tmp_path / f"ds {stage}", zero_optimization={"stage": stage}),
+        }
+        given = set(argv[::2])
+        words = [word for key, value in usual.items() if f"--{key}" not in given for word in (f"--{key}", str(value))]
+        return Run(tmp_path / name, ranks=ranks, argv=[*words, *argv], launcher=launcher, script="finetune.py")
+
+    return make
+
+
+def result_of(run: Run) -> dict[str, Any]:
+    return run.records("result")[-1]
+
+
+def unit_records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_records(folder / "records.jsonl") if record["kind"] == kind]
+
+
+def without_speed(result: dict[str, Any]) -> dict[str, Any]:
+    tasks = {name: {k: v for k, v in task.items() if k != "samples_per_s"} for name, task in result["tasks"].items()}
+    return {"tasks": tasks, "averages": result["averages"]}
+
+
+def weights(run: Run, unit: str) -> dict[str, torch.Tensor]:
+    return load_file(run.output_dir / unit / "model" / "model.safetensors")
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_stopped_and_continued_equals_uninterrupted_and_ranks_agree(make_job: MakeJob) -> None:
+    """2 ranks, two tasks; a signal to one rank in the second one. Same scores and weights, bit for bit; one rank gets
+    the same scores."""
+    argv = ("--task.name", "RTE,STS-B", "--task.epochs", "60", "--train.log_every", "30", "--task.eval_every", "90")
+    whole, half = (make_job(name, *argv, ranks=2, launcher=True) for name in ("whole", "half"))
+    whole.finish()
+    process = half.start()
+    try:
+        second = RunDir(half.output_dir / "STS-B" / "seed-0")
+        while not (second.records.is_file() and unit_records(second.root, "step")):
+            assert process.poll() is None, process.stdout.read()
+        os.kill(half.rank_pids(process.pid)[1], signal.SIGTERM)
+        output, _ = process.communicate(timeout=200)
+    finally:
+        kill_session(process)
+    assert process.returncode == 4, output[-3000:]
+    assert len(second.complete_tags()) == 1
+    assert half.records("run")[-1]["status"] == "preempted"
+    assert not half.records("result")
+    first_before = (half.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes()
+    output = half.finish()
+    assert "2 fine-tunings, seeds 0, 1 of them finished before" in output
+    assert "continues STS-B, seed 0 from step-" in output
+    assert (half.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes() == first_before  # not run again
+    assert without_speed(result_of(half)) == without_speed(result_of(whole))
+    for unit in ("RTE/seed-0", "STS-B/seed-0"):
+        assert_same_bits(weights(half, unit), weights(whole, unit))
+        assert not (half.output_dir / unit / "checkpoints").exists()
+    alone = make_job("alone", *argv)
+    alone.finish()
+    for name, task in result_of(whole)["tasks"].items():
+        assert task["score"] == pytest.approx(result_of(alone)["tasks"][name]["score"], abs=1e-4), name
+
+
+def test_grid_seeds_and_predictions(make_job: MakeJob, tiny_world: TinyWorld) -> None:
+    argv = ["--task.name", "RTE", "--task.grid", "{lr: [1e-7, 5e-3], batch: [8]}", "--task.seeds", "[0, 3]"]
+    run = make_job("grid", *argv, "--task.batch", "8", "--task.lr", "1")
+    run.argv = [w for i, w in enumerate(run.argv) if not {"--task.batch", "--task.lr"} & {w, run.argv[i - 1]}]
+    output = run.finish("--task.predict", "--task.epochs", "20")
+    task = result_of(run)["tasks"]["RTE"]
+    assert [point["lr"] for point in task["grid"]] == [1e-7, 5e-3]
+    best = max(task["grid"], key=lambda point: point["score"])
+    assert task["chosen"] == {"lr": best["lr"], "batch": 8.0}
+    assert task["score"] == best["score"]
+    assert task["seeds"].keys() == {"0", "3"}
+    assert task["score_std"] is not None
+    models = sorted(path.parent.parent.name for path in run.output_dir.glob("RTE/lr*/seed-*/model"))
+    assert models == [f"lr{best['lr']:g}-batch8"] * 2  # losers are removed
+    # the exported model gives the predictions that were written, and the score that was reported
+    model = run.output_dir / "RTE" / "model"
+    classify = pipeline("text-classification", model=str(model), tokenizer=AutoTokenizer.from_pretrained(model))
+    lines = (run.output_dir / "predictions" / "dev" / "RTE.tsv").read_text().splitlines()[1:]
+    rows = [line.split("\t") for line in (run.output_dir.parent / "glue" / "RTE" / "dev.tsv").read_text().splitlines()]
+    named = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    got = [found["label"] for found in classify([{"text": r["sentence1"], "text_pair": r["sentence2"]} for r in named])]
+    assert got == [line.split("\t")[1] for line in lines]
+    accuracy = sum(a == row["label"] for a, row in zip(got, named, strict=True)) / len(named)
+    assert accuracy == pytest.approx(task["seeds"]["0"])
+    assert len((run.output_dir / "predictions" / "RTE.tsv").read_text().splitlines()) == 1 + 4
+    assert "best of the grid" in output
+    card = (model / "README.md").read_text()
+    assert f"| dev score | {task['seeds']['0']:.4f} |" in card
+    events = EventAccumulator(str(run.output_dir / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("score/RTE")[0].value == pytest.approx(task["score"])
+    unit = EventAccumulator(str(model.resolve().parent / "tensorboard"))
+    unit.Reload()
+    assert {"score/accuracy", "score/score", "loss/labels", "hparam/score"} <= set(unit.Tags()["scalars"])
+
+
+def test_changed_settings_and_resume_never_are_refused(make_job: MakeJob) -> None:
+    run = make_job("run", "--task.epochs", "1")
+    run.finish()
+    before = (run.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes()
+    output = run.finish("--task.lr", "1e-3", expect=2)
+    assert "task.lr: 0.003 -> 0.001" in output
+    assert "resume='never'" in run.finish("--resume", "never", expect=2)
+    assert (run.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes() == before
+    run.finish("--task.seeds", "[0, 1]", "--train.log_every", "7")  # one more seed: the first is kept
+    assert (run.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes() == before
+    assert result_of(run)["tasks"]["RTE"]["seeds"].keys() == {"0", "1"}
+
+
+def test_a_diverged_task_leaves_the_others_alone(make_job: MakeJob, tmp_path: Path) -> None:
+    """A custom regression whose targets overflow fp32 squares; the custom classification beside it is scored."""
+    (tmp_path / "good.tsv").write_text("text\tlabel\n" + "the small model\tyes\nnot much else\tno\n" * 12)
+    (tmp_path / "bad.tsv").write_text("text\tlabel\n" + "the small model\t1e30\nnot much else\t-1e30\n" * 12)
+    custom = {
+        name: {"train": str(tmp_path / f"{name}.tsv"), "dev": str(tmp_path / f"{name}.tsv"), "kind": kind}
+        for name, kind in (("bad", "regression"), ("good", "classification"))
+    }
+    run = make_job("run", "--task.name", "bad,good", "--task.custom", json.dumps(custom), "--task.epochs", "20")
+    output = run.finish(expect=3)
+    result = result_of(run)
+    assert result["status"] == "diverged"
+    assert result["tasks"]["bad"] is None
+    assert result["tasks"]["good"]["score"] == 1.0
+    assert unit_records(run.output_dir / "bad" / "seed-0", "error")[0]["status"] == "diverged"
+    assert unit_records(run.output_dir / "bad" / "seed-0", "result")[0]["score"] is None
+    assert "every fine-tuning diverged" in output
+    assert (run.output_dir / "good" / "model" / "config.json").is_file()
+    assert not (run.output_dir / "bad" / "seed-0" / "model").exists()
+
+
+def test_teacher_patience_and_export(make_job: MakeJob) -> None:
+    """A fine-tuned teacher, by pattern, teaches logits and hidden states; early stopping keeps the best weights."""
+    teacher = make_job("teacher", "--task.name", "RTE,SST-2", "--task.epochs", "10")
+    teacher.finish()
+    pattern = str(teacher.output_dir / "{task}" / "model")
+    run = make_job(
+        "run", "--task.name", "RTE,SST-2", "--teacher.path", pattern, "--loss.hidden", "1", "--mapping.hidden", "0-2-0-4",
+        "--loss.temperature", "2", "--task.epochs", "30", "--task.patience", "2", "--task.eval_every", "2",
+        "--task.predict", "true",
+    )  # fmt: skip
+    output = run.finish()
+    assert f"{teacher.output_dir}/RTE/model: bert" in output
+    for name in ("RTE", "SST-2"):
+        folder = run.output_dir / name / "seed-0"
+        steps = unit_records(folder, "step")
+        terms = next(record["terms"] for record in steps if "terms" in record)
+        assert terms.keys() == {"labels", "logits", "hidden/2-2", "hidden/4-4"}
+        scores = {record["step"]: record["scores"]["score"] for record in steps if "scores" in record}
+        found = unit_records(folder, "result")[0]
+        assert found["score"] == max(scores.values())
+        assert found["step"] == next(step for step, score in scores.items() if score == found["score"])
+        assert found["steps_run"] == found["step"] + 4 < 90  # two evaluations without a better score
+        assert (folder / "model" / "projections.safetensors").is_file()
+    labels = [line.split("\t")[1] for line in (run.output_dir / "predictions/dev/RTE.tsv").read_text().splitlines()[1:]]
+    rows = (run.output_dir.parent / "glue" / "RTE" / "dev.tsv").read_text().splitlines()[1:]
+    right = sum(row.endswith(f"\t{label}") for row, label in zip(rows, labels, strict=True))
+    assert right / len(rows) == pytest.approx(result_of(run)["tasks"]["RTE"]["score"])  # of the best weights
+
+
+def test_squad_from_windows_to_answers(make_job: MakeJob, tmp_path: Path) -> None:
+    write_squad_sample(tmp_path / "squad" / "SQuAD", v2=True)
+    run = make_job(
+        "run", "--task.name", "SQuAD-v2", "--task.data_dir", str(tmp_path / "squad"), "--task.seq_len", "48",
+        "--task.doc_stride", "16", "--task.epochs", "1", "--task.predict", "true",
+    )  # fmt: skip
+    run.finish()
+    task = result_of(run)["tasks"]["SQuAD-v2"]
+    assert task["metrics"].keys() == {"exact_match", "f1"}
+    assert task["score"] == task["metrics"]["f1"]["mean"]
+    answers = json.loads((run.output_dir / "predictions" / "dev" / "SQuAD-v2.json").read_text())
+    assert len(answers) == 24
+
+
+def test_dry_run_writes_nothing(make_job: MakeJob) -> None:
+    run = make_job("run", "--task.name", "glue", "--dry_run", "true")
+    output = run.finish()
+    assert "MNLI: 24 rows, 8 + 8 dev; 3 labels; score: accuracy" in output
+    assert "9 fine-tunings" in output
+    assert not run.output_dir.exists()
+
+
+def test_many_fine_tunings_in_one_process(tmp_path: Path, tiny_world: TinyWorld) -> None:
+    """The third of three gives the same bits as alone, under ZeRO 1 and 3, and no module stays behind."""
+    write_glue_sample(tmp_path / "glue")
+    for stage in (1, 3):
+        argv = [str(tmp_path / "glue"), str(tiny_world.teacher), str(write_ds_config(
+            tmp_path / f"ds {stage}", zero_optimization={"stage": stage}
+        ))]  # fmt: skip
+        outputs = []
+        for seeds in ("0 1 2", "2"):
+            done = subprocess.run(
+                [sys.executable, __file__, *argv, seeds],
+                cwd=ROOT,
+                env=environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            outputs.append(json.loads(done.stdout.splitlines()[-1]))
+        three, alone = outputs
+        assert three["results"][-1] == alone["results"][-1]
+        assert three["results"][0] != three["results"][1]
+        assert three["modules_left"] == alone["modules_left"] == 0
+
+
+def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
+    """Prints what each fine-tuning gave, and how many TaskModules are still alive."""
+    import gc
+
+    from engine import runtime
+    from engine.config import OptimConfig
+    from engine.data.encoded_task import encode_task
+    from engine.data.tasks import load_task
+    from engine.models.hub import load_config
+    from engine.models.task_model import load_task_model, task_tokenizer
+    from engine.monitor import Monitor
+    from engine.plan import plan_execution
+    from engine.task_config import TaskDataConfig
+    from engine.task_module import TaskModule
+    from engine.task_run import task_train_config, train_on_task
+
+    here = runtime.start(0)
+    data = load_task("RTE", TaskDataConfig(data_dir=data_dir))
+    tokenizer, _ = task_tokenizer(model, "model.path", load_config(model, "model.path"))
+    task = encode_task(data, tokenizer, seq_len=64)
+    train = task_train_config(len(task.train), epochs=2, lr=3e-3, batch=8)
+    execution = plan_execution(ds_config, train, OptimConfig())
+    agreement, stop = runtime.Agreement(), runtime.StopRequest()
+    results = []
+    for seed in map(int, seeds.split()):
+        student = load_task_model(model, key="model.path", spec=data.spec, dropout=0.1, seed=seed, backend="sdpa")
+        module = TaskModule(student, kind=data.spec.kind)
+        monitor = Monitor(
+            active=False, tensorboard=Path("none"), records=Path("none"), steps=train.steps, flops_per_token=1.0,
+            device=here.device, config_text="",
+        )  # fmt: skip
+        found = train_on_task(
+            module=module, task=task, train=train, optim=OptimConfig(), execution=execution, runtime=here,
+            agreement=agreement, stop=stop, seed=seed, monitor=monitor,
+        )  # fmt: skip
+        weight = student.classifier.weight
+        held = getattr(weight, "ds_tensor", weight).detach().double()
+        results.append([found.score, found.step, held.sum().item(), held.square().sum().item()])
+        del student, module, weight, held, found
+    gc.collect()
+    left = sum(type(thing).__name__ == "TaskModule" for thing in gc.get_objects())
+    print(json.dumps({"results": results, "modules_left": left}))
+
+
+if __name__ == "__main__":
+    train_many(*sys.argv[1:])
