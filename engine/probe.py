@@ -23,10 +23,11 @@ Outputs = npt.NDArray[np.float64]
 Labels = npt.NDArray[Any]
 
 GRADIENT_TOLERANCE = 1e-8
-"""Largest entry of the preconditioned gradient at which the logistic regression counts as solved: logits are then
-within about 1e-5 of the optimum."""
+"""Largest entry of the preconditioned gradient at which the logistic regression counts as solved: with default_l2,
+logits are then within about 1e-6 of the optimum (measured against scikit-learn on SST-2, CoLA and MRPC)."""
 MOST_ITERATIONS = 100
-"""About 15 are needed on real features."""
+"""7 to 19 were needed on real features with default_l2. Rows that a plane separates, with l2 below about 1e-3, need
+more: the logits then stop short of the optimum (by 1e-2 of 27 at l2 = 1e-4, by 2 of 35 at 1e-5)."""
 DEV_CHUNK = 4096
 """Dev rows that are held in float64 at a time."""
 

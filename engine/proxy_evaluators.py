@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -59,7 +59,7 @@ Evaluator = Callable[[Student], "Scores"]
 @dataclass(frozen=True)
 class Scores:
     metrics: dict[str, dict[str, float]]
-    """task -> metric -> value; means over the task's dev splits."""
+    """task -> metric -> value; means over the task's dev splits, or of a cross-validation (proxy.folds)."""
     tasks: dict[str, float]
     """task -> its score, the mean of its metrics."""
 
@@ -83,9 +83,15 @@ class ProbeEvaluator:
     """Tokenises the texts of all tasks once, as one table; a student then reads all of them in one sweep."""
 
     def __init__(
-        self, tasks: Sequence[TaskData], tokenizer: PreTrainedTokenizerBase, *, longest: int, runtime: Runtime
+        self,
+        tasks: Sequence[TaskData],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        longest: int,
+        folds: int,
+        runtime: Runtime,
     ) -> None:
-        self._tasks, self._runtime = tasks, runtime
+        self._tasks, self._runtime, self._folds = tasks, runtime, folds
         texts: list[str] = []
         self._parts: list[_Part] = []
 
@@ -118,6 +124,9 @@ class ProbeEvaluator:
                 for part in self._parts
                 if part.task == task.spec.name
             }
+            if self._folds > 1 and "train" in parts:
+                metrics[task.spec.name] = _cross_validated(task, parts, self._folds)
+                continue
             train = parts.pop("train", None)
             labels = _labels(task, "train") if train is not None else None
             outputs = probe_outputs(task.spec, train, labels, parts)
@@ -150,6 +159,28 @@ def _labels(task: TaskData, split: str) -> np.ndarray[Any, Any]:
     assert isinstance(rows, Split)
     assert rows.labels is not None
     return rows.labels
+
+
+def _cross_validated(task: TaskData, parts: Mapping[str, ProbeFeatures], folds: int) -> dict[str, float]:
+    """Metrics over all labelled rows; row i is scored by the probe that was trained without rows i mod `folds`."""
+    first = torch.cat([part.first for part in parts.values()])
+    seconds = [part.second for part in parts.values() if part.second is not None]
+    second = torch.cat(seconds) if seconds else None
+    labels = np.concatenate([_labels(task, name) for name in parts])
+    fold = torch.arange(len(labels)) % folds
+
+    def rows(chosen: torch.Tensor) -> ProbeFeatures:
+        return ProbeFeatures(first[chosen], None if second is None else second[chosen])
+
+    outputs: np.ndarray[Any, Any] | None = None
+    for k in range(folds):
+        held_out, rest = fold == k, fold != k
+        found = probe_outputs(task.spec, rows(rest), labels[rest.numpy()], {"held out": rows(held_out)})["held out"]
+        if outputs is None:
+            outputs = np.zeros((len(labels), *found.shape[1:]), found.dtype)
+        outputs[held_out.numpy()] = found
+    assert outputs is not None
+    return score_task(task.spec, outputs, labels)
 
 
 def mean_of(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -235,4 +266,5 @@ def build_evaluator(
     if plan.config.proxy.evaluator == "finetune":
         return FinetuneEvaluator(plan, runtime, agreement, stop, scratch)
     longest = longest_input(plan.base.student_config) or plan.base.seq_len
-    return ProbeEvaluator(plan.tasks, plan.base.tokenizer, longest=longest, runtime=runtime)
+    folds = plan.config.proxy.folds
+    return ProbeEvaluator(plan.tasks, plan.base.tokenizer, longest=longest, folds=folds, runtime=runtime)

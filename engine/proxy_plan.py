@@ -166,5 +166,5 @@ def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskDa
 def evaluator_settings(config: ProxyJobConfig) -> dict[str, Any]:
     kind = config.proxy.evaluator
     if kind == "probe":
-        return {"kind": kind}
+        return {"kind": kind, "folds": config.proxy.folds}
     return {"kind": kind, **{name: getattr(config.proxy, name) for name in ("epochs", "lr", "batch")}}

@@ -99,7 +99,12 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
             f"{proxy.steps} steps x {config.train.global_batch} sequences of {base.seq_len} = {positions / 1e6:.2f} M "
             f"positions of {config.data.path}, lr {config.train.lr:g}",
         ),
-        ("evaluator", proxy.evaluator + (f", also after steps {proxy.report_at}" if proxy.report_at else "")),
+        (
+            "evaluator",
+            proxy.evaluator
+            + (f", {proxy.folds}-fold cross-validation" if proxy.evaluator == "probe" and proxy.folds > 1 else "")
+            + (f", also after steps {proxy.report_at}" if proxy.report_at else ""),
+        ),
         ("tasks", tasks),
         ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(wanted)} results are here already" if done else "")),
         (

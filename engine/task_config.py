@@ -271,6 +271,11 @@ class ProxyConfig:
     """probe: frozen mean-pooled features (zero-shot cosine for similarity tasks, logistic and ridge regression
     elsewhere; deterministic); finetune: a short fine-tuning of a copy on each task."""
 
+    folds: int = 5
+    """Parts of the cross-validation of the probes that are trained: each labelled row, training and dev, is scored by a
+    probe that has not seen it (the dev rows alone are too few to tell mappings apart). 1: train on the training rows,
+    score on the dev rows."""
+
     report_at: list[int] = field(default_factory=list)
     """Steps at which intermediate scores are taken as well (records of kind step), so that a search can stop early."""
 
@@ -290,7 +295,7 @@ class ProxyConfig:
     """Write each distilled student to `students/`."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "repeats", "batch"):
+        for name in ("steps", "repeats", "batch", "folds"):
             require(getattr(self, name) >= 1, f"proxy.{name}", getattr(self, name), "must be at least 1")
         require(bool(self.tasks), "proxy.tasks", self.tasks, "name at least one task")
         for name in ("epochs", "lr"):

@@ -184,8 +184,8 @@ def test_teacher_patience_and_export(make_job: MakeJob) -> None:
     teacher.finish()
     pattern = str(teacher.output_dir / "{task}" / "model")
     run = make_job(
-        "run", "--task.name", "RTE,SST-2", "--teacher.path", pattern, "--loss.hidden", "1", "--mapping.hidden", "0-2-0-4",
-        "--loss.temperature", "2", "--task.epochs", "30", "--task.patience", "2", "--task.eval_every", "2",
+        "run", "--task.name", "RTE,SST-2", "--teacher.path", pattern, "--loss.hidden", "1",
+        "--mapping.hidden", "0-2-0-4", "--loss.temperature", "2", "--task.epochs", "30", "--task.patience", "2", "--task.eval_every", "2",
         "--task.predict", "true",
     )  # fmt: skip
     output = run.finish()

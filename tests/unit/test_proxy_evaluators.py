@@ -1,0 +1,89 @@
+"""The probe evaluator on real rows and a student whose features are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from glue_sample import write_glue_sample
+from tiny_world import TinyWorld
+from transformers import AutoTokenizer
+
+from engine.data.batch import Batch
+from engine.data.tasks import load_task
+from engine.metrics import score_task
+from engine.probe import ProbeFeatures, probe_outputs
+from engine.proxy_evaluators import ProbeEvaluator
+from engine.runtime import Runtime
+from engine.task_config import TaskDataConfig
+
+
+class WordCounter:
+    """ "Hidden states" that say which word stands where: one-hot vectors, so that mean pooling gives a bag of words."""
+
+    seed = 0
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+        self.batches = 0
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        self.batches += 1
+        return torch.nn.functional.one_hot(batch.input_ids, self.words).float()
+
+    def save(self, folder: Path) -> None:
+        raise AssertionError("a probe needs no folder")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory):
+    if not torch.distributed.is_initialized():
+        store = tmp_path_factory.mktemp("store") / "file"
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+    else:
+        yield
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("folds", [1, 4])
+def test_scores_follow_from_the_pooled_features(tiny_world: TinyWorld, tmp_path: Path, folds: int) -> None:
+    write_glue_sample(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.teacher)
+    tasks = [load_task(name, TaskDataConfig(data_dir=str(tmp_path))) for name in ("SST-2", "MRPC", "STS-B", "MNLI")]
+    here = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), threads=1)
+    evaluator = ProbeEvaluator(tasks, tokenizer, longest=64, folds=folds, runtime=here)
+    student = WordCounter(len(tokenizer))
+    scores = evaluator(student)
+    assert student.batches == -(-len(evaluator._encoded) // 64), "every text is read once, whatever the tasks share"
+    assert evaluator(student) == scores
+    assert scores.fitness == pytest.approx(np.mean(list(scores.tasks.values())))
+    assert list(scores.tasks) == ["SST-2", "MRPC", "STS-B", "MNLI"]
+
+    def bag(texts: list[str]) -> torch.Tensor:
+        rows = tokenizer(texts, truncation=True, max_length=64)["input_ids"]
+        counts = torch.stack([torch.bincount(torch.tensor(row), minlength=len(tokenizer)).float() for row in rows])
+        return counts / counts.sum(1, keepdim=True)
+
+    sst, sts = tasks[0], tasks[2]
+    dev = sts.splits["dev"]
+    outputs = probe_outputs(sts.spec, None, None, {"dev": ProbeFeatures(bag(dev.first), bag(dev.second))})
+    assert scores.metrics["STS-B"] == pytest.approx(score_task(sts.spec, outputs["dev"], dev.labels), abs=1e-4)
+    if folds == 1:
+        train, dev = sst.splits["train"], sst.splits["dev"]
+        features = ProbeFeatures(bag(train.first), None), {"dev": ProbeFeatures(bag(dev.first), None)}
+        outputs = probe_outputs(sst.spec, features[0], train.labels, features[1])
+        assert scores.metrics["SST-2"] == score_task(sst.spec, outputs["dev"], dev.labels)
+        return
+    texts = sst.splits["train"].first + sst.splits["dev"].first
+    labels = np.concatenate([sst.splits["train"].labels, sst.splits["dev"].labels])
+    every, right = bag(texts), 0
+    for i in range(len(texts)):  # leave the row's whole fold out
+        rest = [j for j in range(len(texts)) if j % folds != i % folds]
+        one = {"one": ProbeFeatures(every[[i]], None)}
+        logits = probe_outputs(sst.spec, ProbeFeatures(every[rest], None), labels[rest], one)["one"]
+        right += int(logits.argmax() == labels[i])
+    assert scores.metrics["SST-2"]["accuracy"] == pytest.approx(right / len(texts))
