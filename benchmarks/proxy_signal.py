@@ -101,7 +101,7 @@ def main() -> None:
                 + ", ".join(f"{g} {late[g]:.4f}" for g in sorted(late, key=lambda g: -late[g]))
             )
         for task in tasks:
-            signal = signal_ratio({g: [by[s] for s in sorted(by)] for g, by in scored[task].items()})
+            signal = signal_ratio(scored[task])
             summary.append((name, task, signal, rank_correlation(means, late) if task == "mean" and late else None))
     print(
         "\n| evaluator | score | sd between mappings | sd between seeds | signal ratio | rank correlation with 10x |\n|"

@@ -95,7 +95,7 @@ def _explain(error: Exception, parser: ArgumentParser) -> str:
     text = re.sub(r"Expected a <class '(\w+)'>\.?", r"expected \1,", text)
     text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
     text = re.sub(r"Parser key \"([\w.]+)\": ", r"\1: ", text)
-    not_text = re.search(r"expected str, got (True|False|[\d.]+)\b", text)
+    not_text = re.search(r"expected str, Got value: (True|False|[\d.]+)\b", text)
     hint = "; YAML reads it as a number or a truth value: write it in quotes" if not_text else ""
     union = re.match(
         r"([\w.]+(?:: \w+)?): Does not validate against any of the Union subtypes .*Given value: (.*)$", text

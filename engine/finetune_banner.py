@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
 from engine import banner
@@ -47,7 +47,7 @@ def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unf
         ("batch", [_batch_line(plan, batch) for batch in plan.executions]),
         ("execution", f"{how.precision}, ZeRO stage {how.zero_stage} ({how.source}), {device}"),
         ("optimizer", optimizer),
-        ("start", [f"continues {line}" for line in unfinished] or "fresh" if not finished else "goes on"),
+        ("start", [f"continues {line}" for line in unfinished] or ("goes on" if finished else "fresh")),
         ("output", config.output_dir),
     ]
     rows += [("warning", text) for text in plan.warnings]
@@ -58,7 +58,7 @@ def _task_line(plan: FinetunePlan, task: PlannedTask) -> str:
     spec = task.data.spec
     dev = " + ".join(f"{len(task.data.splits[name]):,}" for name in spec.dev_splits)
     kind = f"{len(spec.labels)} labels" if spec.kind == "classification" else spec.kind
-    values = {
+    values: dict[str, Iterable[float]] = {
         "epochs": dict.fromkeys(at.epochs for at in task.points),
         "lr": dict.fromkeys(at.lr for at in task.points),
         "batch": dict.fromkeys(at.batch for at in task.points),

@@ -23,6 +23,7 @@ from engine.proxy_evaluators import Scores
 from engine.proxy_plan import Genome
 from engine.run_dir import RunDir
 from engine.runtime import Runtime
+from engine.task_run import release
 from engine.trainer import Trainee
 
 
@@ -85,7 +86,7 @@ class Member:
         """Lets go of engine, optimizer and student, so that the next cohort has their memory."""
         if self.trainee is not None:
             self.trainee.monitor.close()
-            self.trainee.ds_engine.destroy()
+            release(self.trainee.ds_engine)
             self.trainee = None
 
 

@@ -32,7 +32,7 @@ def signal_of(results: Sequence[Result]) -> Signal | None:
     fitness: dict[str, dict[int, float]] = defaultdict(dict)
     for result in results:
         fitness[result["genome"]][result["seed"]] = result["fitness"]
-    return signal_ratio({genome: [by_seed[s] for s in sorted(by_seed)] for genome, by_seed in fitness.items()})
+    return signal_ratio(fitness)
 
 
 def fitness_table(results: Sequence[Result], names: dict[str, str], failed: Sequence[str]) -> str:

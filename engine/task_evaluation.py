@@ -92,7 +92,8 @@ class TaskEvaluation:
 
     def _measure(self) -> tuple[float, dict[str, float]] | None:
         """Score (the mean over the dev splits) and metrics by name; None where an output is not finite."""
-        spec, scores, named = self.task.spec, [], {}
+        spec, scores = self.task.spec, []
+        named: dict[str, float] = {}
         for name in spec.dev_splits:
             metrics = self._score_split(name)
             if metrics is None:

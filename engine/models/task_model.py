@@ -105,7 +105,8 @@ def head_problem(config: PretrainedConfig, spec: TaskSpec) -> str | None:
     if wanted not in (config.architectures or ()):
         return f"it was saved without {AUTO_CLASSES[head_of(spec)][1]} ({saved}, not {wanted})"
     if spec.kind == "classification":
-        labels = tuple(config.id2label[index] for index in sorted(config.id2label))
+        names: dict[Any, str] = config.id2label or {}
+        labels = tuple(names[index] for index in sorted(names))
         if labels != spec.labels:
             return f"its labels are {', '.join(labels)}, those of {spec.name} are {', '.join(spec.labels)}"
     elif spec.kind == "regression" and config.num_labels != 1:

@@ -74,10 +74,9 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def test_stopped_and_continued_equals_uninterrupted_and_ranks_agree(make_job: MakeJob) -> None:
-    """2 ranks, two tasks; a signal to one rank in the second one. Same scores and weights, bit for bit; one rank gets
-    the same scores."""
-    argv = ("--task.name", "RTE,STS-B", "--task.epochs", "60", "--train.log_every", "30", "--task.eval_every", "90")
+def test_stopped_and_continued_equals_uninterrupted(make_job: MakeJob) -> None:
+    """2 ranks, two tasks; a signal to one rank in the second one. Same scores and weights, bit for bit."""
+    argv = ("--task.name", "RTE,STS-B", "--task.epochs", "40", "--train.log_every", "20", "--task.eval_every", "60")
     whole, half = (make_job(name, *argv, ranks=2, launcher=True) for name in ("whole", "half"))
     whole.finish()
     process = half.start()
@@ -102,10 +101,21 @@ def test_stopped_and_continued_equals_uninterrupted_and_ranks_agree(make_job: Ma
     for unit in ("RTE/seed-0", "STS-B/seed-0"):
         assert_same_bits(weights(half, unit), weights(whole, unit))
         assert not (half.output_dir / unit / "checkpoints").exists()
-    alone = make_job("alone", *argv)
-    alone.finish()
-    for name, task in result_of(whole)["tasks"].items():
-        assert task["score"] == pytest.approx(result_of(alone)["tasks"][name]["score"], abs=1e-4), name
+
+
+def test_ranks_agree(make_job: MakeJob) -> None:
+    """Two ranks train and score what one does, to the rounding of sums. Dropout differs by rank, so it is off."""
+    argv = ("--task.name", "STS-B,MNLI", "--task.dropout", "0")
+    one, two = make_job("one", *argv), make_job("two", *argv, ranks=2, launcher=True)
+    one.finish()
+    two.finish()
+    for name in ("STS-B", "MNLI"):
+        folders = [run.output_dir / name / "seed-0" for run in (one, two)]
+        losses = [[r["total"] for r in unit_records(f, "step") if "total" in r] for f in folders]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        metrics = [unit_records(f, "result")[0]["metrics"] for f in folders]
+        assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
+    assert metrics[0].keys() == {"accuracy_matched", "accuracy_mismatched"}
 
 
 def test_grid_seeds_and_predictions(make_job: MakeJob, tiny_world: TinyWorld) -> None:
@@ -185,8 +195,8 @@ def test_teacher_patience_and_export(make_job: MakeJob) -> None:
     pattern = str(teacher.output_dir / "{task}" / "model")
     run = make_job(
         "run", "--task.name", "RTE,SST-2", "--teacher.path", pattern, "--loss.hidden", "1",
-        "--mapping.hidden", "0-2-0-4", "--loss.temperature", "2", "--task.epochs", "30", "--task.patience", "2", "--task.eval_every", "2",
-        "--task.predict", "true",
+        "--mapping.hidden", "0-2-0-4", "--loss.temperature", "2", "--task.epochs", "30",
+        "--task.patience", "2", "--task.eval_every", "2", "--task.predict", "true",
     )  # fmt: skip
     output = run.finish()
     assert f"{teacher.output_dir}/RTE/model: bert" in output
@@ -229,28 +239,23 @@ def test_dry_run_writes_nothing(make_job: MakeJob) -> None:
     assert not run.output_dir.exists()
 
 
-def test_many_fine_tunings_in_one_process(tmp_path: Path, tiny_world: TinyWorld) -> None:
-    """The third of three gives the same bits as alone, under ZeRO 1 and 3, and no module stays behind."""
+@pytest.mark.parametrize("stage", [1, 3])
+def test_many_fine_tunings_in_one_process(tmp_path: Path, tiny_world: TinyWorld, stage: int) -> None:
+    """The same fine-tuning first and third in a process: the same bits; and no module stays behind."""
     write_glue_sample(tmp_path / "glue")
-    for stage in (1, 3):
-        argv = [str(tmp_path / "glue"), str(tiny_world.teacher), str(write_ds_config(
-            tmp_path / f"ds {stage}", zero_optimization={"stage": stage}
-        ))]  # fmt: skip
-        outputs = []
-        for seeds in ("0 1 2", "2"):
-            done = subprocess.run(
-                [sys.executable, __file__, *argv, seeds],
-                cwd=ROOT,
-                env=environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-            outputs.append(json.loads(done.stdout.splitlines()[-1]))
-        three, alone = outputs
-        assert three["results"][-1] == alone["results"][-1]
-        assert three["results"][0] != three["results"][1]
-        assert three["modules_left"] == alone["modules_left"] == 0
+    ds_config = write_ds_config(tmp_path / "ds", zero_optimization={"stage": stage})
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path / "glue"), str(tiny_world.teacher), str(ds_config), "2 0 2"],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    alone, other, third = found["results"]
+    assert third == alone != other
+    assert found["modules_left"] == 0
 
 
 def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
