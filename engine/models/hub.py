@@ -63,7 +63,7 @@ def _hub_is_reachable() -> bool:
         return False
 
 
-def _where(path: str) -> dict[str, bool]:
+def where(path: str) -> dict[str, bool]:
     """Arguments for from_pretrained: a folder or the hub's cache alone, where nothing else can be had."""
     return {"local_files_only": Path(path).is_dir() or not _hub_is_reachable()}
 
@@ -82,7 +82,7 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _not_readable(path: str, key: str, what: str, error: Exception) -> UserError:
+def not_readable(path: str, key: str, what: str, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if Path(path).is_dir():
         return UserError(f"{key}={path!r}: cannot read the {what} in this folder: {reason}")
@@ -101,18 +101,18 @@ def load_config(path: str, key: str) -> PretrainedConfig:
         )
     try:
         with quiet():
-            return AutoConfig.from_pretrained(path, **_where(path))
+            return AutoConfig.from_pretrained(path, **where(path))
     except LOAD_ERRORS as error:
-        raise _not_readable(path, key, "configuration", error) from None
+        raise not_readable(path, key, "configuration", error) from None
 
 
 def load_tokenizer(path: str, key: str) -> Any:
     """The tokenizer of a model folder or hub model."""
     try:
         with quiet():
-            tokenizer: Any = AutoTokenizer.from_pretrained(path, **_where(path))
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, **where(path))
     except LOAD_ERRORS as error:
-        raise _not_readable(path, key, "tokenizer", error) from None
+        raise not_readable(path, key, "tokenizer", error) from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when there are no files
         raise UserError(f"{key}={path!r}: no vocabulary there; add the tokenizer's files (tokenizer.json or vocab.txt)")
     return tokenizer
@@ -168,9 +168,9 @@ def load_backbone(
     load: Any = model_class(config, head).from_pretrained
     try:
         with quiet():
-            model, info = load(path, config=config, dtype=dtype, output_loading_info=True, **_where(path), **arguments)
+            model, info = load(path, config=config, dtype=dtype, output_loading_info=True, **where(path), **arguments)
     except LOAD_ERRORS as error:
-        raise _not_readable(path, key, "weights", error) from None
+        raise not_readable(path, key, "weights", error) from None
     missing = sorted(info["missing_keys"]) + sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if missing:
         raise UserError(
@@ -228,16 +228,16 @@ def _weight_files(path: str, key: str) -> list[Path]:
     if not found.name.endswith(".index.json"):
         return [found]
     names = set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
-    return [Path(cached_file(path, name, **_where(path))) for name in sorted(names)]
+    return [Path(cached_file(path, name, **where(path))) for name in sorted(names)]
 
 
 def _weight_file(path: str, key: str) -> Path:
     """The first of WEIGHT_FILES that the model has."""
     for file_name in WEIGHT_FILES:
         try:
-            found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **_where(path))
+            found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **where(path))
         except LOAD_ERRORS as error:
-            raise _not_readable(path, key, "weights", error) from None
+            raise not_readable(path, key, "weights", error) from None
         if found is not None:
             return Path(found)
     raise UserError(f"{key}={path!r}: found none of {', '.join(WEIGHT_FILES)}; the model has no weights")

@@ -16,12 +16,12 @@ from engine.models.hub import (
     AUTO_CLASSES,
     LOAD_ERRORS,
     Head,
-    _not_readable,
-    _where,
     load_config,
     load_tokenizer,
     model_class,
+    not_readable,
     quiet,
+    where,
 )
 from engine.models.student import DROPOUTS
 
@@ -176,10 +176,10 @@ def _load(
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **_where(path),
+                **where(path),
             )
     except LOAD_ERRORS as error:
-        raise _not_readable(path, key, "weights", error) from None
+        raise not_readable(path, key, "weights", error) from None
     return model, sorted({*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])})
 
 

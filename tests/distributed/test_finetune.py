@@ -21,8 +21,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_world import TinyWorld
 from transformers import AutoTokenizer, pipeline
 
+from engine.cli import parse_config
+from engine.errors import UserError
+from engine.finetune_plan import make_finetune_plan
+from engine.finetune_unit import look_back
 from engine.records import read_records
 from engine.run_dir import RunDir
+from engine.task_config import FinetuneConfig
 
 pytestmark = pytest.mark.launcher
 
@@ -158,10 +163,12 @@ def test_changed_settings_and_resume_never_are_refused(make_job: MakeJob) -> Non
     run = make_job("run", "--task.epochs", "1")
     run.finish()
     before = (run.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes()
-    output = run.finish("--task.lr", "1e-3", expect=2)
-    assert "task.lr: 0.003 -> 0.001" in output
-    assert "resume='never'" in run.finish("--resume", "never", expect=2)
-    assert (run.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes() == before
+    for words, says in ((["--task.lr", "1e-3"], "task.lr: 0.003 -> 0.001"), (["--resume", "never"], "resume='never'")):
+        argv = ["--output_dir", str(run.output_dir), *run.argv, *words]
+        plan = make_finetune_plan(parse_config(FinetuneConfig, argv, "test"))
+        with pytest.raises(UserError) as error:
+            look_back(plan, plan.units[0])
+        assert says in str(error.value)
     run.finish("--task.seeds", "[0, 1]", "--train.log_every", "7")  # one more seed: the first is kept
     assert (run.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes() == before
     assert result_of(run)["tasks"]["RTE"]["seeds"].keys() == {"0", "1"}

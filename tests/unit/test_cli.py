@@ -1,6 +1,7 @@
 """Mistakes on the command line, through the real scripts: one line, exit code 2, nothing loaded."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -116,9 +117,7 @@ def test_light_modules_import_without_torch(module: str) -> None:
 
 def test_engine_never_imports_the_search() -> None:
     for path in (ROOT / "engine").rglob("*.py"):
-        text = path.read_text()
-        assert "import ga" not in text, path
-        assert "from ga" not in text, path
+        assert not re.search(r"^\s*(import|from) ga\b", path.read_text(), flags=re.MULTILINE), path
 
 
 def test_no_argument_is_the_quick_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
