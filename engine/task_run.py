@@ -12,7 +12,7 @@ from engine.assemble import choose_optimizer, start_engine
 from engine.checkpoint import Checkpointer
 from engine.config import OptimConfig, TrainConfig
 from engine.data.encoded_task import EncodedTask
-from engine.data.task_loader import TaskLoader
+from engine.data.task_loader import TaskLoader, steps_for
 from engine.ds_config import Execution
 from engine.monitor import Monitor
 from engine.runtime import Agreement, Runtime, StopRequest
@@ -47,7 +47,7 @@ def task_train_config(
     save_every: int = 0,
 ) -> TrainConfig:
     """The common schedule: steps that see every row `epochs` times (rounded up), the share of them to warm up."""
-    steps = max(1, math.ceil(Fraction(str(epochs)) * rows / batch))
+    steps = steps_for(rows, epochs=epochs, global_batch=batch)
     return TrainConfig(
         steps=steps,
         global_batch=batch,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -24,6 +26,19 @@ class Counts:
     """B * L * L, pads included."""
     masked: float = 0
     """Positions with an MLM label."""
+
+    @classmethod
+    def of(cls, lengths: npt.NDArray[np.int64], *, masked: int = 0) -> Counts:
+        """Of one micro batch whose rows have `lengths` (B,) real tokens and are padded to the longest."""
+        positions, longest = len(lengths) * int(lengths.max()), int(lengths.max())
+        return cls(
+            sequences=len(lengths),
+            tokens=int(lengths.sum()),
+            token_pairs=int((lengths**2).sum()),
+            positions=positions,
+            position_pairs=positions * longest,
+            masked=masked,
+        )
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

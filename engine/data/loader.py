@@ -155,14 +155,7 @@ class CorpusLoader:
                 tables=self._tables,
                 seed=self._seed,
             )
-        counts = Counts(
-            sequences=len(sequences),
-            tokens=int(lengths.sum()),
-            token_pairs=int((lengths**2).sum()),
-            positions=ids.size,
-            position_pairs=ids.size * length,
-            masked=0 if labels is None else int((labels != IGNORE).sum()),
-        )
+        counts = Counts.of(lengths, masked=0 if labels is None else int((labels != IGNORE).sum()))
         batch = Batch(
             input_ids=torch.from_numpy(ids),
             attention_mask=None if mask is None else torch.from_numpy(mask),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from engine.data.task_rows import Rows
 from engine.data.task_specs import Columns
 from engine.errors import UserError
+from engine.models.hub import hub_is_reachable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +31,7 @@ def hub_splits(path: str, config: str | None) -> Splits:
             splits: Splits = datasets.load_dataset(path, config)
     except Exception as error:  # network, hub, file system: datasets has no common base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not _hub_is_reachable():
+        if not hub_is_reachable():
             reason = "the hub cannot be reached from here, and its cache has no copy"
         raise UserError(
             f"task.data_dir is unset, and the hub data set {name} cannot be had ({reason}); set task.data_dir to a "
@@ -117,28 +114,13 @@ def _named(given: list[Any], feature: Any, labels: Sequence[str]) -> list[Any]:
     return [by_index[value] if isinstance(value, int) and 0 <= value < len(by_index) else value for value in given]
 
 
-@cache
-def _hub_is_reachable() -> bool:
-    """Asked once: huggingface_hub retries for half a minute before it says so."""
-    if getproxies():
-        return True  # only a request can tell
-    from huggingface_hub.constants import ENDPOINT
-
-    url = urlsplit(ENDPOINT)
-    try:
-        with socket.create_connection((url.hostname or "", url.port or 443), timeout=5):
-            return True
-    except OSError:
-        return False
-
-
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
     """Sends datasets to its cache at once, where it would get there after all its retries."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = before or not _hub_is_reachable()
+    config.HF_HUB_OFFLINE = before or not hub_is_reachable()
     try:
         yield
     finally:

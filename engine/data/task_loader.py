@@ -77,11 +77,6 @@ class TaskLoader:
         """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
         return prefetched(self.step, start, name="task-loader", waited=self._waited)
 
-    def steps_for(self, epochs: float) -> int:
-        """Optimizer steps in which at least `epochs` epochs are seen; at least 1."""
-        rows = Fraction(str(epochs)) * len(self._encoded)  # exact: as floats, 1.1 * 400 is above 440
-        return max(1, math.ceil(rows / self._global_batch))
-
     def _waited(self, seconds: float) -> None:
         self.wait_s += seconds
 
@@ -99,6 +94,11 @@ class TaskLoader:
             order = np.random.default_rng([self._seed, number]).permutation(self._bucket_steps)
             self._bucket = bucket = (number, rows[order])
         return bucket[1]
+
+
+def steps_for(rows: int, *, epochs: float, global_batch: int) -> int:
+    """Optimizer steps in which at least `epochs` epochs are seen; at least 1."""
+    return max(1, math.ceil(Fraction(str(epochs)) * rows / global_batch))  # exact: as floats, 1.1 * 400 is above 440
 
 
 def _bucket_steps(epoch_steps: float) -> int:
@@ -151,13 +151,7 @@ def _padded(encoded: Encoded, rows: Ints, pad_id: int) -> TaskBatch:
         input_ids=laid_out(encoded.ids, pad_id),
         attention_mask=None if real.all() else torch.from_numpy(real.astype(np.int64)),
         labels=None,
-        counts=Counts(
-            sequences=len(rows),
-            tokens=int(lengths.sum()),
-            token_pairs=int((lengths**2).sum()),
-            positions=real.size,
-            position_pairs=real.size * length,
-        ),
+        counts=Counts.of(lengths),
         token_types=None if encoded.types is None else laid_out(encoded.types, 0),
         targets=None if encoded.targets is None else torch.from_numpy(encoded.targets[rows]),
         rows=torch.from_numpy(rows.astype(np.int64)),

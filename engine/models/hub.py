@@ -51,7 +51,7 @@ WEIGHT_FILES = (
 
 
 @cache
-def _hub_is_reachable() -> bool:
+def hub_is_reachable() -> bool:
     """Asked once, so that a mistyped folder is reported at once: huggingface_hub retries for half a minute."""
     if getproxies():
         return True  # only a request can tell
@@ -65,7 +65,7 @@ def _hub_is_reachable() -> bool:
 
 def where(path: str) -> dict[str, bool]:
     """Arguments for from_pretrained: a folder or the hub's cache alone, where nothing else can be had."""
-    return {"local_files_only": Path(path).is_dir() or not _hub_is_reachable()}
+    return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
 @contextmanager

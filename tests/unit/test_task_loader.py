@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from engine.data.batch import Counts, TaskBatch
 from engine.data.encoding import Encoded
 from engine.data.task_encoding import encode_split
-from engine.data.task_loader import TaskLoader, evaluation_batches
+from engine.data.task_loader import TaskLoader, evaluation_batches, steps_for
 
 ROOT = Path(__file__).resolve().parents[2]
 GLUE = Path(os.environ.get("MAPDISTILL_GLUE", ROOT.parent / "shared/data/glue"))
@@ -101,7 +101,9 @@ def test_every_row_once_per_epoch(n, global_batch, bucket, seed):
 def test_training_for_whole_epochs_shows_nearly_each_row_as_often(n):
     loader = make(make_encoded(n), global_batch=32, micro_batch=32)
     for epochs in (1, 3):
-        seen = Counter(row for step in range(loader.steps_for(epochs)) for row in rows_of(loader, step))
+        seen = Counter(
+            row for step in range(steps_for(n, epochs=epochs, global_batch=32)) for row in rows_of(loader, step)
+        )
         assert (
             np.mean([seen[row] != epochs for row in range(n)]) < 0.05
         )  # measured: 0.002 to 0.047; buckets of 50: 0.24
@@ -208,7 +210,7 @@ def test_batches_do_not_share_memory_with_the_loader():
     [(100, 8, 3.0, 38), (96, 8, 1.0, 12), (97, 8, 1.0, 13), (400, 8, 1.1, 55), (100, 8, 1e-5, 1), (3, 8, 2.0, 1)],
 )
 def test_steps_for(n, batch, epochs, steps):
-    assert make(make_encoded(n), global_batch=batch, micro_batch=batch).steps_for(epochs) == steps
+    assert steps_for(n, epochs=epochs, global_batch=batch) == steps
 
 
 def test_wrong_shares_are_our_bugs():
@@ -301,7 +303,13 @@ def test_evaluation_pads_little_and_starts_with_the_longest():
 def fill(encoded: Encoded, global_batch: int, micro_batch: int) -> float:
     """Real tokens per position over one epoch."""
     loader = make(encoded, global_batch=global_batch, micro_batch=micro_batch)
-    counts = sum((loader.step(step).local_counts for step in range(loader.steps_for(1.0))), Counts())
+    counts = sum(
+        (
+            loader.step(step).local_counts
+            for step in range(steps_for(len(encoded), epochs=1.0, global_batch=global_batch))
+        ),
+        Counts(),
+    )
     return counts.tokens / counts.positions
 
 
