@@ -261,8 +261,8 @@ class FinetuneConfig:
 class ProxyConfig:
     """The `proxy` section."""
 
-    steps: int = 200
-    """Optimizer steps of each student's distillation."""
+    steps: int = 60
+    """Optimizer steps of each student's distillation (docs/proxy.md says why so few)."""
 
     tasks: list[str] = field(default_factory=lambda: ["SST-2", "MRPC", "STS-B"])
     """Tasks that score a student; its fitness is the mean of their scores."""
@@ -323,7 +323,7 @@ class ProxyTrainConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
 
-    log_every: int = 50
+    log_every: int = 20
     """Optimizer steps between step records and TensorBoard points."""
 
     def as_train(self, steps: int) -> TrainConfig:
