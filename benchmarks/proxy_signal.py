@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--long", type=Path)
     parser.add_argument("--evaluators", nargs="+", default=["probe", "finetune"])
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these; unset: all")
     parser.add_argument("settings", nargs="*")
     args = parser.parse_args()
     config = parse_config(ProxyJobConfig, ["--config", str(args.run / "config.yaml"), *args.settings], "signal")
@@ -72,7 +73,7 @@ def main() -> None:
         evaluator = build_evaluator(plan, here, agreement, stop, args.run / "students" / f".{name}")
         scored: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         began, count = time.perf_counter(), 0
-        kept = students(args.run)
+        kept = {key: folder for key, folder in students(args.run).items() if args.seeds is None or key[1] in args.seeds}
         for (genome, seed), folder in kept.items():
             scores = evaluator(KeptStudent(folder, seed, dtype))
             count += 1

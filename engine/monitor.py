@@ -313,7 +313,7 @@ class Monitor:
     def _say_diverged(self, what: str, **fields: Any) -> None:
         self.write_record("error", status="diverged", **fields)
         self.say(
-            f"error: {what}. The last complete checkpoint is untouched. Try a lower train.lr or more warm-up in "
+            f"error: {what}. Complete checkpoints, if any, are untouched. Try a lower learning rate or more warm-up in "
             "another output_dir"
         )
 

@@ -10,8 +10,9 @@ import functools
 import gc
 import json
 import operator
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,9 +31,9 @@ from engine.monitor import open_records, peak_memory_gib
 from engine.plan import Plan
 from engine.proxy_cohort import IntermediateScores, Member, build_member
 from engine.proxy_evaluators import Evaluator, Scores, Stopped, build_evaluator
-from engine.proxy_plan import Genome, ProxyPlan, make_proxy_plan
+from engine.proxy_plan import Genome, ProxyPlan, file_name, make_proxy_plan
 from engine.proxy_report import Result, closing_text, describe_start, earlier_results, signal_of
-from engine.records import RecordWriter
+from engine.records import RecordWriter, format_record
 from engine.run_dir import RunDir
 from engine.task_config import ProxyJobConfig
 from engine.trainer import Outcome, Trainer
@@ -74,10 +75,14 @@ class ProxyJob:
         self.names = {genome.key: genome.given for genome in plan.genomes}
         self.agreement, self.stop = runtime.Agreement(), runtime.StopRequest()
         self.wall: dict[str, float] = {}
-        """Seconds by phase, over all cohorts of this start."""
+        """Seconds by phase, over all cohorts of this start; a second counts for one phase."""
+        self._inner_s = 0.0
+        """Of the phases inside the current one."""
         self.failed: list[str] = []
         self.results: dict[tuple[str, int], Result] = {}
         """By genome and seed; with those of earlier starts that can be compared."""
+        self._earlier_cohorts: dict[str, float] = {}
+        """Seconds by phase of the cohorts of this start that are done; without what all cohorts share."""
         self._records: RecordWriter | None = None
 
     def run(self) -> int:
@@ -98,10 +103,19 @@ class ProxyJob:
         """Read by rank 0 and told to all: the file may be on its host alone."""
         box: list[dict[tuple[str, int], Result]] = [{}]
         if self.here.is_rank_zero and self.config.resume == "auto":
-            box = [earlier_results(self.run_dir.records, self.plan.fingerprint)]
+            found = earlier_results(self.run_dir.records, self.plan.fingerprint)
+            box = [{pair: result for pair, result in found.items() if not self._lacks_student(pair, result)}]
         if self.here.world_size > 1:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def _lacks_student(self, pair: tuple[str, int], result: Result) -> bool:
+        """Whether the student of an earlier start is wanted now, and was not kept."""
+        asked = self.config.proxy.keep_students and pair[0] in self.names and pair[1] in self.seeds
+        return asked and not ("student" in result and self._student_folder(*pair).is_dir())
+
+    def _student_folder(self, genome: str, seed: int) -> Path:
+        return self.run_dir.root / "students" / f"{file_name(genome)}-seed{seed}"
 
     def _run(self) -> int:
         self._record("run", status="started", fingerprint_parts=self.plan.fingerprint_parts)
@@ -113,8 +127,10 @@ class ProxyJob:
             with self._phase("encode"):
                 evaluator = self._build_evaluator()
             with self._phase("load"):
-                teacher = self._teacher()
+                teacher = self._teacher({genome.key: genome for group in missing.values() for genome in group})
+            shared = dict(self.wall)
             for seed, genomes in missing.items():
+                self._earlier_cohorts = {name: seconds - shared.get(name, 0.0) for name, seconds in self.wall.items()}
                 if genomes and not self._cohort(genomes, seed, teacher, evaluator):
                     self._record("run", status="preempted", signal=self.stop.signal)
                     return EXIT_STOPPED
@@ -132,17 +148,19 @@ class ProxyJob:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before, self._inner_s = time.perf_counter(), self._inner_s, 0.0
         yield
-        self.wall[name] = self.wall.get(name, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.wall[name] = self.wall.get(name, 0.0) + seconds - self._inner_s
+        self._inner_s = before + seconds
 
     def _build_evaluator(self) -> Evaluator:
         scratch = self.run_dir.root / "students" / ".scored"
         return build_evaluator(self.plan, self.here, self.agreement, self.stop, scratch)
 
-    def _teacher(self) -> FrozenTeacher | None:
-        """As deep as the deepest layer that any genome needs. None when no genome learns."""
-        wanted = [genome.plan.losses.wanted_teacher for genome in self.plan.genomes if genome.plan is not None]
+    def _teacher(self, genomes: Mapping[str, Genome]) -> FrozenTeacher | None:
+        """As deep as the deepest layer that any of the genomes needs. None when none of them learns."""
+        wanted = [genome.plan.losses.wanted_teacher for genome in genomes.values() if genome.plan is not None]
         if not wanted:
             return None
         return load_teacher(self.plan.base, functools.reduce(operator.or_, wanted), self.here.device)
@@ -205,10 +223,12 @@ class ProxyJob:
 
     def _score(self, evaluator: Evaluator, member: Member) -> Scores:
         """Collective."""
+        start = time.perf_counter()
         member.evaluating(True)
         with self._phase("evaluate"):
             scores = evaluator(member)
         member.evaluating(False)
+        member.evaluate_s += time.perf_counter() - start
         return scores
 
     def _finish(self, member: Member, seed: int, score: Callable[[Member], Scores], cohort: int) -> None:
@@ -216,8 +236,15 @@ class ProxyJob:
         genome, trainee, steps = member.genome, member.trainee, self.config.proxy.steps
         if trainee is not None and (trainee.diverged or not trainee.check_weights(steps)):
             self.failed.append(f"{genome.key}  seed {seed}: diverged")
+            if self.here.is_rank_zero and not sys.stdout.isatty():  # records.jsonl has it from the member's monitor
+                fields = {
+                    "status": "diverged",
+                    "genome": genome.key,
+                    "seed": seed,
+                    "fingerprint": self.plan.fingerprint,
+                }
+                print(format_record("error", **fields), flush=True)
             return
-        start = time.perf_counter()
         scores = score(member)
         result: Result = {
             "status": "ok",
@@ -234,7 +261,8 @@ class ProxyJob:
             "peak_memory_gib": peak_memory_gib(self.here.device),
             **self.plan.base.execution.facts,
         }
-        wall = {**self.wall, "evaluate": time.perf_counter() - start}
+        wall = {name: seconds - self._earlier_cohorts.get(name, 0.0) for name, seconds in self.wall.items()}
+        wall["evaluate"] = member.evaluate_s
         if trainee is not None:
             trainee.monitor.scores(steps, scores.tasks, aloud=False, metrics=scores.metrics, fitness=scores.fitness)
             history = trainee.monitor.history
@@ -243,7 +271,7 @@ class ProxyJob:
                 result["tokens_per_s"] = history.tokens_per_s
                 wall |= history.seconds_by_phase
         if self.config.proxy.keep_students:
-            folder = self.run_dir.root / "students" / f"{genome.file_name}-seed{seed}"
+            folder = self._student_folder(genome.key, seed)
             member.save(folder)
             result["student"] = str(folder)
         result["wall_s"] = wall

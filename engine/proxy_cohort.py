@@ -40,6 +40,8 @@ class Member:
     """None for a genome that no loss reaches: its student is scored as it was initialised."""
     reports: dict[int, Scores] = field(default_factory=dict)
     """Intermediate scores by step."""
+    evaluate_s: float = 0.0
+    """Seconds that all its scores took."""
 
     @property
     def diverged(self) -> bool:
@@ -66,7 +68,7 @@ class Member:
         """Collective. Writes the student as a Hugging Face folder, in fp32."""
         weights = self._weights()
         if torch.distributed.get_rank() == 0:
-            steps = self.plan.config.train.steps
+            steps = 0 if self.trainee is None else self.plan.config.train.steps
             description = {**describe_for_export(self.plan, self.student.config), "step": steps}
             write_model(rebuild_student(description, weights), description, {}, self.tokenizer, folder)
         torch.distributed.barrier()
@@ -95,7 +97,12 @@ def build_member(
 ) -> Member:
     """base: a plan for what does not depend on the genome. cohort: how many students share the teacher's passes."""
     plan = genome.plan or base
-    plan = replace(plan, config=replace(plan.config, seed=seed))
+    plan = replace(
+        plan,
+        config=replace(plan.config, seed=seed),
+        hidden_map=genome.hidden_map,  # those of base are not the genome's
+        attention_map=genome.attention_map,
+    )
     if genome.plan is None or teacher is None:
         return Member(genome, plan, _untrained(genome, plan, here), run_dir.tokenizer, trainee=None)
     module, chosen = build_module(plan, here.device)
@@ -153,8 +160,10 @@ class IntermediateScores:
 
     def __call__(self, step: int) -> bool:
         for member in self.members:
-            if member.trainee is not None and not member.trainee.diverged:
+            trainee = member.trainee
+            # losses are looked at on log steps only, and no score may come from weights that are not finite
+            if trainee is not None and not trainee.diverged and trainee.check_weights(step):
                 scores = self.score(member)
                 member.reports[step] = scores
-                member.trainee.monitor.scores(step, scores.tasks, metrics=scores.metrics, fitness=scores.fitness)
+                trainee.monitor.scores(step, scores.tasks, metrics=scores.metrics, fitness=scores.fitness)
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from engine.ds_config import FOLDER
 from engine.errors import UserError
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
-from engine.plan import Plan, corpus_hash, digest, make_plan, model_hashes, with_mapping
+from engine.plan import Plan, corpus_hash, digest, make_plan, model_hashes, plan_execution, with_mapping
 from engine.task_config import ProxyJobConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "torchmetrics")
@@ -40,7 +40,11 @@ class Genome:
 
     @property
     def file_name(self) -> str:
-        return self.key.replace("/", "_")
+        return file_name(self.key)
+
+
+def file_name(key: str) -> str:
+    return key.replace("/", "_")
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,13 @@ class ProxyPlan:
     fingerprint: str
     fingerprint_parts: dict[str, Any]
     """What the fingerprint is made of, in readable groups."""
+    warnings: tuple[str, ...] = ()
+    """For the banner."""
 
 
 def make_proxy_plan(config: ProxyJobConfig) -> ProxyPlan:
     """Reads configuration files, manifest, tokenizer and task rows, and checks them. Raises UserError."""
-    names, _ = resolve_names(config.proxy.tasks, config.task)
+    names, absent = resolve_names(config.proxy.tasks, config.task)
     if config.proxy.evaluator == "probe":
         for name in names:
             if task_spec(name, config.task).kind == "span":
@@ -66,10 +72,24 @@ def make_proxy_plan(config: ProxyJobConfig) -> ProxyPlan:
                     "leave it out"
                 )
     base = make_plan(run_config(config))
+    if config.proxy.evaluator == "finetune":
+        check_finetune_batch(config, base)
     genomes = parse_genomes(config, base)
     tasks = tuple(load_task(name, config.task) for name in names)
     parts = fingerprint_parts(config, base, tasks)
-    return ProxyPlan(config, base, genomes, tasks, digest(parts), parts)
+    warnings = [f"no folder of {', '.join(absent)} under {config.task.data_dir}: left out"] if absent else []
+    warnings += [text for task in tasks for text in task.warnings]
+    return ProxyPlan(config, base, genomes, tasks, digest(parts), parts, tuple(warnings))
+
+
+def check_finetune_batch(config: ProxyJobConfig, base: Plan) -> None:
+    """Raises UserError for a proxy.batch that does not fit the ranks or the DeepSpeed file: otherwise it would be found
+    after the students are distilled."""
+    train = replace(base.config.train, global_batch=config.proxy.batch)
+    try:
+        plan_execution(base.config.deepspeed_config, train, config.optim)
+    except UserError as error:
+        raise UserError(str(error).replace("train.global_batch", "proxy.batch")) from None
 
 
 def run_config(config: ProxyJobConfig) -> RunConfig:
@@ -157,7 +177,7 @@ def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskDa
             "optimizer": asdict(config.optim),
             "precision": base.execution.precision,
         },
-        "tasks": {task.spec.name: task.sha256 for task in tasks},
+        "tasks": {task.spec.name: {"sha256": task.sha256, "metrics": list(task.spec.metrics)} for task in tasks},
         "evaluator": evaluator_settings(config),
         "code": {"mapdistill": code_version(), **{name: version(name) for name in PACKAGES}},
     }

@@ -31,7 +31,8 @@ def signal_of(results: Sequence[Result]) -> Signal | None:
     """None without repeated seeds of at least two genomes."""
     fitness: dict[str, dict[int, float]] = defaultdict(dict)
     for result in results:
-        fitness[result["genome"]][result["seed"]] = result["fitness"]
+        if result["steps"]:  # an untrained student has no seed noise, and would make it look smaller than it is
+            fitness[result["genome"]][result["seed"]] = result["fitness"]
     return signal_ratio(fitness)
 
 
@@ -115,5 +116,5 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
         ("fingerprint", plan.fingerprint),
         ("output", config.output_dir),
     ]
-    rows += [("warning", text) for text in (w for task in plan.tasks for w in task.warnings)]
+    rows += [("warning", text) for text in plan.warnings]
     return render(rows) + "\n"

@@ -95,7 +95,7 @@ def start(seed: int) -> Runtime:
     # torch 2.13 renames a collective that DeepSpeed 0.19 calls: nothing that a user could do about it
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
-    if not on_gpu and torch.distributed.get_world_size() > 1:
+    if not on_gpu:
         _unlink_shared_buffers(local_rank)
     torch.manual_seed(seed)
     return Runtime(

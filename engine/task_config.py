@@ -17,6 +17,7 @@ from engine.config import (
 )
 
 GRID_KEYS = ("lr", "epochs", "batch")
+PROXY_INIT = "uniform"
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 
@@ -307,6 +308,16 @@ class ProxyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProxyStudentConfig(StudentConfig):
+    """Here `init` has a default, which must not stand in the way of `path`."""
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.init == PROXY_INIT:
+            object.__setattr__(self, "init", None)
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProxyTrainConfig:
     global_batch: int = 16
     """Sequences per optimizer step over all ranks."""
@@ -367,7 +378,7 @@ class ProxyJobConfig:
     """Make a fall-back to a slower optimizer or kernel an error."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    student: StudentConfig = field(default_factory=lambda: StudentConfig(init="uniform"))
+    student: ProxyStudentConfig = field(default_factory=lambda: ProxyStudentConfig(init=PROXY_INIT))
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(eval_sequences=0))
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -246,7 +246,7 @@ def test_dry_run_writes_nothing(make_job: MakeJob) -> None:
     assert not run.output_dir.exists()
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_many_fine_tunings_in_one_process(tmp_path: Path, tiny_world: TinyWorld, stage: int) -> None:
     """The same fine-tuning first and third in a process: the same bits; and no module stays behind."""
     write_glue_sample(tmp_path / "glue")

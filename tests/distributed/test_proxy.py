@@ -15,6 +15,8 @@ from launching import Run, write_ds_config
 from safetensors.torch import load_file
 from tiny_world import TinyWorld
 
+from engine.records import parse_record
+
 MakeProxy = Callable[..., Run]
 
 
@@ -83,6 +85,8 @@ def test_a_member_of_a_cohort_equals_the_same_genome_alone(make_proxy: MakeProxy
     assert set(mine["scores"]) == {"SST-2", "MRPC", "STS-B"}
     assert {"start", "encode", "load", "train", "evaluate", "teacher", "student", "optimizer"} <= set(mine["wall_s"])
     assert "signal ratio" in output
+    finished = together.records("run")[-1]["wall_s"]
+    assert mine["wall_s"]["train"] == pytest.approx(finished["train"] - both["0-3", 0]["wall_s"]["train"])
     assert together.records("run")[-1]["signal"]["seeds"] == 2
     check_restart(together)
 
@@ -109,6 +113,8 @@ def test_a_member_that_diverges_ends_alone(make_proxy: MakeProxy) -> None:
     assert [e["genome"] for e in errors] == ["2-4"]
     assert errors[0]["status"] == "diverged"
     assert "2-4  seed 0: diverged" in output
+    said = [record for line in output.splitlines() if (record := parse_record(line)) and record["kind"] == "error"]
+    assert [(r["genome"], r["status"]) for r in said] == [("2-4", "diverged")]
     all_of_them = make_proxy("lost", "2-4", loss__attention=3e38, train__log_every=1)
     assert "diverged" in all_of_them.finish(expect=3)
     assert not all_of_them.records("result")
@@ -134,7 +140,8 @@ def test_the_fine_tuning_evaluator_scores_copies(make_proxy: MakeProxy) -> None:
 
 @pytest.mark.launcher
 def test_two_ranks_through_the_launcher(make_proxy: MakeProxy) -> None:
-    """Another number of ranks changes rounding only, and only rank 0 speaks."""
+    """Another number of ranks changes rounding only, only rank 0 speaks, and no shared memory stays behind."""
+    before = set(Path("/dev/shm").glob("deepspeed_*"))
     two = make_proxy("two", "2-4", "0-3", ranks=2, launcher=True, student__dropout=0.0)
     output = two.finish()
     one = make_proxy("one", "2-4", "0-3", student__dropout=0.0)
@@ -145,6 +152,7 @@ def test_two_ranks_through_the_launcher(make_proxy: MakeProxy) -> None:
         assert twin["total"] == pytest.approx(result["total"], rel=1e-5)
         assert twin["scores"]["STS-B"] == pytest.approx(result["scores"]["STS-B"], abs=1e-3)
     assert output.count("fitness 0.") == 2
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= before
 
 
 def test_a_mistake_ends_with_one_line_and_leaves_nothing(make_proxy: MakeProxy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,45 @@ def test_mistakes_name_key_and_value(tiny_world: TinyWorld, glue: Path, settings
     assert says in str(error.value)
 
 
+def test_a_batch_that_cannot_be_split_is_found_before_anything_is_trained(
+    tiny_world: TinyWorld, glue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"proxy\.batch=9 is not divisible by 2 ranks"):
+        plan(tiny_world, glue, "2-4", proxy__evaluator="finetune", proxy__batch=9)
+    plan(tiny_world, glue, "2-4", proxy__evaluator="probe", proxy__batch=9)
+
+
+def test_a_student_by_path_needs_no_init() -> None:
+    def config(*argv: str) -> ProxyJobConfig:
+        return parse_config(ProxyJobConfig, ["--genomes", '["2-4"]', *argv], "test")
+
+    assert config().student.init == "uniform"
+    assert config("--student.path", "somewhere").student.init is None
+    with pytest.raises(UserError, match=r"student\.init='first': remove it"):
+        config("--student.path", "somewhere", "--student.init", "first")
+
+
+def test_tasks_of_glue_that_are_missing_are_named(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> None:
+    (tmp_path / "SST-2").symlink_to(glue / "SST-2")
+    made = plan(tiny_world, tmp_path, "2-4", proxy__tasks="[glue]")
+    assert [task.spec.name for task in made.tasks] == ["SST-2"]
+    assert "MNLI" in made.warnings[0]
+
+
+def test_another_metric_of_a_custom_task_is_another_fitness(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("text\tlabel\n" + "river\ta\nstone\tb\n" * 4)
+    custom = {"train": str(rows), "dev": str(rows)}
+    found = {
+        plan(
+            tiny_world, tmp_path, "2-4", proxy__tasks="[mine]", task__custom=json.dumps({"mine": {**custom, **metrics}})
+        ).fingerprint
+        for metrics in ({}, {"metrics": ["f1"]})
+    }
+    assert len(found) == 2
+
+
 def test_genomes_are_one_list_on_the_command_line() -> None:
     assert _listed(["--genomes", "1-2", "uniform", "--seed", "1"], "--genomes") == [
         "--genomes", '["1-2", "uniform"]', "--seed", "1",
@@ -122,7 +162,14 @@ def test_genomes_are_one_list_on_the_command_line() -> None:
 
 def result(genome: str, seed: int, fitness: float, fingerprint: str = "f") -> dict[str, object]:
     scores = {"SST-2": fitness, "STS-B": fitness}
-    return {"genome": genome, "seed": seed, "fitness": fitness, "scores": scores, "fingerprint": fingerprint}
+    return {
+        "genome": genome,
+        "seed": seed,
+        "fitness": fitness,
+        "scores": scores,
+        "fingerprint": fingerprint,
+        "steps": 6,
+    }
 
 
 def test_results_of_another_fingerprint_do_not_count(tmp_path: Path) -> None:
@@ -142,4 +189,5 @@ def test_the_table_shows_the_best_first_with_its_noise() -> None:
     signal = signal_of(results)
     assert signal is not None
     assert signal.ratio == pytest.approx(((0.81 - 0.6) ** 2 / 2) / ((0.02**2 / 2 + 0.2**2 / 2) / 2))
+    assert signal_of([*results, *({**result("0-0", seed, 0.5), "steps": 0} for seed in (0, 1))]) == signal
     assert signal_of(results[:2]) is None
