@@ -96,6 +96,10 @@ def mapping_table(hidden: LayerMapping, attention: LayerMapping) -> list[str]:
     return [f"{label:<18}" + " ".join((str(g) if g else "·").rjust(width) for g in genes) for label, genes in rows]
 
 
+def versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("mapdistill", "torch", "deepspeed", "transformers"))
+
+
 def render(rows: Sequence[tuple[str, str | Sequence[str]]]) -> str:
     """Aligned `label  text` lines; a list of texts continues under its first line."""
     lines = []
@@ -136,9 +140,8 @@ def start(
     fewer = "" if teacher.layers_loaded == t.layers else f" ({teacher.layers_loaded} of them loaded and run)"
     origin = cfg.student.path or f"init {cfg.student.init or 'random'}"
     sequences = cfg.train.steps * cfg.train.global_batch
-    packages = ("mapdistill", "torch", "deepspeed", "transformers")
     rows: list[tuple[str, str | list[str]]] = [
-        ("versions", ", ".join(f"{name} {version(name)}" for name in packages)),
+        ("versions", versions()),
         (
             "teacher",
             [

@@ -1,7 +1,4 @@
-"""Command lines: jsonargparse over the dataclasses of engine/config.py, one-line errors, exit codes.
-
-Exit codes: 0 done, 1 crash, 2 bad configuration or input, 3 diverged, 4 preempted after a complete checkpoint.
-"""
+"""Command lines: jsonargparse over the dataclasses of engine/config.py, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -22,11 +19,10 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from engine.config import ExportConfig, PrepareConfig, RunConfig
 from engine.errors import UserError
+from engine.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED
 from engine.task_config import FinetuneConfig, ProxyJobConfig
 
-EXIT_DONE, EXIT_CRASH, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = range(5)
 RANK_ZERO_SPEAKS_WITHIN_S = 20.0
-EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART_NEEDS = ("models/all-MiniLM-L6-v2/model.safetensors", "data/news/manifest.json")

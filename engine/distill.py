@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from engine import banner, runtime
 from engine.assemble import build_module, flops_per_token, load_teacher, open_corpus, parameters_of, start_engine
@@ -16,17 +14,14 @@ from engine.checkpoint import Checkpointer
 from engine.config import RunConfig
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
-from engine.errors import UserError
 from engine.export import export_checkpoint
 from engine.held_out import HeldOutLosses
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import History, Monitor
 from engine.optim import ChosenOptimizer
 from engine.plan import Plan, describe_for_export, identity, make_plan
-from engine.run_dir import RunDir, step_tag
+from engine.run_dir import RunDir, as_yaml, step_tag
 from engine.trainer import Outcome, Trainee, Trainer
-
-EXIT_BY_OUTCOME = {Outcome.DONE: 0, Outcome.DIVERGED: 3, Outcome.PREEMPTED: 4}
 
 
 def distill(config: RunConfig) -> int:
@@ -44,26 +39,11 @@ def distill(config: RunConfig) -> int:
     tag = checkpointer.choose(config.resume)
     loader = open_corpus(plan)
     if checkpointer.is_rank_zero and not config.dry_run:
-        write_settings(plan, run_dir)
+        run_dir.write_settings(config, ds_config=plan.execution.resolved, tokenizer=plan.tokenizer)
     here = runtime.start(config.seed)
     code = Job(plan, run_dir, checkpointer, here, loader).run(tag)
     torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
     return code
-
-
-def config_text(config: RunConfig) -> str:
-    return yaml.safe_dump(asdict(config), sort_keys=False)
-
-
-def write_settings(plan: Plan, run_dir: RunDir) -> None:
-    """The resolved configuration and the tokenizer. Rank 0 only, before the ranks meet: an error here ends them all."""
-    try:
-        run_dir.root.mkdir(parents=True, exist_ok=True)
-        run_dir.config.write_text(config_text(plan.config), encoding="utf-8")
-        run_dir.ds_config.write_text(json.dumps(plan.execution.resolved, indent=2) + "\n", encoding="utf-8")
-        plan.tokenizer.save_pretrained(run_dir.tokenizer)
-    except OSError as error:
-        raise UserError(f"output_dir={plan.config.output_dir!r} cannot be written: {error}") from None
 
 
 class Job:
@@ -120,7 +100,7 @@ class Job:
             self._finish(outcome, trainer, monitor)
         finally:
             monitor.close()
-        return EXIT_BY_OUTCOME[outcome]
+        return outcome.exit_code
 
     def _tidy(self, tag: str | None) -> None:
         """Puts what earlier starts left out of the way."""
@@ -160,7 +140,7 @@ class Job:
             steps=self.config.train.steps,
             flops_per_token=flops_per_token,
             device=self.here.device,
-            config_text=config_text(self.config),
+            config_text=as_yaml(self.config),
         )
 
     def _finish(self, outcome: Outcome, trainer: Trainer, monitor: Monitor) -> None:

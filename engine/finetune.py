@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -17,7 +15,6 @@ from engine import finetune_banner, runtime
 from engine.data.encoded_task import EncodedTask, encode_task
 from engine.data.squad_decode import write_predictions
 from engine.data.submission import write_submission
-from engine.distill import EXIT_BY_OUTCOME
 from engine.errors import UserError
 from engine.finetune_plan import FinetunePlan, PlannedTask, Unit, make_finetune_plan
 from engine.finetune_unit import (
@@ -33,7 +30,7 @@ from engine.models.task_model import load_task_model
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import open_records
 from engine.optim import build_optimizer
-from engine.run_dir import RunDir
+from engine.run_dir import RunDir, as_yaml
 from engine.runtime import Runtime
 from engine.score_table import TaskScore, averages, choose, render_table, speed
 from engine.task_config import FinetuneConfig
@@ -47,24 +44,11 @@ def finetune(config: FinetuneConfig) -> int:
     plan = make_finetune_plan(config)
     earlier = {unit.folder: look_back(plan, unit) for unit in plan.units}
     if runtime.launcher_rank() == 0 and not config.dry_run:
-        _write_config(config)
+        RunDir(Path(config.output_dir)).write_settings(config)
     here = runtime.start(config.task.seeds[0])
     outcome = FinetuneJob(plan, earlier, here).run()
     torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
-    return EXIT_BY_OUTCOME[outcome]
-
-
-def _config_text(config: FinetuneConfig) -> str:
-    return yaml.safe_dump(asdict(config), sort_keys=False)
-
-
-def _write_config(config: FinetuneConfig) -> None:
-    """Rank 0 only, before the ranks meet: an error here ends them all."""
-    try:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(config.output_dir) / "config.yaml").write_text(_config_text(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output_dir={config.output_dir!r} cannot be written: {error}") from None
+    return outcome.exit_code
 
 
 class FinetuneJob:
@@ -242,7 +226,7 @@ class FinetuneJob:
         folder = self.root / "tensorboard"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, which had the same scores or fewer
         with SummaryWriter(str(folder)) as writer:
-            writer.add_text("config", f"```yaml\n{_config_text(self.config)}\n```", 0)
+            writer.add_text("config", f"```yaml\n{as_yaml(self.config)}\n```", 0)
             for score in scores:
                 writer.add_scalar(f"score/{score.task}", score.score, 0)
             for name, value in averages(scores).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 
 from engine import banner
 from engine.assemble import parameters_of
@@ -15,12 +14,11 @@ def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unf
     """finished: fine-tunings that an earlier start completed. unfinished: those that are continued, with the step."""
     config, shape = plan.config, plan.shape
     parameters = parameters_of(hub.skeleton(plan.model_config, "none"))
-    packages = ("mapdistill", "torch", "deepspeed", "transformers")
     backends = {f"attention {task.backend.name} ({task.backend.reason})": None for task in plan.tasks}
     kept = f", {finished} of them finished before" if finished else ""
     how = next(iter(plan.executions.values()))
     rows: list[tuple[str, str | Sequence[str]]] = [
-        ("versions", ", ".join(f"{name} {version(name)}" for name in packages)),
+        ("versions", banner.versions()),
         (
             "model",
             [

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -27,7 +25,7 @@ from engine.models.task_model import head_of, load_task_model
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor
 from engine.records import final_result, read_records
-from engine.run_dir import RunDir, step_tag
+from engine.run_dir import RunDir, as_yaml, step_tag
 from engine.runtime import Agreement, Runtime, StopRequest
 from engine.score_table import UnitScore
 from engine.task_module import TaskModule
@@ -135,7 +133,7 @@ class UnitRun:
         self.here, self.agreement, self.stop = here, agreement, stop
         self.run_dir = RunDir(unit.folder)
         self.execution = plan.executions[unit.at.batch]
-        self.config_text = yaml.safe_dump(asdict(plan.unit_config(unit)), sort_keys=False)
+        self.unit_config = plan.unit_config(unit)
 
     def run(self, task: EncodedTask, teacher: FrozenTeacher | None) -> dict[str, Any] | None:
         """Collective. The result record (with `score` None after a divergence), or None when it was preempted."""
@@ -143,7 +141,7 @@ class UnitRun:
         checkpointer = _checkpointer(plan, unit)
         if self.here.is_rank_zero:
             self._tidy(checkpointer)
-            self._write_settings()
+            self.run_dir.write_settings(self.unit_config, ds_config=self.execution.resolved, tokenizer=plan.tokenizer)
         module = task_module(plan, unit)
         train = plan.train_config(unit, len(task.train))
         monitor = Monitor(
@@ -153,7 +151,7 @@ class UnitRun:
             steps=train.steps,
             flops_per_token=self._flops_per_token(module, teacher, task),
             device=self.here.device,
-            config_text=self.config_text,
+            config_text=as_yaml(self.unit_config),
             part_of_a_job=True,
         )
         checkpointer.export.update(self._description(module))
@@ -191,12 +189,6 @@ class UnitRun:
             print(f"removed {name}: an unfinished checkpoint")
         for path in self.run_dir.set_aside_logs() if self.tag is None else ():
             print(f"renamed {path} to superseded-{path.name}: this fine-tuning starts anew")
-
-    def _write_settings(self) -> None:
-        self.run_dir.root.mkdir(parents=True, exist_ok=True)
-        self.run_dir.config.write_text(self.config_text, encoding="utf-8")
-        self.run_dir.ds_config.write_text(json.dumps(self.execution.resolved, indent=2) + "\n", encoding="utf-8")
-        self.plan.tokenizer.save_pretrained(self.run_dir.tokenizer)
 
     def _flops_per_token(self, module: TaskModule, teacher: FrozenTeacher | None, task: EncodedTask) -> float:
         """See TFLOPS_NOTE of engine/monitor.py, at the mean length of a row. A head on the first token (and the pooler)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.task_specs import GLUE_TASKS, TaskSpec
+from engine.ranks import mean_ranks
 
 Predictions = npt.NDArray[Any]
 CLASS_METRICS = ("accuracy", "f1", "matthews")
@@ -35,7 +36,7 @@ def compute(name: str, predictions: Predictions, targets: Predictions, *, labels
         return _pearson(predictions, targets)
     assert name == "spearman", name
     # torchmetrics' own spearman_corrcoef ranks in 32 bits (65,536 equal values overflow) and adds an epsilon.
-    return _pearson(_mean_ranks(predictions), _mean_ranks(targets))
+    return _pearson(mean_ranks(predictions), mean_ranks(targets))
 
 
 def score_task(spec: TaskSpec, outputs: Predictions, targets: Predictions) -> dict[str, float]:
@@ -109,11 +110,3 @@ def _pearson(predictions: Predictions, targets: Predictions) -> float:
     if np.ptp(given) == 0 or np.ptp(wanted) == 0:  # torchmetrics: nan and a warning, or noise of rounding
         return 0.0
     return float(pearson_corrcoef(torch.as_tensor(given), torch.as_tensor(wanted)))
-
-
-def _mean_ranks(values: Predictions) -> npt.NDArray[np.float64]:
-    """(n,) ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
-    return ranks

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import operator
 import sys
 import time
@@ -20,12 +19,11 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 
 from engine import runtime
 from engine.assemble import load_teacher, open_corpus
 from engine.data.loader import CorpusLoader
-from engine.errors import UserError
+from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import open_records, peak_memory_gib
 from engine.plan import Plan
@@ -38,8 +36,6 @@ from engine.run_dir import RunDir
 from engine.task_config import ProxyJobConfig
 from engine.trainer import Outcome, Trainer
 
-EXIT_DONE, EXIT_DIVERGED, EXIT_STOPPED = 0, 3, 4
-
 
 def proxy(config: ProxyJobConfig) -> int:
     """Runs the genomes that have no result yet; returns the exit code: 0 when any genome has one, 3 when all diverged,
@@ -48,21 +44,11 @@ def proxy(config: ProxyJobConfig) -> int:
     plan = make_proxy_plan(config)
     run_dir = RunDir(Path(config.output_dir))
     if runtime.launcher_rank() == 0 and not config.dry_run:
-        _write_settings(plan, run_dir)
+        run_dir.write_settings(config, ds_config=plan.base.execution.resolved, tokenizer=plan.base.tokenizer)
     here = runtime.start(config.seed)
     code = ProxyJob(plan, run_dir, here, began).run()
     torch.distributed.destroy_process_group()
     return code
-
-
-def _write_settings(plan: ProxyPlan, run_dir: RunDir) -> None:
-    try:
-        run_dir.root.mkdir(parents=True, exist_ok=True)
-        run_dir.config.write_text(yaml.safe_dump(asdict(plan.config), sort_keys=False), encoding="utf-8")
-        run_dir.ds_config.write_text(json.dumps(plan.base.execution.resolved, indent=2) + "\n", encoding="utf-8")
-        plan.base.tokenizer.save_pretrained(run_dir.tokenizer)
-    except OSError as error:
-        raise UserError(f"output_dir={plan.config.output_dir!r} cannot be written: {error}") from None
 
 
 class ProxyJob:
@@ -133,7 +119,7 @@ class ProxyJob:
                 self._earlier_cohorts = {name: seconds - shared.get(name, 0.0) for name, seconds in self.wall.items()}
                 if genomes and not self._cohort(genomes, seed, teacher, evaluator):
                     self._record("run", status="preempted", signal=self.stop.signal)
-                    return EXIT_STOPPED
+                    return EXIT_PREEMPTED
         signal = signal_of(list(self.results.values()))
         self._record("run", status="finished", signal=None if signal is None else asdict(signal), wall_s=self.wall)
         if self.here.is_rank_zero:

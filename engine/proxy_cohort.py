@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
 from engine.assemble import build_module, flops_per_token, start_engine
@@ -21,7 +20,7 @@ from engine.monitor import Monitor
 from engine.plan import Plan, describe_for_export
 from engine.proxy_evaluators import Scores
 from engine.proxy_plan import Genome
-from engine.run_dir import RunDir
+from engine.run_dir import RunDir, as_yaml
 from engine.runtime import Runtime
 from engine.task_run import release
 from engine.trainer import Trainee
@@ -114,7 +113,7 @@ def build_member(
         steps=plan.config.train.steps,
         flops_per_token=flops,
         device=here.device,
-        config_text=yaml.safe_dump(asdict(plan.config), sort_keys=False),
+        config_text=as_yaml(plan.config),
         labels={"genome": genome.key, "seed": seed},
         part_of_a_job=True,
         name=genome.key,

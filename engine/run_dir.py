@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
+
+import yaml  # type: ignore[import-untyped]
+
+from engine.errors import UserError
 
 COMPLETE = "COMPLETE"
 _TAG = re.compile(r"^step-(\d{8,})$")
@@ -22,6 +28,18 @@ def tag_step(tag: str) -> int:
     if match is None:
         raise ValueError(f"{tag!r} is not a checkpoint name; it should look like {step_tag(100)!r}")
     return int(match.group(1))
+
+
+def as_yaml(config: Any) -> str:
+    """A configuration dataclass as the YAML that `--config` reads, in the order of its fields."""
+    text: str = yaml.safe_dump(asdict(config), sort_keys=False)
+    return text
+
+
+class Tokenizer(Protocol):
+    """What is needed of one of Hugging Face's."""
+
+    def save_pretrained(self, save_directory: Path, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,21 @@ class RunDir:
     def model(self) -> Path:
         """Where a fine-tuning exports to; `student` is a distillation's."""
         return self.root / "model"
+
+    def write_settings(
+        self, config: Any, *, ds_config: dict[str, Any] | None = None, tokenizer: Tokenizer | None = None
+    ) -> None:
+        """Makes the folder and writes the resolved configuration, and what else is given. Rank 0 only, before the ranks
+        meet: an error here ends them all. Raises UserError."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(as_yaml(config), encoding="utf-8")
+            if ds_config is not None:
+                self.ds_config.write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(self.tokenizer)
+        except OSError as error:
+            raise UserError(f"output_dir={str(self.root)!r} cannot be written: {error}") from None
 
     def set_aside_logs(self) -> list[Path]:
         """Renames records and TensorBoard events of an earlier run in this folder to superseded-…, so that its result

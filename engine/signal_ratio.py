@@ -78,19 +78,6 @@ def signal_ratio(fitness: Mapping[str, Sequence[float] | Mapping[int, float]]) -
     )
 
 
-def rank_correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:
-    """Spearman's coefficient over the keys that both have; equal values get their mean rank. None for fewer than three
-    such keys, or where one side is constant over them."""
-    common = sorted(a.keys() & b.keys())
-    if len(common) < 3:
-        return None
-    ranks = [_mean_ranks(np.array([side[key] for key in common], np.float64)) for side in (a, b)]
-    if any(np.ptp(rank) == 0 for rank in ranks):
-        return None
-    x, y = (rank - rank.mean() for rank in ranks)
-    return float(np.dot(x, y) / np.sqrt(np.dot(x, x) * np.dot(y, y)))
-
-
 def describe(signal: Signal) -> str:
     """Two lines for the user: the figures, and what to do about them."""
     deviations = f"standard deviation {signal.between**0.5:.4f} between {signal.mappings} mappings"
@@ -127,10 +114,3 @@ def _left_over(table: Floats, smallest: float) -> float:
     k, n = table.shape
     residuals = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     return _variance(float(np.square(residuals).sum()), (k - 1) * (n - 1), smallest)
-
-
-def _mean_ranks(values: Floats) -> Floats:
-    """1 for the smallest; the mean of the ranks that equal values share."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[index]

@@ -17,6 +17,7 @@ from engine.config import TrainConfig
 from engine.data.batch import Batch, Counts
 from engine.data.loader import StepBatches
 from engine.ds_config import Execution
+from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
 from engine.models.features import Features
 from engine.monitor import Interval, Monitor, StepReport
 from engine.runtime import Agreement, Runtime, StopRequest, seed_micro_step
@@ -29,6 +30,10 @@ class Outcome(Enum):
     DONE = "done"
     DIVERGED = "diverged"
     PREEMPTED = "preempted"
+
+    @property
+    def exit_code(self) -> int:
+        return {Outcome.DONE: EXIT_DONE, Outcome.DIVERGED: EXIT_DIVERGED, Outcome.PREEMPTED: EXIT_PREEMPTED}[self]
 
 
 class BatchSource(Protocol):
