@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from engine import runtime
 from engine.config import OptimConfig, TrainConfig
@@ -54,19 +55,25 @@ def load_teacher(plan: Plan, wanted: Wanted, device: torch.device) -> FrozenTeac
     )
 
 
-def build_module(plan: Plan, device: torch.device) -> tuple[DistilModule, ChosenOptimizer]:
-    """Student and projections with their initial weights, which depend on the plan's configuration and seed alone."""
+def initial_student(plan: Plan, *, with_mlm_head: bool) -> PreTrainedModel:
+    """On the CPU, in fp32. Its weights depend on the plan's configuration and seed alone."""
     config = plan.config
     torch.manual_seed(config.seed)
-    student = build_student(
+    return build_student(
         config.student,
         teacher_path=config.teacher.path,
         teacher_config=plan.teacher_config,
         hidden_map=plan.hidden_map,
-        with_mlm_head=plan.mlm_head,
+        with_mlm_head=with_mlm_head,
         seed=config.seed,
         backend=plan.student_attention.name,
     )
+
+
+def build_module(plan: Plan, device: torch.device) -> tuple[DistilModule, ChosenOptimizer]:
+    """Student and projections with their initial weights, which depend on the plan's configuration and seed alone."""
+    config = plan.config
+    student = initial_student(plan, with_mlm_head=plan.mlm_head)
     torch.manual_seed(config.seed + 1)  # the projections do not depend on how the student was initialised
     projections = Projections(
         config.loss,

@@ -4,7 +4,8 @@ student always gets one score."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -157,6 +158,13 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def in_threads(fit: Callable[[int], Outputs], numbers: Sequence[int]) -> list[Outputs]:
+    """`fit` of each number, as many at once as torch has threads; each with one thread, so always the same sums."""
+    workers = torch.get_num_threads()
+    with _one_thread(), ThreadPoolExecutor(workers) as pool:  # a new thread takes over the setting
+        return list(pool.map(fit, numbers))
 
 
 def _similarity(pairs: ProbeFeatures) -> Outputs:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from engine.assemble import build_module, flops_per_token, start_engine
+from engine.assemble import build_module, flops_per_token, initial_student, start_engine
 from engine.data.batch import Batch
 from engine.export import rebuild_student, write_model
 from engine.models.capture import inputs_of
-from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor
 from engine.plan import Plan, describe_for_export
@@ -103,7 +102,9 @@ def build_member(
         attention_map=genome.attention_map,
     )
     if genome.plan is None or teacher is None:
-        return Member(genome, plan, _untrained(genome, plan, here), run_dir.tokenizer, trainee=None)
+        untrained = initial_student(plan, with_mlm_head=False)
+        untrained.to(device=here.device, dtype=getattr(torch, plan.execution.precision))  # type: ignore[arg-type]
+        return Member(genome, plan, untrained, run_dir.tokenizer, trainee=None)
     module, chosen = build_module(plan, here.device)
     flops = flops_per_token(plan, teacher, module, share_of_teacher=1.0 / cohort)
     monitor = Monitor(
@@ -127,19 +128,6 @@ def build_member(
         monitor=monitor,
     )
     return Member(genome, plan, module.student, run_dir.tokenizer, trainee)
-
-
-def _untrained(genome: Genome, plan: Plan, here: Runtime) -> PreTrainedModel:
-    student = build_student(
-        plan.config.student,
-        teacher_path=plan.config.teacher.path,
-        teacher_config=plan.teacher_config,
-        hidden_map=genome.hidden_map,
-        with_mlm_head=False,
-        seed=plan.config.seed,
-        backend=plan.student_attention.name,
-    )
-    return student.to(device=here.device, dtype=getattr(torch, plan.execution.precision))  # type: ignore[arg-type]
 
 
 @dataclass

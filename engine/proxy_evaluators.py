@@ -24,7 +24,7 @@ from engine.metrics import score_task, task_score
 from engine.models.task_model import load_task_model, longest_input
 from engine.monitor import Monitor
 from engine.plan import plan_execution
-from engine.probe import ProbeFeatures, needs_training_rows, pool, probe_outputs
+from engine.probe import ProbeFeatures, in_threads, needs_training_rows, pool, probe_outputs
 from engine.proxy_plan import ProxyPlan
 from engine.runtime import Agreement, Runtime, StopRequest
 from engine.task_module import TaskModule
@@ -172,14 +172,15 @@ def _cross_validated(task: TaskData, parts: Mapping[str, ProbeFeatures], folds: 
     def rows(chosen: torch.Tensor) -> ProbeFeatures:
         return ProbeFeatures(first[chosen], None if second is None else second[chosen])
 
-    outputs: np.ndarray[Any, Any] | None = None
-    for k in range(folds):
-        held_out, rest = fold == k, fold != k
-        found = probe_outputs(task.spec, rows(rest), labels[rest.numpy()], {"held out": rows(held_out)})["held out"]
-        if outputs is None:
-            outputs = np.zeros((len(labels), *found.shape[1:]), found.dtype)
-        outputs[held_out.numpy()] = found
-    assert outputs is not None
+    def held_out(k: int) -> np.ndarray[Any, Any]:
+        rest = fold != k
+        dev = {"held out": rows(~rest)}
+        return probe_outputs(task.spec, rows(rest), labels[rest.numpy()], dev)["held out"]
+
+    found = in_threads(held_out, range(folds))
+    outputs = np.zeros((len(labels), *found[0].shape[1:]), found[0].dtype)
+    for k, values in enumerate(found):
+        outputs[(fold == k).numpy()] = values
     return score_task(task.spec, outputs, labels)
 
 

@@ -383,7 +383,7 @@ class ProxyJobConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(eval_sequences=0))
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: ProxyTrainConfig = field(default_factory=ProxyTrainConfig)
-    task: TaskDataConfig = field(default_factory=lambda: TaskDataConfig(train_rows=4000))
+    task: TaskDataConfig = field(default_factory=lambda: TaskDataConfig(train_rows=2000))
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
 
     def __post_init__(self) -> None:

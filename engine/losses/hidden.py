@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels import reference
+from engine.kernels.hidden_mse import hidden_mse
 from engine.losses.base import HiddenMapped, LossSetup, StepInputs
 
 
@@ -12,8 +12,8 @@ def hidden_state_mse(loss: str, pair: tuple[int, int], setup: LossSetup, inputs:
     """Mean over real tokens, or over all positions in preset tinybert; pair = (student, teacher) hidden state."""
     student, teacher = inputs.hidden_states(loss, pair, with_pads=setup.counts_pads)
     if setup.counts_pads:
-        return reference.hidden_mse(student, teacher, None, inputs.per_micro.positions)
-    return reference.hidden_mse(student, teacher, inputs.batch.token_mask, inputs.per_micro.tokens)
+        return hidden_mse(student, teacher, None, inputs.per_micro.positions)
+    return hidden_mse(student, teacher, inputs.batch.token_mask, inputs.per_micro.tokens)
 
 
 class HiddenLoss(HiddenMapped):
