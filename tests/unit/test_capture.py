@@ -9,7 +9,7 @@ from transformers import BertModel, DebertaV2Config, DebertaV2Model, GPT2Config,
 
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
-from engine.models.attention import eager_attention, resolve_backend
+from engine.models.attention import _eager_of, eager_attention, resolve_backend
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Features, Wanted
 from engine.models.student import enable_activation_checkpointing
@@ -198,13 +198,23 @@ def test_generic_eager_equals_the_models_own() -> None:
     from transformers.models.bert.modeling_bert import eager_attention_forward
 
     ours, theirs = (f(module, query, key, value, mask, scaling=0.3) for f in (eager_attention, eager_attention_forward))
-    assert torch.equal(ours[0], theirs[0])
-    assert torch.equal(ours[1], theirs[1])
+    torch.testing.assert_close(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1])
     grouped = eager_attention(module, query, key[:, :2], value[:, :2], None)[0]
     repeated = eager_attention(
         module, query, key[:, :2].repeat_interleave(2, 1), value[:, :2].repeat_interleave(2, 1), None
     )
     torch.testing.assert_close(grouped, repeated[0])
+
+
+def test_a_model_with_an_eager_function_of_its_own_keeps_it() -> None:
+    from transformers.models.modernbert import modeling_modernbert
+    from transformers.models.roberta import modeling_roberta
+
+    tiny_model("bert"), tiny_model("modernbert")
+    assert _eager_of("transformers.models.bert.modeling_bert") is eager_attention
+    assert _eager_of(modeling_roberta.__name__) is eager_attention
+    assert _eager_of(modeling_modernbert.__name__) is modeling_modernbert.eager_attention_forward
 
 
 @pytest.mark.parametrize(
