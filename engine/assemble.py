@@ -15,6 +15,7 @@ from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.ds_config import Execution
 from engine.errors import UserError
+from engine.models.compact_embedding import keep_tokens
 from engine.models.features import Wanted
 from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
@@ -70,10 +71,18 @@ def initial_student(plan: Plan, *, with_mlm_head: bool) -> PreTrainedModel:
     )
 
 
-def build_module(plan: Plan, device: torch.device) -> tuple[DistilModule, ChosenOptimizer]:
-    """Student and projections with their initial weights, which depend on the plan's configuration and seed alone."""
+def build_module(
+    plan: Plan, device: torch.device, *, tokens: torch.Tensor | None = None
+) -> tuple[DistilModule, ChosenOptimizer]:
+    """Student and projections with their initial weights, which depend on the plan's configuration and seed alone.
+
+    tokens: ids that the student can meet, each once; it then has no other embeddings, where that changes nothing else.
+    """
     config = plan.config
     student = initial_student(plan, with_mlm_head=plan.mlm_head)
+    # a head scores every token, and LAMB looks at the norm of the whole matrix
+    if tokens is not None and not plan.mlm_head and "lamb" not in config.optim.name:
+        keep_tokens(student, tokens)
     torch.manual_seed(config.seed + 1)  # the projections do not depend on how the student was initialised
     projections = Projections(
         config.loss,

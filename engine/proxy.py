@@ -157,13 +157,21 @@ class ProxyJob:
         """Distils the genomes side by side, scores and records each. False when told to stop."""
         base = replace(self.plan.base, config=replace(self.plan.base.config, seed=seed))
         with self._phase("load"):
+            loader = open_corpus(base)
+            tokens = self._tokens(loader, evaluator)
             members = [
                 build_member(
-                    genome, base, seed, teacher=teacher, cohort=len(genomes), here=self.here, run_dir=self.run_dir
+                    genome,
+                    base,
+                    seed,
+                    teacher=teacher,
+                    cohort=len(genomes),
+                    tokens=tokens,
+                    here=self.here,
+                    run_dir=self.run_dir,
                 )
                 for genome in genomes
             ]
-            loader = open_corpus(base)
         score = functools.partial(self._score, evaluator)
         try:
             if not self._train(members, base, seed, teacher, loader, score):
@@ -178,6 +186,18 @@ class ProxyJob:
                 member.release()
             members.clear()
             gc.collect()  # engines hold themselves in cycles of hooks
+
+    def _tokens(self, loader: CorpusLoader, evaluator: Evaluator) -> torch.Tensor:
+        """Collective. The ids that a student of this cohort will meet, each once: in its batches and in its texts."""
+        met = [evaluator.tokens]
+        for step in range(self.config.proxy.steps):
+            met += [micro.input_ids.flatten() for micro in loader.step(step).micro]
+        tokens = torch.unique(torch.cat(met))
+        if self.here.world_size > 1:
+            box: list[Any] = [None] * self.here.world_size
+            torch.distributed.all_gather_object(box, tokens)
+            tokens = torch.unique(torch.cat(box))
+        return tokens
 
     def _train(
         self,

@@ -14,6 +14,7 @@ from engine.assemble import build_module, flops_per_token, initial_student, star
 from engine.data.batch import Batch
 from engine.export import rebuild_student, write_model
 from engine.models.capture import inputs_of
+from engine.models.compact_embedding import whole_vocabulary
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor
 from engine.plan import Plan, describe_for_export
@@ -80,7 +81,8 @@ class Member:
             master = safe_get_full_fp32_param(parameter) if self.trainee is not None else None
             full[id(parameter)] = (parameter if master is None else master).detach().float().cpu().clone()
         state = self.student.state_dict(keep_vars=True)
-        return {name: full.get(id(tensor), tensor.detach().cpu()) for name, tensor in state.items()}
+        weights = {name: full.get(id(tensor), tensor.detach().cpu()) for name, tensor in state.items()}
+        return whole_vocabulary(self.student, weights)
 
     def release(self) -> None:
         """Lets go of engine, optimizer and student, so that the next cohort has their memory."""
@@ -91,9 +93,18 @@ class Member:
 
 
 def build_member(
-    genome: Genome, base: Plan, seed: int, *, teacher: FrozenTeacher | None, cohort: int, here: Runtime, run_dir: RunDir
+    genome: Genome,
+    base: Plan,
+    seed: int,
+    *,
+    teacher: FrozenTeacher | None,
+    cohort: int,
+    tokens: torch.Tensor,
+    here: Runtime,
+    run_dir: RunDir,
 ) -> Member:
-    """base: a plan for what does not depend on the genome. cohort: how many students share the teacher's passes."""
+    """base: a plan for what does not depend on the genome. cohort: how many students share the teacher's passes.
+    tokens: ids that the student will meet, each once."""
     plan = genome.plan or base
     plan = replace(
         plan,
@@ -105,7 +116,7 @@ def build_member(
         untrained = initial_student(plan, with_mlm_head=False)
         untrained.to(device=here.device, dtype=getattr(torch, plan.execution.precision))  # type: ignore[arg-type]
         return Member(genome, plan, untrained, run_dir.tokenizer, trainee=None)
-    module, chosen = build_module(plan, here.device)
+    module, chosen = build_module(plan, here.device, tokens=tokens)
     flops = flops_per_token(plan, teacher, module, share_of_teacher=1.0 / cohort)
     monitor = Monitor(
         active=here.is_rank_zero,

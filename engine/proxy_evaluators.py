@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,10 +52,6 @@ class Student(Protocol):
     def seed(self) -> int: ...
 
 
-Evaluator = Callable[[Student], "Scores"]
-"""Collective; gives the same on every rank."""
-
-
 @dataclass(frozen=True)
 class Scores:
     metrics: dict[str, dict[str, float]]
@@ -67,6 +63,15 @@ class Scores:
     def fitness(self) -> float:
         """The mean of the tasks' scores."""
         return float(np.mean(list(self.tasks.values())))
+
+
+class Evaluator(Protocol):
+    tokens: torch.Tensor
+    """(n,) int64 ids that the student itself meets when it is scored, each once."""
+
+    def __call__(self, student: Student) -> Scores:
+        """Collective; gives the same on every rank."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class ProbeEvaluator:
         seq_len = min(longest, max(task.spec.defaults.seq_len for task in tasks))
         self._encoded: Encoded = encode_split(texts, None, tokenizer, seq_len=seq_len)
         self._pad_id = tokenizer.pad_token_id or 0
-        self.tokens = int(self._encoded.starts[-1])
+        self.tokens = torch.from_numpy(np.union1d(self._encoded.ids, [self._pad_id]).astype(np.int64))
 
     def __call__(self, student: Student) -> Scores:
         """Deterministic: no training, no seed."""
@@ -205,6 +210,7 @@ class FinetuneEvaluator:
         """scratch: a folder that all ranks see; a student lies there while it is scored."""
         self._plan, self._runtime, self._scratch = plan, runtime, scratch
         self._agreement, self._stop = agreement, stop
+        self.tokens = torch.empty(0, dtype=torch.int64)  # a copy with the whole vocabulary is fine-tuned
         longest = longest_input(plan.base.student_config)
         self._tasks = []
         for data in plan.tasks:
