@@ -180,7 +180,7 @@ def start(
         ("optimizer", optimizer),
         (
             "kernels",
-            "attention scores: value and gradient in one pass (PyTorch); other losses: reference in plain PyTorch",
+            "attention scores and hidden states: value and gradient together (PyTorch); other losses: plain PyTorch",
         ),
         ("memory", str(memory)),
         ("start", start),

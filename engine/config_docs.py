@@ -83,7 +83,7 @@ def render() -> str:
     proxy |= {
         "student": "As for `launch/distill.py`, but `init` is `uniform` when unset.",
         "data": "As for `launch/distill.py`, but nothing is held out.",
-        "task": "The first four keys of `task` of `launch/finetune.py`; `train_rows` is 4000 when unset.",
+        "task": "The first four keys of `task` of `launch/finetune.py`; `train_rows` is 2000 when unset.",
     }
     parts = [INTRO, *script("deepspeed launch/distill.py", config.RunConfig())]
     parts += script("deepspeed launch/finetune.py", task_config.FinetuneConfig(), fine)

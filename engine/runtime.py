@@ -66,8 +66,8 @@ def _use_free_port() -> None:
 
 def _keep_freed_memory() -> None:
     """Lets glibc's malloc serve large tensors from memory that was freed before. By default it gives each back to the
-    system and gets the next one as new pages, whose faults were a tenth of a small student's step and a quarter of its
-    optimizer's on a CPU (docs/benchmarks.md, "Memory allocator")."""
+    system and gets the next one as new pages, whose faults were a quarter of a small student's optimizer step on a CPU
+    (docs/benchmarks.md, "Memory allocator")."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
@@ -96,11 +96,11 @@ def start(seed: int) -> Runtime:
         os.environ.setdefault(name, value)
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
     on_gpu = uses_gpu()
-    if not on_gpu and not os.environ.get("MAPDISTILL_PLAIN_MALLOC"):
+    if not on_gpu:
         _keep_freed_memory()
-    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
-        # every rank would otherwise start a thread per core: 2 ranks on 2 cores then run several times slower
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        if "OMP_NUM_THREADS" not in os.environ:
+            # every rank would otherwise start a thread per core: 2 ranks on 2 cores then run several times slower
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
     import deepspeed
     from deepspeed.utils.logging import set_log_level_from_string
