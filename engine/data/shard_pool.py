@@ -72,6 +72,7 @@ class ShardPool:
         try:
             self._feed(pool, sources)
         except BrokenProcessPool as error:
+            _unblock(pool)
             raise UserError(
                 "a worker process died (killed, or out of memory?); finished shards are kept, start the same command "
                 "again; fewer --workers or a smaller --shard_mb need less memory"
@@ -79,6 +80,7 @@ class ShardPool:
         except BaseException:  # bad input, Ctrl-C, SIGTERM
             for child in set(multiprocessing.active_children()) - others:
                 child.kill()  # shards are written whole or not at all, so only the units at work are lost
+            _unblock(pool)
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -120,6 +122,14 @@ class ShardPool:
             self._usage.worker_peak_bytes[done.worker] = done.peak_bytes
             self._usage.new_tokens += done.info.tokens
             progress.advance(len(unit.text))
+
+
+def _unblock(pool: ProcessPoolExecutor) -> None:
+    """For a pool whose workers are dead. Before Python 3.11.5 (Debian 12 has 3.11.2) its shutdown waits for ever for a
+    thread that writes a unit of text into a pipe that nobody reads (github.com/python/cpython/issues/94777)."""
+    if sys.version_info < (3, 11, 5):
+        reader: Any = pool._call_queue._reader  # type: ignore[attr-defined]
+        reader.close()  # the last reader: the write fails, and the thread ends
 
 
 @dataclass(frozen=True)
