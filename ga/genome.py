@@ -1,0 +1,235 @@
+"""The space of genomes: which layer mappings a search may propose. Everything is built, counted and repaired by dynamic
+programming over the student's layers, never by drawing until something fits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.mapping import SKIP, parse_mapping
+
+Genes = tuple[int, ...]
+"""Teacher layer of each student layer, 0 = none; with separate_attention those of the hidden states, then those of the
+attention."""
+Constraint = Literal["free", "nondecreasing", "strictly_increasing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """All genomes under a constraint, in lexicographic order."""
+
+    student_layers: int
+    teacher_layers: int
+    constraint: Constraint = "free"
+    """How the non-zero genes follow each other, from the first student layer to the last."""
+    min_active: int = 0
+    """Fewest non-zero genes of a mapping."""
+    allowed: tuple[int, ...] = ()
+    """Teacher layers that may be used; empty: all. 0 always may."""
+    separate_attention: bool = False
+    """A genome is two mappings, each under the constraint."""
+
+    def __post_init__(self) -> None:
+        for layer in self.allowed:
+            if not 1 <= layer <= self.teacher_layers:
+                raise UserError(
+                    f"search.allowed_layers={list(self.allowed)}: the teacher has layers 1..{self.teacher_layers}, "
+                    f"not {layer} (0, no loss, is always allowed)"
+                )
+        if not 0 <= self.min_active <= self.student_layers:
+            raise UserError(
+                f"search.min_active={self.min_active}: must be between 0 and the student's {self.student_layers} layers"
+            )
+        if self._mappings == 0:
+            raise UserError(
+                f"search.min_active={self.min_active}: no strictly increasing mapping has so many of "
+                f"{len(self.choices) - 1} teacher layers; lower it, or write search.constraint=nondecreasing"
+            )
+
+    @functools.cached_property
+    def choices(self) -> Genes:
+        """The values of a gene, sorted."""
+        return (SKIP, *sorted(set(self.allowed or range(1, self.teacher_layers + 1))))
+
+    @property
+    def length(self) -> int:
+        """Genes of a genome."""
+        return self.student_layers * (2 if self.separate_attention else 1)
+
+    @property
+    def _mappings(self) -> int:
+        return self._completions(self.student_layers, SKIP, 0)
+
+    def size(self) -> int:
+        return self._mappings ** (2 if self.separate_attention else 1)
+
+    def _may_follow(self, gene: int, last: int) -> bool:
+        """last: the last non-zero gene before it, 0 if there is none."""
+        if gene == SKIP or self.constraint == "free":
+            return True
+        return gene > last if self.constraint == "strictly_increasing" else gene >= last
+
+    def _step(self, gene: int, last: int, active: int) -> tuple[int, int]:
+        """What later layers need to know: the last non-zero gene, and how many there were (up to min_active)."""
+        if gene == SKIP:
+            return last, active
+        return (SKIP if self.constraint == "free" else gene), min(active + 1, self.min_active)
+
+    @functools.cache  # noqa: B019 (a space is small, and lives as long as its search)
+    def _completions(self, layers: int, last: int, active: int) -> int:
+        """How many ways there are to fill the last `layers` layers."""
+        if layers == 0:
+            return int(active >= self.min_active)
+        return sum(
+            self._completions(layers - 1, *self._step(gene, last, active))
+            for gene in self.choices
+            if self._may_follow(gene, last)
+        )
+
+    def at(self, index: int) -> Genes:
+        """The genome of lexicographic rank `index`, from 0. Raises IndexError."""
+        if not 0 <= index < self.size():
+            raise IndexError(index)
+        if self.separate_attention:
+            hidden, attention = divmod(index, self._mappings)
+            return self._mapping_at(hidden) + self._mapping_at(attention)
+        return self._mapping_at(index)
+
+    def _mapping_at(self, index: int) -> Genes:
+        genes: list[int] = []
+        last = active = 0
+        for left in reversed(range(self.student_layers)):
+            for gene in self.choices:
+                if not self._may_follow(gene, last):
+                    continue
+                following = self._step(gene, last, active)
+                ways = self._completions(left, *following)
+                if index < ways:
+                    genes.append(gene)
+                    last, active = following
+                    break
+                index -= ways
+        return tuple(genes)
+
+    def index(self, genes: Genes) -> int:
+        """The inverse of `at`. Raises ValueError for a genome outside the space."""
+        if genes not in self:
+            raise ValueError(f"{genes} is not in the space")
+        ranks = [self._mapping_index(mapping) for mapping in self.halves(genes)]
+        return ranks[0] if len(ranks) == 1 else ranks[0] * self._mappings + ranks[1]
+
+    def _mapping_index(self, genes: Genes) -> int:
+        index = last = active = 0
+        for m, chosen in enumerate(genes, start=1):
+            for gene in self.choices:
+                if gene == chosen:
+                    break
+                if self._may_follow(gene, last):
+                    index += self._completions(self.student_layers - m, *self._step(gene, last, active))
+            last, active = self._step(chosen, last, active)
+        return index
+
+    def halves(self, genes: Genes) -> list[Genes]:
+        """The mapping, or hidden and attention mapping."""
+        return [genes[i : i + self.student_layers] for i in range(0, self.length, self.student_layers)]
+
+    def __iter__(self) -> Iterator[Genes]:
+        return (self.at(i) for i in range(self.size()))
+
+    def __contains__(self, genes: object) -> bool:
+        if not isinstance(genes, tuple) or len(genes) != self.length:
+            return False
+        return all(self._fits(mapping) for mapping in self.halves(genes))
+
+    def _fits(self, mapping: Genes) -> bool:
+        last = active = 0
+        for gene in mapping:
+            if gene not in self.choices or not self._may_follow(gene, last):
+                return False
+            last, active = self._step(gene, last, active)
+        return active >= self.min_active
+
+    def random(self, rng: np.random.Generator) -> Genes:
+        """Each genome with the same probability."""
+        return self.at(below(rng, self.size()))
+
+    def repair(self, genes: Genes) -> Genes:
+        """The genome of the space with the fewest genes changed; then with the smallest sum of changes; then the first
+        one. Any whole numbers are taken."""
+        assert len(genes) == self.length, genes
+        return sum((self._repaired(mapping) for mapping in self.halves(genes)), ())
+
+    def _repaired(self, wanted: Genes) -> Genes:
+        if self._fits(wanted):
+            return wanted
+
+        @functools.cache
+        def best(m: int, last: int, active: int) -> tuple[int, int, Genes] | None:
+            """(genes changed, sum of changes, genes) of layers m and after."""
+            if m == len(wanted):
+                return (0, 0, ()) if active >= self.min_active else None
+            found: list[tuple[int, int, Genes]] = []
+            for gene in self.choices:
+                if not self._may_follow(gene, last):
+                    continue
+                rest = best(m + 1, *self._step(gene, last, active))
+                if rest is not None:
+                    change = abs(gene - wanted[m])
+                    found.append((rest[0] + (change > 0), rest[1] + change, (gene, *rest[2])))
+            return min(found, default=None)
+
+        repaired = best(0, SKIP, 0)
+        assert repaired is not None, self
+        return repaired[2]
+
+    def text(self, genes: Genes) -> str:
+        """`0-3-6`, or HIDDEN/ATTENTION."""
+        return "/".join("-".join(map(str, mapping)) for mapping in self.halves(genes))
+
+    def parse(self, text: str, *, key: str = "genome") -> Genes:
+        """The inverse of `text`; also presets, and one mapping for both halves. Raises UserError (naming `key`) for
+        what is no mapping of this shape or outside the space."""
+        genes = self._read(text, key)
+        if genes not in self:
+            raise UserError(f"{key}={text!r} is outside the space ({self.describe()})")
+        return genes
+
+    def _read(self, text: str, key: str) -> Genes:
+        parts = text.split("/")
+        if len(parts) > 1 + self.separate_attention:
+            raise UserError(f"{key}={text!r}: HIDDEN/ATTENTION needs search.separate_attention=true")
+        shape = {"student_layers": self.student_layers, "teacher_layers": self.teacher_layers}
+        mappings = [parse_mapping(part, **shape, key=key).genes for part in parts]
+        return mappings[0] * (2 if self.separate_attention else 1) if len(mappings) == 1 else mappings[0] + mappings[1]
+
+    def seeds(self, extra: Sequence[str]) -> list[Genes]:
+        """uniform, last, first, all-last, none (repaired where they are outside the space), then `extra`; each once.
+        Raises UserError for an extra one outside the space."""
+        names = ["uniform", *(("last", "first") if self.student_layers <= self.teacher_layers else ())]
+        names += ["all-last", "none"]
+        given = [self.parse(text, key="search.seeds") for text in extra]
+        return list(dict.fromkeys([*(self.repair(self._read(name, "search.seeds")) for name in names), *given]))
+
+    def describe(self) -> str:
+        """Its size and its rules."""
+        rules = [self.constraint.replace("_", " ")]
+        rules += [f"at least {self.min_active} active"] if self.min_active else []
+        rules += [f"teacher layers {', '.join(map(str, self.choices[1:]))}"] if self.allowed else []
+        rules += ["hidden and attention apart"] if self.separate_attention else []
+        return (
+            f"{self.student_layers} student layers from {self.teacher_layers} teacher layers or none, "
+            f"{', '.join(rules)}: {self.size():,} genomes"
+        )
+
+
+def below(rng: np.random.Generator, limit: int) -> int:
+    """Uniform in 0..limit - 1, for any size of whole number."""
+    if limit <= 2**63:
+        return int(rng.integers(limit))
+    bits = limit.bit_length() + 64  # the bias of the remainder is below 2^-64
+    return int.from_bytes(rng.bytes(-(-bits // 8)), "big") % limit

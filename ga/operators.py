@@ -1,0 +1,202 @@
+"""Selection, crossover and mutation: pure functions of genomes, fitness and an explicit random generator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from engine.errors import UserError
+from ga.genome import Genes, Space, below
+
+TRIES = 20
+"""Mutations of a child that is known already, before a random newcomer takes its place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How one generation makes the next."""
+
+    population: int = 20
+    """Genomes of a generation, and how many of the best known ones may be parents."""
+    newcomers: float = 0.1
+    """Share of a generation that is random."""
+    selection: Literal["tournament", "roulette", "rank"] = "tournament"
+    """How a parent is chosen; roulette: in proportion to fitness minus the lowest."""
+    tournament_size: int = 3
+    """Candidates of a tournament; the best one wins."""
+    rank_pressure: float = 1.8
+    """How many children the best expects under rank selection, between 1 (no selection) and 2."""
+    crossover: Literal["one_point", "two_point", "uniform", "none"] = "uniform"
+    """How two parents are mixed."""
+    crossover_rate: float = 0.9
+    """Probability of a second parent."""
+    reset_rate: float = 0.1
+    """Probability, for each gene, of any other value."""
+    creep_rate: float = 0.2
+    """Probability, for each gene, of the next lower or higher value."""
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, name: str, rule: str) -> None:
+            if not holds:
+                raise UserError(f"search.{name}={getattr(self, name)}: {rule}")
+
+        require(self.population >= 2, "population", "must be at least 2")
+        require(self.tournament_size >= 1, "tournament_size", "must be at least 1")
+        require(1 <= self.rank_pressure <= 2, "rank_pressure", "must be between 1 and 2")
+        for name in ("newcomers", "crossover_rate", "reset_rate", "creep_rate"):
+            require(0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
+
+
+PRESETS = {
+    "default": Settings(),
+    "autotinybert": Settings(
+        population=25, newcomers=0.5, selection="roulette", crossover="none", reset_rate=0.25, creep_rate=0.0
+    ),
+}
+"""autotinybert: the published loop of Yin et al. 2021 (AutoTinyBERT, ACL): 25 candidates, half of them new, roulette on
+fitness minus the minimum, mutation without crossover, duplicates rejected. Its mutation rate is ours."""
+
+
+def tournament(fitness: Sequence[float], rng: np.random.Generator, *, size: int) -> int:
+    """The best of `size` drawn with replacement."""
+    return int(max(rng.integers(len(fitness), size=size), key=lambda i: fitness[i]))
+
+
+def roulette(fitness: Sequence[float], rng: np.random.Generator) -> int:
+    """In proportion to fitness minus the lowest; all alike when they are equal."""
+    weights = np.asarray(fitness, np.float64) - min(fitness)
+    total = float(weights.sum())
+    return int(rng.choice(len(weights), p=weights / total if total > 0 else None))
+
+
+def rank(fitness: Sequence[float], rng: np.random.Generator, *, pressure: float) -> int:
+    """Linear ranking (Baker 1985): the best expects `pressure` draws of n, the worst 2 - pressure."""
+    n = len(fitness)
+    if n == 1:
+        return 0
+    weights = np.empty(n)
+    weights[np.argsort(fitness, kind="stable")] = np.linspace(2 - pressure, pressure, n)
+    return int(rng.choice(n, p=weights / weights.sum()))
+
+
+def one_point(a: Genes, b: Genes, rng: np.random.Generator) -> Genes:
+    """a up to a cut, b from there."""
+    cut = int(rng.integers(1, max(2, len(a))))
+    return a[:cut] + b[cut:]
+
+
+def two_point(a: Genes, b: Genes, rng: np.random.Generator) -> Genes:
+    """b between two cuts, a outside."""
+    low, high = sorted(rng.integers(0, len(a) + 1, size=2).tolist())
+    return a[:low] + b[low:high] + a[high:]
+
+
+def uniform(a: Genes, b: Genes, rng: np.random.Generator, *, share: float = 0.5) -> Genes:
+    """Each gene from b with probability `share`, else from a."""
+    return tuple(y if take else x for x, y, take in zip(a, b, rng.random(len(a)) < share, strict=True))
+
+
+def reset(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Sequence[int]) -> Genes:
+    """Each gene, with probability `rate`, becomes another one of `choices`."""
+    out = []
+    for gene, hit in zip(genes, rng.random(len(genes)) < rate, strict=True):
+        others = [value for value in choices if value != gene]
+        out.append(int(rng.choice(others)) if hit and others else gene)
+    return tuple(out)
+
+
+def creep(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Sequence[int]) -> Genes:
+    """Each gene, with probability `rate`, goes one step up or down in the sorted `choices`; at an end the only way."""
+    steps = sorted(choices)
+    out = []
+    for gene, hit in zip(genes, rng.random(len(genes)) < rate, strict=True):
+        near = [steps[i] for i in (steps.index(gene) - 1, steps.index(gene) + 1) if 0 <= i < len(steps)]
+        out.append(int(rng.choice(near)) if hit and near else gene)
+    return tuple(out)
+
+
+def next_generation(
+    space: Space, history: Mapping[Genes, float], settings: Settings, rng: np.random.Generator, *, count: int
+) -> list[Genes]:
+    """`count` genomes of the space that are neither in `history` nor twice; fewer only when the space has no more.
+
+    history: mean fitness of every genome proposed so far, larger = better; nan: it has none, so it is no parent, and
+    not proposed again. The order of `history` does not matter. The `population` best known genomes are the parents:
+    the elite is kept for ever, and never paid for twice.
+    """
+    known = set(history)
+    ranked = sorted((genes for genes in history if not math.isnan(history[genes])), key=lambda g: (-history[g], g))
+    parents = ranked[: settings.population]
+    fitness = [history[genes] for genes in parents]
+    made: list[Genes] = []
+    children = count - round(settings.newcomers * count) if len(parents) > 1 else 0
+    for i in range(min(count, space.size() - sum(genes in space for genes in known))):
+        child = _child(space, parents, fitness, settings, rng, known) if i < children else None
+        if child is None:
+            child = _unseen(space, known, rng)
+        known.add(child)
+        made.append(child)
+    return made
+
+
+def _child(
+    space: Space,
+    parents: Sequence[Genes],
+    fitness: Sequence[float],
+    settings: Settings,
+    rng: np.random.Generator,
+    known: set[Genes],
+) -> Genes | None:
+    """None when it is known already, however often it is mutated."""
+    child = _select(parents, fitness, settings, rng)
+    mix = CROSSOVERS.get(settings.crossover)
+    if mix is not None and rng.random() < settings.crossover_rate:
+        child = mix(child, _select(parents, fitness, settings, rng), rng)
+    for _ in range(TRIES):
+        child = reset(child, rng, rate=settings.reset_rate, choices=space.choices)
+        child = space.repair(creep(child, rng, rate=settings.creep_rate, choices=space.choices))
+        if child not in known:
+            return child
+    return None
+
+
+def _select(parents: Sequence[Genes], fitness: Sequence[float], settings: Settings, rng: np.random.Generator) -> Genes:
+    if settings.selection == "tournament":
+        return parents[tournament(fitness, rng, size=settings.tournament_size)]
+    if settings.selection == "roulette":
+        return parents[roulette(fitness, rng)]
+    return parents[rank(fitness, rng, pressure=settings.rank_pressure)]
+
+
+CROSSOVERS: dict[str, Callable[[Genes, Genes, np.random.Generator], Genes]] = {
+    "one_point": one_point,
+    "two_point": two_point,
+    "uniform": uniform,
+}
+
+
+def _unseen(space: Space, known: set[Genes], rng: np.random.Generator) -> Genes:
+    """Each genome that is not in `known` with the same probability: the k-th of them in the order of the space."""
+    taken = sorted(space.index(genes) for genes in known if genes in space)
+    index = below(rng, space.size() - len(taken))
+    for other in taken:
+        if other > index:
+            break
+        index += 1
+    return space.at(index)
+
+
+def diversity(genomes: Sequence[Genes]) -> float:
+    """0 when all genomes are the same, 1 when no two share a gene: the mean over genes of the entropy of its values,
+    divided by the log of the number of genomes."""
+    if len(genomes) < 2:
+        return 0.0
+    entropies = []
+    for values in zip(*genomes, strict=True):
+        shares = np.unique(values, return_counts=True)[1] / len(genomes)
+        entropies.append(float(-(shares * np.log(shares)).sum()))
+    return float(np.mean(entropies)) / math.log(len(genomes))

@@ -1,0 +1,130 @@
+"""The genetic algorithm as an Optuna sampler: any study whose objective asks for layer genes can use it.
+
+sampler = GeneticSampler(Space(student_layers=3, teacher_layers=6), seed=0)
+study = optuna.create_study(direction="maximize", sampler=sampler)
+study.optimize(lambda trial: fitness_of(sampler.genes_of(trial)), n_trials=100)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from optuna import Study
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import StudyDirection
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
+
+from ga.genome import Genes, Space
+from ga.operators import Settings, next_generation
+
+GENERATION = "mapdistill:generation:"
+"""Prefix of the study's system attributes that hold the genomes of a generation, in text form."""
+FIXED_PARAMS = "fixed_params"
+"""Optuna's mark on a trial whose parameters were given by enqueue_trial."""
+
+
+def parameter_names(space: Space) -> list[str]:
+    """`layer_1` … `layer_M`; `hidden_1` … and `attention_1` … where the two are searched apart."""
+    kinds = ("hidden", "attention") if space.separate_attention else ("layer",)
+    return [f"{kind}_{m}" for kind in kinds for m in range(1, space.student_layers + 1)]
+
+
+class GeneticSampler(BaseSampler):
+    """Proposes generation after generation of genomes.
+
+    Generation 0 holds the seeds and random genomes, a later one the children of all that was evaluated before it. It
+    is a function of (seed, number of the generation, set of evaluated genomes with their fitness), written to the
+    storage when its first genome is asked for, so that every process proposes the same. To make it independent of the
+    order in which trials finish, ask for the whole of a generation, finish it, and only then ask for the next one.
+
+    Failed and pruned trials have no fitness: their genomes are neither parents nor proposed again. Trials that were
+    enqueued by hand count as evaluated. When every genome of the space has been proposed, random ones are again.
+    """
+
+    def __init__(
+        self, space: Space, *, settings: Settings | None = None, seed: int = 0, seeds: Sequence[str] = ()
+    ) -> None:
+        """seeds: mappings for generation 0 beside uniform, last, first, all-last and none. Raises UserError for one
+        that is outside the space."""
+        self.space, self.settings = space, settings or Settings()
+        self._seed = seed
+        self._names = parameter_names(space)
+        self._first = space.seeds(seeds)
+        self._independent = RandomSampler(seed=seed)
+
+    def genes_of(self, trial: BaseTrial) -> Genes:
+        """Asks the trial for its genes (inside an objective)."""
+        return tuple(trial.suggest_int(name, 0, self.space.teacher_layers) for name in self._names)
+
+    def parameters_of(self, genes: Genes) -> dict[str, int]:
+        """As enqueue_trial wants them."""
+        return dict(zip(self._names, genes, strict=True))
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: IntDistribution(0, self.space.teacher_layers) for name in self._names}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Raises ValueError for a study with several objectives."""
+        if len(study.directions) > 1:
+            raise ValueError("GeneticSampler has one objective; use optuna.samplers.NSGAIISampler for several")
+        earlier = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+        # Numbers are given out by the storage, and enqueued trials are marked when they are made, so that processes
+        # which ask at the same moment still get different places.
+        place = sum(FIXED_PARAMS not in other.system_attrs for other in earlier)
+        number, at = self._generation_and_place(place)
+        genomes = self._generation(study, number, earlier)
+        if at < len(genomes):
+            return self.parameters_of(genomes[at])
+        return self.parameters_of(self.space.random(np.random.default_rng([self._seed, number, at])))
+
+    def _generation_and_place(self, place: int) -> tuple[int, int]:
+        first = max(self.settings.population, len(self._first))
+        if place < first:
+            return 0, place
+        later, at = divmod(place - first, self.settings.population)
+        return later + 1, at
+
+    def _generation(self, study: Study, number: int, earlier: Sequence[FrozenTrial]) -> list[Genes]:
+        storage, key = study._storage, f"{GENERATION}{number}"
+        stored = storage.get_study_system_attrs(study._study_id).get(key)
+        if stored is None:
+            genomes = self._make(number, self._history(study, earlier))
+            storage.set_study_system_attr(study._study_id, key, [self.space.text(genes) for genes in genomes])
+            stored = storage.get_study_system_attrs(study._study_id)[key]  # another process may have been faster
+        return [self.space.parse(text) for text in stored]
+
+    def _make(self, number: int, history: Mapping[Genes, float]) -> list[Genes]:
+        rng = np.random.default_rng([self._seed, number])
+        seeds = [genes for genes in self._first if genes not in history] if number == 0 else []
+        count = max(self.settings.population, len(self._first)) if number == 0 else self.settings.population
+        known = {**history, **dict.fromkeys(seeds, math.nan)}
+        return seeds + next_generation(self.space, known, self.settings, rng, count=count - len(seeds))
+
+    def _history(self, study: Study, trials: Sequence[FrozenTrial]) -> dict[Genes, float]:
+        """Mean fitness of every genome that was proposed, larger = better; nan for one without any."""
+        sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+        values: dict[Genes, list[float]] = defaultdict(list)
+        for trial in trials:
+            params = trial.params or trial.system_attrs.get(FIXED_PARAMS, {})
+            if all(name in params for name in self._names):
+                found = values[tuple(int(params[name]) for name in self._names)]
+                if trial.state == TrialState.COMPLETE and trial.value is not None:
+                    found.append(sign * trial.value)
+        return {genes: float(np.mean(sorted(found))) if found else math.nan for genes, found in values.items()}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """For parameters that are not genes."""
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+    def reseed_rng(self) -> None:
+        """Genes stay a function of the seed: processes share a storage, not a random state."""
+        self._independent.reseed_rng()
