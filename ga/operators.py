@@ -18,15 +18,15 @@ TRIES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How one generation makes the next."""
+    """How one generation makes the next. The defaults: docs/benchmarks.md, "Search quality"."""
 
-    population: int = 20
+    population: int = 8
     """Genomes of a generation, and how many of the best known ones may be parents."""
-    newcomers: float = 0.1
+    newcomers: float = 0.0
     """Share of a generation that is random."""
     selection: Literal["tournament", "roulette", "rank"] = "tournament"
     """How a parent is chosen; roulette: in proportion to fitness minus the lowest."""
-    tournament_size: int = 3
+    tournament_size: int = 5
     """Candidates of a tournament; the best one wins."""
     rank_pressure: float = 1.8
     """How many children the best expects under rank selection, between 1 (no selection) and 2."""
@@ -36,7 +36,7 @@ class Settings:
     """Probability of a second parent."""
     reset_rate: float = 0.1
     """Probability, for each gene, of any other value."""
-    creep_rate: float = 0.2
+    creep_rate: float = 0.3
     """Probability, for each gene, of the next lower or higher value."""
 
     def __post_init__(self) -> None:
