@@ -25,7 +25,7 @@ format: install
 	ruff check --fix .
 
 docs: install
-	python -m engine.config_docs
+	python -m ga.config_docs
 
 install: $(VENV)/.installed
 

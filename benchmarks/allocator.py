@@ -25,8 +25,8 @@ import torch
 from engine import runtime
 from engine.assemble import build_module, load_teacher, open_corpus, start_engine
 from engine.cli import parse_config
+from engine.proxy_config import ProxyJobConfig
 from engine.proxy_plan import make_proxy_plan
-from engine.task_config import ProxyJobConfig
 
 WARM_UP = 4
 PHASES = ("teacher", "student", "optimizer")

@@ -25,12 +25,12 @@ from engine import runtime
 from engine.cli import parse_config
 from engine.data.batch import Batch
 from engine.models.capture import inputs_of
+from engine.proxy_config import ProxyJobConfig
 from engine.proxy_evaluators import build_evaluator
 from engine.proxy_plan import make_proxy_plan
 from engine.ranks import rank_correlation
 from engine.records import read_records
 from engine.signal_ratio import signal_ratio
-from engine.task_config import ProxyJobConfig
 
 
 class KeptStudent:

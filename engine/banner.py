@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from engine.aligned import labelled
 from engine.ds_config import Execution
 from engine.mapping import LayerMapping
 from engine.models.shape import ModelShape
@@ -100,15 +101,6 @@ def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("mapdistill", "torch", "deepspeed", "transformers"))
 
 
-def render(rows: Sequence[tuple[str, str | Sequence[str]]]) -> str:
-    """Aligned `label  text` lines; a list of texts continues under its first line."""
-    lines = []
-    for label, text in rows:
-        texts = [text] if isinstance(text, str) else list(text)
-        lines += [f"{label if i == 0 else '':<12}{line}" for i, line in enumerate(texts)]
-    return "\n".join(lines)
-
-
 def start(
     plan: Plan,
     *,
@@ -187,7 +179,7 @@ def start(
         ("output", cfg.output_dir),
     ]
     rows += [("warning", text) for text in plan.warnings]
-    return render(rows) + "\n"
+    return labelled(rows) + "\n"
 
 
 def closing_table(
@@ -200,4 +192,4 @@ def closing_table(
     for name, value in first.items():
         ratio = f"{last[name] / value:.3f}" if value else "-"
         lines.append(f"{name:<{width}}{value:>12.4g}{last[name]:>12.4g}{ratio:>8}")
-    return "\n".join([*lines, "", render(facts)])
+    return "\n".join([*lines, "", labelled(facts)])

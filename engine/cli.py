@@ -20,7 +20,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from engine.config import ExportConfig, PrepareConfig, RunConfig
 from engine.errors import UserError
 from engine.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED
-from engine.task_config import FinetuneConfig, ProxyJobConfig
+from engine.proxy_config import ProxyJobConfig
+from engine.task_config import FinetuneConfig
 
 RANK_ZERO_SPEAKS_WITHIN_S = 20.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from engine import banner
+from engine.aligned import labelled
 from engine.assemble import parameters_of
 from engine.finetune_plan import FinetunePlan, PlannedTask
 from engine.models import hub
@@ -49,7 +50,7 @@ def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unf
         ("output", config.output_dir),
     ]
     rows += [("warning", text) for text in plan.warnings]
-    return banner.render(rows) + "\n"
+    return labelled(rows) + "\n"
 
 
 def _task_line(plan: FinetunePlan, task: PlannedTask) -> str:

@@ -28,12 +28,12 @@ from engine.models.teacher import FrozenTeacher
 from engine.monitor import open_records, peak_memory_gib
 from engine.plan import Plan
 from engine.proxy_cohort import IntermediateScores, Member, build_member
+from engine.proxy_config import ProxyJobConfig
 from engine.proxy_evaluators import Evaluator, Scores, Stopped, build_evaluator
 from engine.proxy_plan import Genome, ProxyPlan, file_name, make_proxy_plan
 from engine.proxy_report import Result, closing_text, describe_start, earlier_results, signal_of
 from engine.records import RecordWriter, format_record
 from engine.run_dir import RunDir
-from engine.task_config import ProxyJobConfig
 from engine.trainer import Outcome, Trainer
 
 
@@ -65,6 +65,9 @@ class ProxyJob:
         self._inner_s = 0.0
         """Of the phases inside the current one."""
         self.failed: list[str] = []
+        """Genomes without a result, with the reason."""
+        self.stopped = False
+        """Whether one of them was stopped early."""
         self.results: dict[tuple[str, int], Result] = {}
         """By genome and seed; with those of earlier starts that can be compared."""
         self._earlier_cohorts: dict[str, float] = {}
@@ -76,6 +79,7 @@ class ProxyJob:
         if self.here.is_rank_zero:
             print(describe_start(self.plan, self.here, self.seeds, set(self.results)), flush=True)
         if self.config.dry_run:
+            self._say_record("run", status="planned", **self._facts, **self.plan.facts)
             return EXIT_DONE
         self.wall["start"] = time.time() - self.began
         self._records = open_records(self.run_dir.records) if self.here.is_rank_zero else None
@@ -124,13 +128,38 @@ class ProxyJob:
         self._record("run", status="finished", signal=None if signal is None else asdict(signal), wall_s=self.wall)
         if self.here.is_rank_zero:
             print("\n" + closing_text(list(self.results.values()), self.names, self.failed), flush=True)
-        done = any((genome, seed) in self.results for genome in self.names for seed in self.seeds)
+        done = self.stopped or any((genome, seed) in self.results for genome in self.names for seed in self.seeds)
         return EXIT_DONE if done else EXIT_DIVERGED
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        facts = {"genomes": list(self.names), "seeds": list(self.seeds), "fingerprint": self.plan.fingerprint}
+        return facts | self.plan.base.execution.facts
 
     def _record(self, kind: str, **fields: Any) -> None:
         if self._records is not None:
-            facts = {"genomes": list(self.names), "seeds": list(self.seeds), "fingerprint": self.plan.fingerprint}
-            self._records.write(kind, **facts, **self.plan.base.execution.facts, **fields)
+            self._records.write(kind, **self._facts, **fields)
+
+    def _say_record(self, kind: str, **fields: Any) -> None:
+        """To stdout only, and not on a terminal."""
+        if self.here.is_rank_zero and not sys.stdout.isatty():
+            print(format_record(kind, **fields), flush=True)
+
+    def _stopped_early(self, member: Member, step: int) -> None:
+        fitness = member.reports[step].fitness
+        self.stopped = True
+        self.failed.append(f"{member.genome.key}  seed {member.seed}: stopped after step {step}, fitness {fitness:.4f}")
+        if self._records is not None:
+            self._records.write(
+                "step",
+                status="stopped",
+                step=step,
+                genome=member.genome.key,
+                seed=member.seed,
+                fitness=fitness,
+                reports={str(at): report.fitness for at, report in member.reports.items()},
+                fingerprint=self.plan.fingerprint,
+            )
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -222,7 +251,9 @@ class ProxyJob:
             trainees=trainees,
             teacher=teacher,
             loader=loader,
-            evaluation=IntermediateScores(members, frozenset(self.config.proxy.report_at), score),
+            evaluation=IntermediateScores(
+                members, frozenset(self.config.proxy.report_at), self.config.proxy.stop_below, score
+            ),
         )
         with self._phase("train"):
             return trainer.run() is not Outcome.PREEMPTED
@@ -242,14 +273,12 @@ class ProxyJob:
         genome, trainee, steps = member.genome, member.trainee, self.config.proxy.steps
         if trainee is not None and (trainee.diverged or not trainee.check_weights(steps)):
             self.failed.append(f"{genome.key}  seed {seed}: diverged")
-            if self.here.is_rank_zero and not sys.stdout.isatty():  # records.jsonl has it from the member's monitor
-                fields = {
-                    "status": "diverged",
-                    "genome": genome.key,
-                    "seed": seed,
-                    "fingerprint": self.plan.fingerprint,
-                }
-                print(format_record("error", **fields), flush=True)
+            self._say_record(  # records.jsonl has it from the member's monitor
+                "error", status="diverged", genome=genome.key, seed=seed, fingerprint=self.plan.fingerprint
+            )
+            return
+        if member.stopped_at is not None:
+            self._stopped_early(member, member.stopped_at)
             return
         scores = score(member)
         result: Result = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class Member:
     """None for a genome that no loss reaches: its student is scored as it was initialised."""
     reports: dict[int, Scores] = field(default_factory=dict)
     """Intermediate scores by step."""
+    stopped_at: int | None = None
+    """The step after which its intermediate fitness was below proxy.stop_below."""
     evaluate_s: float = 0.0
     """Seconds that all its scores took."""
 
@@ -143,10 +146,12 @@ def build_member(
 
 @dataclass
 class IntermediateScores:
-    """An Evaluation (engine/trainer.py): scores every student that is still alive at the steps of proxy.report_at."""
+    """An Evaluation (engine/trainer.py): scores every student that is still alive at the steps of proxy.report_at, and
+    stops those below the threshold of that step."""
 
     members: Sequence[Member]
     steps: frozenset[int]
+    stop_below: Mapping[int, float]
     score: Callable[[Member], Scores]
     enough: bool = False
 
@@ -160,8 +165,12 @@ class IntermediateScores:
         for member in self.members:
             trainee = member.trainee
             # losses are looked at on log steps only, and no score may come from weights that are not finite
-            if trainee is not None and not trainee.diverged and trainee.check_weights(step):
-                scores = self.score(member)
-                member.reports[step] = scores
-                trainee.monitor.scores(step, scores.tasks, metrics=scores.metrics, fitness=scores.fitness)
+            if trainee is None or trainee.diverged or trainee.stopped or not trainee.check_weights(step):
+                continue
+            scores = self.score(member)
+            member.reports[step] = scores
+            trainee.monitor.scores(step, scores.tasks, metrics=scores.metrics, fitness=scores.fitness)
+            if scores.fitness < self.stop_below.get(step, -math.inf):
+                trainee.stopped = True
+                member.stopped_at = step
         return False

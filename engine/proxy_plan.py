@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
 from engine.plan import Plan, corpus_hash, digest, make_plan, model_hashes, plan_execution, with_mapping
-from engine.task_config import ProxyJobConfig
+from engine.proxy_config import ProxyJobConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "torchmetrics")
 
@@ -59,6 +59,18 @@ class ProxyPlan:
     """What the fingerprint is made of, in readable groups."""
     warnings: tuple[str, ...] = ()
     """For the banner."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a search must know before it starts."""
+        return {
+            "student_layers": self.base.student_shape.layers,
+            "teacher_layers": self.base.teacher_shape.layers,
+            "sequences": self.base.manifest.sequences,
+            "seq_len": self.base.seq_len,
+            "tasks": [task.spec.name for task in self.tasks],
+            "fingerprint_parts": self.fingerprint_parts,
+        }
 
 
 def make_proxy_plan(config: ProxyJobConfig) -> ProxyPlan:

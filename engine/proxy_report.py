@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from engine.banner import render
+from engine.aligned import columns, labelled
 from engine.proxy_plan import ProxyPlan
 from engine.records import read_records
 from engine.runtime import Runtime
@@ -55,14 +55,7 @@ def fitness_table(results: Sequence[Result], names: dict[str, str], failed: Sequ
         fitness = _mean_and_deviation([r["fitness"] for r in group])
         rows.append([genome, given if given != genome else "", *cells, fitness, str(len(group))])
     rows += [[text] for text in failed]
-    widths = [max((len(row[i]) for row in rows if len(row) > 1), default=0) for i in range(len(heads))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
-        ]
-        lines.append("  ".join(cells).rstrip() if len(row) > 1 else row[0])
-    return "\n".join(lines)
+    return columns(rows, left=(0, 1))
 
 
 def closing_text(results: Sequence[Result], names: dict[str, str], failed: Sequence[str]) -> str:
@@ -117,4 +110,4 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
         ("output", config.output_dir),
     ]
     rows += [("warning", text) for text in plan.warnings]
-    return render(rows) + "\n"
+    return labelled(rows) + "\n"

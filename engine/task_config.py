@@ -1,4 +1,4 @@
-"""What fine-tuning and proxy jobs compute: frozen dataclasses beside those of engine/config.py. No torch here."""
+"""What a fine-tuning computes: frozen dataclasses beside those of engine/config.py. No torch here."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config import (
-    DataConfig,
     LossConfig,
     MappingConfig,
     OptimConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
     require,
 )
 
 GRID_KEYS = ("lr", "epochs", "batch")
-PROXY_INIT = "uniform"
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 
@@ -256,146 +251,3 @@ class FinetuneConfig:
                     "needs a teacher: set teacher.path",
                 )
             require(self.loss.labels > 0, "loss.labels", self.loss.labels, "must be > 0 without a teacher")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxyConfig:
-    """The `proxy` section."""
-
-    steps: int = 60
-    """Optimizer steps of each student's distillation (docs/proxy.md says why so few)."""
-
-    tasks: list[str] = field(default_factory=lambda: ["SST-2", "MRPC", "STS-B"])
-    """Tasks that score a student; its fitness is the mean of their scores."""
-
-    evaluator: Literal["probe", "finetune"] = "probe"
-    """probe: frozen mean-pooled features (zero-shot cosine for similarity tasks, logistic and ridge regression
-    elsewhere; deterministic); finetune: a short fine-tuning of a copy on each task."""
-
-    folds: int = 5
-    """Parts of the cross-validation of the probes that are trained: each labelled row, training and dev, is scored by a
-    probe that has not seen it (the dev rows alone are too few to tell mappings apart). 1: train on the training rows,
-    score on the dev rows."""
-
-    report_at: list[int] = field(default_factory=list)
-    """Steps at which intermediate scores are taken as well (records of kind step), so that a search can stop early."""
-
-    repeats: int = 1
-    """Runs of every genome, with seeds seed, seed + 1 …; two or more print the signal ratio."""
-
-    epochs: float = 2.0
-    """Passes over the task's training rows (evaluator finetune)."""
-
-    lr: float = 1e-4
-    """Peak learning rate (evaluator finetune)."""
-
-    batch: int = 32
-    """Rows per optimizer step (evaluator finetune)."""
-
-    keep_students: bool = False
-    """Write each distilled student to `students/`."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "repeats", "batch", "folds"):
-            require(getattr(self, name) >= 1, f"proxy.{name}", getattr(self, name), "must be at least 1")
-        require(bool(self.tasks), "proxy.tasks", self.tasks, "name at least one task")
-        for name in ("epochs", "lr"):
-            require(getattr(self, name) > 0, f"proxy.{name}", getattr(self, name), "must be > 0")
-        for step in self.report_at:
-            require(
-                1 <= step < self.steps, "proxy.report_at", step, f"must be in 1..{self.steps - 1} (proxy.steps - 1)"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxyStudentConfig(StudentConfig):
-    """Here `init` has a default, which must not stand in the way of `path`."""
-
-    def __post_init__(self) -> None:
-        if self.path is not None and self.init == PROXY_INIT:
-            object.__setattr__(self, "init", None)
-        super().__post_init__()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxyTrainConfig:
-    global_batch: int = 16
-    """Sequences per optimizer step over all ranks."""
-
-    lr: float = 1e-3
-    """Peak learning rate."""
-
-    warmup_steps: int = 20
-    """Optimizer steps of linear warm-up from 0."""
-
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate after the warm-up: to 0 at `proxy.steps` linearly or by a half cosine, or constant."""
-
-    grad_clip: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
-
-    log_every: int = 20
-    """Optimizer steps between step records and TensorBoard points."""
-
-    def as_train(self, steps: int) -> TrainConfig:
-        """The same as a TrainConfig of `steps` steps, which checks the values."""
-        return TrainConfig(
-            steps=steps,
-            global_batch=self.global_batch,
-            lr=self.lr,
-            warmup_steps=self.warmup_steps,
-            schedule=self.schedule,
-            grad_clip=self.grad_clip,
-            log_every=min(self.log_every, steps),
-            eval_every=0,
-            save_every=0,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxyJobConfig:
-    output_dir: str = "runs/proxy"
-    """Folder for records.jsonl, TensorBoard and kept students; genomes that it holds a result of are not run again."""
-
-    seed: int = 0
-    """Seed of weights, data order and dropout, of the first repeat."""
-
-    resume: Literal["auto", "never"] = "auto"
-    """auto: a genome whose result of the same fingerprint and seed is in output_dir is not run again; never: all are
-    run."""
-
-    genomes: list[str] = field(default_factory=list)
-    """Layer mappings to compare, like `0-5-0-10`, a preset, or HIDDEN/ATTENTION for two different ones; all of them are
-    distilled side by side against one teacher pass."""
-
-    deepspeed_config: str = "auto"
-    """DeepSpeed JSON (see ds_configs/README.md); auto as in launch/distill.py."""
-
-    dry_run: bool = False
-    """Stop after the start-up banner."""
-
-    require_fused: bool = False
-    """Make a fall-back to a slower optimizer or kernel an error."""
-
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    student: ProxyStudentConfig = field(default_factory=lambda: ProxyStudentConfig(init=PROXY_INIT))
-    loss: LossConfig = field(default_factory=LossConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(eval_sequences=0))
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: ProxyTrainConfig = field(default_factory=ProxyTrainConfig)
-    task: TaskDataConfig = field(default_factory=lambda: TaskDataConfig(train_rows=2000))
-    proxy: ProxyConfig = field(default_factory=ProxyConfig)
-
-    def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "must be >= 0")
-        require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
-        require(
-            bool(self.genomes), "genomes", self.genomes, "name at least one layer mapping, e.g. --genomes uniform last"
-        )
-        require(
-            self.data.eval_sequences == 0,
-            "data.eval_sequences",
-            self.data.eval_sequences,
-            "remove it: a proxy is scored on tasks",
-        )
-        self.train.as_train(self.proxy.steps)

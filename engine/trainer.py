@@ -116,6 +116,8 @@ class Trainee:
         self.execution, self.runtime = execution, runtime
         self.monitor, self.checkpointer = monitor, checkpointer
         self.diverged = False
+        self.stopped = False
+        """Whether its evaluation has ended it before the others."""
         self._timer = PhaseTimer(runtime.device)
         self._window = LossWindow(len(self.term_names), runtime.device)
         self._grad_norm: torch.Tensor | float | None = None
@@ -218,12 +220,12 @@ class Trainer:
 
     @property
     def live(self) -> list[Trainee]:
-        """Those that have not diverged."""
-        return [trainee for trainee in self.trainees if not trainee.diverged]
+        """Those that have neither diverged nor been stopped."""
+        return [trainee for trainee in self.trainees if not trainee.diverged and not trainee.stopped]
 
     def run(self) -> Outcome:
         """Runs from `self.step` to train.steps; returns early when told to stop, when the evaluation has seen enough,
-        or when no model is left whose loss is finite."""
+        or when no model is left in training."""
         for trainee in self.trainees:
             trainee.monitor.begin(self.step)
         batches = self.loader.steps(self.step)
@@ -240,7 +242,7 @@ class Trainer:
                 if saving or self._seen_enough():
                     self.save()
                 if not self.live:
-                    return Outcome.DIVERGED
+                    return Outcome.DIVERGED if all(one.diverged for one in self.trainees) else Outcome.DONE
                 if stopping and not last and not self._seen_enough():
                     return Outcome.PREEMPTED
         finally:

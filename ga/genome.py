@@ -188,8 +188,8 @@ class Space:
         return repaired[2]
 
     def text(self, genes: Genes) -> str:
-        """`0-3-6`, or HIDDEN/ATTENTION."""
-        return "/".join("-".join(map(str, mapping)) for mapping in self.halves(genes))
+        """`0-3-6`, or HIDDEN/ATTENTION where the two differ: as records of proxy jobs have it."""
+        return "/".join(dict.fromkeys("-".join(map(str, mapping)) for mapping in self.halves(genes)))
 
     def parse(self, text: str, *, key: str = "genome") -> Genes:
         """The inverse of `text`; also presets, and one mapping for both halves. Raises UserError (naming `key`) for
@@ -207,13 +207,16 @@ class Space:
         mappings = [parse_mapping(part, **shape, key=key).genes for part in parts]
         return mappings[0] * (2 if self.separate_attention else 1) if len(mappings) == 1 else mappings[0] + mappings[1]
 
-    def seeds(self, extra: Sequence[str]) -> list[Genes]:
-        """uniform, last, first, all-last, none (repaired where they are outside the space), then `extra`; each once.
-        Raises UserError for an extra one outside the space."""
+    def heuristics(self) -> dict[str, Genes]:
+        """The mappings that people guess, by name: repaired where they are outside the space."""
         names = ["uniform", *(("last", "first") if self.student_layers <= self.teacher_layers else ())]
-        names += ["all-last", "none"]
+        return {name: self.repair(self._read(name, "heuristics")) for name in [*names, "all-last", "none"]}
+
+    def seeds(self, extra: Sequence[str]) -> list[Genes]:
+        """The heuristics, uniform first, then `extra`; each once. Raises UserError for an extra one outside the
+        space."""
         given = [self.parse(text, key="search.seeds") for text in extra]
-        return list(dict.fromkeys([*(self.repair(self._read(name, "search.seeds")) for name in names), *given]))
+        return list(dict.fromkeys([*self.heuristics().values(), *given]))
 
     def describe(self) -> str:
         """Its size and its rules."""

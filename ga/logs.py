@@ -37,6 +37,7 @@ _KILLED = (-9, 137, 247)
 
 class Outcome(Enum):
     OK = "ok"
+    STOPPED = "stopped early"
     DIVERGED = "diverged"
     OUT_OF_MEMORY = "out of memory"
     TIMEOUT = "timeout"
@@ -50,6 +51,8 @@ class JobReport:
     """By genome, in the order asked for."""
     results: dict[str, tuple[Record, ...]]
     """`result` records by genome, one per seed in the order of seeds; not empty, but not of all seeds unless OK."""
+    stopped: dict[str, dict[int, float]]
+    """Of those STOPPED: intermediate fitness by step."""
     message: str
     """One line for the user."""
 
@@ -80,11 +83,10 @@ def read_job(
     results = found.results_of(genomes)
     lacking = [genome for genome in genomes if len(results.get(genome, ())) < found.seeds]
     job, why = _cause(text, exit_code, timed_out) if lacking else (Outcome.OK, "")
-    outcomes = {
-        genome: Outcome.OK if genome not in lacking else Outcome.DIVERGED if genome in found.diverged else job
-        for genome in genomes
-    }
-    return JobReport(outcomes, results, _message(outcomes, job, why))
+    own = dict.fromkeys(found.stopped, Outcome.STOPPED) | dict.fromkeys(found.diverged, Outcome.DIVERGED)
+    outcomes = {genome: own.get(genome, job) if genome in lacking else Outcome.OK for genome in genomes}
+    stopped = {genome: found.stopped[genome] for genome in genomes if outcomes[genome] is Outcome.STOPPED}
+    return JobReport(outcomes, results, stopped, _message(outcomes, job, why))
 
 
 @dataclass
@@ -96,6 +98,8 @@ class _Found:
     """By fingerprint, genome and seed."""
     diverged: set[str] = field(default_factory=set)
     """Genomes that the last start gave up."""
+    stopped: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Genomes that the last start ended early: intermediate fitness by step."""
 
     def add(self, records: Iterator[Record]) -> None:
         for record in records:
@@ -103,8 +107,11 @@ class _Found:
             if kind == "run" and status == "started":
                 self.started = record
                 self.diverged.clear()  # they are tried again
+                self.stopped.clear()
             elif kind == "error" and status == "diverged":
                 self.diverged.add(genome)
+            elif kind == "step" and status == "stopped":
+                self.stopped[genome] = {int(step): float(value) for step, value in record["reports"].items()}
             elif kind == "result" and _is_finite(record.get("fitness")):
                 self.results[str(record.get("fingerprint")), genome, int(record.get("seed", 0))] = record
 
@@ -112,6 +119,7 @@ class _Found:
         self.started = other.started or self.started
         self.results |= other.results
         self.diverged |= other.diverged
+        self.stopped |= other.stopped
 
     @property
     def seeds(self) -> int:
@@ -187,7 +195,7 @@ def _message(outcomes: dict[str, Outcome], job: Outcome, why: str) -> str:
         for outcome in Outcome
         if outcome in outcomes.values()
     ]
-    told = job in outcomes.values() and job not in (Outcome.OK, Outcome.DIVERGED)
+    told = job in outcomes.values() and job not in (Outcome.OK, Outcome.STOPPED, Outcome.DIVERGED)
     return "; ".join(groups) + (f"; {why}" if told else "")
 
 

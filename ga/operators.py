@@ -137,7 +137,7 @@ def next_generation(
     for i in range(min(count, space.size() - sum(genes in space for genes in known))):
         child = _child(space, parents, fitness, settings, rng, known) if i < children else None
         if child is None:
-            child = _unseen(space, known, rng)
+            child = unseen(space, known, rng)
         known.add(child)
         made.append(child)
     return made
@@ -179,8 +179,9 @@ CROSSOVERS: dict[str, Callable[[Genes, Genes, np.random.Generator], Genes]] = {
 }
 
 
-def _unseen(space: Space, known: set[Genes], rng: np.random.Generator) -> Genes:
-    """Each genome that is not in `known` with the same probability: the k-th of them in the order of the space."""
+def unseen(space: Space, known: set[Genes], rng: np.random.Generator) -> Genes:
+    """Each genome that is not in `known` with the same probability. There must be one."""
+    # the k-th of them in the order of the space
     taken = sorted(space.index(genes) for genes in known if genes in space)
     index = below(rng, space.size() - len(taken))
     for other in taken:

@@ -1,4 +1,4 @@
-"""The genetic algorithm as an Optuna sampler: any study whose objective asks for layer genes can use it.
+"""Searches as Optuna samplers: any study whose objective asks for layer genes can use them.
 
 sampler = GeneticSampler(Space(student_layers=3, teacher_layers=6), seed=0)
 study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -8,6 +8,7 @@ study.optimize(lambda trial: fitness_of(sampler.genes_of(trial)), n_trials=100)
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from ga.genome import Genes, Space
-from ga.operators import Settings, next_generation
+from ga.operators import Settings, next_generation, unseen
 
 GENERATION = "mapdistill:generation:"
 """Prefix of the study's system attributes that hold the genomes of a generation, in text form."""
@@ -34,7 +35,94 @@ def parameter_names(space: Space) -> list[str]:
     return [f"{kind}_{m}" for kind in kinds for m in range(1, space.student_layers + 1)]
 
 
-class GeneticSampler(BaseSampler):
+def parameters_of(space: Space, genes: Genes) -> dict[str, int]:
+    """As enqueue_trial wants them."""
+    return dict(zip(parameter_names(space), genes, strict=True))
+
+
+def suggested_genes(space: Space, trial: BaseTrial) -> Genes:
+    """Asks the trial for one value of each gene; samplers that do not know the space's constraints may leave it."""
+    return tuple(trial.suggest_int(name, 0, space.teacher_layers) for name in parameter_names(space))
+
+
+class GenomeSampler(BaseSampler):
+    """Proposes a genome for each place: the k-th trial that was not enqueued by hand has place k, from 0.
+
+    Numbers of trials are given out by the storage, and enqueued trials are marked when they are made, so that processes
+    which ask at the same moment still get different places.
+    """
+
+    def __init__(self, space: Space, *, seed: int = 0) -> None:
+        self.space = space
+        self._seed = seed
+        self._independent = RandomSampler(seed=seed)
+
+    @abstractmethod
+    def _propose(self, study: Study, place: int, earlier: Sequence[FrozenTrial]) -> Genes:
+        """earlier: the trials with smaller numbers."""
+
+    def genes_of(self, trial: BaseTrial) -> Genes:
+        """Asks the trial for its genes (inside an objective)."""
+        return suggested_genes(self.space, trial)
+
+    def parameters_of(self, genes: Genes) -> dict[str, int]:
+        """As enqueue_trial wants them."""
+        return parameters_of(self.space, genes)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: IntDistribution(0, self.space.teacher_layers) for name in parameter_names(self.space)}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Raises ValueError for a study with several objectives."""
+        if len(study.directions) > 1:
+            raise ValueError(f"{type(self).__name__} has one objective; use optuna.samplers.NSGAIISampler for several")
+        earlier = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+        return self.parameters_of(self._propose(study, places_taken(earlier), earlier))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """For parameters that are not genes."""
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+    def reseed_rng(self) -> None:
+        """Genes stay a function of the seed: processes share a storage, not a random state."""
+        self._independent.reseed_rng()
+
+
+def places_taken(trials: Sequence[FrozenTrial]) -> int:
+    return sum(FIXED_PARAMS not in trial.system_attrs for trial in trials)
+
+
+class ExhaustiveSampler(GenomeSampler):
+    """The whole space in lexicographic order, then again from its start."""
+
+    def _propose(self, study: Study, place: int, earlier: Sequence[FrozenTrial]) -> Genes:
+        return self.space.at(place % self.space.size())
+
+
+class RandomGenomeSampler(GenomeSampler):
+    """The first genomes as given, then random ones, each genome once; with repetition after the last."""
+
+    def __init__(self, space: Space, *, seed: int = 0, first: Sequence[Genes] = ()) -> None:
+        super().__init__(space, seed=seed)
+        self._order = list(first)
+        self._drawn = set(first)
+        self._rng = np.random.default_rng(seed)
+
+    def _propose(self, study: Study, place: int, earlier: Sequence[FrozenTrial]) -> Genes:
+        if place >= self.space.size():
+            return self.space.random(np.random.default_rng([self._seed, place]))
+        while len(self._order) <= place:
+            genes = unseen(self.space, self._drawn, self._rng)
+            self._order.append(genes)
+            self._drawn.add(genes)
+        return self._order[place]
+
+
+class GeneticSampler(GenomeSampler):
     """Proposes generation after generation of genomes.
 
     Generation 0 holds the seeds and random genomes, a later one the children of all that was evaluated before it. It
@@ -51,40 +139,19 @@ class GeneticSampler(BaseSampler):
     ) -> None:
         """seeds: mappings for generation 0 beside uniform, last, first, all-last and none. Raises UserError for one
         that is outside the space."""
-        self.space, self.settings = space, settings or Settings()
-        self._seed = seed
-        self._names = parameter_names(space)
+        super().__init__(space, seed=seed)
+        self.settings = settings or Settings()
         self._first = space.seeds(seeds)
-        self._independent = RandomSampler(seed=seed)
 
-    def genes_of(self, trial: BaseTrial) -> Genes:
-        """Asks the trial for its genes (inside an objective)."""
-        return tuple(trial.suggest_int(name, 0, self.space.teacher_layers) for name in self._names)
-
-    def parameters_of(self, genes: Genes) -> dict[str, int]:
-        """As enqueue_trial wants them."""
-        return dict(zip(self._names, genes, strict=True))
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {name: IntDistribution(0, self.space.teacher_layers) for name in self._names}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Raises ValueError for a study with several objectives."""
-        if len(study.directions) > 1:
-            raise ValueError("GeneticSampler has one objective; use optuna.samplers.NSGAIISampler for several")
-        earlier = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
-        # Numbers are given out by the storage, and enqueued trials are marked when they are made, so that processes
-        # which ask at the same moment still get different places.
-        place = sum(FIXED_PARAMS not in other.system_attrs for other in earlier)
-        number, at = self._generation_and_place(place)
+    def _propose(self, study: Study, place: int, earlier: Sequence[FrozenTrial]) -> Genes:
+        number, at = self.generation_and_place(place)
         genomes = self._generation(study, number, earlier)
         if at < len(genomes):
-            return self.parameters_of(genomes[at])
-        return self.parameters_of(self.space.random(np.random.default_rng([self._seed, number, at])))
+            return genomes[at]
+        return self.space.random(np.random.default_rng([self._seed, number, at]))
 
-    def _generation_and_place(self, place: int) -> tuple[int, int]:
+    def generation_and_place(self, place: int) -> tuple[int, int]:
+        """Number of the generation, and which of its genomes."""
         first = max(self.settings.population, len(self._first))
         if place < first:
             return 0, place
@@ -110,21 +177,12 @@ class GeneticSampler(BaseSampler):
     def _history(self, study: Study, trials: Sequence[FrozenTrial]) -> dict[Genes, float]:
         """Mean fitness of every genome that was proposed, larger = better; nan for one without any."""
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
+        names = parameter_names(self.space)
         values: dict[Genes, list[float]] = defaultdict(list)
         for trial in trials:
             params = trial.params or trial.system_attrs.get(FIXED_PARAMS, {})
-            if all(name in params for name in self._names):
-                found = values[tuple(int(params[name]) for name in self._names)]
+            if all(name in params for name in names):
+                found = values[tuple(int(params[name]) for name in names)]
                 if trial.state == TrialState.COMPLETE and trial.value is not None:
                     found.append(sign * trial.value)
         return {genes: float(np.mean(sorted(found))) if found else math.nan for genes, found in values.items()}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """For parameters that are not genes."""
-        return self._independent.sample_independent(study, trial, param_name, param_distribution)
-
-    def reseed_rng(self) -> None:
-        """Genes stay a function of the seed: processes share a storage, not a random state."""
-        self._independent.reseed_rng()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from glue_sample import write_glue_sample
 from launching import Run, write_ds_config
 from tiny_world import TinyWorld, save_tiny_teacher, write_text
 
@@ -46,6 +47,14 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
         )
     )
     return world
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a few rows of some tasks in GLUE's layout."""
+    folder = tmp_path_factory.mktemp("tiny glue")
+    write_glue_sample(folder)
+    return folder
 
 
 @pytest.fixture

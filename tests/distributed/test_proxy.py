@@ -10,21 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from glue_sample import write_glue_sample
 from launching import Run, write_ds_config
 from safetensors.torch import load_file
 from tiny_world import TinyWorld
 
 from engine.records import parse_record
+from ga.logs import Outcome, read_job
 
 MakeProxy = Callable[..., Run]
-
-
-@pytest.fixture(scope="session")
-def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny glue")
-    write_glue_sample(folder)
-    return folder
 
 
 @pytest.fixture
@@ -161,3 +154,39 @@ def test_a_mistake_ends_with_one_line_and_leaves_nothing(make_proxy: MakeProxy) 
     assert "error: genomes: mapping 2-9: student layer 2 names teacher layer 9" in output
     assert "Traceback" not in output
     assert not run.output_dir.exists()
+
+
+def test_a_student_below_the_threshold_ends_early_and_its_cohort_goes_on(make_proxy: MakeProxy) -> None:
+    plain = make_proxy("plain", "2-4", "0-3", proxy__report_at=[2, 4])
+    plain.finish()
+    reports = {genome: result["reports"] for (genome, _), result in results(plain).items()}
+    low, high = sorted(reports, key=lambda genome: reports[genome]["4"])
+    between = (reports[low]["4"] + reports[high]["4"]) / 2
+    assert reports[low]["4"] < between < reports[high]["4"], "these two genomes score alike: take others"
+    halved = make_proxy("halved", low, high, proxy__report_at=[2, 4], proxy__stop_below=f"{{4: {between}}}")
+    output = halved.finish()
+    assert set(results(halved)) == {(high, 0)}
+    assert results(halved)[high, 0]["fitness"] == results(plain)[high, 0]["fitness"]
+    stopped = [record for record in halved.records("step") if record.get("status") == "stopped"]
+    assert [(record["genome"], record["step"], record["reports"]) for record in stopped] == [(low, 4, reports[low])]
+    assert not any(r["step"] > 4 and r.get("genome") == low for r in halved.steps())
+    assert f"{low}  seed 0: stopped after step 4" in output
+    log = halved.output_dir / "output.log"
+    log.write_text(output)
+    report = read_job(log, None, genomes=[low, high], exit_code=0, timed_out=False)
+    assert report.outcomes == {low: Outcome.STOPPED, high: Outcome.OK}
+    assert report.stopped == {low: {2: reports[low]["2"], 4: reports[low]["4"]}}
+
+
+def test_a_dry_run_says_what_a_search_must_know(make_proxy: MakeProxy) -> None:
+    run = make_proxy("planned", "none")
+    found = [parse_record(line) for line in run.finish("--dry_run").splitlines()]
+    planned = [record for record in found if record is not None]
+    assert [(r["kind"], r["status"], r["student_layers"], r["teacher_layers"]) for r in planned] == [
+        ("run", "planned", 2, 4)
+    ]
+    assert planned[0]["tasks"] == ["SST-2", "MRPC", "STS-B"]
+    assert planned[0]["sequences"] > 100
+    assert not run.output_dir.exists()
+    run.finish()
+    assert {r["fingerprint"] for r in run.records("result")} == {planned[0]["fingerprint"]}

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from engine import cli, config_docs
+from engine import cli
 from engine.cli import parse_config
 from engine.config import PrepareConfig, RunConfig
 from engine.errors import UserError
+from ga import config_docs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,10 +11,10 @@ from tiny_world import TinyWorld
 
 from engine.cli import _listed, parse_config
 from engine.errors import UserError
+from engine.proxy_config import ProxyJobConfig
 from engine.proxy_plan import ProxyPlan, code_version, make_proxy_plan
 from engine.proxy_report import earlier_results, fitness_table, signal_of
 from engine.records import format_record
-from engine.task_config import ProxyJobConfig
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from engine.banner import closing_table, estimate_memory, mapping_table
 from engine.checkpoint import HOW_KEYS, changed_keys, flatten
 from engine.cli import parse_config
 from engine.config import OptimConfig, RunConfig, TrainConfig
-from engine.config_docs import field_docs
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
@@ -29,6 +28,7 @@ from engine.models.teacher import FrozenTeacher
 from engine.monitor import Interval, StepReport, format_seconds
 from engine.plan import make_plan
 from engine.trainer import LossWindow
+from ga.config_docs import field_docs
 
 CPU = torch.device("cpu")
 

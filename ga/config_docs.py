@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the dataclasses that hold every default: `python -m engine.config_docs`."""
+"""Writes docs/configuration.md from the dataclasses that hold every default: `python -m ga.config_docs`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from engine import config, task_config
+from engine import config, proxy_config, task_config
+from ga.config import SearchConfig
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
+AS_PROXY = "As for `launch/proxy.py`."
 INTRO = """\
 # Configuration
 
-Generated from `engine/config.py` and `engine/task_config.py` by `make docs`; do not edit.
+Generated from `engine/config.py`, `engine/task_config.py`, `engine/proxy_config.py` and `ga/config.py` by `make docs`;
+do not edit.
 
 Every script takes `--config FILE.yaml` and any field as `--section.field value`; the command line wins over the file.
 `--help` lists the fields, `--print_config` prints the resolved file. A mistake names key, value and remedy, and exits
@@ -88,7 +91,9 @@ def render() -> str:
     parts = [INTRO, *script("deepspeed launch/distill.py", config.RunConfig())]
     parts += script("deepspeed launch/finetune.py", task_config.FinetuneConfig(), fine)
     parts.append(table("Each entry of `task.custom`", task_config.CustomTaskConfig(train="", dev="")))
-    parts += script("deepspeed launch/proxy.py", task_config.ProxyJobConfig(genomes=["uniform"]), proxy)
+    parts += script("deepspeed launch/proxy.py", proxy_config.ProxyJobConfig(genomes=["uniform"]), proxy)
+    search = dict.fromkeys(("teacher", "student", "loss", "data", "optim", "train", "task", "proxy"), AS_PROXY)
+    parts += script("python launch/search.py", SearchConfig(), search)
     parts += script("python launch/prepare_data.py", config.PrepareConfig())
     parts.append(table("Each entry of `sources`", config.SourceConfig(path="")))
     parts += script("python launch/export.py", config.ExportConfig(run=""))

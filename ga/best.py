@@ -1,0 +1,39 @@
+"""The configuration of a whole distillation with the mapping that a search has found."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from engine.config import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
+from engine.run_dir import as_yaml
+from ga.config import SearchConfig
+from ga.preflight import ProxyFacts
+
+WARMUP_SHARE = 0.05
+
+
+def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConfig:
+    """Teacher, student, losses and optimizer of the proxy; one pass over the corpus at launch/distill.py's own batch
+    and learning rate."""
+    hidden, _, attention = genome.partition("/")
+    train = TrainConfig()
+    held_out = DataConfig.eval_sequences
+    steps = max(1, (facts.sequences - held_out) // train.global_batch)
+    return RunConfig(
+        output_dir=str(config.root / "best"),
+        seed=config.seed,
+        teacher=config.teacher,
+        student=StudentConfig(**{one.name: getattr(config.student, one.name) for one in fields(StudentConfig)}),
+        mapping=MappingConfig(hidden=hidden, attention=attention or None),
+        loss=config.loss,
+        data=replace(config.data, eval_sequences=held_out),
+        optim=config.optim,
+        train=replace(train, steps=steps, warmup_steps=round(WARMUP_SHARE * steps)),
+    )
+
+
+def write_best(path: Path, config: RunConfig, *, why: str) -> None:
+    """why: comment at the top."""
+    comment = "".join(f"# {line}\n" for line in [*why.splitlines(), f"deepspeed launch/distill.py --config {path}"])
+    path.write_text(comment + as_yaml(config), encoding="utf-8")

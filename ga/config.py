@@ -1,0 +1,191 @@
+"""What a search does: frozen dataclasses around those of a proxy job. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from engine.config import require
+from engine.proxy_config import ProxyJobConfig, ProxySettings
+from ga.genome import Constraint
+from ga.operators import PRESETS, Settings
+from ga.slots import Launcher
+
+SAMPLERS = ("ga", "random", "exhaustive", "tpe", "nsga2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSection(Settings):
+    """The `search` section; the operators of the genetic algorithm are inherited."""
+
+    trials: int = 64
+    """Budget: how many genomes are evaluated."""
+
+    sampler: Literal["ga", "random", "exhaustive", "tpe", "nsga2"] = "ga"
+    """Which search. ga: this project's genetic algorithm; random: without repetition; exhaustive: the whole space in
+    order; tpe and nsga2: Optuna's. All start with the heuristics (uniform, last, first, all-last, none)."""
+
+    preset: Literal["default", "autotinybert"] = "default"
+    """autotinybert: operators and rates of AutoTinyBERT's published loop, in place of `population` … `creep_rate`."""
+
+    seed: int = 0
+    """Seed of the search. The proxy's is `seed`."""
+
+    seeds: list[str] = field(default_factory=list)
+    """Layer mappings for generation 0 beside the heuristics."""
+
+    constraint: Constraint = "free"
+    """How the non-zero genes of a mapping follow each other: free, nondecreasing or strictly_increasing."""
+
+    min_active: int = 0
+    """Fewest layers of a mapping that learn."""
+
+    allowed_layers: list[int] = field(default_factory=list)
+    """Teacher layers that may be used, beside 0; empty: all."""
+
+    separate_attention: bool = False
+    """Search a mapping of its own for the attention losses: genomes are HIDDEN/ATTENTION."""
+
+    second_objective: Literal["deepest_layer"] | None = None
+    """deepest_layer: prefer mappings whose deepest teacher layer is low too (the teacher stops there); sampler nsga2
+    only. The result is then a front."""
+
+    storage: str | None = None
+    """URL of the Optuna storage: sqlite:///FILE, or postgresql+psycopg://… for drivers on several machines. Unset:
+    study.db in output_dir."""
+
+    study: str | None = None
+    """Name of the study in the storage; unset: the last part of output_dir. Drivers of one name share one search, and
+    studies of one storage share their results."""
+
+    cohort: int = 8
+    """Most genomes that one job distils side by side against one teacher pass."""
+
+    slots_per_job: int = 1
+    """Devices that a job takes."""
+
+    local_slots: int | None = None
+    """Devices of this machine that jobs may take when there is no hostfile. Unset: all visible GPUs; without a GPU
+    slots_per_job, that is one job on all cores."""
+
+    launcher: Launcher = "pdsh"
+    """How DeepSpeed reaches other hosts: pdsh, openmpi or slurm."""
+
+    job_minutes: float = 60.0
+    """Minutes after which a job is ended; what it has not scored by then counts as failed."""
+
+    max_failures: int = 16
+    """Genomes in a row without any fitness after which the search gives up."""
+
+    halving: float | None = None
+    """Successive halving: after each step of proxy.report_at only students among the best 1/halving of all that were
+    scored at that step go on; the others count as trials without fitness. Unset: every student runs to the end."""
+
+    confirm_top: int = 3
+    """Best genomes that are run again with new seeds at the end, beside uniform; 0: none."""
+
+    confirm_seeds: int = 4
+    """New seeds of each of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("trials", "cohort", "slots_per_job", "max_failures"):
+            require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), "must be at least 1")
+        require(self.seed >= 0, "search.seed", self.seed, "must be >= 0")
+        require(self.job_minutes > 0, "search.job_minutes", self.job_minutes, "must be > 0")
+        require(self.confirm_top >= 0, "search.confirm_top", self.confirm_top, "must be >= 0")
+        require(
+            self.confirm_seeds >= 2,
+            "search.confirm_seeds",
+            self.confirm_seeds,
+            "must be at least 2: one seed shows no noise (confirm_top=0 leaves the confirmation out)",
+        )
+        require(
+            self.local_slots is None or self.local_slots >= 1,
+            "search.local_slots",
+            self.local_slots,
+            "must be at least 1",
+        )
+        require(
+            self.halving is None or self.halving > 1, "search.halving", self.halving, "must be > 1, e.g. 2 for half"
+        )
+        require(
+            self.second_objective is None or self.sampler == "nsga2",
+            "search.second_objective",
+            self.second_objective,
+            f"sampler={self.sampler} has one objective; write search.sampler=nsga2",
+        )
+        require(
+            self.second_objective is None or self.halving is None,
+            "search.halving",
+            self.halving,
+            "remove it: halving ranks by one objective, and second_objective adds another",
+        )
+        if self.preset != "default":
+            for one in fields(Settings):
+                require(
+                    getattr(self, one.name) == one.default,
+                    f"search.{one.name}",
+                    getattr(self, one.name),
+                    f"remove it: search.preset={self.preset!r} fixes it",
+                )
+
+    @property
+    def operators(self) -> Settings:
+        if self.preset != "default":
+            return PRESETS[self.preset]
+        return Settings(**{one.name: getattr(self, one.name) for one in fields(Settings)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(ProxySettings):
+    output_dir: str = "runs/search"
+    """Folder of the search: trials, TensorBoard, report and, unless search.storage names another, study.db. Starting
+    the same command again continues it."""
+
+    hostfile: str | None = None
+    """DeepSpeed hostfile (`worker-1 slots=8`) of the hosts that run jobs; unset: this machine."""
+
+    status: bool = False
+    """Print a table of the search in this folder and stop."""
+
+    dry_run: bool = False
+    """Print space, budget, cost (measured by one proxy job) and the first commands, and stop."""
+
+    search: SearchSection = field(default_factory=SearchSection)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.proxy.stop_below, "proxy.stop_below", self.proxy.stop_below, "remove it: search.halving sets it"
+        )
+        require(
+            self.search.halving is None or bool(self.proxy.report_at),
+            "search.halving",
+            self.search.halving,
+            "needs proxy.report_at: the steps after which students are compared",
+        )
+        require(
+            self.search.halving is None or self.proxy.repeats == 1,
+            "proxy.repeats",
+            self.proxy.repeats,
+            "must be 1 with search.halving: a student that ends early has no other seeds",
+        )
+
+    @property
+    def root(self) -> Path:
+        return Path(self.output_dir)
+
+    @property
+    def storage(self) -> str:
+        return self.search.storage or f"sqlite:///{self.root / 'study.db'}"
+
+    @property
+    def study(self) -> str:
+        return self.search.study or self.root.resolve().name
+
+    def job(self, **changes: object) -> ProxyJobConfig:
+        """The configuration of one of its jobs."""
+        shared = {one.name: getattr(self, one.name) for one in fields(ProxySettings)}
+        return ProxyJobConfig(**{**shared, "dry_run": False, **changes})

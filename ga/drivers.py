@@ -1,0 +1,123 @@
+"""The drivers that share a study: who is at work, and whose trials are lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optuna import Study
+
+from ga.processes import boot_id, start_ticks
+
+PREFIX = "mapdistill:driver:"
+"""Of the study's system attributes that hold a driver's lease."""
+BEAT_EVERY_S = 10.0
+LEASE_S = 90.0
+"""A driver on another machine is dead when its beat stands still for so long, by the observer's clock."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """One process that drives a search."""
+
+    host: str
+    pid: int
+    started: int
+    """Clock ticks after boot."""
+    boot: str
+    namespace: str
+    """Of process ids: containers of one machine cannot look up each other's."""
+
+    @classmethod
+    def this_process(cls) -> Driver:
+        started = start_ticks(os.getpid())
+        assert started is not None
+        namespace = os.readlink("/proc/self/ns/pid")
+        return cls(socket.gethostname(), os.getpid(), started, boot_id(), namespace)
+
+    @property
+    def id(self) -> str:
+        return f"{self.host}-{self.pid}-{self.started}-{self.boot[:8]}"
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class Drivers:
+    """The drivers of one study, as one of them sees them."""
+
+    def __init__(self, study: Study, me: Driver, *, placements: int) -> None:
+        """placements: how many jobs this driver can run side by side. Registers it."""
+        self.me = me
+        self._study = study
+        self._placements = placements
+        self._beats = 0
+        self._beaten: float | None = None
+        self._seen: dict[str, tuple[int, float]] = {}
+        """Beat of a driver on another machine, and when it was first seen."""
+        self.beat()
+
+    def beat(self) -> None:
+        """Says that this driver is alive; call it often."""
+        if self._beaten is None or time.monotonic() - self._beaten >= BEAT_EVERY_S:
+            self._write(left=False)
+            self._beaten = time.monotonic()
+            self._beats += 1
+
+    def leave(self) -> None:
+        """What it still owns is free for others at once."""
+        self._write(left=True)
+
+    def _write(self, *, left: bool) -> None:
+        lease = {**asdict(self.me), "beat": self._beats, "placements": self._placements, "left": left}
+        self._study._storage.set_study_system_attr(self._study._study_id, PREFIX + self.me.id, lease)
+
+    def _leases(self) -> dict[str, dict[str, Any]]:
+        return _leases(self._study)
+
+    def dead(self) -> set[str]:
+        """Ids of drivers that are gone. One on another machine is known to be only after LEASE_S."""
+        return {id for id, lease in self._leases().items() if self._is_dead(id, lease)}
+
+    def _is_dead(self, id: str, lease: dict[str, Any]) -> bool:
+        if id == self.me.id:
+            return False
+        if lease["left"]:
+            return True
+        if lease["boot"] == self.me.boot and lease["namespace"] == self.me.namespace:
+            return bool(start_ticks(lease["pid"]) != lease["started"])
+        beat, since = self._seen.get(id, (None, 0.0))
+        if beat != lease["beat"]:
+            self._seen[id] = (lease["beat"], time.monotonic())
+            return False
+        silent_s: float = time.monotonic() - since
+        return silent_s > LEASE_S
+
+    def ran_here(self, id: str) -> bool:
+        """Whether that driver started its jobs among the processes that this one can see and end."""
+        lease = self._leases().get(id)
+        return lease is not None and (lease["boot"], lease["namespace"]) == (self.me.boot, self.me.namespace)
+
+    def all_placements(self) -> int:
+        """Of all drivers that are alive."""
+        dead = self.dead()
+        return sum(lease["placements"] for id, lease in self._leases().items() if id not in dead)
+
+
+def _leases(study: Study) -> dict[str, dict[str, Any]]:
+    attrs = study._storage.get_study_system_attrs(study._study_id)
+    return {key.removeprefix(PREFIX): value for key, value in attrs.items() if key.startswith(PREFIX)}
+
+
+def present_drivers(study: Study) -> list[str]:
+    """Those that have not left, for a reader; of one on another machine it is not known whether it still runs."""
+    here = (boot_id(), os.readlink("/proc/self/ns/pid"))
+    shown = []
+    for lease in _leases(study).values():
+        local = (lease["boot"], lease["namespace"]) == here
+        if not lease["left"] and not (local and start_ticks(lease["pid"]) != lease["started"]):
+            shown.append(f"process {lease['pid']} on {lease['host']}")
+    return shown

@@ -1,0 +1,104 @@
+"""The end of a search: its report, and the configuration that goes on with its winner."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+
+import optuna
+from optuna import Study
+
+from ga.best import best_config, write_best
+from ga.config import SearchConfig
+from ga.confirmation import winner
+from ga.genome import Space
+from ga.history import SEED, Evaluation, evaluation, ranked, read_history
+from ga.preflight import ProxyFacts
+from ga.proposals import confirmation_name
+from ga.report import Facts, write_report
+from ga.storage import SearchStorage
+from ga.studies import COMPARABLE, SETTINGS
+
+REPORT, BEST = "report", "best.yaml"
+
+
+def publish(
+    config: SearchConfig,
+    storage: SearchStorage,
+    study: Study,
+    space: Space,
+    facts: ProxyFacts,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Writes report/ and best.yaml, and says where."""
+    evaluations = read_history(study)
+    confirmed = confirmed_fitness(storage, config)
+    folder = config.root / REPORT
+    report = write_report(
+        folder,
+        report_facts(config, space, facts),
+        evaluations,
+        comparable_searches(storage, study),
+        confirmed,
+    )
+    best = ranked(evaluations)
+    if not best:
+        say(f"no genome has a fitness; see {report}")
+        return
+    genome = winner(confirmed) if confirmed else best[0].genome
+    why = f"Layer mapping {genome}, found by search {config.study!r}: {report} says how sure that is."
+    write_best(config.root / BEST, best_config(config, facts, genome), why=why)
+    say(f"\n{report.read_text(encoding='utf-8').split(chr(10) + chr(10))[1]}")
+    say(f"report     {report}\ngo on      deepspeed launch/distill.py --config {config.root / BEST}")
+
+
+def confirmed_fitness(storage: SearchStorage, config: SearchConfig) -> dict[str, dict[int, float]]:
+    """genome -> seed -> fitness of the confirmation, as far as there is one."""
+    try:
+        study = optuna.load_study(storage=storage.optuna, study_name=confirmation_name(config.study))
+    except KeyError:
+        return {}
+    found: dict[str, dict[int, float]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        fitness = evaluation(trial).fitness
+        if fitness is not None:
+            found.setdefault(evaluation(trial).genome, {})[int(trial.user_attrs[SEED])] = fitness
+    return found
+
+
+def comparable_searches(storage: SearchStorage, study: Study) -> Mapping[str, list[Evaluation]]:
+    """The other searches of the storage with the same proxy over the same kind of models, by name."""
+    found: dict[str, list[Evaluation]] = {}
+    for other in storage.optuna.get_all_studies():
+        same = other.user_attrs.get(COMPARABLE) == study.user_attrs.get(COMPARABLE)
+        if other.study_name != study.study_name and SETTINGS in other.user_attrs and same:
+            found[other.study_name] = read_history(
+                optuna.load_study(storage=storage.optuna, study_name=other.study_name)
+            )
+    return found
+
+
+def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts) -> Facts:
+    s, proxy = config.search, config.proxy
+    student = config.student.path or f"{space.student_layers} layers, init {config.student.init or 'random'}"
+    return Facts(
+        space=space.describe(),
+        space_size=space.size(),
+        sampler=s.sampler,
+        search_seed=s.seed,
+        trials=s.trials,
+        population=s.operators.population,
+        cohort=s.cohort,
+        fingerprint=facts.fingerprint,
+        teacher=f"{config.teacher.path}: {space.teacher_layers} layers",
+        student=student,
+        tasks=facts.tasks,
+        evaluator=proxy.evaluator,
+        proxy=f"{proxy.steps} steps x {config.train.global_batch} sequences of {facts.seq_len}, {config.data.path}",
+        seeds=tuple(range(config.seed, config.seed + proxy.repeats)),
+        heuristics={name: space.text(genes) for name, genes in space.heuristics().items()},
+        command=shlex.join(["python", *sys.argv]),
+        second_objective=s.second_objective,
+    )

@@ -1,0 +1,118 @@
+"""What a search has found out, as plain values: one Evaluation for each trial of its Optuna study."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from optuna import Study
+from optuna.trial import FrozenTrial, TrialState
+
+GENOME, SEED, GENERATION, OUTCOME, MESSAGE = "genome", "seed", "generation", "outcome", "message"
+SCORES, BY_SEED, REPORTS = "scores", "fitness_by_seed", "reports"
+SECONDS, COHORT, JOB, SAME_AS = "seconds", "cohort", "job", "same_as"
+"""Names of a trial's user attributes, which optuna-dashboard shows."""
+
+RUNNING, STOPPED_EARLY, REPEATED = "running", "stopped early", "repeated"
+"""Values of Evaluation.outcome beside those of ga.logs.Outcome."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One trial."""
+
+    number: int
+    genome: str
+    """Canonical text form."""
+    outcome: str
+    """A value of ga.logs.Outcome, `running`, `stopped early` (halving), or `repeated`: the sampler proposed what
+    another trial had evaluated, which costs nothing and is not counted."""
+    fitness: float | None = None
+    """Mean over seeds; None without one."""
+    generation: int | None = None
+    """Of the genetic algorithm; None for other samplers."""
+    by_seed: Mapping[int, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """By task, mean over seeds."""
+    reports: Mapping[int, float] = field(default_factory=dict)
+    """Intermediate fitness by step, mean over seeds."""
+    seconds: float | None = None
+    """Wall time of its job, launcher included, divided by the job's genomes; 0 when another study of the storage had
+    the result already."""
+    cohort: int | None = None
+    """Genomes of its job."""
+    job: str = ""
+    """HOST:FOLDER of its job."""
+    message: str = ""
+    """Why there is no fitness."""
+    finished: datetime.datetime | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is part of the budget."""
+        return self.outcome != REPEATED
+
+
+def evaluation(trial: FrozenTrial) -> Evaluation:
+    attrs: dict[str, Any] = trial.user_attrs
+    finished = trial.state.is_finished()
+    complete = trial.state == TrialState.COMPLETE and trial.values is not None
+    return Evaluation(
+        number=trial.number,
+        genome=str(attrs.get(GENOME, "")),
+        outcome=str(attrs.get(OUTCOME, "lost")) if finished else RUNNING,
+        fitness=float(trial.values[0]) if complete else None,
+        generation=attrs.get(GENERATION),
+        by_seed={int(seed): float(value) for seed, value in attrs.get(BY_SEED, {}).items()},
+        scores={str(task): float(value) for task, value in attrs.get(SCORES, {}).items()},
+        reports={int(step): float(value) for step, value in attrs.get(REPORTS, {}).items()},
+        seconds=attrs.get(SECONDS),
+        cohort=attrs.get(COHORT),
+        job=str(attrs.get(JOB, "")),
+        message=str(attrs.get(MESSAGE, "")),
+        finished=trial.datetime_complete,
+    )
+
+
+def read_history(study: Study) -> list[Evaluation]:
+    """In the order of trial numbers; without trials that nobody has asked for yet."""
+    trials = study.get_trials(deepcopy=False)
+    return [evaluation(trial) for trial in trials if trial.state != TrialState.WAITING]
+
+
+def ranked(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those with a fitness, best first; equal ones in the order of their numbers; each genome once."""
+    scored = [one for one in evaluations if one.fitness is not None and one.counts]
+    best: dict[str, Evaluation] = {}
+    for one in sorted(scored, key=lambda e: (-float(e.fitness or 0.0), e.number)):
+        best.setdefault(one.genome, one)
+    return list(best.values())
+
+
+def from_records(genome: str, results: Sequence[Mapping[str, Any]], *, job: str) -> Evaluation:
+    """A complete evaluation outside a study. results: its `result` records, one for each seed."""
+    found = summary(results)
+    return Evaluation(
+        number=-1,
+        genome=genome,
+        outcome="ok",
+        fitness=fmean(found[BY_SEED].values()),
+        by_seed={int(seed): value for seed, value in found[BY_SEED].items()},
+        scores=found[SCORES],
+        reports={int(step): value for step, value in found[REPORTS].items()},
+        job=job,
+    )
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A trial's user attributes from its `result` records, one for each seed."""
+    tasks = results[0].get("scores", {})
+    steps = set.intersection(*(set(result.get("reports", {})) for result in results))
+    return {
+        BY_SEED: {str(result["seed"]): result["fitness"] for result in results},
+        SCORES: {task: fmean(result["scores"][task] for result in results) for task in tasks},
+        REPORTS: {step: fmean(result["reports"][step] for result in results) for step in sorted(steps, key=int)},
+    }

@@ -1,0 +1,153 @@
+"""Proxy jobs side by side: each on slots of its own, in a folder of its own, with a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.proxy_config import ProxyJobConfig
+from engine.run_dir import RunDir, as_yaml
+from ga.launcher import LOG, Job, command, environment
+from ga.logs import JobReport, read_job
+from ga.slots import Launcher, Placement, free_port, parse_hostfile, plan_slots
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "launch" / "proxy.py"
+HOSTFILE = "hostfile"
+LOCAL_GRACE_S, REMOTE_GRACE_S = 10.0, 30.0
+"""Seconds between SIGTERM and SIGKILL; the launcher of a job on other hosts needs some to end its ranks there."""
+
+
+def find_placements(
+    *, hostfile: str | None, local_slots: int | None, slots_per_job: int, launcher: Launcher
+) -> list[Placement]:
+    """Where jobs can run side by side. Raises UserError."""
+    hosts = None if hostfile is None else parse_hostfile(Path(hostfile))
+    gpus = visible_gpus()
+    devices: int | Sequence[int] = gpus if gpus else slots_per_job
+    if local_slots is not None:
+        if gpus and local_slots > len(gpus):
+            raise UserError(f"search.local_slots={local_slots}: this machine has {len(gpus)} visible GPUs")
+        devices = gpus[:local_slots] if gpus else local_slots
+    return plan_slots(hosts, local_devices=devices, slots_per_job=slots_per_job, launcher=launcher, on_cpu=not gpus)
+
+
+def visible_gpus() -> list[int]:
+    """Ids of the CUDA devices that this process may use, found without torch; none when jobs compute on the CPU."""
+    if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return []
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    count = sum(line.startswith("GPU ") for line in listed.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(range(count))
+    ids = [word.strip() for word in visible.split(",") if word.strip()]
+    if not all(word.isdigit() for word in ids):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible!r}: write device numbers, e.g. 0,1, not names")
+    return [int(word) for word in ids if int(word) < count]
+
+
+@dataclass
+class Running:
+    """A job that was started."""
+
+    placement: Placement
+    folder: Path
+    genomes: tuple[str, ...]
+    job: Job
+    began: float
+    """time.monotonic()."""
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def grace_s(self) -> float:
+        return LOCAL_GRACE_S if self.placement.is_local else REMOTE_GRACE_S
+
+
+class JobPool:
+    """The jobs of one driver."""
+
+    def __init__(
+        self, placements: Sequence[Placement], *, launcher: Launcher, hostfile: Path | None, limit_s: float
+    ) -> None:
+        self.placements = tuple(placements)
+        self.running: list[Running] = []
+        self._launcher, self._hostfile, self._limit_s = launcher, hostfile, limit_s
+
+    @property
+    def free(self) -> list[Placement]:
+        taken = {running.placement for running in self.running}
+        return [placement for placement in self.placements if placement not in taken]
+
+    def words(self, placement: Placement, folder: Path) -> list[str]:
+        """The command line of a job in `folder`."""
+        hostfile = self._hostfile
+        if not placement.is_local and self._launcher == "openmpi":
+            hostfile = folder / HOSTFILE
+        return command(
+            placement,
+            script=str(SCRIPT),
+            arguments=["--config", str(RunDir(folder).config)],
+            port=free_port(),
+            hostfile=hostfile,
+            launcher=self._launcher,
+            python=sys.executable,
+        )
+
+    def start(self, placement: Placement, config: ProxyJobConfig) -> Running:
+        """Starts a job in config.output_dir. Raises UserError when the launcher or the folder cannot be used."""
+        folder = Path(config.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            RunDir(folder).config.write_text(as_yaml(config), encoding="utf-8")
+            if not placement.is_local:
+                (folder / HOSTFILE).write_text(placement.hostfile, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error}") from None
+        added = environment(placement, job_dir=folder, base=os.environ)
+        job = Job.start(self.words(placement, folder), job_dir=folder, added=added, cwd=Path.cwd())
+        running = Running(placement, folder, tuple(config.genomes), job, time.monotonic())
+        self.running.append(running)
+        return running
+
+    def finished(self) -> list[tuple[Running, JobReport]]:
+        """Jobs that have ended since the last call, or had to be: their processes are gone, their slots free."""
+        done: list[tuple[Running, JobReport]] = []
+        for running in list(self.running):
+            late = running.seconds > self._limit_s
+            if running.job.poll() is not None or late:
+                done.append((running, self.end(running, timed_out=running.job.poll() is None)))
+        return done
+
+    def kill(self) -> None:
+        """SIGKILL to all jobs at once; `end` still has to follow."""
+        for running in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.job.session.id, signal.SIGKILL)
+
+    def end(self, running: Running, *, timed_out: bool = False) -> JobReport:
+        """Ends a job's processes and reads what it has recorded."""
+        code = running.job.poll()
+        running.job.stop(running.grace_s)
+        self.running.remove(running)
+        return read_job(
+            running.folder / LOG,
+            RunDir(running.folder).records,
+            genomes=running.genomes,
+            exit_code=code,
+            timed_out=timed_out,
+        )

@@ -1,0 +1,240 @@
+"""Who evaluates which genome: trials of an Optuna study, claimed under a lock that all drivers share.
+
+A trial is RUNNING from the moment it is asked for until it has an outcome. Its owner is the driver that works on it; a
+trial without an owner, or whose owner is dead, is open and taken up by whoever comes first. So a driver may die at any
+moment, and no genome is run twice: what a job has recorded counts, whoever reads it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from ga import history
+from ga.drivers import Drivers
+from ga.history import Evaluation, evaluation, ranked
+from ga.launcher import LOG, end_lost_job
+from ga.logs import JobReport, Outcome, read_job
+from ga.proposals import Proposal, Source
+from ga.storage import SearchStorage
+
+OWNER, LOSSES, FOLDER = "mapdistill:owner", "mapdistill:losses", "mapdistill:folder"
+"""A trial's system attributes: id of its driver (empty: open), how often it was lost and to what, folder of its job."""
+RETRIES = {"job": 1, "driver": 3}
+"""How often a trial is tried again after its job died while its driver lived, and after its driver died."""
+RECORDS = "records.jsonl"
+ORPHANS_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this driver has to evaluate."""
+
+    trial_id: int
+    number: int
+    genome: str
+    seed: int
+
+
+class Ledger:
+    def __init__(
+        self, storage: SearchStorage, source: Source, drivers: Drivers, *, known: Mapping[str, Evaluation] | None = None
+    ) -> None:
+        """known: evaluations by other studies that can be compared with this one's, by genome."""
+        self._storage, self._source, self._drivers = storage, source, drivers
+        self._study: Study = source.study
+        self._known = known or {}
+        self.orphans_ended = 0
+        """Processes of dead drivers' jobs that were still there."""
+
+    def claim(self, limit: int) -> list[Claim]:
+        """Up to `limit` trials of one seed to evaluate now; none when there are none, or none yet."""
+        with self._storage.lock():
+            self._recover()
+            claims: list[Claim] = []
+            while len(claims) < limit and (trial := self._open_trial() or self._ask()) is not None:
+                proposal = self._describe(trial)
+                if self._settle_known(trial, proposal):
+                    continue
+                if claims and claims[0].seed != proposal.seed:
+                    break  # it stays open
+                self._set(trial._trial_id, OWNER, self._drivers.me.id)
+                claims.append(Claim(trial._trial_id, trial.number, proposal.genome, proposal.seed))
+            return claims
+
+    def is_over(self) -> bool:
+        """Whether every trial is finished and no more will be asked for."""
+        with self._storage.lock():
+            trials = self._trials()
+            return all(t.state != TrialState.RUNNING for t in trials) and self._source.is_over(trials)
+
+    def batch(self) -> int:
+        """How many trials may be worked on side by side; drivers share them evenly."""
+        return self._source.batch(self._trials())
+
+    def begin(self, claims: Sequence[Claim], folder: Path) -> None:
+        """Notes where their job will write, before it starts."""
+        for claim in claims:
+            self._set(claim.trial_id, FOLDER, str(folder.resolve()))
+            self._note(claim.trial_id, {history.JOB: f"{self._drivers.me.host}:{folder}"})
+
+    def finish(self, claims: Sequence[Claim], report: JobReport, *, seconds: float, cohort: int) -> None:
+        """Writes down what became of claims of a job that took `seconds` for `cohort` genomes. Those that were lost are
+        open again, once. A claim that another driver has taken over meanwhile is left alone."""
+        with self._storage.lock():
+            for claim in claims:
+                trial = self._study._storage.get_trial(claim.trial_id)
+                if self._is_mine(trial):
+                    cost = {history.SECONDS: seconds / cohort, history.COHORT: cohort}
+                    self._settle(trial, report, lost_with="job", notes=cost)
+
+    def release(self, claims: Sequence[Claim]) -> None:
+        """They are open again, as if they had not been claimed."""
+        with self._storage.lock():
+            for claim in claims:
+                if self._is_mine(self._study._storage.get_trial(claim.trial_id)):
+                    self._set(claim.trial_id, OWNER, "")
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _set(self, trial_id: int, key: str, value: Any) -> None:
+        self._study._storage.set_trial_system_attr(trial_id, key, value)
+
+    def _note(self, trial_id: int, notes: Mapping[str, Any]) -> None:
+        for key, value in notes.items():
+            self._study._storage.set_trial_user_attr(trial_id, key, value)
+
+    def _is_mine(self, trial: FrozenTrial) -> bool:
+        return trial.state == TrialState.RUNNING and trial.system_attrs.get(OWNER) == self._drivers.me.id
+
+    def _open_trial(self) -> optuna.Trial | None:
+        for trial in self._trials():
+            if trial.state == TrialState.RUNNING and not trial.system_attrs.get(OWNER):
+                return optuna.Trial(self._study, trial._trial_id)
+        return None
+
+    def _ask(self) -> optuna.Trial | None:
+        trials = self._trials()
+        if not self._source.may_ask(trials):
+            return None
+        self._source.before_ask(trials)
+        return self._study.ask()
+
+    def _describe(self, trial: optuna.Trial) -> Proposal:
+        proposal = self._source.proposal(trial)
+        notes = {history.GENOME: proposal.genome, history.SEED: proposal.seed}
+        if proposal.generation is not None:
+            notes[history.GENERATION] = proposal.generation
+        self._note(trial._trial_id, notes)
+        return proposal
+
+    def _settle_known(self, trial: optuna.Trial, proposal: Proposal) -> bool:
+        """Whether the outcome is there already: from another trial, which costs nothing of the budget, or from another
+        study."""
+        for other in self._trials():
+            if other.number >= trial.number or other.state == TrialState.WAITING:
+                continue
+            if (other.user_attrs.get(history.GENOME), other.user_attrs.get(history.SEED)) == (
+                proposal.genome,
+                proposal.seed,
+            ):
+                self._note(trial._trial_id, {history.OUTCOME: history.REPEATED, history.SAME_AS: other.number})
+                self._tell(trial.number, other.values if other.state == TrialState.COMPLETE else None)
+                return True
+        known = self._known.get(proposal.genome)
+        if known is None:
+            return False
+        self._note(
+            trial._trial_id,
+            {
+                history.OUTCOME: Outcome.OK.value,
+                history.BY_SEED: {str(seed): value for seed, value in known.by_seed.items()},
+                history.SCORES: dict(known.scores),
+                history.REPORTS: {str(step): value for step, value in known.reports.items()},
+                history.SECONDS: 0.0,
+                history.JOB: known.job,
+            },
+        )
+        assert known.fitness is not None
+        self._tell(trial.number, self._source.objectives(proposal.genome, known.fitness))
+        return True
+
+    def _tell(self, number: int, values: Sequence[float] | None) -> None:
+        """No value: the trial failed."""
+        if values is None:
+            self._study.tell(number, state=TrialState.FAIL)
+        else:
+            self._study.tell(number, list(values))
+
+    def _settle(self, trial: FrozenTrial, report: JobReport, *, lost_with: str, notes: Mapping[str, Any]) -> None:
+        genome = str(trial.user_attrs[history.GENOME])
+        outcome = report.outcomes[genome]
+        if outcome in (Outcome.LOST, Outcome.BAD_CONFIGURATION):
+            losses = {"job": 0, "driver": 0} | trial.system_attrs.get(LOSSES, {})
+            losses[lost_with] += 1
+            self._set(trial._trial_id, LOSSES, losses)
+            if losses[lost_with] <= RETRIES[lost_with]:
+                self._set(trial._trial_id, OWNER, "")
+                return
+        self._note(trial._trial_id, {**notes, history.OUTCOME: outcome.value})
+        if outcome is Outcome.OK:
+            found = history.summary(report.results[genome])
+            self._note(trial._trial_id, found)
+            fitness = fmean(found[history.BY_SEED].values())
+            self._reports(trial._trial_id, found[history.REPORTS])
+            self._tell(trial.number, self._source.objectives(genome, fitness))
+        elif outcome is Outcome.STOPPED:
+            reports = {str(step): value for step, value in report.stopped[genome].items()}
+            self._note(trial._trial_id, {history.REPORTS: reports})
+            self._reports(trial._trial_id, reports)
+            self._study.tell(trial.number, state=TrialState.PRUNED)
+        else:
+            self._note(trial._trial_id, {history.MESSAGE: report.message})
+            self._tell(trial.number, None)
+
+    def _reports(self, trial_id: int, reports: Mapping[str, float]) -> None:
+        for step, value in reports.items():  # optuna-dashboard plots them
+            self._study._storage.set_trial_intermediate_value(trial_id, int(step), value)
+
+    def _recover(self) -> None:
+        """Trials of dead drivers: their jobs are ended, their results count, the others are open again."""
+        dead = self._drivers.dead()
+        lost: dict[tuple[str, str], list[FrozenTrial]] = defaultdict(list)
+        for trial in self._trials():
+            owner = trial.system_attrs.get(OWNER)
+            if trial.state == TrialState.RUNNING and owner in dead:
+                lost[owner, trial.system_attrs.get(FOLDER, "")].append(trial)
+        for (owner, folder), trials in lost.items():
+            if not folder:  # it died before it started their job
+                for trial in trials:
+                    self._set(trial._trial_id, OWNER, "")
+                continue
+            if self._drivers.ran_here(owner):
+                self.orphans_ended += end_lost_job(Path(folder), grace_s=ORPHANS_GRACE_S)
+            genomes = [str(trial.user_attrs[history.GENOME]) for trial in trials]
+            report = read_job(
+                Path(folder) / LOG, Path(folder) / RECORDS, genomes=genomes, exit_code=None, timed_out=False
+            )
+            for trial in trials:
+                self._settle(trial, report, lost_with="driver", notes={})
+
+
+def known_evaluations(storage: SearchStorage, study: Study, key: str) -> dict[str, Evaluation]:
+    """genome -> evaluation with a fitness, of the other studies of the storage whose user attribute `key` equals this
+    one's."""
+    found: dict[str, Evaluation] = {}
+    for other in storage.optuna.get_all_studies():
+        if other.study_name != study.study_name and other.user_attrs.get(key) == study.user_attrs[key]:
+            trials = storage.optuna.get_all_trials(other._study_id, deepcopy=False)
+            for one in ranked([evaluation(trial) for trial in trials if trial.state.is_finished()]):
+                found.setdefault(one.genome, one)
+    return found

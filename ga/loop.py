@@ -1,0 +1,167 @@
+"""The driver's loop: claims trials, runs them as jobs on every free slot, and writes down what became of them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from engine.errors import UserError
+from engine.proxy_config import ProxyConfig
+from ga.config import SearchConfig
+from ga.drivers import Drivers
+from ga.jobs import JobPool, Running
+from ga.launcher import LOG
+from ga.ledger import Claim, Ledger
+from ga.logs import JobReport, Outcome
+from ga.slots import Placement
+from ga.storage import transient
+
+POLL_S = 0.2
+ASK_AGAIN_S = 3.0
+"""Between questions for work while other drivers have what there is."""
+OUTAGE_S = 600.0
+"""How long the storage may not answer before the driver gives up."""
+
+Answer = TypeVar("Answer")
+
+
+class Interrupted(Exception):
+    """The driver was told to stop; its jobs are ended, their trials open."""
+
+
+class GivenUp(Exception):
+    """Nothing gets a fitness."""
+
+
+@dataclass
+class Loop:
+    """Evaluates what a ledger offers until that is over."""
+
+    config: SearchConfig
+    ledger: Ledger
+    pool: JobPool
+    drivers: Drivers
+    stop: Callable[[], bool]
+    say: Callable[[str], None]
+    proxy: Callable[[], ProxyConfig]
+    """Settings of the next job."""
+    changed: Callable[[], None]
+    """Called after jobs were started or have finished, and now and then. May raise GivenUp."""
+    folders: Path
+    """Jobs get folders in it, named after the first of their trials."""
+
+    def __post_init__(self) -> None:
+        self.cohort = self.config.search.cohort
+        self._claims: dict[Path, list[Claim]] = {}
+        self._ask_at = 0.0
+
+    def run(self) -> None:
+        """Raises Interrupted, GivenUp, and UserError when a job does not accept its configuration."""
+        try:
+            while not self.stop():
+                self.patiently(self.drivers.beat)
+                if self._finish_jobs() or time.monotonic() >= self._ask_at:
+                    self._start_jobs()
+                    self._ask_at = time.monotonic() + ASK_AGAIN_S
+                    self.changed()
+                    if not self.pool.running and self.patiently(self.ledger.is_over):
+                        return
+                time.sleep(POLL_S)
+            raise Interrupted
+        finally:
+            self._end_jobs()
+
+    def patiently(self, call: Callable[[], Answer]) -> Answer:
+        """Asks a storage that does not answer again for a while: jobs go on meanwhile."""
+        since, said = time.monotonic(), False
+        while True:
+            try:
+                return call()
+            except Exception as error:
+                if not transient(error):
+                    raise
+                why = str(error).strip().splitlines()[0]
+                if time.monotonic() - since > OUTAGE_S:
+                    raise UserError(
+                        f"search.storage has not answered for {OUTAGE_S / 60:.0f} minutes ({why}). What jobs have "
+                        "recorded is in their folders; the same command goes on"
+                    ) from None
+                if not said:
+                    self.say(f"the storage does not answer ({why}); trying again")
+                    said = True
+                time.sleep(ASK_AGAIN_S)
+
+    def _start_jobs(self) -> None:
+        """Fills the free slots, as far as there is work."""
+        for placement in self.pool.free:
+            share = math.ceil(self.patiently(self.ledger.batch) / self.patiently(self.drivers.all_placements))
+            limit = max(1, min(self.cohort, share))
+            claims = self.patiently(functools.partial(self.ledger.claim, limit))
+            if not claims:
+                break
+            self._start_job(placement, claims)
+
+    def _start_job(self, placement: Placement, claims: list[Claim]) -> None:
+        folder = self._new_folder(claims[0].number)
+        job = self.config.job(
+            output_dir=str(folder.resolve()),
+            genomes=[claim.genome for claim in claims],
+            seed=claims[0].seed,
+            proxy=self.proxy(),
+        )
+        try:
+            self.patiently(lambda: self.ledger.begin(claims, folder))
+            self.pool.start(placement, job)
+        except UserError:
+            self.patiently(lambda: self.ledger.release(claims))
+            raise
+        self._claims[folder.resolve()] = claims
+
+    def _new_folder(self, number: int) -> Path:
+        """trials/00012, or trials/00012-2 where a job of that trial was lost."""
+        names = (f"{number:05d}" + (f"-{start}" if start > 1 else "") for start in itertools.count(1))
+        return next(folder for name in names if not (folder := self.folders / name).exists())
+
+    def _finish_jobs(self) -> bool:
+        """Whether any job has ended."""
+        ended = self.pool.finished()
+        for running, report in ended:
+            claims = self._claims.pop(running.folder)
+            if Outcome.BAD_CONFIGURATION in report.outcomes.values():
+                self._give_back(running, claims, report)
+                raise UserError(f"{report.message} (a job said so: {running.folder / LOG})")
+            again = self._too_many_for_memory(claims, report)
+            self.patiently(functools.partial(self.ledger.release, again))
+            self._settle(running, [claim for claim in claims if claim not in again], report)
+        return bool(ended)
+
+    def _settle(self, running: Running, claims: Sequence[Claim], report: JobReport) -> None:
+        self.patiently(lambda: self.ledger.finish(claims, report, seconds=running.seconds, cohort=len(running.genomes)))
+        if any(report.outcomes[claim.genome] not in (Outcome.OK, Outcome.STOPPED) for claim in claims):
+            self.say(f"{running.folder}: {report.message}")
+
+    def _too_many_for_memory(self, claims: Sequence[Claim], report: JobReport) -> list[Claim]:
+        """Those to try again in a smaller cohort: it was not any of them alone that did not fit."""
+        short = [claim for claim in claims if report.outcomes[claim.genome] is Outcome.OUT_OF_MEMORY]
+        if not short or len(claims) == 1:
+            return []
+        self.cohort = min(self.cohort, len(claims) // 2)
+        self.say(f"out of memory with {len(claims)} students side by side; going on with {self.cohort}")
+        return short
+
+    def _give_back(self, running: Running, claims: Sequence[Claim], report: JobReport) -> None:
+        """After a job that was ended in the middle: results count, the rest is open."""
+        done = [claim for claim in claims if report.outcomes[claim.genome] in (Outcome.OK, Outcome.STOPPED)]
+        self.patiently(lambda: self.ledger.finish(done, report, seconds=running.seconds, cohort=len(running.genomes)))
+        self.patiently(lambda: self.ledger.release([claim for claim in claims if claim not in done]))
+
+    def _end_jobs(self) -> None:
+        for running in list(self.pool.running):
+            report = self.pool.end(running)
+            self._give_back(running, self._claims.pop(running.folder), report)

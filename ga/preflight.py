@@ -1,0 +1,55 @@
+"""What must be known before a search: a proxy job that only plans says it, on the slots that the jobs will have."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import UserError
+from engine.records import read_records
+from ga.config import SearchConfig
+from ga.jobs import JobPool
+from ga.launcher import LOG
+
+FOLDER = "check"
+LOOK_EVERY_S = 0.1
+
+
+@dataclass(frozen=True)
+class ProxyFacts:
+    """Of the proxy that a configuration describes."""
+
+    student_layers: int
+    teacher_layers: int
+    sequences: int
+    """Of the corpus."""
+    seq_len: int
+    tasks: tuple[str, ...]
+    fingerprint: str
+    fingerprint_parts: dict[str, Any]
+
+
+def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) -> ProxyFacts | None:
+    """None when told to stop. Raises UserError with the job's own words when it does not accept the configuration."""
+    folder = config.root / FOLDER
+    job = config.job(output_dir=str(folder.resolve()), genomes=["none"], dry_run=True)
+    running = pool.start(pool.placements[0], job)
+    while not (done := pool.finished()):
+        if stop():
+            pool.end(running)
+            return None
+        time.sleep(LOOK_EVERY_S)
+    for record in read_records(folder / LOG):
+        if record["kind"] == "run" and record.get("status") == "planned":
+            return ProxyFacts(
+                student_layers=record["student_layers"],
+                teacher_layers=record["teacher_layers"],
+                sequences=record["sequences"],
+                seq_len=record["seq_len"],
+                tasks=tuple(record["tasks"]),
+                fingerprint=record["fingerprint"],
+                fingerprint_parts=record["fingerprint_parts"],
+            )
+    raise UserError(f"{done[0][1].message} (a proxy job on {running.placement} said so: {folder / LOG})")

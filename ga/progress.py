@@ -1,0 +1,132 @@
+"""What a user sees of a search while it runs: a line for each generation, and the table of --status."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from optuna import Study
+
+from engine.aligned import columns, labelled
+from ga.drivers import present_drivers
+from ga.genome import Genes
+from ga.history import RUNNING, Evaluation, ranked, read_history
+from ga.logs import Outcome
+from ga.operators import diversity
+
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Block:
+    """A generation; for samplers without generations, as many evaluations as a generation would have."""
+
+    name: str
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def done(self) -> bool:
+        return all(one.outcome != RUNNING for one in self.evaluations)
+
+
+def blocks(evaluations: Sequence[Evaluation], population: int) -> list[Block]:
+    """In order; the last one may have only begun."""
+    counted = [one for one in evaluations if one.counts and one.genome]
+    if counted and all(one.generation is not None for one in counted):
+        numbers = sorted({one.generation for one in counted if one.generation is not None})
+        return [Block(f"generation {n}", tuple(e for e in counted if e.generation == n)) for n in numbers]
+    parts = [counted[i : i + population] for i in range(0, len(counted), population)]
+    return [Block(f"to {i * population + len(part)}", tuple(part)) for i, part in enumerate(parts)]
+
+
+def format_duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def genes(evaluation: Evaluation) -> Genes:
+    return tuple(int(gene) for half in evaluation.genome.split("/") for gene in half.split("-"))
+
+
+class Progress:
+    """Says each generation once, when it is over."""
+
+    def __init__(self, *, trials: int, population: int, say: Callable[[str], None]) -> None:
+        self._trials, self._population, self._say = trials, population, say
+        self._said: set[str] | None = None
+        self._began = time.monotonic()
+        self._at_start = 0
+
+    def update(self, evaluations: Sequence[Evaluation], *, over: bool) -> None:
+        """over: no further evaluation will come. What was over at the first call is not said."""
+        done = sum(one.counts and one.outcome != RUNNING for one in evaluations)
+        every = blocks(evaluations, self._population)
+        begun = every if over else every[:-1]  # the last may get more members
+        finished = [block for block in begun if block.done]
+        if self._said is None:
+            self._said = {block.name for block in finished}
+            self._at_start = done
+            return
+        for block in finished:
+            if block.name not in self._said:
+                self._said.add(block.name)
+                self._say(self._line(block, evaluations, done))
+
+    def _line(self, block: Block, evaluations: Sequence[Evaluation], done: int) -> str:
+        best = ranked(evaluations)
+        own = [one.fitness for one in block.evaluations if one.fitness is not None]
+        failed = len(block.evaluations) - len(own)
+        parts = [f"{block.name:<13}", f"{done:>4} of {self._trials}"]
+        parts.append(f"best {best[0].fitness:.4f} ({best[0].genome})" if best else "no fitness yet")
+        parts.append(f"mean {fmean(own):.4f}" if own else "no fitness")
+        parts.append(f"diversity {diversity([genes(one) for one in block.evaluations]):.2f}")
+        parts += [f"{failed} without fitness"] if failed else []
+        here = done - self._at_start
+        if here:
+            pace = (time.monotonic() - self._began) / here
+            parts.append(f"{pace:.1f} s per evaluation")
+            if done < self._trials:
+                parts.append(f"{format_duration(pace * (self._trials - done))} left")
+        return "  ".join(parts)
+
+
+def status_text(study: Study, storage: str, *, trials: int) -> str:
+    """The table of --status. storage: its URL, fit to be shown."""
+    evaluations = read_history(study)
+    counted = [one for one in evaluations if one.counts]
+    running = [one for one in counted if one.outcome == RUNNING]
+    outcomes = Counter(one.outcome for one in counted if one.outcome != RUNNING)
+    repeated = len(evaluations) - len(counted)
+    seconds = [one.seconds for one in counted if one.seconds]
+    rows: list[tuple[str, str | list[str]]] = [
+        ("search", f"{study.study_name} in {storage}"),
+        (
+            "evaluations",
+            f"{len(counted) - len(running)} of {trials} done"
+            + "".join(f", {count} {name}" for name, count in outcomes.items() if name != Outcome.OK.value)
+            + (f"; {repeated} repeated proposals" if repeated else ""),
+        ),
+        ("cost", f"{fmean(seconds):.1f} s per evaluation" if seconds else "not known yet"),
+        ("drivers", ", ".join(present_drivers(study)) or "none: the same command without --status goes on"),
+    ]
+    by_job: dict[str, list[str]] = {}
+    for one in running:
+        by_job.setdefault(one.job or "starting", []).append(one.genome)
+    rows.append(("running", [f"{job}: {' '.join(names)}" for job, names in by_job.items()] or "nothing"))
+    return labelled(rows) + "\n\n" + best_table(evaluations, SHOWN)
+
+
+def best_table(evaluations: Sequence[Evaluation], shown: int) -> str:
+    best = ranked(evaluations)
+    if not best:
+        return "no genome has a fitness yet"
+    tasks = list(best[0].scores)
+    rows = [["", "genome", "fitness", *tasks, "trial"]]
+    for place, one in enumerate(best[:shown], start=1):
+        scores = [f"{one.scores[task]:.4f}" if task in one.scores else "" for task in tasks]
+        rows.append([str(place), one.genome, f"{one.fitness:.4f}", *scores, str(one.number)])
+    return columns(rows, left=(1,))

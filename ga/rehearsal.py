@@ -1,0 +1,154 @@
+"""What a search will do and cost: its banner, and --dry_run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Sequence
+
+import optuna
+
+from engine.aligned import labelled
+from engine.errors import UserError
+from engine.run_dir import RunDir
+from ga.config import SearchConfig
+from ga.genome import Space
+from ga.history import RUNNING, Evaluation, from_records
+from ga.jobs import JobPool
+from ga.launcher import LOG
+from ga.logs import Outcome, read_job
+from ga.preflight import ProxyFacts
+from ga.progress import format_duration
+from ga.proposals import SearchSource
+from ga.slots import Placement
+
+MEASURED, COST = "measured", "cost.json"
+LOOK_EVERY_S = 0.2
+
+
+def describe_search(
+    config: SearchConfig,
+    space: Space,
+    facts: ProxyFacts,
+    placements: Sequence[Placement],
+    evaluations: Sequence[Evaluation],
+) -> str:
+    """The banner."""
+    s, proxy = config.search, config.proxy
+    done = sum(one.counts and one.outcome != RUNNING for one in evaluations)
+    rows: list[tuple[str, str | list[str]]] = [
+        ("search", f"{config.study}: {s.sampler}, seed {s.seed}"),
+        ("space", space.describe()),
+        ("budget", f"{s.trials} evaluations" + (f", {done} done already" if done else "")),
+        (
+            "proxy",
+            f"{config.teacher.path}: {proxy.steps} steps x {config.train.global_batch} sequences of {facts.seq_len} of "
+            f"{config.data.path}",
+        ),
+        (
+            "fitness",
+            f"mean of {', '.join(facts.tasks)} ({proxy.evaluator}), {proxy.repeats} seed(s) from {config.seed}",
+        ),
+        ("fingerprint", facts.fingerprint),
+        ("slots", [f"{one}, up to {s.cohort} genomes a job" for one in placements]),
+        ("output", config.output_dir),
+    ]
+    if s.sampler == "ga":
+        operators = f"{s.operators.selection} selection, {s.operators.crossover} crossover"
+        rows.insert(3, ("generations", f"of {s.operators.population}: {operators}"))
+    return labelled(rows + [("note", text) for text in notes(config, space, placements)]) + "\n"
+
+
+def notes(config: SearchConfig, space: Space, placements: Sequence[Placement]) -> list[str]:
+    """What a user would want to know before a long search."""
+    s, found = config.search, []
+    if space.size() <= s.trials and s.sampler != "exhaustive":
+        found.append(
+            f"the space has {space.size():,} genomes, no more than the budget of {s.trials}: --search.sampler "
+            "exhaustive evaluates them all"
+        )
+    side_by_side = s.cohort * len(placements)
+    if s.sampler == "ga" and s.operators.population < len(placements):
+        found.append(
+            f"a generation of {s.operators.population} leaves {len(placements) - s.operators.population} of "
+            f"{len(placements)} slots idle; search.population={side_by_side} would fill them"
+        )
+    if s.confirm_top == 0:
+        found.append("search.confirm_top=0: the report cannot tell the winner from seed noise")
+    return found
+
+
+def rehearse(config: SearchConfig, space: Space, facts: ProxyFacts, pool: JobPool, *, stop: Callable[[], bool]) -> None:
+    """Prints what the search would do, with the cost of one job that is really run. Its results are not lost: the
+    search takes them over."""
+    print(describe_search(config, space, facts, pool.placements, ()), flush=True)
+    first = first_genomes(config, space)
+    seconds = measure(config, facts, pool, first, stop=stop)
+    if seconds is None:
+        return
+    each = seconds / len(first)
+    total = each * config.search.trials / len(pool.placements)
+    confirmation = each * config.search.confirm_seeds * (config.search.confirm_top + 1) / len(pool.placements)
+    folder = config.root / "trials" / "00000"
+    words = pool.words(pool.placements[0], folder)
+    rows = [
+        ("measured", f"{seconds:.0f} s for a job of {len(first)}: {' '.join(first)} ({config.root / MEASURED})"),
+        (
+            "estimate",
+            f"{each:.1f} s per evaluation; {config.search.trials} on {len(pool.placements)} slot(s) take "
+            f"{format_duration(total)}, the confirmation about {format_duration(confirmation)} more",
+        ),
+        ("first jobs", [shlex.join(words)]),
+    ]
+    print(labelled(rows), flush=True)
+
+
+def first_genomes(config: SearchConfig, space: Space) -> list[str]:
+    """Of the first job of the search."""
+    study = optuna.create_study(direction="maximize")
+    source = SearchSource(study, space, config.search, proxy_seed=config.seed)
+    source.start()
+    count = min(config.search.cohort, config.search.trials, space.size())
+    return list(dict.fromkeys(source.proposal(study.ask()).genome for _ in range(count)))
+
+
+def measure(
+    config: SearchConfig, facts: ProxyFacts, pool: JobPool, genomes: Sequence[str], *, stop: Callable[[], bool]
+) -> float | None:
+    """Seconds that a job of these genomes takes; None when told to stop. Raises UserError when it fails."""
+    folder = config.root / MEASURED
+    key = [facts.fingerprint, config.seed, config.proxy.repeats, list(genomes)]
+    if (folder / COST).is_file():
+        cost = json.loads((folder / COST).read_text(encoding="utf-8"))
+        if cost["of"] == key:
+            return float(cost["seconds"])
+    print(f"running one job of {len(genomes)} genomes to measure its cost ...", flush=True)
+    began = time.monotonic()
+    job = config.job(output_dir=str(folder.resolve()), genomes=list(genomes))
+    running = pool.start(pool.placements[0], job)
+    while not (done := pool.finished()):
+        if stop():
+            pool.end(running)
+            return None
+        time.sleep(LOOK_EVERY_S)
+    seconds = time.monotonic() - began
+    report = done[0][1]
+    if any(outcome is not Outcome.OK for outcome in report.outcomes.values()):
+        raise UserError(f"the measured job failed: {report.message} ({folder})")
+    (folder / COST).write_text(json.dumps({"of": key, "seconds": seconds}), encoding="utf-8")
+    return seconds
+
+
+def measured_evaluations(config: SearchConfig, facts: ProxyFacts) -> dict[str, Evaluation]:
+    """What --dry_run has evaluated, by genome, if it can be compared."""
+    folder = config.root / MEASURED
+    if not (folder / COST).is_file():
+        return {}
+    fingerprint, seed, repeats, genomes = json.loads((folder / COST).read_text(encoding="utf-8"))["of"]
+    if [fingerprint, seed, repeats] != [facts.fingerprint, config.seed, config.proxy.repeats]:
+        return {}
+    records = RunDir(folder).records
+    report = read_job(folder / LOG, records, genomes=genomes, exit_code=None, timed_out=False)
+    complete = [genome for genome in genomes if report.outcomes[genome] is Outcome.OK]
+    return {genome: from_records(genome, report.results[genome], job=str(folder)) for genome in complete}

@@ -1,0 +1,173 @@
+"""The search, from its configuration to its report. All that it decides is in the storage, so that it goes on where
+an earlier driver was killed, and beside others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import optuna
+
+from engine.errors import UserError
+from engine.exit_codes import EXIT_CRASH, EXIT_DONE
+from engine.proxy_config import ProxyConfig
+from ga.config import SearchConfig
+from ga.drivers import Driver, Drivers
+from ga.finale import publish
+from ga.genome import Space
+from ga.history import ranked, read_history
+from ga.jobs import JobPool, find_placements
+from ga.ledger import Ledger, known_evaluations
+from ga.loop import GivenUp, Interrupted, Loop
+from ga.preflight import ProxyFacts, ask_proxy
+from ga.progress import status_text
+from ga.proposals import ConfirmationSource, SearchSource
+from ga.rehearsal import describe_search, measured_evaluations, rehearse
+from ga.show import Show
+from ga.stop import StopSignals
+from ga.storage import SearchStorage, open_storage
+from ga.studies import COMPARABLE, load_search, open_confirmation, open_search, search_space
+
+TRIALS, CONFIRMATIONS = "trials", "confirmations"
+"""Folders of job folders."""
+
+
+def search(config: SearchConfig) -> int:
+    """Runs a search to its report; returns the exit code. Raises UserError."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if config.status:
+        return print_status(config)
+    config.root.mkdir(parents=True, exist_ok=True)
+    pool = JobPool(
+        find_placements(
+            hostfile=config.hostfile,
+            local_slots=config.search.local_slots,
+            slots_per_job=config.search.slots_per_job,
+            launcher=config.search.launcher,
+        ),
+        launcher=config.search.launcher,
+        hostfile=None if config.hostfile is None else Path(config.hostfile),
+        limit_s=60 * config.search.job_minutes,
+    )
+    with StopSignals(pool) as stop:
+        facts = ask_proxy(pool, config, stop=lambda: stop.requested)
+        if facts is None:
+            return stop.exit_code
+        space = search_space(config, student_layers=facts.student_layers, teacher_layers=facts.teacher_layers)
+        check_budget(config, space)
+        if config.dry_run:
+            rehearse(config, space, facts, pool, stop=lambda: stop.requested)
+            return stop.exit_code if stop.requested else EXIT_DONE
+        storage = open_storage(config.storage)
+        try:
+            return Search(config, storage, space, facts, pool, stop).run()
+        finally:
+            storage.close()
+
+
+def check_budget(config: SearchConfig, space: Space) -> None:
+    """Raises UserError for an exhaustive search that would not be one."""
+    if config.search.sampler == "exhaustive" and config.search.trials < space.size():
+        raise UserError(
+            f"search.trials={config.search.trials}: the space has {space.size():,} genomes; write search.trials="
+            f"{space.size()}, narrow it with search.constraint, or take another search.sampler"
+        )
+
+
+def print_status(config: SearchConfig) -> int:
+    storage = open_storage(config.storage)
+    try:
+        study = load_search(storage, config)
+        print(status_text(study, storage.shown_url, trials=config.search.trials))
+    finally:
+        storage.close()
+    return EXIT_DONE
+
+
+@dataclass
+class Search:
+    config: SearchConfig
+    storage: SearchStorage
+    space: Space
+    facts: ProxyFacts
+    pool: JobPool
+    stop: StopSignals
+
+    def run(self) -> int:
+        source = open_search(self.storage, self.config, self.space, self.facts)
+        drivers = Drivers(source.study, Driver.this_process(), placements=len(self.pool.placements))
+        try:
+            evaluations = read_history(source.study)
+            print(describe_search(self.config, self.space, self.facts, self.pool.placements, evaluations), flush=True)
+            with Show(self.config, self.space, source.study) as show:
+                self._evaluate(source, drivers, show)
+                self._confirm(source, show)
+                publish(self.config, self.storage, source.study, self.space, self.facts, say=show.say)
+        except Interrupted:
+            print("stopped; the same command goes on", file=sys.stderr, flush=True)
+            return self.stop.exit_code
+        except GivenUp as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return EXIT_CRASH
+        finally:
+            drivers.leave()
+        return EXIT_DONE
+
+    def _evaluate(self, source: SearchSource, drivers: Drivers, show: Show) -> None:
+        known = known_evaluations(self.storage, source.study, COMPARABLE)
+        known |= measured_evaluations(self.config, self.facts)
+        ledger = Ledger(self.storage, source, drivers, known=known)
+        self._loop(ledger, drivers, show, folders=self.config.root / TRIALS, proxy=lambda: self._proxy(source)).run()
+        show.update(over=True)
+
+    def _proxy(self, source: SearchSource) -> ProxyConfig:
+        """With the thresholds of halving, as things are."""
+        proxy, rate = self.config.proxy, self.config.search.halving
+        if rate is None:
+            return proxy
+        thresholds: dict[int, float] = {}
+        for step in proxy.report_at:
+            scores = sorted(one.reports[step] for one in read_history(source.study) if step in one.reports)
+            if len(scores) >= rate:
+                thresholds[step] = scores[-int(len(scores) / rate)]
+        return replace(proxy, stop_below=thresholds)
+
+    def _confirm(self, source: SearchSource, show: Show) -> None:
+        """Runs the best genomes and uniform again with seeds that the search has not seen."""
+        s = self.config.search
+        best = [one.genome for one in ranked(read_history(source.study))[: s.confirm_top]]
+        if not best:
+            return
+        reference = self.space.text(self.space.heuristics()["uniform"])
+        study = open_confirmation(self.storage, self.config)
+        confirmation = ConfirmationSource(study, self.space)
+        first = self.config.seed + self.config.proxy.repeats
+        with self.storage.lock():
+            for seed in range(first, first + s.confirm_seeds):
+                for genome in dict.fromkeys([*best, reference]):
+                    confirmation.add(genome, seed)
+        drivers = Drivers(study, Driver.this_process(), placements=len(self.pool.placements))
+        try:
+            show.say(f"confirmation: {' '.join(dict.fromkeys([*best, reference]))} with {s.confirm_seeds} new seeds")
+            proxy = replace(self.config.proxy, repeats=1, report_at=[])
+            ledger = Ledger(self.storage, confirmation, drivers)
+            self._loop(ledger, drivers, show, folders=self.config.root / CONFIRMATIONS, proxy=lambda: proxy).run()
+        finally:
+            drivers.leave()
+
+    def _loop(
+        self, ledger: Ledger, drivers: Drivers, show: Show, *, folders: Path, proxy: Callable[[], ProxyConfig]
+    ) -> Loop:
+        return Loop(
+            config=self.config,
+            ledger=ledger,
+            pool=self.pool,
+            drivers=drivers,
+            stop=lambda: self.stop.requested,
+            say=show.say,
+            proxy=proxy,
+            changed=show.update,
+            folders=folders,
+        )

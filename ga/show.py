@@ -1,0 +1,91 @@
+"""A search while it runs: lines, a bar on a terminal, TensorBoard."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import IO, Any
+
+from optuna import Study
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ga.config import SearchConfig
+from ga.event_files import SearchBoard
+from ga.genome import Space
+from ga.history import RUNNING, STOPPED_EARLY, Evaluation, ranked, read_history
+from ga.loop import GivenUp
+from ga.progress import Progress
+from ga.sampler import parameter_names
+
+TENSORBOARD, LEADER = "tensorboard", "leader.lock"
+
+
+class Show:
+    """Of one driver. Of several drivers in one folder, the first one alone writes TensorBoard's files; when it has
+    ended another one takes over."""
+
+    def __init__(self, config: SearchConfig, space: Space, study: Study) -> None:
+        self._config, self._space, self._study = config, space, study
+        population = config.search.operators.population
+        self._progress = Progress(trials=config.search.trials, population=population, say=self.say)
+        self._population = population
+        self._lock: IO[str] | None = None
+        self._board: SearchBoard | None = None
+        self._bar: Any = None
+
+    def __enter__(self) -> Show:
+        self._lock = (self._config.root / LEADER).open("w")
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._config.search.trials, unit="genome", dynamic_ncols=True, file=sys.stderr)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def update(self, *, over: bool = False) -> None:
+        """Looks at the study. Raises GivenUp when too many genomes in a row got no fitness."""
+        evaluations = read_history(self._study)
+        self._progress.update(evaluations, over=over)
+        running = {one.job for one in evaluations if one.outcome == RUNNING and one.job}
+        if self._leads():
+            assert self._board is not None
+            self._board.refresh(evaluations, running_jobs=len(running), population=self._population)
+        if self._bar is not None:
+            best = ranked(evaluations)
+            self._bar.n = sum(one.counts and one.outcome != RUNNING for one in evaluations)
+            at_best = f", best {best[0].fitness:.4f} ({best[0].genome})" if best else ""
+            self._bar.set_postfix_str(f"{len(running)} jobs{at_best}")
+        self._check_failures(evaluations)
+
+    def _leads(self) -> bool:
+        if self._board is None:
+            assert self._lock is not None
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            self._board = SearchBoard(self._config.root / TENSORBOARD, parameter_names(self._space))
+        return True
+
+    def _check_failures(self, evaluations: Sequence[Evaluation]) -> None:
+        finished = [one for one in evaluations if one.counts and one.outcome not in (RUNNING, STOPPED_EARLY)]
+        finished.sort(key=lambda one: (one.finished is None, one.finished))
+        last = finished[-self._config.search.max_failures :]
+        if len(last) == self._config.search.max_failures and all(one.fitness is None for one in last):
+            raise GivenUp(
+                f"the last {len(last)} genomes got no fitness, the last one: {last[-1].outcome}, {last[-1].message}. "
+                f"Look into {last[-1].job}; search.max_failures says after how many a search gives up"
+            )

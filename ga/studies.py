@@ -1,0 +1,116 @@
+"""The Optuna studies of a search: opened, and checked to be the same search as before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.study import StudyDirection
+
+from engine.errors import UserError
+from ga.config import SearchConfig
+from ga.genome import Space
+from ga.preflight import ProxyFacts
+from ga.proposals import SearchSource, confirmation_name
+from ga.storage import SearchStorage
+
+SETTINGS, COMPARABLE, PARTS = "settings", "comparable with", "fingerprint parts"
+"""User attributes of a study: what must not change, what makes its fitness comparable with other studies', and what the
+proxy's fingerprint is made of."""
+
+
+def search_space(config: SearchConfig, *, student_layers: int, teacher_layers: int) -> Space:
+    """Raises UserError for constraints that leave nothing."""
+    return Space(
+        student_layers=student_layers,
+        teacher_layers=teacher_layers,
+        constraint=config.search.constraint,
+        min_active=config.search.min_active,
+        allowed=tuple(config.search.allowed_layers),
+        separate_attention=config.search.separate_attention,
+    )
+
+
+def settings_of(config: SearchConfig, space: Space, facts: ProxyFacts) -> dict[str, Any]:
+    """What a continued search must have in common with its beginning; budget, slots, cohort and limits may change."""
+    s = config.search
+    return {
+        "search.sampler": s.sampler,
+        "search.seed": s.seed,
+        "search.seeds": list(s.seeds),
+        **{f"search.{name}": value for name, value in asdict(s.operators).items()},
+        "search.constraint": s.constraint,
+        "search.min_active": s.min_active,
+        "search.allowed_layers": list(s.allowed_layers),
+        "search.separate_attention": s.separate_attention,
+        "search.second_objective": s.second_objective,
+        "search.halving": s.halving,
+        "proxy.report_at": list(config.proxy.report_at),
+        "proxy.repeats": config.proxy.repeats,
+        "seed": config.seed,
+        "student layers": space.student_layers,
+        "teacher layers": space.teacher_layers,
+        "fingerprint": facts.fingerprint,
+    }
+
+
+def open_search(storage: SearchStorage, config: SearchConfig, space: Space, facts: ProxyFacts) -> SearchSource:
+    """Creates the study or continues it. Raises UserError when it was begun with other settings."""
+    settings = settings_of(config, space, facts)
+    directions = [StudyDirection.MAXIMIZE]
+    directions += [] if config.search.second_objective is None else [StudyDirection.MINIMIZE]
+    with storage.lock():
+        study = optuna.create_study(
+            storage=storage.optuna, study_name=config.study, directions=directions, load_if_exists=True
+        )
+        begun = study.user_attrs.get(SETTINGS)
+        if begun is not None:
+            _check_same(begun, settings, study, facts, config)
+        source = SearchSource(study, space, config.search, proxy_seed=config.seed)
+        if begun is None:
+            source.start()
+            study.set_user_attr(PARTS, facts.fingerprint_parts)
+            study.set_user_attr(COMPARABLE, [facts.fingerprint, config.seed, config.proxy.repeats])
+            study.set_user_attr(SETTINGS, settings)  # last: it says that the others are there
+    return source
+
+
+def open_confirmation(storage: SearchStorage, config: SearchConfig) -> Study:
+    with storage.lock():
+        return optuna.create_study(
+            storage=storage.optuna,
+            study_name=confirmation_name(config.study),
+            direction="maximize",
+            load_if_exists=True,
+        )
+
+
+def load_search(storage: SearchStorage, config: SearchConfig) -> Study:
+    """An existing one. Raises UserError."""
+    try:
+        return optuna.load_study(storage=storage.optuna, study_name=config.study)
+    except KeyError:
+        there = ", ".join(sorted(optuna.get_all_study_names(storage.optuna))) or "none"
+        raise UserError(f"search.study={config.study!r} is not in {config.storage}; there: {there}") from None
+
+
+def _check_same(
+    begun: Mapping[str, Any], settings: Mapping[str, Any], study: Study, facts: ProxyFacts, config: SearchConfig
+) -> None:
+    for key, value in settings.items():
+        before = begun.get(key)
+        if before == value:
+            continue
+        if key == "fingerprint":
+            parts: Mapping[str, Any] = study.user_attrs.get(PARTS, {})
+            differ = [name for name, part in facts.fingerprint_parts.items() if parts.get(name) != part]
+            what = f"the proxy has changed since (fingerprint {before}, now {value}: {', '.join(differ)})"
+        else:
+            what = f"{key}={value!r}, but it was begun with {before!r}"
+        raise UserError(
+            f"search {config.study!r} in {config.storage} cannot be continued: {what}; fitness values would not be "
+            "comparable. Put it back, or start another search with another output_dir or search.study"
+        )
