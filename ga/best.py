@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -33,7 +34,6 @@ def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConf
     )
 
 
-def write_best(path: Path, config: RunConfig, *, why: str) -> None:
-    """why: comment at the top."""
-    comment = "".join(f"# {line}\n" for line in [*why.splitlines(), f"deepspeed launch/distill.py --config {path}"])
-    path.write_text(comment + as_yaml(config), encoding="utf-8")
+def as_commented_yaml(config: RunConfig, *, path: Path, why: str) -> str:
+    """The text of that file. why: comment at the top."""
+    return f"# {why}\n# deepspeed launch/distill.py --config {shlex.quote(str(path))}\n{as_yaml(config)}"

@@ -9,18 +9,19 @@ from collections.abc import Callable, Mapping
 import optuna
 from optuna import Study
 
-from ga.best import best_config, write_best
+from ga.best import as_commented_yaml, best_config
 from ga.config import SearchConfig
 from ga.confirmation import winner
 from ga.genome import Space
 from ga.history import SEED, Evaluation, evaluation, ranked, read_history
 from ga.preflight import ProxyFacts
 from ga.proposals import confirmation_name
-from ga.report import Facts, write_report
-from ga.storage import SearchStorage
+from ga.report import BEST, REPORT, write_report
+from ga.report_text import Facts, headline
+from ga.storage import SearchStorage, hide_password
 from ga.studies import COMPARABLE, SETTINGS
 
-REPORT, BEST = "report", "best.yaml"
+FOLDER = "report"
 
 
 def publish(
@@ -32,26 +33,22 @@ def publish(
     *,
     say: Callable[[str], None],
 ) -> None:
-    """Writes report/ and best.yaml, and says where."""
+    """Writes report/, and says what it found and where that is."""
     evaluations = read_history(study)
     confirmed = confirmed_fitness(storage, config)
-    folder = config.root / REPORT
-    report = write_report(
-        folder,
-        report_facts(config, space, facts),
-        evaluations,
-        comparable_searches(storage, study),
-        confirmed,
-    )
+    folder = config.root / FOLDER
     best = ranked(evaluations)
-    if not best:
-        say(f"no genome has a fitness; see {report}")
-        return
-    genome = winner(confirmed) if confirmed else best[0].genome
-    why = f"Layer mapping {genome}, found by search {config.study!r}: {report} says how sure that is."
-    write_best(config.root / BEST, best_config(config, facts, genome), why=why)
-    say(f"\n{report.read_text(encoding='utf-8').split(chr(10) + chr(10))[1]}")
-    say(f"report     {report}\ngo on      deepspeed launch/distill.py --config {config.root / BEST}")
+    genome = winner(confirmed) if confirmed else best[0].genome if best else None
+    report = folder / REPORT
+    best_yaml = None
+    if genome is not None:
+        why = f"Layer mapping {genome}, found by search {config.study!r}: {report} says how sure that is."
+        best_yaml = as_commented_yaml(best_config(config, facts, genome), path=folder / BEST, why=why)
+    others = comparable_searches(storage, study)
+    write_report(folder, report_facts(config, space, facts), evaluations, others, confirmed, best_yaml=best_yaml)
+    say(f"\n{headline(report_facts(config, space, facts), evaluations, confirmed)}\n\nreport     {report}")
+    if best_yaml is not None:
+        say(f"go on      deepspeed launch/distill.py --config {folder / BEST}")
 
 
 def confirmed_fitness(storage: SearchStorage, config: SearchConfig) -> dict[str, dict[int, float]]:
@@ -99,6 +96,6 @@ def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts) -> Facts
         proxy=f"{proxy.steps} steps x {config.train.global_batch} sequences of {facts.seq_len}, {config.data.path}",
         seeds=tuple(range(config.seed, config.seed + proxy.repeats)),
         heuristics={name: space.text(genes) for name, genes in space.heuristics().items()},
-        command=shlex.join(["python", *sys.argv]),
+        command=shlex.join(["python", *map(hide_password, sys.argv)]),
         second_objective=s.second_objective,
     )

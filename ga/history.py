@@ -11,6 +11,8 @@ from typing import Any
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from engine.ranks import rank_correlation
+
 GENOME, SEED, GENERATION, OUTCOME, MESSAGE = "genome", "seed", "generation", "outcome", "message"
 SCORES, BY_SEED, REPORTS = "scores", "fitness_by_seed", "reports"
 SECONDS, COHORT, JOB, SAME_AS = "seconds", "cohort", "job", "same_as"
@@ -116,3 +118,22 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         SCORES: {task: fmean(result["scores"][task] for result in results) for task in tasks},
         REPORTS: {step: fmean(result["reports"][step] for result in results) for step in sorted(steps, key=int)},
     }
+
+
+def evaluated(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """What has been spent of the budget: in order of trials, without repeated proposals and running ones."""
+    spent = [one for one in evaluations if one.counts and one.outcome != RUNNING]
+    return sorted(spent, key=lambda one: one.number)
+
+
+def correlation_at(step: int, evaluations: Sequence[Evaluation]) -> tuple[float | None, int]:
+    """Spearman's coefficient between the fitness after `step` and the final one, and over how many trials."""
+    both = [one for one in evaluated(evaluations) if one.fitness is not None and step in one.reports]
+    early = {str(one.number): one.reports[step] for one in both}
+    late = {str(one.number): float(one.fitness or 0.0) for one in both}
+    return rank_correlation(early, late), len(both)
+
+
+def report_steps(evaluations: Sequence[Evaluation]) -> list[int]:
+    """Steps with an intermediate score of a trial that has a final one."""
+    return sorted({step for one in evaluated(evaluations) if one.fitness is not None for step in one.reports})

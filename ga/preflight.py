@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from ga.config import SearchConfig
 from ga.jobs import JobPool
 from ga.launcher import LOG
 
-FOLDER = "check"
+CHECKS = "checks"
 LOOK_EVERY_S = 0.1
 
 
@@ -32,8 +35,9 @@ class ProxyFacts:
 
 
 def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) -> ProxyFacts | None:
-    """None when told to stop. Raises UserError with the job's own words when it does not accept the configuration."""
-    folder = config.root / FOLDER
+    """None when told to stop. Raises UserError with the job's own words when it does not accept the configuration; its
+    folder is then kept."""
+    folder = config.root / CHECKS / f"{socket.gethostname()}-{os.getpid()}"  # drivers may start side by side
     job = config.job(output_dir=str(folder.resolve()), genomes=["none"], dry_run=True)
     running = pool.start(pool.placements[0], job)
     while not (done := pool.finished()):
@@ -43,6 +47,7 @@ def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) 
         time.sleep(LOOK_EVERY_S)
     for record in read_records(folder / LOG):
         if record["kind"] == "run" and record.get("status") == "planned":
+            shutil.rmtree(folder)
             return ProxyFacts(
                 student_layers=record["student_layers"],
                 teacher_layers=record["teacher_layers"],

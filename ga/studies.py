@@ -68,7 +68,7 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
         )
         begun = study.user_attrs.get(SETTINGS)
         if begun is not None:
-            _check_same(begun, settings, study, facts, config)
+            _check_same(begun, settings, study, facts, where=storage.shown_url)
         source = SearchSource(study, space, config.search, proxy_seed=config.seed)
         if begun is None:
             source.start()
@@ -94,11 +94,11 @@ def load_search(storage: SearchStorage, config: SearchConfig) -> Study:
         return optuna.load_study(storage=storage.optuna, study_name=config.study)
     except KeyError:
         there = ", ".join(sorted(optuna.get_all_study_names(storage.optuna))) or "none"
-        raise UserError(f"search.study={config.study!r} is not in {config.storage}; there: {there}") from None
+        raise UserError(f"search.study={config.study!r} is not in {storage.shown_url}; there: {there}") from None
 
 
 def _check_same(
-    begun: Mapping[str, Any], settings: Mapping[str, Any], study: Study, facts: ProxyFacts, config: SearchConfig
+    begun: Mapping[str, Any], settings: Mapping[str, Any], study: Study, facts: ProxyFacts, *, where: str
 ) -> None:
     for key, value in settings.items():
         before = begun.get(key)
@@ -111,6 +111,6 @@ def _check_same(
         else:
             what = f"{key}={value!r}, but it was begun with {before!r}"
         raise UserError(
-            f"search {config.study!r} in {config.storage} cannot be continued: {what}; fitness values would not be "
+            f"search {study.study_name!r} in {where} cannot be continued: {what}; fitness values would not be "
             "comparable. Put it back, or start another search with another output_dir or search.study"
         )
