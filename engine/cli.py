@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from engine import rank_environment
 from engine.config import ExportConfig, PrepareConfig, RunConfig
 from engine.errors import UserError
 from engine.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED
@@ -133,6 +134,7 @@ def _let_rank_zero_speak() -> None:
 def run_main(body: Callable[[], int]) -> int:
     """Runs `body`; a UserError becomes one line (of rank 0 when it has it too) and exit code 2 on every rank."""
     try:
+        rank_environment.complete(os.environ)
         return body()
     except UserError as error:
         if not is_rank_zero():

@@ -15,6 +15,7 @@ from types import FrameType
 
 import torch
 
+from engine import rank_environment
 from engine.data.batch import Counts
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -86,7 +87,11 @@ def _unlink_shared_buffers(local_rank: int) -> None:
 
 
 def start(seed: int) -> Runtime:
-    """Joins the distributed group of the launcher (or a group of one when started with plain `python`)."""
+    """Joins the distributed group of the launcher (or a group of one when started with plain `python`).
+
+    Raises UserError when srun or mpirun started several ranks and it is not known where they meet.
+    """
+    rank_environment.complete(os.environ)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes every accelerator and warns
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -12,7 +12,7 @@ from ga.genome import Constraint
 from ga.operators import PRESETS, Settings
 from ga.slots import Launcher
 
-SAMPLERS = ("ga", "random", "exhaustive", "tpe", "nsga2")
+STUDY_FILE = "study.db"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ class SearchConfig(ProxySettings):
 
     @property
     def storage(self) -> str:
-        return self.search.storage or f"sqlite:///{self.root / 'study.db'}"
+        return self.search.storage or f"sqlite:///{self.root / STUDY_FILE}"
 
     @property
     def study(self) -> str:

@@ -93,8 +93,8 @@ class JobPool:
         taken = {running.placement for running in self.running}
         return [placement for placement in self.placements if placement not in taken]
 
-    def words(self, placement: Placement, folder: Path) -> list[str]:
-        """The command line of a job in `folder`."""
+    def words(self, placement: Placement, folder: Path, port: int) -> list[str]:
+        """The command line of a job in `folder` whose ranks meet at `port`."""
         hostfile = self._hostfile
         if not placement.is_local and self._launcher == "openmpi":
             hostfile = folder / HOSTFILE
@@ -102,7 +102,7 @@ class JobPool:
             placement,
             script=str(SCRIPT),
             arguments=["--config", str(RunDir(folder).config)],
-            port=free_port(),
+            port=port,
             hostfile=hostfile,
             launcher=self._launcher,
             python=sys.executable,
@@ -118,8 +118,9 @@ class JobPool:
                 (folder / HOSTFILE).write_text(placement.hostfile, encoding="utf-8")
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error}") from None
-        added = environment(placement, job_dir=folder, base=os.environ)
-        job = Job.start(self.words(placement, folder), job_dir=folder, added=added, cwd=Path.cwd())
+        port = free_port()
+        added = environment(placement, job_dir=folder, base=os.environ, launcher=self._launcher, port=port)
+        job = Job.start(self.words(placement, folder, port), job_dir=folder, added=added, cwd=Path.cwd())
         running = Running(placement, folder, tuple(config.genomes), job, time.monotonic())
         self.running.append(running)
         return running

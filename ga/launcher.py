@@ -22,6 +22,8 @@ COMMAND, LOG, SESSION, EXPORTS = "cmd.txt", "output.log", "session.json", "deeps
 """Files of a job's directory that are written here."""
 
 _COMPILE_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+"""The driver's own, if it has them, are none of its jobs': srun would hand them to every rank."""
 _LOOK_EVERY_S = 0.02
 _KILLED_WITHIN_S = 30.0
 
@@ -62,9 +64,19 @@ def command(
     return [deepspeed, *words, "--master_port", str(port), script, *arguments]
 
 
-def environment(placement: Placement, *, job_dir: Path, base: Mapping[str, str]) -> dict[str, str]:
-    """The variables to add to `base`, the driver's own environment. What the user has set there wins.
+def environment(
+    placement: Placement,
+    *,
+    job_dir: Path,
+    base: Mapping[str, str],
+    launcher: Launcher = "pdsh",
+    port: int | None = None,
+) -> dict[str, str]:
+    """The variables to add to `base`, the driver's own environment. What the user has set there wins, but for the place
+    where the ranks meet, which every job has to itself.
 
+    launcher, port: as for `command`; needed for other hosts. srun and mpirun start the ranks without DeepSpeed's
+    --master_addr and --master_port, so that they learn these from their environment (engine/rank_environment.py).
     Compile caches get a folder per placement, so that jobs side by side do not write one file; compiled C++ extensions
     (TORCH_EXTENSIONS_DIR) stay shared: they take minutes to build, under a lock.
     """
@@ -81,6 +93,9 @@ def environment(placement: Placement, *, job_dir: Path, base: Mapping[str, str])
             added["OMP_NUM_THREADS"] = base.get("OMP_NUM_THREADS") or str(max(1, cores))
     if not placement.is_local:
         added["DS_ENV_FILE"] = str(job_dir / EXPORTS)
+        if launcher != "pdsh":
+            assert port is not None
+            added |= {"MASTER_ADDR": placement.hosts[0], "MASTER_PORT": str(port)}
     return added
 
 
@@ -131,7 +146,8 @@ class Job:
         (job_dir / COMMAND).write_text(_pasteable(words, added, cwd), encoding="utf-8")
         if "DS_ENV_FILE" in added:
             _write_exports(Path(added["DS_ENV_FILE"]), added, cwd)
-        env = {**os.environ, **added, MARKER: str(job_dir)}
+        inherited = {key: value for key, value in os.environ.items() if key not in _OF_A_RANK}
+        env = {**inherited, **added, MARKER: str(job_dir)}
         with log.open("wb") as output:
             try:
                 process = subprocess.Popen(

@@ -52,6 +52,8 @@ class Ledger:
         self._storage, self._source, self._drivers = storage, source, drivers
         self._study: Study = source.study
         self._known = known or {}
+        self._held: set[int] = set()
+        """Trial ids of claims that were handed out. What is owned beside them was claimed when the storage failed."""
         self.orphans_ended = 0
         """Processes of dead drivers' jobs that were still there."""
 
@@ -60,7 +62,8 @@ class Ledger:
         with self._storage.lock():
             self._recover()
             claims: list[Claim] = []
-            while len(claims) < limit and (trial := self._open_trial() or self._ask()) is not None:
+            taken: set[int] = set()
+            while len(claims) < limit and (trial := self._open_trial(self._held | taken) or self._ask()) is not None:
                 proposal = self._describe(trial)
                 if self._settle_known(trial, proposal):
                     continue
@@ -68,7 +71,9 @@ class Ledger:
                     break  # it stays open
                 self._set(trial._trial_id, OWNER, self._drivers.me.id)
                 claims.append(Claim(trial._trial_id, trial.number, proposal.genome, proposal.seed))
-            return claims
+                taken.add(trial._trial_id)
+        self._held |= taken
+        return claims
 
     def is_over(self) -> bool:
         """Whether every trial is finished and no more will be asked for."""
@@ -95,6 +100,7 @@ class Ledger:
                 if self._is_mine(trial):
                     cost = {history.SECONDS: seconds / cohort, history.COHORT: cohort}
                     self._settle(trial, report, lost_with="job", notes=cost)
+        self._held -= {claim.trial_id for claim in claims}
 
     def release(self, claims: Sequence[Claim]) -> None:
         """They are open again, as if they had not been claimed."""
@@ -102,6 +108,7 @@ class Ledger:
             for claim in claims:
                 if self._is_mine(self._study._storage.get_trial(claim.trial_id)):
                     self._set(claim.trial_id, OWNER, "")
+        self._held -= {claim.trial_id for claim in claims}
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
@@ -116,9 +123,11 @@ class Ledger:
     def _is_mine(self, trial: FrozenTrial) -> bool:
         return trial.state == TrialState.RUNNING and trial.system_attrs.get(OWNER) == self._drivers.me.id
 
-    def _open_trial(self) -> optuna.Trial | None:
+    def _open_trial(self, held: set[int]) -> optuna.Trial | None:
+        """held: ids of what this driver works on."""
         for trial in self._trials():
-            if trial.state == TrialState.RUNNING and not trial.system_attrs.get(OWNER):
+            owner = trial.system_attrs.get(OWNER, "")
+            if trial.state == TrialState.RUNNING and owner in ("", self._drivers.me.id) and trial._trial_id not in held:
                 return optuna.Trial(self._study, trial._trial_id)
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -48,6 +49,8 @@ def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) 
     for record in read_records(folder / LOG):
         if record["kind"] == "run" and record.get("status") == "planned":
             shutil.rmtree(folder)
+            with contextlib.suppress(OSError):  # another driver's is in there
+                folder.parent.rmdir()
             return ProxyFacts(
                 student_layers=record["student_layers"],
                 teacher_layers=record["teacher_layers"],

@@ -21,7 +21,7 @@ from ga.logs import Outcome, read_job
 from ga.preflight import ProxyFacts
 from ga.progress import format_duration
 from ga.proposals import SearchSource
-from ga.slots import Placement
+from ga.slots import Placement, free_port
 
 MEASURED, COST = "measured", "cost.json"
 LOOK_EVERY_S = 0.2
@@ -91,7 +91,7 @@ def rehearse(config: SearchConfig, space: Space, facts: ProxyFacts, pool: JobPoo
     total = each * config.search.trials / len(pool.placements)
     confirmation = each * config.search.confirm_seeds * (config.search.confirm_top + 1) / len(pool.placements)
     folder = config.root / "trials" / "00000"
-    words = pool.words(pool.placements[0], folder)
+    words = pool.words(pool.placements[0], folder, free_port())
     rows = [
         ("measured", f"{seconds:.0f} s for a job of {len(first)}: {' '.join(first)} ({config.root / MEASURED})"),
         (

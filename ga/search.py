@@ -13,7 +13,8 @@ import optuna
 from engine.errors import UserError
 from engine.exit_codes import EXIT_CRASH, EXIT_DONE
 from engine.proxy_config import ProxyConfig
-from ga.config import SearchConfig
+from engine.run_dir import RunDir
+from ga.config import STUDY_FILE, SearchConfig
 from ga.drivers import Driver, Drivers
 from ga.finale import publish
 from ga.genome import Space
@@ -77,6 +78,8 @@ def check_budget(config: SearchConfig, space: Space) -> None:
 
 
 def print_status(config: SearchConfig) -> int:
+    if config.search.storage is None and not (config.root / STUDY_FILE).is_file():
+        raise UserError(f"output_dir={config.output_dir!r}: no search was begun there ({STUDY_FILE} is missing)")
     storage = open_storage(config.storage)
     try:
         study = load_search(storage, config)
@@ -98,6 +101,8 @@ class Search:
     def run(self) -> int:
         source = open_search(self.storage, self.config, self.space, self.facts)
         drivers = Drivers(source.study, Driver.this_process(), placements=len(self.pool.placements))
+        shown = replace(self.config.search, storage=self.storage.shown_url)
+        RunDir(self.config.root).write_settings(replace(self.config, search=shown))
         try:
             evaluations = read_history(source.study)
             print(describe_search(self.config, self.space, self.facts, self.pool.placements, evaluations), flush=True)

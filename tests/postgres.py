@@ -10,9 +10,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
+
+if TYPE_CHECKING:
+    import psycopg
 
 USER, PASSWORD = "mapdistill", "not so secret"
 
@@ -76,17 +80,19 @@ class Cluster:
                 failed = error
         raise failed
 
-    def url(self, database: str) -> str:
-        """Creates the database if it does not exist."""
+    def connect(self, database: str) -> psycopg.Connection:
+        """In autocommit."""
         import psycopg
 
-        with psycopg.connect(
-            host="127.0.0.1", port=self.port, user=USER, password=PASSWORD, dbname="postgres", autocommit=True
-        ) as connection:
-            known = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database]).fetchone()
-            if known is None:
-                connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(database)))
-        return f"postgresql://{USER}:{PASSWORD.replace(' ', '%20')}@127.0.0.1:{self.port}/{database}"
+        where = {"host": "127.0.0.1", "port": self.port, "dbname": database}
+        return psycopg.connect(**where, user=USER, password=PASSWORD, autocommit=True)
+
+    def url(self, database: str) -> str:
+        """Creates the database if it does not exist."""
+        with self.connect("postgres") as connection:
+            if not connection.execute("SELECT FROM pg_database WHERE datname = %s", [database]).rowcount:
+                connection.execute(f'CREATE DATABASE "{database}"')
+        return f"postgresql://{USER}:{quote(PASSWORD)}@127.0.0.1:{self.port}/{database}"
 
 
 def find_programs() -> Path | None:

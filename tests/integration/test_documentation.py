@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,21 @@ def test_commands_pass_every_check_up_to_the_banner(command: str, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     assert BANNER_SAYS[script] in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+@needs_quickstart
+@pytest.mark.launcher
+@pytest.mark.parametrize("command", sorted({c for d in DOCUMENTS for c in commands(d, "python launch/search.py")}))
+def test_search_commands_rehearse(command: str, tmp_path: Path) -> None:
+    """With one short job in place of the measured one. What --status shows is tested with a whole search."""
+    write_glue_sample(tmp_path / "glue")
+    small = ["--proxy.steps", "2", "--train.warmup_steps", "1", "--train.global_batch", "2", "--search.cohort", "1"]
+    words = [word for word in shlex.split(command)[1:] if word != "--status"]
+    paths = ["--task.data_dir", str(tmp_path / "glue"), "--output_dir", str(tmp_path / "run")]
+    done = run([sys.executable, *words, *small, *paths, "--dry_run"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "343 genomes" in done.stdout
+    assert "s per evaluation" in done.stdout
 
 
 @needs_quickstart

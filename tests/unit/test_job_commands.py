@@ -100,6 +100,19 @@ def test_gpus_and_other_hosts_choose_their_own_threads(tmp_path: Path) -> None:
     assert remote["DS_ENV_FILE"] == str(tmp_path / "deepspeed_env")
 
 
+def test_ranks_of_srun_and_mpirun_learn_where_to_meet(tmp_path: Path) -> None:
+    meet = {"MASTER_ADDR", "MASTER_PORT"}
+    base = {"MASTER_ADDR": "worker-9", "MASTER_PORT": "29500"}  # the driver's own
+    remote = Placement((TWO, ONE))
+    launchers: tuple[Launcher, ...] = ("slurm", "openmpi")
+    for launcher in launchers:
+        added = environment(remote, job_dir=tmp_path, base=base, launcher=launcher, port=29512)
+        assert (added["MASTER_ADDR"], added["MASTER_PORT"]) == ("worker-2", "29512")
+        local = environment(Placement((Slot(LOCAL, (0,)),)), job_dir=tmp_path, base={}, launcher=launcher, port=29512)
+        assert not meet & set(local)
+    assert not meet & set(environment(remote, job_dir=tmp_path, base={}, launcher="pdsh", port=29512))
+
+
 @pytest.fixture
 def job_dir(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "trials" / "00012"
@@ -256,18 +269,30 @@ def test_files_of_a_job(job_dir: Path) -> None:
     assert shell.stdout == said
 
 
+def test_a_job_is_not_the_rank_that_its_driver_is(job_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    words = [sys.executable, "-c", "import os; print(sorted(k for k in os.environ if 'RANK' in k or '_SIZE' in k))"]
+    job = Job.start(words, job_dir=job_dir, added={}, cwd=job_dir)
+    wait_until(lambda: job.poll() is not None, "its end")
+    job.stop(grace_s=0.0)
+    said = (job_dir / "output.log").read_text()
+    assert said.startswith("[")
+    assert not any(f"'{name}'" in said for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+
+
 def test_other_hosts_get_the_users_variables_and_the_jobs(
     job_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
     (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth1\n\n")
-    added = environment(Placement((ONE,), on_cpu=True), job_dir=job_dir, base={})
+    added = environment(Placement((ONE,), on_cpu=True), job_dir=job_dir, base={}, launcher="openmpi", port=29512)
     job = Job.start(["true"], job_dir=job_dir, added=added, cwd=job_dir)
     job.stop(grace_s=0.0)
     lines = (job_dir / "deepspeed_env").read_text().splitlines()
     assert lines[0] == "GLOO_SOCKET_IFNAME=eth1"
-    assert {"DS_ACCELERATOR=cpu", f"{MARKER}={job_dir}"} < set(lines)
+    assert {"DS_ACCELERATOR=cpu", f"{MARKER}={job_dir}", "MASTER_ADDR=worker-1", "MASTER_PORT=29512"} < set(lines)
     assert all("=" in line for line in lines)  # DeepSpeed reads no other
 
 

@@ -232,6 +232,19 @@ def test_released_claims_are_open_and_were_not_lost(storage: SearchStorage) -> N
     assert LOSSES not in source.study.trials[0].system_attrs
 
 
+def test_claims_that_the_storage_cut_off_are_claimed_again(storage: SearchStorage) -> None:
+    """The first trial was owned when the storage failed, and nobody was told of it."""
+    source = make_source(storage, trials=5)
+    ledger = make_ledger(storage, source)
+    first = ledger.claim(1)
+    ledger.release(first)
+    source.study._storage.set_trial_system_attr(first[0].trial_id, OWNER, Driver.this_process().id)
+    claims = ledger.claim(5)
+    assert len(claims) == 5
+    assert claims[0] == first[0]
+    assert not ledger.claim(5)
+
+
 def test_a_driver_that_was_taken_for_dead_cannot_write_over_another(storage: SearchStorage, neighbour: Driver) -> None:
     source = make_source(storage)
     sleeper, other = make_ledger(storage, source, neighbour), make_ledger(storage, source)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
-import psycopg
 import pytest
 from launching import ROOT, free_port
 from postgres import PASSWORD, Cluster
@@ -337,8 +336,8 @@ def test_servers_that_refuse(postgres: Cluster) -> None:
 
 
 def test_a_user_who_may_not_create_tables(postgres: Cluster) -> None:
-    url = postgres.url("guarded")
-    with psycopg.connect(url, autocommit=True) as connection:
+    postgres.url("guarded")
+    with postgres.connect("guarded") as connection:
         connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # the default since PostgreSQL 15
         connection.execute("CREATE USER guest PASSWORD 'guest'")
     with pytest.raises(UserError, match=r"permission denied for schema public.*; let the URL's user own the database"):
@@ -379,7 +378,9 @@ def test_a_server_that_restarts(postgres: Cluster) -> None:
     errors += [error_of(lambda: locked(postgres.restart)), error_of(lambda: locked(fail_while_it_is_down))]
     assert all(map(transient, errors)), errors
     locked(lambda: study.tell(study.ask(), 3.0))
-    assert [trial.value for trial in study.trials] == [1.0, 2.0, 3.0]
+    postgres.restart()
+    study.tell(study.ask(), 4.0)  # nobody asked while it was down, so nobody notices
+    assert [trial.value for trial in study.trials] == [1.0, 2.0, 3.0, 4.0]
     storage.close()
 
 
@@ -388,7 +389,7 @@ def test_a_lock_whose_connection_is_ended(postgres: Cluster) -> None:
     ours, others = open_storage(url), open_storage(url)
 
     def lose_it() -> None:
-        with ours.lock(), psycopg.connect(url, autocommit=True) as admin:
+        with ours.lock(), postgres.connect("ended") as admin:
             admin.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
             with others.lock(5):
                 pass
@@ -403,7 +404,7 @@ def test_a_lock_whose_connection_is_ended(postgres: Cluster) -> None:
 
 def test_the_lock_outlives_limits_of_the_server(postgres: Cluster) -> None:
     url = postgres.url("limits")
-    with psycopg.connect(url, autocommit=True) as admin:
+    with postgres.connect("limits") as admin:
         for limit in ("statement_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"):
             admin.execute(f"ALTER DATABASE limits SET {limit} = '200ms'")
     ours, others = open_storage(url), open_storage(url)
@@ -412,7 +413,7 @@ def test_the_lock_outlives_limits_of_the_server(postgres: Cluster) -> None:
         waiter.start()
         time.sleep(0.6)
         assert waiter.is_alive()
-        with psycopg.connect(url) as watcher:
+        with postgres.connect("limits") as watcher:
             locks = watcher.execute(
                 "SELECT count(*) FROM pg_locks WHERE (classid::int8 << 32) + objid::int8 = %s", [LOCK_KEY]
             ).fetchone()
