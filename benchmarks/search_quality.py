@@ -1,12 +1,19 @@
 """Which search finds good layer mappings with few evaluations: synthetic landscapes, no training.
 
     python benchmarks/search_quality.py [--seeds 30] [--first_seed 0] [--budget 100] [--samplers ga random tpe nsga2]
+                                        [--landscapes "4 from 12" recorded] [--plot FILE.png]
 
-A landscape gives every genome a fitness: a term for each student layer, best at a teacher layer of its own and falling
-with the squared distance from it (no loss at all, gene 0, has a value of its own), plus `epistasis` times a term for
-each pair of neighbouring student layers, smooth in both genes. Terms are drawn anew for every seed, and the whole is
+A synthetic landscape gives every genome a fitness: a term for each student layer, best at a teacher layer of its own
+and falling with the squared distance from it (no loss at all, gene 0, has a value of its own), plus `epistasis` times a
+term for each pair of neighbouring student layers, smooth in both genes. Terms are drawn anew for every seed, and the whole is
 scaled to standard deviation 1 over the space; each evaluation adds normal noise of standard deviation `noise`. So noise
 0.1 is a proxy of signal ratio 100, 0.3 one of 11. Samplers see noisy values; the table shows noise-free ones.
+
+The landscape `recorded` is real: benchmarks/landscapes/minilm_3_from_6.csv, the fitness of all 343 mappings of 3
+student layers to the 6 of MiniLM, each from one proxy distillation (docs/benchmarks.md says how). It is the same for
+every seed: seeds differ in what samplers and noise draw.
+
+A genome that a sampler proposes again costs nothing, and the sampler is told the same value again.
 
 Prints a markdown table: median evaluations until a genome of the true top 1 % has been evaluated, the share of runs
 that reached it within the budget, and the noise-free fitness (mean, with its standard error) of the genome that the run
@@ -16,21 +23,30 @@ would choose, the one with the best noisy value.
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 
+from ga.figures import new_figure, save
 from ga.genome import Genes, Space
-from ga.operators import PRESETS, Settings
-from ga.sampler import GeneticSampler, parameter_names
+from ga.operators import PRESETS, Settings, unseen
+from ga.proposals import REPEATS_IN_A_ROW
+from ga.sampler import GeneticSampler, GenomeSampler, RandomGenomeSampler, parameters_of, suggested_genes
 
 SAMPLE = 50_000
 """Genomes that stand for a space too large to enumerate."""
+
+
+RECORDED = Path(__file__).parent / "landscapes" / "minilm_3_from_6.csv"
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,9 @@ class Landscape:
     epistasis: float
     noise: float
 
+    def draw(self, seed: int) -> Fitness:
+        return RecordedFitness(self) if self.name == "recorded" else DrawnFitness(self, seed)
+
 
 LANDSCAPES = [
     Landscape("3 from 6", 3, 6, epistasis=0.5, noise=0.1),
@@ -49,11 +68,38 @@ LANDSCAPES = [
     Landscape("4 from 12, noisy", 4, 12, epistasis=0.5, noise=0.3),
     Landscape("4 from 12, epistatic", 4, 12, epistasis=1.5, noise=0.1),
     Landscape("6 from 12", 6, 12, epistasis=0.5, noise=0.1),
+    Landscape("recorded", 3, 6, epistasis=math.nan, noise=0.13),
 ]
 
 
-class Fitness:
-    """One drawn landscape: true values of genomes, and what is needed to judge a search on it."""
+class Fitness(Protocol):
+    """True values of genomes, scaled to mean 0 and standard deviation 1 over the space."""
+
+    space: Space
+    top: float
+    """The value that the best 1 % of the space reach."""
+
+    def __call__(self, genes: Genes) -> float: ...
+
+
+class RecordedFitness:
+    """A landscape that was measured."""
+
+    def __init__(self, landscape: Landscape) -> None:
+        self.space = Space(student_layers=landscape.student_layers, teacher_layers=landscape.teacher_layers)
+        with RECORDED.open(encoding="utf-8", newline="") as rows:
+            raw = {self.space.parse(row["genome"]): float(row["fitness"]) for row in csv.DictReader(rows)}
+        assert len(raw) == self.space.size()
+        values = np.array(list(raw.values()))
+        self._values = {genes: (value - values.mean()) / values.std() for genes, value in raw.items()}
+        self.top = float(np.quantile(list(self._values.values()), 0.99))
+
+    def __call__(self, genes: Genes) -> float:
+        return float(self._values[genes])
+
+
+class DrawnFitness:
+    """One drawn landscape."""
 
     def __init__(self, landscape: Landscape, seed: int) -> None:
         rng = np.random.default_rng([seed, landscape.student_layers, landscape.teacher_layers])
@@ -89,7 +135,7 @@ def samplers() -> dict[str, Callable[[Space, int], optuna.samplers.BaseSampler]]
     return {
         "ga": ga(Settings()),
         **{name: ga(settings) for name, settings in PRESETS.items() if name != "default"},
-        "random": lambda space, seed: optuna.samplers.RandomSampler(seed=seed),
+        "random": lambda space, seed: RandomGenomeSampler(space, seed=seed, first=space.seeds(())),
         "tpe": lambda space, seed: optuna.samplers.TPESampler(seed=seed),
         "nsga2": lambda space, seed: optuna.samplers.NSGAIISampler(population_size=20, seed=seed),
     }
@@ -97,20 +143,23 @@ def samplers() -> dict[str, Callable[[Space, int], optuna.samplers.BaseSampler]]
 
 def search(fitness: Fitness, sampler: optuna.samplers.BaseSampler, *, noise: float, budget: int, seed: int) -> Run:
     rng = np.random.default_rng([seed, 1])
-    names = parameter_names(fitness.space)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    for genes in fitness.space.seeds(()) if not isinstance(sampler, GeneticSampler) else ():
-        study.enqueue_trial(dict(zip(names, genes, strict=True)))  # every search starts from the same heuristics
-    true: list[float] = []
-
-    def objective(trial: optuna.Trial) -> float:
-        genes = tuple(trial.suggest_int(name, 0, fitness.space.teacher_layers) for name in names)
-        true.append(fitness(genes))
-        return true[-1] + noise * float(rng.normal())
-
-    study.optimize(objective, n_trials=budget)
+    for genes in fitness.space.seeds(()) if not isinstance(sampler, GenomeSampler) else ():
+        study.enqueue_trial(parameters_of(fitness.space, genes))  # every search starts from the same heuristics
+    measured: dict[Genes, float] = {}
+    repeats = 0
+    while len(measured) < budget:  # as the driver does: what is known already costs nothing
+        if repeats == REPEATS_IN_A_ROW:
+            study.enqueue_trial(parameters_of(fitness.space, unseen(fitness.space, set(measured), rng)))
+        trial = study.ask()
+        genes = suggested_genes(fitness.space, trial)
+        repeats = repeats + 1 if genes in measured else 0
+        if genes not in measured:
+            measured[genes] = fitness(genes) + noise * float(rng.normal())
+        study.tell(trial, measured[genes])
+    true = [fitness(genes) for genes in measured]
     reached = next((i for i, value in enumerate(true, start=1) if value >= fitness.top), None)
-    return Run(reached, true[study.best_trial.number])
+    return Run(reached, fitness(max(measured, key=lambda genes: measured[genes])), np.maximum.accumulate(true))
 
 
 @dataclass(frozen=True)
@@ -118,6 +167,8 @@ class Run:
     reached: int | None
     """Evaluations until one was in the top 1 %."""
     chosen: float
+    best: npt.NDArray[np.float64]
+    """True fitness of the best genome so far, by evaluation."""
 
 
 def main() -> None:
@@ -129,14 +180,17 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=100)
     parser.add_argument("--samplers", nargs="+", default=list(samplers()))
     parser.add_argument("--landscapes", nargs="+", default=[landscape.name for landscape in LANDSCAPES])
+    parser.add_argument("--plot", type=Path, help="PNG of the mean true fitness of the best genome so far")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     print(f"{args.seeds} seeds from {args.first_seed}, {args.budget} evaluations, optuna {optuna.__version__}\n")
     print("| landscape | sampler | evaluations to the top 1 % | reached | chosen, true fitness | s a search |")
     print("| --- | --- | --- | --- | --- | --- |")
+    curves: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
     for landscape in (one for one in LANDSCAPES if one.name in args.landscapes):
-        drawn = [Fitness(landscape, seed) for seed in seeds]
+        drawn = [landscape.draw(seed) for seed in seeds]
+        curves[landscape.name] = {}
         for name in args.samplers:
             began = time.perf_counter()
             runs = [
@@ -144,15 +198,38 @@ def main() -> None:
                 for seed, f in zip(seeds, drawn, strict=True)
             ]
             spent = (time.perf_counter() - began) / len(runs)
-            reached = [math.inf if run.reached is None else run.reached for run in runs]
-            typical = float(np.median(reached))
-            chosen = np.array([run.chosen for run in runs])
-            error = chosen.std(ddof=1) / math.sqrt(len(chosen))
-            print(
-                f"| {landscape.name} | {name} | {f'{typical:.0f}' if math.isfinite(typical) else f'> {args.budget}'} | "
-                f"{np.mean(np.isfinite(reached)):.0%} | {chosen.mean():.3f} ± {error:.3f} | {spent:.2f} |",
-                flush=True,
-            )
+            print(table_row(landscape.name, name, runs, spent, args.budget), flush=True)
+            curves[landscape.name][name] = np.array([run.best for run in runs])
+    if args.plot is not None:
+        plot(args.plot, curves)
+
+
+def table_row(landscape: str, sampler: str, runs: Sequence[Run], spent: float, budget: int) -> str:
+    reached = [math.inf if run.reached is None else run.reached for run in runs]
+    typical = float(np.median(reached))
+    chosen = np.array([run.chosen for run in runs])
+    error = chosen.std(ddof=1) / math.sqrt(len(chosen))
+    return (
+        f"| {landscape} | {sampler} | {f'{typical:.0f}' if math.isfinite(typical) else f'> {budget}'} | "
+        f"{np.mean(np.isfinite(reached)):.0%} | {chosen.mean():.3f} ± {error:.3f} | {spent:.2f} |"
+    )
+
+
+def plot(path: Path, curves: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]) -> None:
+    """curves: landscape -> sampler -> (searches, evaluations)."""
+    figure, panels = new_figure(len(curves), width=4.2 * len(curves), height=3.8)
+    for axes, (landscape, by_sampler) in zip(panels, curves.items(), strict=True):
+        for name, values in by_sampler.items():
+            mean, error = values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
+            places = np.arange(1, len(mean) + 1)
+            (line,) = axes.plot(places, mean, label=name, linewidth=1.8)
+            axes.fill_between(places, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set_title(landscape, fontsize=11)
+        axes.set_xlabel("evaluations")
+        axes.set_ylim(bottom=0.5)
+    panels[0].set_ylabel("true fitness of the best so far,\nstandard deviations above the mean")
+    panels[-1].legend(frameon=False)
+    save(figure, path)
 
 
 if __name__ == "__main__":

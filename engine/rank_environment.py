@@ -5,7 +5,7 @@ srun and mpirun start the script, and say in their own variables what it needs t
 
 What decides, in this order:
 1. RANK is set: a launcher, or the user, has said everything.
-2. OMPI_COMM_WORLD_*, or PMI_* with MPI_LOCALRANKID: a rank of mpirun (OpenMPI's; Hydra's, which is MPICH's and Intel's).
+2. OMPI_COMM_WORLD_*, or PMI_* with MPI_LOCALRANKID: a rank of mpirun (OpenMPI's, or MPICH's and Intel's Hydra).
    Before Slurm, because inside a Slurm job mpirun starts its daemons with srun, whose variables reach the ranks.
 3. SLURM_STEP_ID with SLURM_STEP_NUM_TASKS: a task of a step. srun alone sets these two. SLURM_PROCID and SLURM_NTASKS
    decide nothing: sbatch sets both for the batch script, where PROCID is 0, and salloc sets SLURM_NTASKS for its shell.

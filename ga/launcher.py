@@ -65,17 +65,12 @@ def command(
 
 
 def environment(
-    placement: Placement,
-    *,
-    job_dir: Path,
-    base: Mapping[str, str],
-    launcher: Launcher = "pdsh",
-    port: int | None = None,
+    placement: Placement, *, job_dir: Path, base: Mapping[str, str], launcher: Launcher, port: int
 ) -> dict[str, str]:
     """The variables to add to `base`, the driver's own environment. What the user has set there wins, but for the place
     where the ranks meet, which every job has to itself.
 
-    launcher, port: as for `command`; needed for other hosts. srun and mpirun start the ranks without DeepSpeed's
+    launcher, port: as for `command`. srun and mpirun start the ranks without DeepSpeed's
     --master_addr and --master_port, so that they learn these from their environment (engine/rank_environment.py).
     Compile caches get a folder per placement, so that jobs side by side do not write one file; compiled C++ extensions
     (TORCH_EXTENSIONS_DIR) stay shared: they take minutes to build, under a lock.
@@ -94,7 +89,6 @@ def environment(
     if not placement.is_local:
         added["DS_ENV_FILE"] = str(job_dir / EXPORTS)
         if launcher != "pdsh":
-            assert port is not None
             added |= {"MASTER_ADDR": placement.hosts[0], "MASTER_PORT": str(port)}
     return added
 

@@ -39,7 +39,7 @@ def blocks(evaluations: Sequence[Evaluation], population: int) -> list[Block]:
         numbers = sorted({one.generation for one in counted if one.generation is not None})
         return [Block(f"generation {n}", tuple(e for e in counted if e.generation == n)) for n in numbers]
     parts = [counted[i : i + population] for i in range(0, len(counted), population)]
-    return [Block(f"to {i * population + len(part)}", tuple(part)) for i, part in enumerate(parts)]
+    return [Block(f"no. {i * population + 1} to {(i + 1) * population}", tuple(part)) for i, part in enumerate(parts)]
 
 
 def format_duration(seconds: float) -> str:

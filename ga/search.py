@@ -52,6 +52,7 @@ def search(config: SearchConfig) -> int:
         hostfile=None if config.hostfile is None else Path(config.hostfile),
         limit_s=60 * config.search.job_minutes,
     )
+    print(f"asking a proxy job on {pool.placements[0]} what it would do ...", flush=True)
     with StopSignals(pool) as stop:
         facts = ask_proxy(pool, config, stop=lambda: stop.requested)
         if facts is None:

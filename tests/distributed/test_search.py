@@ -67,7 +67,7 @@ def test_a_search_from_start_to_a_distillation_with_its_winner(make_search: Make
 
 
 def test_two_drivers_share_a_search_on_sqlite(make_search: MakeSearch) -> None:
-    share_a_search(make_search("shared", sampler="exhaustive", trials=SPACE, cohort=4, confirm_top=0), SPACE)
+    share_a_search(make_search("shared", sampler="exhaustive", trials=SPACE, cohort=7, confirm_top=0), SPACE)
 
 
 def test_two_drivers_share_a_search_on_postgresql(make_search: MakeSearch, postgres: Cluster) -> None:
@@ -90,9 +90,10 @@ def share_a_search(search: SearchRun, trials: int) -> None:
 
 
 def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(make_search: MakeSearch) -> None:
-    search = make_search("stopped", trials=4, population=4, cohort=2, confirm_top=0)
+    search = make_search("stopped", sampler="random", trials=4, cohort=2, local_slots=2, confirm_top=0)
     driver = search.start()
-    wait_until(lambda: len(search.job_processes()) > 1 and (search.output_dir / "trials").exists(), driver)
+    trials = search.output_dir / "trials"
+    wait_until(lambda: trials.exists() and len(list(trials.glob("*/output.log"))) == 2, driver)  # side by side
     driver.send_signal(signal.SIGINT)
     output = finish(driver, expect=130)
     assert "the same command goes on" in output
@@ -126,3 +127,35 @@ def test_nsga2_with_a_second_objective_and_tpe_reuse_known_results(make_search: 
         assert "REPORT.md" in output
     front = (tmp_path / "nsga2" / "report" / "REPORT.md").read_text()
     assert "deepest" in front
+
+
+def test_halving_ends_the_worse_half_early_and_reports_how_well_that_went(make_search: MakeSearch) -> None:
+    settings = {
+        "trials": 16,
+        "population": 5,
+        "cohort": 5,
+        "confirm_top": 0,
+        "halving": 2,
+        "proxy__report_at": "[2, 4]",
+    }
+    search = make_search("halved", **settings)
+    search.finish()
+    found = search.evaluations()
+    assert len(found) == 16
+    outcomes = {one.outcome for one in found if one.generation == 0}
+    assert outcomes == {"ok"}, "the first job has nothing to be compared with"
+    stopped = [one for one in found if one.outcome == "stopped early"]
+    assert stopped, "none of eleven students was below the median"
+    assert all(one.fitness is None and one.reports for one in stopped)
+    assert {one.outcome for one in found} == {"ok", "stopped early"}
+    report = (search.output_dir / "report" / "REPORT.md").read_text()
+    assert "Spearman" in report
+    assert f"{len(stopped)} stopped early" in report
+
+
+def test_a_search_whose_jobs_all_run_out_of_time_gives_up(make_search: MakeSearch) -> None:
+    search = make_search("late", sampler="random", trials=8, cohort=2, job_minutes=0.03, max_failures=4)
+    output = search.finish(expect=1)
+    assert output.count("error: the last 4 genomes got no fitness, the last one: timeout") == 1, output
+    assert not search.job_processes()
+    assert [one.outcome for one in search.evaluations()] == ["timeout"] * 4

@@ -72,7 +72,9 @@ def test_environment_of_jobs_side_by_side(tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     base = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     jobs = [Placement((Slot(LOCAL, (i,)),), on_cpu=True, jobs_on_host=2) for i in range(2)]
-    first, second = (environment(job, job_dir=tmp_path / "00001", base=base) for job in jobs)
+    first, second = (
+        environment(job, job_dir=tmp_path / "00001", base=base, launcher="pdsh", port=29512) for job in jobs
+    )
     for key in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         assert first[key] != second[key]
         assert first[key].startswith(str(tmp_path / "cache" / "mapdistill"))
@@ -86,15 +88,15 @@ def test_environment_of_jobs_side_by_side(tmp_path: Path) -> None:
 def test_what_the_user_has_set_wins(tmp_path: Path) -> None:
     placement = Placement((Slot(LOCAL, (0,)),), on_cpu=True, jobs_on_host=2)
     base = {"OMP_NUM_THREADS": "7", "DS_ACCELERATOR": "xpu", "TRITON_CACHE_DIR": str(tmp_path / "mine")}
-    added = environment(placement, job_dir=tmp_path, base=base)
+    added = environment(placement, job_dir=tmp_path, base=base, launcher="pdsh", port=29512)
     assert (added["OMP_NUM_THREADS"], added["DS_ACCELERATOR"]) == ("7", "xpu")
     assert added["TRITON_CACHE_DIR"].startswith(str(tmp_path / "mine"))
 
 
 def test_gpus_and_other_hosts_choose_their_own_threads(tmp_path: Path) -> None:
-    gpu = environment(Placement((Slot(LOCAL, (0,)),)), job_dir=tmp_path, base={})
+    gpu = environment(Placement((Slot(LOCAL, (0,)),)), job_dir=tmp_path, base={}, launcher="pdsh", port=29512)
     assert not {"OMP_NUM_THREADS", "DS_ACCELERATOR"} & set(gpu)
-    remote = environment(Placement((ONE,), on_cpu=True), job_dir=tmp_path, base={})
+    remote = environment(Placement((ONE,), on_cpu=True), job_dir=tmp_path, base={}, launcher="pdsh", port=29512)
     assert remote["DS_ACCELERATOR"] == "cpu"
     assert "OMP_NUM_THREADS" not in remote
     assert remote["DS_ENV_FILE"] == str(tmp_path / "deepspeed_env")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -185,8 +187,6 @@ def mpirun_like(rank: int, port: int) -> dict[str, str]:
 
 def port_in(low: int, high: int) -> int:
     """A free one."""
-    import socket
-
     for port in range(low, high):
         with socket.socket() as probe:
             if probe.connect_ex(("localhost", port)) != 0:
@@ -198,8 +198,7 @@ SEEN = ["seen 0 2 0 21.0", "seen 1 2 1 21.0"]
 
 
 @pytest.mark.parametrize("like", [srun_like, mpirun_like])
-def test_two_processes_are_two_ranks(like: object, tmp_path: Path) -> None:
-    assert callable(like)
+def test_two_processes_are_two_ranks(like: Callable[[int, int], dict[str, str]], tmp_path: Path) -> None:
     port = port_in(20_000 + os.getpid() % 10_000, 32_000)
     ranks = [
         subprocess.Popen(

@@ -1,0 +1,68 @@
+"""What a user reads while a search runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ga.history import REPEATED, RUNNING, Evaluation
+from ga.progress import Progress, best_table, blocks, format_duration
+
+
+def generation(number: int, *fitness: float | None, first: int = 0) -> list[Evaluation]:
+    return [
+        Evaluation(
+            first + i, f"{i}-{number}", "ok" if value is not None else "diverged", fitness=value, generation=number
+        )
+        for i, value in enumerate(fitness)
+    ]
+
+
+def test_a_generation_is_said_once_when_it_is_over() -> None:
+    lines: list[str] = []
+    progress = Progress(trials=8, population=3, say=lines.append)
+    progress.update([], over=False)
+    first = generation(0, 0.5, 0.75, None)
+    running = [replace(first[0], outcome=RUNNING, fitness=None), *first[1:]]
+    progress.update(running, over=False)
+    progress.update(first, over=False)
+    assert lines == [], "more of this generation may come"
+    second = generation(1, 0.25, first=3)
+    progress.update([*first, replace(second[0], outcome=RUNNING, fitness=None)], over=False)
+    assert len(lines) == 1
+    for words in ("generation 0", "3 of 8", "best 0.7500 (1-0)", "mean 0.6250", "1 without fitness", "left"):
+        assert words in lines[0], lines[0]
+    progress.update([*first, *second], over=False)
+    progress.update([*first, *second], over=True)
+    assert len(lines) == 2
+    assert "generation 1" in lines[1]
+    assert "best 0.7500" in lines[1]
+
+
+def test_what_an_earlier_driver_has_said_is_not_said_again() -> None:
+    lines: list[str] = []
+    progress = Progress(trials=8, population=2, say=lines.append)
+    history = generation(0, 0.5, 0.25) + generation(1, 0.5, 0.25, first=2)
+    progress.update(history, over=False)
+    progress.update(history, over=True)
+    assert len(lines) == 1
+
+
+def test_samplers_without_generations_get_lines_of_the_same_length() -> None:
+    spent = [Evaluation(i, f"{i}-0", "ok", fitness=0.5) for i in range(5)]
+    spent.insert(1, Evaluation(9, "0-0", REPEATED, fitness=0.5))
+    assert [(block.name, len(block.evaluations)) for block in blocks(spent, 2)] == [
+        ("no. 1 to 2", 2),
+        ("no. 3 to 4", 2),
+        ("no. 5 to 6", 1),
+    ]
+
+
+def test_the_best_table_has_each_genome_once_best_first() -> None:
+    spent = [*generation(0, 0.25, 0.75), Evaluation(7, "1-0", REPEATED, fitness=0.75)]
+    rows = best_table(spent, 5).splitlines()
+    assert [row.split()[:3] for row in rows[1:]] == [["1", "1-0", "0.7500"], ["2", "0-0", "0.2500"]]
+    assert best_table([], 5) == "no genome has a fitness yet"
+
+
+def test_durations() -> None:
+    assert [format_duration(s) for s in (9.6, 61, 3600 * 5 + 59)] == ["10 s", "1 min 01 s", "5 h 00 min"]

@@ -1,0 +1,115 @@
+"""Mistakes in the configuration of a search, and what it makes of a correct one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.cli import parse_config
+from engine.config import RunConfig
+from engine.errors import UserError
+from ga.best import as_commented_yaml, best_config
+from ga.config import SearchConfig
+from ga.jobs import find_placements, visible_gpus
+from ga.operators import PRESETS, Settings
+from ga.preflight import ProxyFacts
+from ga.rehearsal import first_genomes, notes
+from ga.search import check_budget
+from ga.studies import search_space
+
+FACTS = ProxyFacts(
+    student_layers=3,
+    teacher_layers=6,
+    sequences=10_000,
+    seq_len=128,
+    tasks=("SST-2",),
+    fingerprint="f",
+    fingerprint_parts={},
+)
+
+
+def config(*argv: str) -> SearchConfig:
+    return parse_config(SearchConfig, list(argv), "test")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--search.trials", "0"], ["search.trials=0", "at least 1"]),
+        (["--search.population", "1"], ["search.population=1", "at least 2"]),
+        (["--search.reset_rate", "1.5"], ["search.reset_rate=1.5", "between 0 and 1"]),
+        (["--search.halving", "1"], ["search.halving=1", "> 1"]),
+        (["--search.halving", "2"], ["search.halving=2", "proxy.report_at"]),
+        (
+            ["--search.halving", "2", "--proxy.report_at", "[20]", "--proxy.repeats", "2"],
+            ["proxy.repeats=2", "search.halving"],
+        ),
+        (["--search.second_objective", "deepest_layer"], ["search.second_objective", "nsga2"]),
+        (["--search.preset", "autotinybert", "--search.creep_rate", "0.5"], ["search.creep_rate=0.5", "remove it"]),
+        (["--search.confirm_seeds", "1"], ["search.confirm_seeds=1", "confirm_top=0"]),
+        (["--proxy.report_at", "[5]", "--proxy.stop_below", "{5: 0.5}"], ["proxy.stop_below", "search.halving"]),
+        (["--search.sampler", "annealing"], ["search.sampler", "annealing"]),
+        (["--search.popluation", "9"], ["search.popluation", "search.population"]),
+        (["--data.eval_sequences", "9"], ["data.eval_sequences=9"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        config(*argv)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_operators_come_from_the_section_or_from_the_preset() -> None:
+    assert config("--search.creep_rate", "0.5").search.operators == Settings(creep_rate=0.5)
+    assert config("--search.preset", "autotinybert").search.operators == PRESETS["autotinybert"]
+
+
+def test_an_exhaustive_search_needs_the_budget() -> None:
+    space = search_space(config(), student_layers=3, teacher_layers=6)
+    with pytest.raises(UserError, match=r"search\.trials=100: the space has 343 genomes; write search\.trials=343"):
+        check_budget(config("--search.sampler", "exhaustive", "--search.trials", "100"), space)
+    check_budget(config("--search.sampler", "exhaustive", "--search.trials", "343"), space)
+
+
+def test_a_budget_beyond_the_space_is_said() -> None:
+    placements = find_placements(hostfile=None, local_slots=None, slots_per_job=1, launcher="pdsh")
+    large = config("--search.trials", "400")
+    space = search_space(large, student_layers=3, teacher_layers=6)
+    assert any("343 genomes" in note and "exhaustive" in note for note in notes(large, space, placements))
+    assert notes(config(), space, placements) == []
+    first = first_genomes(large, space)
+    assert first[:5] == ["2-4-6", "4-5-6", "1-2-3", "6-6-6", "0-0-0"]
+    assert len(set(first)) == 8
+
+
+def test_best_yaml_is_a_distillation_over_the_whole_corpus(tmp_path: Path) -> None:
+    search = config("--student.layers", "3", "--loss.attention", "0.5", "--seed", "3")
+    best = best_config(search, FACTS, "0-3-6/2-4-6")
+    path = tmp_path / "best.yaml"
+    path.write_text(as_commented_yaml(best, path=path, why="because"))
+    read = parse_config(RunConfig, ["--config", str(path)], "test")
+    assert read == best
+    assert (read.mapping.hidden, read.mapping.attention) == ("0-3-6", "2-4-6")
+    assert (read.student.layers, read.student.init, read.loss.attention, read.seed) == (3, "uniform", 0.5, 3)
+    assert read.train.steps * read.train.global_batch + read.data.eval_sequences <= FACTS.sequences
+    assert (read.train.steps + 1) * read.train.global_batch + read.data.eval_sequences > FACTS.sequences
+
+
+def test_slots_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert visible_gpus() == []
+    names = [
+        [str(one) for one in find_placements(hostfile=None, local_slots=slots, slots_per_job=size, launcher="pdsh")]
+        for slots, size in ((None, 1), (None, 2), (2, 1))
+    ]
+    assert names == [["localhost:0"], ["localhost:0,1"], ["localhost:0", "localhost:1"]]
+
+
+@pytest.mark.parametrize("module", ["ga.search", "ga.cli", "ga.rehearsal", "ga.finale", "ga.show"])
+def test_a_driver_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(bool({{'torch', 'deepspeed', 'transformers'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
