@@ -5,9 +5,9 @@
 
 A synthetic landscape gives every genome a fitness: a term for each student layer, best at a teacher layer of its own
 and falling with the squared distance from it (no loss at all, gene 0, has a value of its own), plus `epistasis` times a
-term for each pair of neighbouring student layers, smooth in both genes. Terms are drawn anew for every seed, and the whole is
-scaled to standard deviation 1 over the space; each evaluation adds normal noise of standard deviation `noise`. So noise
-0.1 is a proxy of signal ratio 100, 0.3 one of 11. Samplers see noisy values; the table shows noise-free ones.
+term for each pair of neighbouring student layers, smooth in both genes. Terms are drawn anew for every seed, and the
+whole is scaled to standard deviation 1 over the space; each evaluation adds normal noise of standard deviation `noise`.
+So noise 0.1 is a proxy of signal ratio 100, 0.3 one of 11. Samplers see noisy values; the table shows noise-free ones.
 
 The landscape `recorded` is real: benchmarks/landscapes/minilm_3_from_6.csv, the fitness of all 343 mappings of 3
 student layers to the 6 of MiniLM, each from one proxy distillation (docs/benchmarks.md says how). It is the same for
