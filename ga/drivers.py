@@ -11,6 +11,7 @@ from typing import Any
 from optuna import Study
 
 from ga.processes import boot_id, start_ticks
+from ga.storage import transient
 
 PREFIX = "mapdistill:driver:"
 """Of the study's system attributes that hold a driver's lease."""
@@ -68,8 +69,12 @@ class Drivers:
             self._beats += 1
 
     def leave(self) -> None:
-        """What it still owns is free for others at once."""
-        self._write(left=True)
+        """What it still owns is free for others at once. A storage that does not answer is let be: others find out."""
+        try:
+            self._write(left=True)
+        except Exception as error:
+            if not transient(error):
+                raise
 
     def _write(self, *, left: bool) -> None:
         lease = {**asdict(self.me), "beat": self._beats, "placements": self._placements, "left": left}

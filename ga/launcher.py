@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.errors import UserError
+from ga.processes import boot_id, look_up, running
 from ga.slots import Launcher, Placement
 
 MARKER = "MAPDISTILL_JOB"
@@ -118,9 +119,9 @@ class Job:
     """A started job. `stop` must be called in the end, also after the launcher has exited: ranks outlive it."""
 
     def __init__(self, process: subprocess.Popen[bytes], job_dir: Path) -> None:
-        found = _stat(process.pid)
+        found = look_up(process.pid, zombies=True)
         assert found is not None  # a child that was not waited for is at least a zombie
-        self.session = Session(process.pid, found.started, _boot_id(), str(job_dir))
+        self.session = Session(process.pid, found.started, boot_id(), str(job_dir))
         self._process = process
         self._code: int | None = None
 
@@ -176,7 +177,7 @@ class Job:
         """
         if self._process.returncode is not None:
             return 0  # stopped before
-        ended = _end(lambda: [p.pid for p in _processes() if p.session == self.session.id], grace_s)
+        ended = _end(lambda: [p.pid for p in running() if p.session == self.session.id], grace_s)
         self._code = self._process.wait()
         return ended
 
@@ -188,7 +189,7 @@ def kill_session(session: Session, *, grace_s: float = 0.0) -> int:
     start before it, and its environment names the job's directory: a recycled id cannot hit a stranger. Give seconds of
     grace for jobs on other hosts. Raises RuntimeError when processes survive SIGKILL.
     """
-    if session.boot != _boot_id():
+    if session.boot != boot_id():
         return 0
     return _end(lambda: _left_of(session), grace_s)
 
@@ -200,42 +201,16 @@ def end_lost_job(job_dir: Path, *, grace_s: float = 0.0) -> int:
     session = Session.read(job_dir)
     if session is not None:
         return kill_session(session, grace_s=grace_s)
-    return _end(lambda: [p.pid for p in _processes() if _marked(p.pid, str(job_dir))], grace_s)
-
-
-@dataclass(frozen=True)
-class _Process:
-    pid: int
-    session: int
-    started: int
-
-
-def _stat(pid: int, *, zombies: bool = True) -> _Process | None:
-    """None when there is no such process (any more)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold blanks and brackets
-    if fields[0] in "ZX" and not zombies:
-        return None
-    return _Process(pid, session=int(fields[3]), started=int(fields[19]))
-
-
-def _processes() -> Iterator[_Process]:
-    """All that run; without zombies, which are over but not waited for."""
-    for name in os.listdir("/proc"):
-        if name.isdigit() and (process := _stat(int(name), zombies=False)) is not None:
-            yield process
+    return _end(lambda: [p.pid for p in running() if _marked(p.pid, str(job_dir))], grace_s)
 
 
 def _left_of(session: Session) -> list[int]:
-    leader = _stat(session.id)
+    leader = look_up(session.id, zombies=True)
     if leader is not None and leader.started != session.started:
         return []
     return [
         process.pid
-        for process in _processes()
+        for process in running()
         if process.session == session.id
         and process.started >= session.started
         and _marked(process.pid, session.job_dir)
@@ -248,10 +223,6 @@ def _marked(pid: int, job_dir: str) -> bool:
     except OSError:  # gone, or another user's
         return False
     return os.fsencode(f"{MARKER}={job_dir}") in variables
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _end(members: Callable[[], list[int]], grace_s: float) -> int:

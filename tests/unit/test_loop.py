@@ -1,0 +1,103 @@
+"""Decisions of the driver's loop that need no job; whole searches are in tests/distributed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError
+
+from engine.errors import UserError
+from ga.config import SearchConfig, SearchSection
+from ga.drivers import Driver, Drivers
+from ga.genome import Space
+from ga.jobs import JobPool, find_placements
+from ga.ledger import Claim, Ledger
+from ga.logs import JobReport, Outcome
+from ga.loop import Loop
+from ga.proposals import SearchSource
+from ga.storage import open_storage
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def loop(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Loop:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    config = SearchConfig(output_dir=str(tmp_path), search=SearchSection(cohort=8, sampler="random"))
+    study = optuna.create_study(storage=storage.optuna, direction="maximize")
+    source = SearchSource(study, Space(student_layers=3, teacher_layers=6), config.search, proxy_seed=0)
+    drivers = Drivers(study, Driver.this_process(), placements=1)
+    placements = find_placements(hostfile=None, local_slots=None, slots_per_job=1, launcher="pdsh")
+    return Loop(
+        config=config,
+        ledger=Ledger(storage, source, drivers),
+        pool=JobPool(placements, launcher="pdsh", hostfile=None, limit_s=60),
+        drivers=drivers,
+        stop=lambda: False,
+        say=said.append,
+        proxy=lambda: config.proxy,
+        changed=lambda: None,
+        folders=tmp_path / "trials",
+    )
+
+
+def report(outcomes: dict[str, Outcome]) -> JobReport:
+    return JobReport(outcomes, {}, {}, "what happened")
+
+
+def test_a_cohort_that_does_not_fit_into_memory_is_halved(loop: Loop, said: list[str]) -> None:
+    claims = [Claim(i, i, f"{i}-0-0", 0) for i in range(7)]
+    outcomes = {claim.genome: Outcome.OUT_OF_MEMORY for claim in claims} | {"0-0-0": Outcome.OK}
+    assert loop._too_many_for_memory(claims, report(outcomes)) == claims[1:]
+    assert loop.cohort == 3
+    assert "7 students" in said[0]
+    alone = claims[1:2]
+    assert loop._too_many_for_memory(alone, report(outcomes)) == [], "it does not fit even alone"
+    assert loop.cohort == 3
+    assert loop._too_many_for_memory(claims, report(dict.fromkeys(outcomes, Outcome.LOST))) == []
+
+
+def test_a_second_start_of_a_trial_gets_a_folder_of_its_own(loop: Loop) -> None:
+    names = []
+    for _ in range(3):
+        folder = loop._new_folder(12)
+        folder.mkdir(parents=True)
+        names.append(folder.name)
+    assert names == ["00012", "00012-2", "00012-3"]
+
+
+def test_a_storage_that_does_not_answer_for_a_while_is_waited_for(
+    loop: Loop, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("psycopg", reason="psycopg is missing: pip install 'psycopg[binary]'")
+    monkeypatch.setattr("ga.loop.ASK_AGAIN_S", 0.01)
+    attempts = 0
+
+    def answer() -> str:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 4:
+            create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none").connect()  # nothing listens there
+        return "here"
+
+    assert loop.patiently(answer) == "here"
+    assert attempts == 4
+    assert len(said) == 1
+    assert "does not answer" in said[0]
+
+    attempts = -1000
+    monkeypatch.setattr("ga.loop.OUTAGE_S", 0.05)
+    with pytest.raises(UserError, match=r"search\.storage has not answered"):
+        loop.patiently(answer)
+
+
+def test_other_errors_of_the_storage_are_not_waited_for(loop: Loop) -> None:
+    with pytest.raises(OperationalError):
+        loop.patiently(lambda: create_engine("sqlite:////no/such/folder/x.db").connect())
