@@ -186,10 +186,7 @@ def draw_generations(
     if not scored:
         return False
     generations = scored[0][0].evaluations[0].generation is not None and scored[0][0].name.startswith("generation")
-    x = [
-        float(block.evaluations[0].generation or 0) if generations else float(block.name.removeprefix("to "))
-        for block, _ in scored
-    ]
+    x = [float(block.evaluations[0].generation or 0) if generations else float(block.end) for block, _ in scored]
     low, median, high = np.array([np.quantile(values, [0.25, 0.5, 0.75]) for _, values in scored]).T
     figure, (axes,) = new_figure(1, width=8, height=4.5)
     axes.fill_between(x, low, high, color=OWN, alpha=0.18, linewidth=0, label="middle half (quartiles)")

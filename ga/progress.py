@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ class Block:
 
     name: str
     evaluations: tuple[Evaluation, ...]
+    end: int
+    """How many evaluations there are up to its last."""
 
     @property
     def done(self) -> bool:
@@ -37,9 +40,14 @@ def blocks(evaluations: Sequence[Evaluation], population: int) -> list[Block]:
     counted = [one for one in evaluations if one.counts and one.genome]
     if counted and all(one.generation is not None for one in counted):
         numbers = sorted({one.generation for one in counted if one.generation is not None})
-        return [Block(f"generation {n}", tuple(e for e in counted if e.generation == n)) for n in numbers]
-    parts = [counted[i : i + population] for i in range(0, len(counted), population)]
-    return [Block(f"no. {i * population + 1} to {(i + 1) * population}", tuple(part)) for i, part in enumerate(parts)]
+        members = [tuple(one for one in counted if one.generation == n) for n in numbers]
+        ends = itertools.accumulate(map(len, members))
+        return [Block(f"generation {n}", of_it, end) for n, of_it, end in zip(numbers, members, ends, strict=True)]
+    starts = range(0, len(counted), population)
+    return [
+        Block(f"no. {i + 1} to {i + population}", tuple(counted[i : i + population]), min(i + population, len(counted)))
+        for i in starts
+    ]
 
 
 def format_duration(seconds: float) -> str:
@@ -48,8 +56,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def genes(evaluation: Evaluation) -> Genes:
-    return tuple(int(gene) for half in evaluation.genome.split("/") for gene in half.split("-"))
+def genes_of(evaluations: Sequence[Evaluation], *, length: int | None = None) -> list[Genes]:
+    """Each with as many genes as the longest, or `length`: a genome whose halves are the same is written once."""
+    found = [tuple(int(gene) for half in one.genome.split("/") for gene in half.split("-")) for one in evaluations]
+    longest = length or max(map(len, found), default=0)
+    return [genes * (longest // len(genes)) for genes in found]
 
 
 class Progress:
@@ -68,7 +79,7 @@ class Progress:
         begun = every if over else every[:-1]  # the last may get more members
         finished = [block for block in begun if block.done]
         if self._said is None:
-            self._said = {block.name for block in finished}
+            self._said = {block.name for block in every if block.done}
             self._at_start = done
             return
         for block in finished:
@@ -83,7 +94,7 @@ class Progress:
         parts = [f"{block.name:<13}", f"{done:>4} of {self._trials}"]
         parts.append(f"best {best[0].fitness:.4f} ({best[0].genome})" if best else "no fitness yet")
         parts.append(f"mean {fmean(own):.4f}" if own else "no fitness")
-        parts.append(f"diversity {diversity([genes(one) for one in block.evaluations]):.2f}")
+        parts.append(f"diversity {diversity(genes_of(block.evaluations)):.2f}")
         parts += [f"{failed} without fitness"] if failed else []
         here = done - self._at_start
         if here:

@@ -107,7 +107,7 @@ class Search:
         try:
             evaluations = read_history(source.study)
             print(describe_search(self.config, self.space, self.facts, self.pool.placements, evaluations), flush=True)
-            with Show(self.config, self.space, source.study) as show:
+            with Show(self.config, self.space, source.study, tasks=self.facts.tasks) as show:
                 self._evaluate(source, drivers, show)
                 self._confirm(source, show)
                 publish(self.config, self.storage, source.study, self.space, self.facts, say=show.say)
@@ -156,7 +156,9 @@ class Search:
                     confirmation.add(genome, seed)
         drivers = Drivers(study, Driver.this_process(), placements=len(self.pool.placements))
         try:
-            show.say(f"confirmation: {' '.join(dict.fromkeys([*best, reference]))} with {s.confirm_seeds} new seeds")
+            if any(not trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
+                genomes = " ".join(dict.fromkeys([*best, reference]))
+                show.say(f"confirmation: {genomes} with {s.confirm_seeds} new seeds")
             proxy = replace(self.config.proxy, repeats=1, report_at=[])
             ledger = Ledger(self.storage, confirmation, drivers)
             self._loop(ledger, drivers, show, folders=self.config.root / CONFIRMATIONS, proxy=lambda: proxy).run()

@@ -26,11 +26,11 @@ class Show:
     """Of one driver. Of several drivers in one folder, the first one alone writes TensorBoard's files; when it has
     ended another one takes over."""
 
-    def __init__(self, config: SearchConfig, space: Space, study: Study) -> None:
+    def __init__(self, config: SearchConfig, space: Space, study: Study, *, tasks: Sequence[str]) -> None:
         self._config, self._space, self._study = config, space, study
         population = config.search.operators.population
         self._progress = Progress(trials=config.search.trials, population=population, say=self.say)
-        self._population = population
+        self._population, self._tasks = population, tasks
         self._lock: IO[str] | None = None
         self._board: SearchBoard | None = None
         self._bar: Any = None
@@ -77,7 +77,12 @@ class Show:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return False
-            self._board = SearchBoard(self._config.root / TENSORBOARD, parameter_names(self._space))
+            self._board = SearchBoard(
+                self._config.root / TENSORBOARD,
+                parameter_names(self._space),
+                teacher_layers=self._space.teacher_layers,
+                tasks=self._tasks,
+            )
         return True
 
     def _check_failures(self, evaluations: Sequence[Evaluation]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -69,6 +70,8 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
         begun = study.user_attrs.get(SETTINGS)
         if begun is not None:
             _check_same(begun, settings, study, facts, where=storage.shown_url)
+        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+            study.set_metric_names(["fitness", "deepest teacher layer"][: len(directions)])  # for optuna-dashboard
         source = SearchSource(study, space, config.search, proxy_seed=config.seed)
         if begun is None:
             source.start()

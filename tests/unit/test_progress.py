@@ -44,6 +44,8 @@ def test_what_an_earlier_driver_has_said_is_not_said_again() -> None:
     history = generation(0, 0.5, 0.25) + generation(1, 0.5, 0.25, first=2)
     progress.update(history, over=False)
     progress.update(history, over=True)
+    assert not lines
+    progress.update(history + generation(2, 0.5, first=4), over=True)
     assert len(lines) == 1
 
 
