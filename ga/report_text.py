@@ -307,8 +307,13 @@ def _go_on(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed
     genome = winner(confirmed) if confirmed else best[0].genome
     back = "--mapping.hidden uniform" + (" --mapping.attention uniform" if "/" in genome else "")
     advice = f" For uniform in its place add `{back}`." if genome != facts.uniform else ""
+    nothing = [
+        "The winner lets no layer learn: in so short a proxy, layer losses do not pay against what the student starts "
+        "from. Ask again with more proxy.steps, a colder student.init, or search.min_active=1 before a long run."
+    ]
     return [
         f"```bash\ndeepspeed launch/distill.py --config {shlex.quote(str(best_yaml))}\n```",
+        *(nothing if deepest_layer(genome) == 0 else []),
         f"The search wrote that file with its winner, {genome}: teacher, student, losses and optimizer of the proxy, "
         "and one pass over the corpus at the batch and the learning rate that launch/distill.py has by default."
         f"{advice} A proxy is a proxy: compare the two after the longer run.",

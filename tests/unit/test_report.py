@@ -433,3 +433,10 @@ def test_labels_keep_their_order_and_their_distance(places: list[float]) -> None
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     code = "import sys, ga.report; sys.exit(bool({'torch', 'deepspeed', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_winner_without_any_layer_comes_with_a_warning(tmp_path: Path) -> None:
+    evaluations = [scored(0, "0-0-0", 0.75), scored(1, "2-4-6", 0.5)]
+    text = report_text(facts(), evaluations, {}, {}, [], best_yaml=tmp_path / "b")
+    assert "lets no layer learn" in text
+    assert "lets no layer learn" not in report_text(facts(), evaluations[1:], {}, {}, [], best_yaml=tmp_path / "b")
