@@ -68,6 +68,16 @@ def _expand_switches(argv: Sequence[str], config_class: type[Any]) -> list[str]:
     return out
 
 
+def _files_first(argv: Sequence[str]) -> list[str]:
+    """The command line wins over the file, also where it stands before it; jsonargparse goes by the order."""
+    files: list[str] = []
+    others: list[str] = []
+    for i, word in enumerate(argv):
+        is_file = word == "--config" or word.startswith("--config=") or (i > 0 and argv[i - 1] == "--config")
+        (files if is_file else others).append(word)
+    return files + others
+
+
 def _explain(error: Exception, parser: ArgumentParser) -> str:
     """One line that names key, value and what would be right, from jsonargparse's message."""
     text = " ".join(str(error).split())
@@ -109,7 +119,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
     """The resolved configuration. Raises UserError for anything wrong in it."""
     parser = build_parser(config_class, description)
     try:
-        namespace = parser.parse_args(_expand_switches(argv, config_class))
+        namespace = parser.parse_args(_expand_switches(_files_first(argv), config_class))
         values = parser.instantiate(namespace).as_dict()
     except UserError:
         raise

@@ -125,11 +125,12 @@ class JobPool:
         self.running.append(running)
         return running
 
-    def finished(self) -> list[tuple[Running, JobReport]]:
-        """Jobs that have ended since the last call, or had to be: their processes are gone, their slots free."""
+    def finished(self, *, limit_s: float | None = None) -> list[tuple[Running, JobReport]]:
+        """Jobs that have ended since the last call, or had to be: their processes are gone, their slots free.
+        limit_s: in place of the pool's."""
         done: list[tuple[Running, JobReport]] = []
         for running in list(self.running):
-            late = running.seconds > self._limit_s
+            late = running.seconds > (limit_s or self._limit_s)
             if running.job.poll() is not None or late:
                 done.append((running, self.end(running, timed_out=running.job.poll() is None)))
         return done

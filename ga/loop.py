@@ -52,7 +52,7 @@ class Loop:
     proxy: Callable[[], ProxyConfig]
     """Settings of the next job."""
     changed: Callable[[], None]
-    """Called after jobs were started or have finished, and now and then. May raise GivenUp."""
+    """Called after jobs have finished, and every few seconds. May raise GivenUp."""
     folders: Path
     """Jobs get folders in it, named after the first of their trials."""
 
@@ -67,9 +67,9 @@ class Loop:
             while not self.stop():
                 self.patiently(self.drivers.beat)
                 if self._finish_jobs() or time.monotonic() >= self._ask_at:
+                    self.changed()
                     self._start_jobs()
                     self._ask_at = time.monotonic() + ASK_AGAIN_S
-                    self.changed()
                     if not self.pool.running and self.patiently(self.ledger.is_over):
                         return
                 time.sleep(POLL_S)

@@ -18,6 +18,8 @@ from ga.jobs import JobPool
 from ga.launcher import LOG
 
 CHECKS = "checks"
+LIMIT_S = 900.0
+"""DeepSpeed may compile its operators first."""
 LOOK_EVERY_S = 0.1
 
 
@@ -41,7 +43,7 @@ def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) 
     folder = config.root / CHECKS / f"{socket.gethostname()}-{os.getpid()}"  # drivers may start side by side
     job = config.job(output_dir=str(folder.resolve()), genomes=["none"], dry_run=True)
     running = pool.start(pool.placements[0], job)
-    while not (done := pool.finished()):
+    while not (done := pool.finished(limit_s=LIMIT_S)):
         if stop():
             pool.end(running)
             return None

@@ -133,3 +133,13 @@ def test_the_quick_start_without_its_data_names_the_one_command(monkeypatch: pyt
     monkeypatch.setattr(cli, "QUICKSTART_NEEDS", ("README.md", "nowhere"))
     with pytest.raises(UserError, match=rf"^the quick start needs nowhere: run `make data` in {ROOT}$"):
         cli.quickstart()
+
+
+@pytest.mark.parametrize("given", [["--config", "FILE"], ["--config=FILE"]])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_command_line_wins_over_the_file_wherever_it_stands(given: list[str], first: bool, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("output_dir: from the file\nseed: 3\n")
+    files, flags = [word.replace("FILE", str(path)) for word in given], ["--output_dir", "from the line"]
+    config = parse_config(RunConfig, files + flags if first else flags + files, "test")
+    assert (config.output_dir, config.seed) == ("from the line", 3)
