@@ -9,13 +9,16 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 from engine.records import read_records
 from ga.config import SearchConfig
 from ga.jobs import JobPool
-from ga.launcher import LOG
+from ga.launcher import LOG, end_lost_job
+from ga.logs import JobReport, Outcome
+from ga.processes import start_ticks
 
 CHECKS = "checks"
 LIMIT_S = 900.0
@@ -38,9 +41,29 @@ class ProxyFacts:
 
 
 def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) -> ProxyFacts | None:
-    """None when told to stop. Raises UserError with the job's own words when it does not accept the configuration; its
-    folder is then kept."""
-    folder = config.root / CHECKS / f"{socket.gethostname()}-{os.getpid()}"  # drivers may start side by side
+    """None when told to stop. Raises UserError with the job's own words when it does not accept the configuration, or
+    was lost twice; its folder is then kept until the next start."""
+    checks = config.root / CHECKS
+    _remove_abandoned(checks)
+    folder = checks / _folder_name(os.getpid(), start_ticks(os.getpid()))  # drivers may start side by side
+    report = None
+    for _ in range(2):
+        report = _run(pool, config, folder, stop=stop)
+        if report is None:
+            return None
+        facts = _planned(folder / LOG)
+        if facts is not None:
+            shutil.rmtree(folder)
+            with contextlib.suppress(OSError):  # another driver's is in there
+                checks.rmdir()
+            return facts
+        if Outcome.LOST not in report.outcomes.values():
+            break
+    assert report is not None
+    raise UserError(f"{report.message} (a proxy job on {pool.placements[0]} said so: {folder / LOG})")
+
+
+def _run(pool: JobPool, config: SearchConfig, folder: Path, *, stop: Callable[[], bool]) -> JobReport | None:
     job = config.job(output_dir=str(folder.resolve()), genomes=["none"], dry_run=True)
     running = pool.start(pool.placements[0], job)
     while not (done := pool.finished(limit_s=LIMIT_S)):
@@ -48,11 +71,12 @@ def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) 
             pool.end(running)
             return None
         time.sleep(LOOK_EVERY_S)
-    for record in read_records(folder / LOG):
+    return done[0][1]
+
+
+def _planned(log: Path) -> ProxyFacts | None:
+    for record in read_records(log):
         if record["kind"] == "run" and record.get("status") == "planned":
-            shutil.rmtree(folder)
-            with contextlib.suppress(OSError):  # another driver's is in there
-                folder.parent.rmdir()
             return ProxyFacts(
                 student_layers=record["student_layers"],
                 teacher_layers=record["teacher_layers"],
@@ -62,4 +86,17 @@ def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) 
                 fingerprint=record["fingerprint"],
                 fingerprint_parts=record["fingerprint_parts"],
             )
-    raise UserError(f"{done[0][1].message} (a proxy job on {running.placement} said so: {folder / LOG})")
+    return None
+
+
+def _folder_name(pid: int, started: int | None) -> str:
+    return f"{socket.gethostname()}.{pid}.{started}"
+
+
+def _remove_abandoned(checks: Path) -> None:
+    """What drivers of this machine have left that died in the middle of a check, or were told what was wrong."""
+    for folder in checks.glob(f"{socket.gethostname()}.*.*"):
+        pid = int(folder.name.split(".")[-2])
+        if _folder_name(pid, start_ticks(pid)) != folder.name:
+            end_lost_job(folder)
+            shutil.rmtree(folder, ignore_errors=True)
