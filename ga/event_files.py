@@ -15,7 +15,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type
 
 from ga.history import RUNNING, Evaluation, ranked
 from ga.operators import diversity
-from ga.progress import blocks, genes_of
+from ga.progress import Block, blocks, genes_of
 
 KIND = api_pb2.DATASET_VALIDATION
 SEARCH, TRIALS = "search", "trials"
@@ -111,6 +111,8 @@ class SearchBoard:
         self._seen: list[int] = []
         """Numbers of the trials that are written, in order."""
         self._blocks: set[str] = set()
+        self._last: Block | None = None
+        """Without a point, but it has one if nothing more comes."""
         self._jobs: int | None = None
 
     def refresh(self, evaluations: Sequence[Evaluation], *, running_jobs: int, population: int) -> None:
@@ -120,11 +122,13 @@ class SearchBoard:
         for one in new:
             self._seen.append(one.number)
             self._add(one, [finished[number] for number in self._seen if number in finished])
-        for block in blocks(evaluations, population):
-            full = len(block.evaluations) >= population and block.done
-            if full and block.name not in self._blocks:
-                self._blocks.add(block.name)
-                self._add_block(block.evaluations)
+        # in the order in which they ended: TensorBoard drops points when steps go back
+        every = blocks([finished[number] for number in self._seen if number in finished], population)
+        for block in every:
+            if block is not every[-1] or _is_whole(block, evaluations, population):
+                self._add_block(block)
+        busy = any(one.counts and one.outcome == RUNNING for one in evaluations)
+        self._last = every[-1] if every and not busy else None
         if running_jobs != self._jobs:
             self._jobs = running_jobs
             self._file.scalar("search/jobs_running", running_jobs, len(self._seen))
@@ -141,12 +145,19 @@ class SearchBoard:
             self._file.scalar("search/seconds_per_evaluation", one.seconds, step, wall_time=when)
         without = sum(other.fitness is None for other in spent)
         self._file.scalar("search/without_fitness", without, step, wall_time=when)
+        if not one.genome:  # ended from outside before it was described
+            return
         hparams: dict[str, int | str] = {"genome": one.genome}
         hparams |= dict(zip(self._names, genes_of([one], length=len(self._names))[0], strict=True))
         metrics = {} if one.fitness is None else {FITNESS: one.fitness, **one.scores}
         write_trial(self._folder / TRIALS / f"{one.number:05d}", hparams, metrics, ended=when)
 
-    def _add_block(self, group: Sequence[Evaluation]) -> None:
+    def _add_block(self, block: Block) -> None:
+        """Once."""
+        if block.name in self._blocks:
+            return
+        self._blocks.add(block.name)
+        group = block.evaluations
         step = max(self._seen.index(one.number) for one in group) + 1
         when = max(map(_when, group))
         fitness = [one.fitness for one in group if one.fitness is not None]
@@ -155,7 +166,21 @@ class SearchBoard:
         self._file.scalar("search/diversity", diversity(genes_of(group, length=len(self._names))), step, wall_time=when)
 
     def close(self) -> None:
+        """Ends the files. The last generation has its point then, though it may be a small one."""
+        if self._last is not None:
+            self._add_block(self._last)
         self._file.close()
+
+
+def _is_whole(block: Block, evaluations: Sequence[Evaluation], population: int) -> bool:
+    """Whether a block of finished evaluations gets no more of them."""
+    generation = block.evaluations[0].generation
+    if (
+        generation != 0 and len(block.evaluations) >= population
+    ):  # generation 0 is larger when there are many heuristics
+        return True
+    # children are asked for when all parents have ended
+    return generation is not None and any((one.generation or 0) > generation for one in evaluations)
 
 
 def _when(one: Evaluation) -> float:

@@ -140,10 +140,10 @@ class Ledger:
 
     def _describe(self, trial: optuna.Trial) -> Proposal:
         proposal = self._source.proposal(trial)
-        notes = {history.GENOME: proposal.genome, history.SEED: proposal.seed}
+        notes: dict[str, Any] = {history.SEED: proposal.seed}
         if proposal.generation is not None:
             notes[history.GENERATION] = proposal.generation
-        self._note(trial._trial_id, notes)
+        self._note(trial._trial_id, {**notes, history.GENOME: proposal.genome})  # last: what has a genome is described
         return proposal
 
     def _settle_known(self, trial: optuna.Trial, proposal: Proposal) -> bool:

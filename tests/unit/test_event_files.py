@@ -108,6 +108,70 @@ def test_genomes_that_differ_in_length_have_a_diversity(tmp_path: Path) -> None:
     assert 0 < curves(tmp_path)["diversity"][0][1] < 1
 
 
+def test_the_first_generation_may_be_larger_than_the_population(tmp_path: Path) -> None:
+    opened = board(tmp_path)
+    for known in (history()[:2], history()[:3], history()):
+        opened.refresh(known, running_jobs=0, population=2)
+    opened.close()
+    assert curves(tmp_path)["mean"] == [(3, 0.5), (6, 0.5625)]
+
+
+def test_a_generation_with_a_repeated_proposal_has_a_point(tmp_path: Path) -> None:
+    opened = board(tmp_path)
+    opened.refresh([replace(history()[0], outcome=REPEATED), *history()[1:]], running_jobs=1, population=3)
+    opened.close()
+    assert curves(tmp_path)["mean"] == [(2, 0.5), (5, 0.5625)]
+
+
+def test_the_last_generation_has_a_point_when_the_search_ends(tmp_path: Path) -> None:
+    opened = board(tmp_path)
+    opened.refresh(history()[:5], running_jobs=0, population=3)
+    opened.close()
+    assert curves(tmp_path)["mean"] == [(3, 0.5), (5, 0.625)]
+
+
+def test_a_generation_that_was_interrupted_has_no_point(tmp_path: Path) -> None:
+    opened = board(tmp_path)
+    running = replace(history()[5], outcome=RUNNING, fitness=None, finished=None)
+    opened.refresh([*history()[:5], running], running_jobs=1, population=3)
+    opened.close()
+    assert curves(tmp_path)["mean"] == [(3, 0.5)]
+
+
+def test_without_generations_means_are_of_those_that_ended_one_after_another(tmp_path: Path) -> None:
+    """TensorBoard drops points when steps go back."""
+    last_first = [replace(one, generation=None) for one in history()[:6]]
+    last_first[0] = replace(last_first[0], finished=START + datetime.timedelta(hours=1))
+    opened = board(tmp_path)
+    opened.refresh(last_first, running_jobs=0, population=3)
+    opened.close()
+    assert curves(tmp_path)["mean"] == [(3, 0.5), (6, 0.5416666865348816)]
+
+
+def test_a_trial_that_failed_before_it_had_a_genome_counts(tmp_path: Path) -> None:
+    opened = board(tmp_path)
+    opened.refresh([*history()[:2], replace(history()[3], number=2, genome="")], running_jobs=0, population=3)
+    opened.close()
+    assert curves(tmp_path)["without_fitness"] == [(1, 0), (2, 0), (3, 1)]
+    assert sorted(one.name for one in (tmp_path / TRIALS).iterdir()) == ["00000", "00001"]
+
+
+def test_writing_needs_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
+    code = """
+import datetime, sys
+from pathlib import Path
+from ga.event_files import SearchBoard
+from ga.history import Evaluation
+board = SearchBoard(Path(sys.argv[1]), ["layer_1"], teacher_layers=4, tasks=[])
+board.refresh([Evaluation(0, "3", "ok", fitness=0.5, finished=datetime.datetime.now())], running_jobs=0, population=1)
+board.close()
+sys.exit(", ".join({"torch", "deepspeed", "tensorflow"} & set(sys.modules)) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert curves(tmp_path)["fitness"] == [(1, 0.5)]
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     opened = board(tmp_path)
