@@ -179,7 +179,8 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=int, default=100)
     parser.add_argument("--samplers", nargs="+", default=list(samplers()))
-    parser.add_argument("--landscapes", nargs="+", default=[landscape.name for landscape in LANDSCAPES])
+    known = [landscape.name for landscape in LANDSCAPES if landscape.name != "recorded" or RECORDED.is_file()]
+    parser.add_argument("--landscapes", nargs="+", default=known, choices=known)
     parser.add_argument("--plot", type=Path, help="PNG of the mean true fitness of the best genome so far")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
