@@ -18,6 +18,8 @@ PREFIX = "mapdistill:driver:"
 BEAT_EVERY_S = 10.0
 LEASE_S = 90.0
 """A driver on another machine is dead when its beat stands still for so long, by the observer's clock."""
+BLIND_S = 30.0
+"""An observer that has not looked for so long starts anew: the storage may have been away for both."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Drivers:
         self._placements = placements
         self._beats = 0
         self._beaten: float | None = None
-        self._seen: dict[str, tuple[int, float]] = {}
-        """Beat of a driver on another machine, and when it was first seen."""
+        self._seen: dict[str, tuple[int, float, float]] = {}
+        """Beat of a driver on another machine, since when it stands still, and when it was last looked at."""
         self.beat()
 
     def beat(self) -> None:
@@ -94,12 +96,12 @@ class Drivers:
             return True
         if lease["boot"] == self.me.boot and lease["namespace"] == self.me.namespace:
             return bool(start_ticks(lease["pid"]) != lease["started"])
-        beat, since = self._seen.get(id, (None, 0.0))
-        if beat != lease["beat"]:
-            self._seen[id] = (lease["beat"], time.monotonic())
-            return False
-        silent_s: float = time.monotonic() - since
-        return silent_s > LEASE_S
+        now = time.monotonic()
+        beat, since, looked = self._seen.get(id, (-1, now, now))
+        if beat != lease["beat"] or now - looked > BLIND_S:
+            since = now
+        self._seen[id] = (lease["beat"], since, now)
+        return now - since > LEASE_S
 
     def ran_here(self, id: str) -> bool:
         """Whether that driver started its jobs among the processes that this one can see and end."""

@@ -35,7 +35,7 @@ def publish(
 ) -> None:
     """Writes report/, and says what it found and where that is."""
     evaluations = read_history(study)
-    confirmed = confirmed_fitness(storage, config)
+    confirmed = confirmed_fitness(storage, config, facts)
     folder = config.root / FOLDER
     best = ranked(evaluations)
     genome = winner(confirmed) if confirmed else best[0].genome if best else None
@@ -51,10 +51,10 @@ def publish(
         say(f"go on      deepspeed launch/distill.py --config {folder / BEST}")
 
 
-def confirmed_fitness(storage: SearchStorage, config: SearchConfig) -> dict[str, dict[int, float]]:
+def confirmed_fitness(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> dict[str, dict[int, float]]:
     """genome -> seed -> fitness of the confirmation, as far as there is one."""
     try:
-        study = optuna.load_study(storage=storage.optuna, study_name=confirmation_name(config.study))
+        study = optuna.load_study(storage=storage.optuna, study_name=confirmation_name(config.study, facts.fingerprint))
     except KeyError:
         return {}
     found: dict[str, dict[int, float]] = {}

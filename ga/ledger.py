@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -107,7 +107,7 @@ class Ledger:
         with self._storage.lock():
             for claim in claims:
                 if self._is_mine(self._study._storage.get_trial(claim.trial_id)):
-                    self._set(claim.trial_id, OWNER, "")
+                    self._reopen(claim.trial_id)
         self._held -= {claim.trial_id for claim in claims}
 
     def _trials(self) -> list[FrozenTrial]:
@@ -115,6 +115,10 @@ class Ledger:
 
     def _set(self, trial_id: int, key: str, value: Any) -> None:
         self._study._storage.set_trial_system_attr(trial_id, key, value)
+
+    def _reopen(self, trial_id: int) -> None:
+        self._set(trial_id, FOLDER, "")  # or its next owner could be judged by this job
+        self._set(trial_id, OWNER, "")
 
     def _note(self, trial_id: int, notes: Mapping[str, Any]) -> None:
         for key, value in notes.items():
@@ -192,7 +196,7 @@ class Ledger:
             losses[lost_with] += 1
             self._set(trial._trial_id, LOSSES, losses)
             if losses[lost_with] <= RETRIES[lost_with]:
-                self._set(trial._trial_id, OWNER, "")
+                self._reopen(trial._trial_id)
                 return
         self._note(trial._trial_id, {**notes, history.OUTCOME: outcome.value})
         if outcome is Outcome.OK:
@@ -233,6 +237,11 @@ class Ledger:
             report = read_job(
                 Path(folder) / LOG, Path(folder) / RECORDS, genomes=genomes, exit_code=None, timed_out=False
             )
+            if len(trials) > 1:  # out of memory side by side is not out of memory alone
+                again = {
+                    genome: Outcome.LOST for genome, one in report.outcomes.items() if one is Outcome.OUT_OF_MEMORY
+                }
+                report = replace(report, outcomes={**report.outcomes, **again})
             for trial in trials:
                 self._settle(trial, report, lost_with="driver", notes={})
 

@@ -67,7 +67,7 @@ class Loop:
             while not self.stop():
                 self.patiently(self.drivers.beat)
                 if self._finish_jobs() or time.monotonic() >= self._ask_at:
-                    self.changed()
+                    self.patiently(self.changed)
                     self._start_jobs()
                     self._ask_at = time.monotonic() + ASK_AGAIN_S
                     if not self.pool.running and self.patiently(self.ledger.is_over):
@@ -86,6 +86,8 @@ class Loop:
             except Exception as error:
                 if not transient(error):
                     raise
+                if self.stop():
+                    raise Interrupted from None
                 why = str(error).strip().splitlines()[0]
                 if time.monotonic() - since > OUTAGE_S:
                     raise UserError(
@@ -113,7 +115,7 @@ class Loop:
             output_dir=str(folder.resolve()),
             genomes=[claim.genome for claim in claims],
             seed=claims[0].seed,
-            proxy=self.proxy(),
+            proxy=self.patiently(self.proxy),
         )
         try:
             self.patiently(lambda: self.ledger.begin(claims, folder))
@@ -156,12 +158,20 @@ class Loop:
         return short
 
     def _give_back(self, running: Running, claims: Sequence[Claim], report: JobReport) -> None:
-        """After a job that was ended in the middle: results count, the rest is open."""
+        """After a job that was ended in the middle: results count, the rest is open. Tries once: the next driver reads
+        the folder anyway."""
         done = [claim for claim in claims if report.outcomes[claim.genome] in (Outcome.OK, Outcome.STOPPED)]
-        self.patiently(lambda: self.ledger.finish(done, report, seconds=running.seconds, cohort=len(running.genomes)))
-        self.patiently(lambda: self.ledger.release([claim for claim in claims if claim not in done]))
+        self.ledger.finish(done, report, seconds=running.seconds, cohort=len(running.genomes))
+        self.ledger.release([claim for claim in claims if claim not in done])
 
     def _end_jobs(self) -> None:
-        for running in list(self.pool.running):
-            report = self.pool.end(running)
-            self._give_back(running, self._claims.pop(running.folder), report)
+        """All of them, before the storage is asked for anything."""
+        ended = [(running, self.pool.end(running)) for running in list(self.pool.running)]
+        for running, report in ended:
+            try:
+                self._give_back(running, self._claims.pop(running.folder), report)
+            except Exception as error:
+                if not transient(error):
+                    raise
+                self.say("the storage does not answer; what jobs have recorded is in their folders")
+                return

@@ -90,7 +90,7 @@ class SearchSource:
         if self.is_over(trials):
             return False
         if isinstance(self.sampler, GeneticSampler) and self.sampler.generation_and_place(places_taken(trials))[1] == 0:
-            return all(trial.state.is_finished() for trial in trials)  # children of a whole generation
+            return all(trial.state != TrialState.RUNNING for trial in trials)  # children of a whole generation
         return True
 
     def before_ask(self, trials: Sequence[FrozenTrial]) -> None:
@@ -172,5 +172,6 @@ class ConfirmationSource:
         return [fitness]
 
 
-def confirmation_name(study: str) -> str:
-    return f"{study} (confirmation)"
+def confirmation_name(study: str, fingerprint: str) -> str:
+    """Of the study that holds it; another proxy has another."""
+    return f"{study} (confirmation, proxy {fingerprint})"

@@ -6,6 +6,8 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import optuna
 
@@ -16,7 +18,7 @@ from ga.config import SearchConfig
 from ga.genome import Space
 from ga.history import RUNNING, Evaluation, from_records
 from ga.jobs import JobPool
-from ga.launcher import LOG
+from ga.launcher import LOG, end_lost_job
 from ga.logs import Outcome, read_job
 from ga.preflight import ProxyFacts
 from ga.progress import format_duration
@@ -119,13 +121,13 @@ def measure(
     """Seconds that a job of these genomes takes; None when told to stop. Raises UserError when it fails."""
     folder = config.root / MEASURED
     key = [facts.fingerprint, config.seed, config.proxy.repeats, list(genomes)]
-    if (folder / COST).is_file():
-        cost = json.loads((folder / COST).read_text(encoding="utf-8"))
-        if cost["of"] == key:
-            return float(cost["seconds"])
+    cost = _read_cost(folder)
+    if cost is not None and cost["of"] == key:
+        return float(cost["seconds"])
+    end_lost_job(folder)
     print(f"running one job of {len(genomes)} genomes to measure its cost ...", flush=True)
     began = time.monotonic()
-    job = config.job(output_dir=str(folder.resolve()), genomes=list(genomes))
+    job = config.job(output_dir=str(folder.resolve()), genomes=list(genomes), resume="never")
     running = pool.start(pool.placements[0], job)
     while not (done := pool.finished()):
         if stop():
@@ -136,16 +138,28 @@ def measure(
     report = done[0][1]
     if any(outcome is not Outcome.OK for outcome in report.outcomes.values()):
         raise UserError(f"the measured job failed: {report.message} ({folder})")
-    (folder / COST).write_text(json.dumps({"of": key, "seconds": seconds}), encoding="utf-8")
+    draft = folder / f"{COST}.draft"
+    draft.write_text(json.dumps({"of": key, "seconds": seconds}), encoding="utf-8")
+    draft.replace(folder / COST)
     return seconds
+
+
+def _read_cost(folder: Path) -> dict[str, Any] | None:
+    """What an earlier --dry_run has measured there."""
+    try:
+        cost: dict[str, Any] = json.loads((folder / COST).read_text(encoding="utf-8"))
+        return cost if {"of", "seconds"} <= cost.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def measured_evaluations(config: SearchConfig, facts: ProxyFacts) -> dict[str, Evaluation]:
     """What --dry_run has evaluated, by genome, if it can be compared."""
     folder = config.root / MEASURED
-    if not (folder / COST).is_file():
+    cost = _read_cost(folder)
+    if cost is None:
         return {}
-    fingerprint, seed, repeats, genomes = json.loads((folder / COST).read_text(encoding="utf-8"))["of"]
+    fingerprint, seed, repeats, genomes = cost["of"]
     if [fingerprint, seed, repeats] != [facts.fingerprint, config.seed, config.proxy.repeats]:
         return {}
     records = RunDir(folder).records

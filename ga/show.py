@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ class Show:
         population = config.search.operators.population
         self._progress = Progress(trials=config.search.trials, population=population, say=self.say)
         self._population, self._tasks = population, tasks
+        self._began = datetime.datetime.now()
         self._lock: IO[str] | None = None
         self._board: SearchBoard | None = None
         self._bar: Any = None
@@ -86,8 +88,10 @@ class Show:
         return True
 
     def _check_failures(self, evaluations: Sequence[Evaluation]) -> None:
-        finished = [one for one in evaluations if one.counts and one.outcome not in (RUNNING, STOPPED_EARLY)]
-        finished.sort(key=lambda one: (one.finished is None, one.finished))
+        # of this driver's time: whoever starts it again after a failure wants it to try
+        finished = [one for one in evaluations if one.finished is not None and one.finished >= self._began]
+        finished = [one for one in finished if one.counts and one.outcome not in (RUNNING, STOPPED_EARLY)]
+        finished.sort(key=lambda one: one.finished or self._began)
         last = finished[-self._config.search.max_failures :]
         if len(last) == self._config.search.max_failures and all(one.fitness is None for one in last):
             raise GivenUp(

@@ -81,11 +81,11 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
     return source
 
 
-def open_confirmation(storage: SearchStorage, config: SearchConfig) -> Study:
+def open_confirmation(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> Study:
     with storage.lock():
         return optuna.create_study(
             storage=storage.optuna,
-            study_name=confirmation_name(config.study),
+            study_name=confirmation_name(config.study, facts.fingerprint),
             direction="maximize",
             load_if_exists=True,
         )
