@@ -384,3 +384,50 @@ def test_folders_and_owners_are_in_the_storage_before_a_job_is(storage: SearchSt
         assert attrs[FOLDER] == str(tmp_path / "trials" / "00000")
         assert attrs[OWNER] == Driver.this_process().id
     assert json.dumps(read_history(source.study)[0].job).endswith('trials/00000"')
+
+
+def test_an_orphan_cohort_out_of_memory_is_tried_again_and_not_judged_by_it_twice(
+    storage: SearchStorage, tmp_path: Path
+) -> None:
+    source = make_source(storage, trials=5)
+    died = make_ledger(storage, source, gone())
+    lost = died.claim(3)
+    folder = tmp_path / "trials" / "00000"
+    folder.mkdir(parents=True)
+    died.begin(lost, folder)
+    (folder / "output.log").write_text("torch.OutOfMemoryError: CUDA out of memory\n")
+    ledger = make_ledger(storage, source)
+    alone = ledger.claim(1)
+    assert alone[0].number == lost[0].number
+    # a driver that dies between claim and begin leaves no folder to judge its claim by
+    assert source.study.trials[alone[0].number].system_attrs[FOLDER] == ""
+    source.study._storage.set_trial_system_attr(alone[0].trial_id, OWNER, gone().id)
+    assert {claim.number for claim in make_ledger(storage, source).claim(9)} >= {claim.number for claim in lost}
+    assert {one.outcome for one in read_history(source.study)} == {"running"}
+
+
+def test_a_trial_that_a_user_has_queued_does_not_stop_the_generations(storage: SearchStorage) -> None:
+    source = make_source(storage, trials=20)
+    ledger = make_ledger(storage, source)
+    finish(ledger, ledger.claim(9))
+    source.study.enqueue_trial({"layer_1": 3, "layer_2": 3})
+    assert "3-3" in evaluate_all(ledger)
+    assert ledger.is_over()
+
+
+def test_an_observer_that_could_not_look_takes_nobody_for_dead(
+    storage: SearchStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_source(storage).study
+    monkeypatch.setattr("ga.drivers.LEASE_S", 0.1)
+    monkeypatch.setattr("ga.drivers.BLIND_S", 0.05)
+    elsewhere = dataclasses.replace(Driver.this_process(), host="elsewhere", boot="other", pid=1)
+    Drivers(study, elsewhere, placements=1)
+    here = Drivers(study, Driver.this_process(), placements=1)
+    assert here.dead() == set()
+    time.sleep(0.3)  # as in an outage of the storage, when nobody can give a sign of life
+    assert here.dead() == set()
+    deadline = time.monotonic() + 5
+    while not here.dead():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -16,8 +16,9 @@ from ga.genome import Space
 from ga.jobs import JobPool, find_placements
 from ga.ledger import Claim, Ledger
 from ga.logs import JobReport, Outcome
-from ga.loop import Loop
+from ga.loop import GivenUp, Interrupted, Loop
 from ga.proposals import SearchSource
+from ga.show import Show
 from ga.storage import open_storage
 
 
@@ -101,3 +102,31 @@ def test_a_storage_that_does_not_answer_for_a_while_is_waited_for(
 def test_other_errors_of_the_storage_are_not_waited_for(loop: Loop) -> None:
     with pytest.raises(OperationalError):
         loop.patiently(lambda: create_engine("sqlite:////no/such/folder/x.db").connect())
+
+
+def test_a_driver_that_is_told_to_stop_does_not_wait_for_the_storage(loop: Loop) -> None:
+    pytest.importorskip("psycopg", reason="psycopg is missing: pip install 'psycopg[binary]'")
+    loop.stop = lambda: True
+    with pytest.raises(Interrupted):
+        loop.patiently(lambda: create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none").connect())
+
+
+def test_a_search_that_gave_up_may_try_again(tmp_path: Path) -> None:
+    config = SearchConfig(output_dir=str(tmp_path), search=SearchSection(max_failures=2))
+    study = optuna.create_study(direction="maximize")
+    space = Space(student_layers=2, teacher_layers=4)
+
+    def fail() -> None:
+        trial = study.ask()
+        trial.set_user_attr("genome", "1-2")
+        trial.set_user_attr("outcome", "diverged")
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    for _ in range(2):  # the second driver does not look at the first one's failures
+        with Show(config, space, study, tasks=["SST-2"]) as show:
+            show.update()
+            fail()
+            show.update()
+            fail()
+            with pytest.raises(GivenUp, match="the last 2 genomes got no fitness"):
+                show.update()

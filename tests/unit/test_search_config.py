@@ -16,8 +16,8 @@ from ga.config import SearchConfig
 from ga.jobs import find_placements, visible_gpus
 from ga.operators import PRESETS, Settings
 from ga.preflight import ProxyFacts
-from ga.rehearsal import first_genomes, notes
-from ga.search import check_budget
+from ga.rehearsal import first_genomes, measured_evaluations, notes
+from ga.search import check_budget, search
 from ga.studies import search_space
 
 FACTS = ProxyFacts(
@@ -113,3 +113,16 @@ def test_slots_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_driver_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'deepspeed', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("text", ['{"of', "[]", '{"of": 1}'])
+def test_a_torn_measurement_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "cost.json").write_text(text)
+    assert measured_evaluations(config("--output_dir", str(tmp_path)), FACTS) == {}
+
+
+def test_an_output_dir_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir=.*cannot be made"):
+        search(config("--output_dir", str(tmp_path / "file" / "runs")))
