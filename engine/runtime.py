@@ -15,7 +15,7 @@ from types import FrameType
 
 import torch
 
-from engine import rank_environment
+from engine import extension_locks, rank_environment
 from engine.data.batch import Counts
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -115,6 +115,8 @@ def start(seed: int) -> Runtime:
         torch.cuda.set_device(local_rank)
     # torch 2.13 renames a collective that DeepSpeed 0.19 calls: nothing that a user could do about it
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+    for lock in extension_locks.remove_stale(extension_locks.build_root()):
+        print(f"removed {lock}: whoever built this extension is gone, and every start would wait for it", flush=True)
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
     if not on_gpu:
         _unlink_shared_buffers(local_rank)
