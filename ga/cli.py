@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
 from engine.cli import parse_config, run_main
+from engine.errors import UserError
 from ga.config import SearchConfig
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What writing may raise without naming the file."""
 
 
 def search_main(argv: Sequence[str] | None = None) -> int:
@@ -14,7 +19,18 @@ def search_main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         config = parse_config(SearchConfig, words, "Search the layer mapping with proxy jobs.")
         from ga.search import search
+        from ga.storage import DatabaseErrors, explain, hide_password
 
-        return search(config)
+        try:
+            return search(config)
+        except DatabaseErrors as error:
+            what = f"search.storage={hide_password(config.storage)}: {explain(error)}"
+            raise UserError(f"{what}; mend that, and the same command goes on") from None
+        except OSError as error:
+            where = error.filename2 or error.filename
+            if where is None and error.errno not in _NO_ROOM:
+                raise
+            what = f"{where or config.output_dir}: {error.strerror}"
+            raise UserError(f"{what}; mend that, and the same command goes on") from None
 
     return run_main(body)

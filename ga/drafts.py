@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ATTEMPTS = 10
 REMAINS_S = 3600.0
 """Age from which a draft beside the folder is taken for that of a killed process."""
 
@@ -45,17 +46,22 @@ def _put_in_place(draft: Path, folder: Path, *, swap: Callable[[Path, Path], boo
     """A folder cannot be renamed onto one with content, but Linux can swap the two in one step. Where the file system
     does not know that (NFS), the old one is moved away first, and a kill between the two renames leaves both whole
     under the names of drafts."""
-    try:
-        draft.rename(folder)
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    if not (swap or _swap)(draft, folder):
-        away = draft.with_name(f"{draft.name}-old")
-        folder.rename(away)
-        draft.rename(folder)
+    away = draft.with_name(f"{draft.name}-old")
+    for _ in range(ATTEMPTS):
+        try:
+            draft.rename(folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if (swap or _swap)(draft, folder):
+            break
         shutil.rmtree(away, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another driver has just done so, with a folder of its own
+            folder.rename(away)
+    else:
+        raise OSError(errno.EBUSY, "is replaced by others all the time", str(folder))
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def _swap(one: Path, other: Path) -> bool:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,21 +125,24 @@ class JobPool:
         self.running.append(running)
         return running
 
-    def finished(self, *, limit_s: float | None = None) -> list[tuple[Running, JobReport]]:
-        """Jobs that have ended since the last call, or had to be: their processes are gone, their slots free.
-        limit_s: in place of the pool's."""
-        done: list[tuple[Running, JobReport]] = []
+    def finished(self, *, limit_s: float | None = None) -> Iterator[tuple[Running, JobReport]]:
+        """Jobs that have ended since the last call, or had to be, one by one, because ending one may take its grace
+        time: its processes are gone then, its slots free. limit_s: in place of the pool's."""
         for running in list(self.running):
             late = running.seconds > (limit_s or self._limit_s)
             if running.job.poll() is not None or late:
-                done.append((running, self.end(running, timed_out=running.job.poll() is None)))
-        return done
+                yield running, self.end(running, timed_out=running.job.poll() is None)
+
+    def end_all(self) -> list[tuple[Running, JobReport]]:
+        """Ends them all in the time of one."""
+        for running in self.running:
+            _signal(running, signal.SIGTERM)
+        return [(running, self.end(running)) for running in list(self.running)]
 
     def kill(self) -> None:
         """SIGKILL to all jobs at once; `end` still has to follow."""
         for running in self.running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(running.job.session.id, signal.SIGKILL)
+            _signal(running, signal.SIGKILL)
 
     def end(self, running: Running, *, timed_out: bool = False) -> JobReport:
         """Ends a job's processes and reads what it has recorded."""
@@ -153,3 +156,8 @@ class JobPool:
             exit_code=code,
             timed_out=timed_out,
         )
+
+
+def _signal(running: Running, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.job.session.id, number)

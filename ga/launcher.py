@@ -157,7 +157,11 @@ class Job:
             except OSError as error:
                 raise UserError(f"{words[0]} cannot be started: {error}") from None
         job = cls(process, job_dir)
-        (job_dir / SESSION).write_text(json.dumps(asdict(job.session)) + "\n", encoding="utf-8")
+        try:
+            (job_dir / SESSION).write_text(json.dumps(asdict(job.session)) + "\n", encoding="utf-8")
+        except OSError as error:  # a full disk: a job that nobody could find again must not go on
+            job.stop(0.0)
+            raise UserError(f"{job_dir / SESSION} cannot be written: {error}") from None
         return job
 
     def poll(self) -> int | None:

@@ -132,8 +132,10 @@ class Loop:
 
     def _finish_jobs(self) -> bool:
         """Whether any job has ended."""
-        ended = self.pool.finished()
-        for running, report in ended:
+        any_ended = False
+        for running, report in self.pool.finished():
+            any_ended = True
+            self.patiently(self.drivers.beat)
             claims = self._claims.pop(running.folder)
             if Outcome.BAD_CONFIGURATION in report.outcomes.values():
                 self._give_back(running, claims, report)
@@ -141,7 +143,7 @@ class Loop:
             again = self._too_many_for_memory(claims, report)
             self.patiently(functools.partial(self.ledger.release, again))
             self._settle(running, [claim for claim in claims if claim not in again], report)
-        return bool(ended)
+        return any_ended
 
     def _settle(self, running: Running, claims: Sequence[Claim], report: JobReport) -> None:
         self.patiently(lambda: self.ledger.finish(claims, report, seconds=running.seconds, cohort=len(running.genomes)))
@@ -166,8 +168,7 @@ class Loop:
 
     def _end_jobs(self) -> None:
         """All of them, before the storage is asked for anything."""
-        ended = [(running, self.pool.end(running)) for running in list(self.pool.running)]
-        for running, report in ended:
+        for running, report in self.pool.end_all():
             try:
                 self._give_back(running, self._claims.pop(running.folder), report)
             except Exception as error:

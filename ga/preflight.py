@@ -45,7 +45,7 @@ def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) 
     was lost twice; its folder is then kept until the next start."""
     checks = config.root / CHECKS
     _remove_abandoned(checks)
-    folder = checks / _folder_name(os.getpid(), start_ticks(os.getpid()))  # drivers may start side by side
+    folder = checks / f"{_here()}.{os.getpid()}.{start_ticks(os.getpid())}"  # drivers may start side by side
     report = None
     for _ in range(2):
         report = _run(pool, config, folder, stop=stop)
@@ -66,7 +66,7 @@ def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) 
 def _run(pool: JobPool, config: SearchConfig, folder: Path, *, stop: Callable[[], bool]) -> JobReport | None:
     job = config.job(output_dir=str(folder.resolve()), genomes=["none"], dry_run=True)
     running = pool.start(pool.placements[0], job)
-    while not (done := pool.finished(limit_s=LIMIT_S)):
+    while not (done := list(pool.finished(limit_s=LIMIT_S))):
         if stop():
             pool.end(running)
             return None
@@ -89,14 +89,16 @@ def _planned(log: Path) -> ProxyFacts | None:
     return None
 
 
-def _folder_name(pid: int, started: int | None) -> str:
-    return f"{socket.gethostname()}.{pid}.{started}"
+def _here() -> str:
+    """Where a process id means one process."""
+    namespace = os.stat("/proc/self/ns/pid").st_ino  # containers of one machine may have its name
+    return f"{socket.gethostname()}.{namespace}"
 
 
 def _remove_abandoned(checks: Path) -> None:
     """What drivers of this machine have left that died in the middle of a check, or were told what was wrong."""
-    for folder in checks.glob(f"{socket.gethostname()}.*.*"):
-        pid = int(folder.name.split(".")[-2])
-        if _folder_name(pid, start_ticks(pid)) != folder.name:
+    for folder in checks.glob(f"{_here()}.*.*"):
+        pid, started = map(int, folder.name.split(".")[-2:])
+        if start_ticks(pid) != started:
             end_lost_job(folder)
             shutil.rmtree(folder, ignore_errors=True)

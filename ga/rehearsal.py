@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -85,20 +86,26 @@ def rehearse(config: SearchConfig, space: Space, facts: ProxyFacts, pool: JobPoo
     """Prints what the search would do, with the cost of one job that is really run. Its results are not lost: the
     search takes them over."""
     print(describe_search(config, space, facts, pool.placements, ()), flush=True)
-    first = first_genomes(config, space)
+    s, slots = config.search, len(pool.placements)
+    study = optuna.create_study(direction="maximize")
+    source = SearchSource(study, space, s, proxy_seed=config.seed)
+    batch = source.batch(())
+    size = min(s.cohort, math.ceil(batch / slots))
+    first = first_genomes(source, size)
     seconds = measure(config, facts, pool, first, stop=stop)
     if seconds is None:
         return
     each = seconds / len(first)
-    total = each * config.search.trials / len(pool.placements)
-    confirmation = each * config.search.confirm_seeds * (config.search.confirm_top + 1) / len(pool.placements)
+    rounds = math.ceil(math.ceil(batch / size) / slots)  # of a generation; the other samplers have one
+    total = each * size * rounds * s.trials / batch
+    confirmation = each * s.confirm_seeds * (s.confirm_top + 1) / slots
     folder = config.root / "trials" / "00000"
     words = pool.words(pool.placements[0], folder, free_port())
     rows = [
         ("measured", f"{seconds:.0f} s for a job of {len(first)}: {' '.join(first)} ({config.root / MEASURED})"),
         (
             "estimate",
-            f"{each:.1f} s per evaluation; {config.search.trials} on {len(pool.placements)} slot(s) take "
+            f"{each:.1f} s per evaluation; {s.trials} on {slots} slot(s) take "
             f"{format_duration(total)}, the confirmation about {format_duration(confirmation)} more",
         ),
         ("first jobs", [shlex.join(words)]),
@@ -106,13 +113,11 @@ def rehearse(config: SearchConfig, space: Space, facts: ProxyFacts, pool: JobPoo
     print(labelled(rows), flush=True)
 
 
-def first_genomes(config: SearchConfig, space: Space) -> list[str]:
-    """Of the first job of the search."""
-    study = optuna.create_study(direction="maximize")
-    source = SearchSource(study, space, config.search, proxy_seed=config.seed)
+def first_genomes(source: SearchSource, count: int) -> list[str]:
+    """Of the first job of the search, whose study is new."""
     source.start()
-    count = min(config.search.cohort, config.search.trials, space.size())
-    return list(dict.fromkeys(source.proposal(study.ask()).genome for _ in range(count)))
+    count = min(count, source.space.size())
+    return list(dict.fromkeys(source.proposal(source.study.ask()).genome for _ in range(count)))
 
 
 def measure(
@@ -129,7 +134,7 @@ def measure(
     began = time.monotonic()
     job = config.job(output_dir=str(folder.resolve()), genomes=list(genomes), resume="never")
     running = pool.start(pool.placements[0], job)
-    while not (done := pool.finished()):
+    while not (done := list(pool.finished())):
         if stop():
             pool.end(running)
             return None

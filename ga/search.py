@@ -86,7 +86,7 @@ def check_budget(config: SearchConfig, space: Space) -> None:
 def print_status(config: SearchConfig) -> int:
     if config.search.storage is None and not (config.root / STUDY_FILE).is_file():
         raise UserError(f"output_dir={config.output_dir!r}: no search was begun there ({STUDY_FILE} is missing)")
-    storage = open_storage(config.storage)
+    storage = open_storage(config.storage, existing=True)
     try:
         study = load_search(storage, config)
         print(status_text(study, storage.shown_url, trials=config.search.trials))
@@ -116,6 +116,8 @@ class Search:
                 self._evaluate(source, drivers, show)
                 self._confirm(source, show)
                 publish(self.config, self.storage, source.study, self.space, self.facts, say=show.say)
+            if not ranked(read_history(source.study)):
+                raise GivenUp("no genome got a fitness; the report's leaderboard says why of each")
         except Interrupted:
             print("stopped; the same command goes on", file=sys.stderr, flush=True)
             return self.stop.exit_code

@@ -65,6 +65,10 @@ REMEDIES = (
 """Of refusals that do not pass. The texts are a server's that speaks English."""
 
 
+DatabaseErrors = (sqlite3.Error, SQLAlchemyError, StorageInternalError)
+"""What an open storage raises."""
+
+
 class Lock(Protocol):
     def hold(self, timeout_s: float) -> AbstractContextManager[None]: ...
 
@@ -102,9 +106,10 @@ class SearchStorage:
         self._lock.close()
 
 
-def open_storage(url: str) -> SearchStorage:
+def open_storage(url: str, *, existing: bool = False) -> SearchStorage:
     """Makes the SQLite file, its folder, and Optuna's tables where they are missing.
 
+    existing: refuse a SQLite file that is not there, instead.
     url: sqlite:///RELATIVE, sqlite:////ABSOLUTE, or postgresql://USER:PASSWORD@HOST:PORT/DATABASE. Raises UserError.
     """
     shown = hide_password(url)
@@ -114,7 +119,7 @@ def open_storage(url: str) -> SearchStorage:
     except (SQLAlchemyError, ValueError):  # its text may hold the password
         raise _refuse(shown, "is no URL", usage) from None
     if parsed.drivername == "sqlite":
-        return _open_sqlite(parsed, shown)
+        return _open_sqlite(parsed, shown, existing=existing)
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
         return _open_postgresql(parsed.set(drivername="postgresql+psycopg"), shown)
     raise _refuse(shown, f"{parsed.drivername} is not supported", usage)
@@ -155,7 +160,7 @@ def _remedy(message: str) -> str | None:
     return next((remedy for pattern, remedy in REMEDIES if re.search(pattern, message)), None)
 
 
-def _text(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """What the database said, in one line, without the notes of the layers above it."""
     while isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
@@ -168,11 +173,11 @@ def _rdb_storage(url: URL, shown: str, **engine_settings: Any) -> RDBStorage:
     try:
         return RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_settings)
     except RuntimeError as error:
-        what = f"its tables are not of this Optuna: {_text(error).rstrip('.')}"
+        what = f"its tables are not of this Optuna: {explain(error).rstrip('.')}"
         raise _refuse(shown, what, "or name another database") from None
 
 
-def _open_sqlite(url: URL, shown: str) -> SearchStorage:
+def _open_sqlite(url: URL, shown: str, *, existing: bool) -> SearchStorage:
     if url.host:
         raise _refuse(shown, "has two slashes", "write sqlite:///RELATIVE or sqlite:////ABSOLUTE")
     if url.database in (None, "", ":memory:") or str(url.database).startswith("file:") or url.query:
@@ -181,6 +186,8 @@ def _open_sqlite(url: URL, shown: str) -> SearchStorage:
         )
     path = Path(os.path.realpath(str(url.database)))  # one lock whatever link leads there
     lock = FileLock(path.with_name(f"{path.name}.lock"), shown)
+    if existing and not path.exists():
+        raise _refuse(shown, f"there is no file {path}", "correct the URL; a relative one is of the working directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -196,11 +203,11 @@ def _open_sqlite(url: URL, shown: str) -> SearchStorage:
         raise _refuse(
             shown, f"{error.filename or path}: {error.strerror}", "name a file in a folder that can be written"
         ) from None
-    except (sqlite3.Error, SQLAlchemyError, StorageInternalError) as error:
+    except DatabaseErrors as error:
         remedy = "name another file"
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             remedy = f"make it writable (chmod u+w {path}), or name another file"
-        raise _refuse(shown, _text(error), remedy) from None
+        raise _refuse(shown, explain(error), remedy) from None
     return SearchStorage(rdb, lock, shown_url=shown)
 
 
@@ -224,7 +231,7 @@ def _open_postgresql(url: URL, shown: str) -> SearchStorage:
     except ImportError as error:
         raise _refuse(shown, f"needs psycopg ({error})", "pip install 'mapdistill[postgresql]'") from None
     except (SQLAlchemyError, StorageInternalError) as error:
-        what = _text(error)
+        what = explain(error)
         remedy = "start the server, or correct host and port" if transient(error) else "correct the URL"
         raise _refuse(shown, what, _remedy(what) or remedy) from None
     return SearchStorage(rdb, lock, shown_url=shown)

@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from optuna import Study
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 
 from engine.errors import UserError
 from ga.config import SearchConfig
@@ -70,6 +71,12 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
         begun = study.user_attrs.get(SETTINGS)
         if begun is not None:
             _check_same(begun, settings, study, facts, where=storage.shown_url)
+        elif study.directions != directions or any(
+            trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)
+        ):
+            raise UserError(
+                f"study {config.study!r} in {storage.shown_url} was not begun by a search; name another search.study"
+            )
         with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
             study.set_metric_names(["fitness", "deepest teacher layer"][: len(directions)])  # for optuna-dashboard
         source = SearchSource(study, space, config.search, proxy_seed=config.seed)

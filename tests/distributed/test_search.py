@@ -112,6 +112,12 @@ def test_a_job_that_refuses_its_configuration_stops_the_search(make_search: Make
     assert "Traceback" not in output
     assert not (search.output_dir / "study.db").exists()
 
+    blocked = make_search("blocked", trials=4)
+    (blocked.output_dir / "leader.lock").mkdir(parents=True)
+    output = blocked.finish(expect=2)
+    assert "leader.lock: Is a directory; mend that, and the same command goes on" in output
+    assert "Traceback" not in output
+
 
 def test_nsga2_with_a_second_objective_and_tpe_reuse_known_results(make_search: MakeSearch, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'all.db'}"

@@ -3,6 +3,7 @@ jobs: small Python programs that behave as launchers and ranks do."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -301,6 +302,20 @@ def test_other_hosts_get_the_users_variables_and_the_jobs(
 def test_a_command_that_does_not_exist(job_dir: Path) -> None:
     with pytest.raises(UserError, match="deepspeed cannot be started"):
         Job.start(["/nowhere/deepspeed"], job_dir=job_dir, added={}, cwd=job_dir)
+
+
+def test_a_job_that_nobody_could_find_again_is_ended(job_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+
+    def full(self: Path, text: str, encoding: str) -> int:
+        if self.name == "session.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, text, encoding)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"session\.json cannot be written: .*No space left"):
+        start(job_dir)
+    assert marked(job_dir) == []
 
 
 def test_imports_nothing_heavy() -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -385,6 +386,23 @@ def test_a_file_system_without_swaps_gets_the_new_report_too(tmp_path: Path) -> 
         (path / "REPORT.md").write_text(text)
     _put_in_place(draft, folder, swap=lambda one, other: False)
     assert (folder / "REPORT.md").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_publishers_side_by_side_leave_one_whole_report(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+
+    def publish(writer: int) -> None:
+        for i in range(40):
+            draft = tmp_path / f"draft-{writer}-{i}"
+            draft.mkdir()
+            for name in ("a", "b"):
+                (draft / name).write_text(f"{writer} {i}")
+            _put_in_place(draft, folder, swap=lambda one, other: False)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(publish, range(4)))
+    assert (folder / "a").read_text() == (folder / "b").read_text()
     assert list(tmp_path.iterdir()) == [folder]
 
 

@@ -6,19 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 
 from engine.cli import parse_config
 from engine.config import RunConfig
 from engine.errors import UserError
 from ga.best import as_commented_yaml, best_config
+from ga.cli import search_main
 from ga.config import SearchConfig
 from ga.jobs import find_placements, visible_gpus
 from ga.operators import PRESETS, Settings
 from ga.preflight import ProxyFacts
+from ga.proposals import SearchSource
 from ga.rehearsal import first_genomes, measured_evaluations, notes
 from ga.search import check_budget, search
-from ga.studies import search_space
+from ga.storage import open_storage
+from ga.studies import open_search, search_space
 
 FACTS = ProxyFacts(
     student_layers=3,
@@ -81,7 +85,8 @@ def test_a_budget_beyond_the_space_is_said() -> None:
     space = search_space(large, student_layers=3, teacher_layers=6)
     assert any("343 genomes" in note and "exhaustive" in note for note in notes(large, space, placements))
     assert notes(config(), space, placements) == []
-    first = first_genomes(large, space)
+    source = SearchSource(optuna.create_study(direction="maximize"), space, large.search, proxy_seed=0)
+    first = first_genomes(source, 8)
     assert first[:5] == ["2-4-6", "4-5-6", "1-2-3", "6-6-6", "0-0-0"]
     assert len(set(first)) == 8
 
@@ -126,3 +131,24 @@ def test_an_output_dir_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"output_dir=.*cannot be made"):
         search(config("--output_dir", str(tmp_path / "file" / "runs")))
+
+
+def test_a_study_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'all.db'}"
+    study = optuna.create_study(storage=url, study_name="lr")
+    study.optimize(lambda trial: trial.suggest_float("lr", 0, 1), n_trials=1)
+    mine = config("--search.storage", url, "--search.study", "lr")
+    space = search_space(mine, student_layers=3, teacher_layers=6)
+    with pytest.raises(UserError, match=r"study 'lr' in .* was not begun by a search; name another search\.study"):
+        open_search(open_storage(url), mine, space, FACTS)
+    assert study.user_attrs == {}
+    assert len(optuna.load_study(storage=url, study_name="lr").trials) == 1
+
+
+def test_a_mistyped_storage_is_not_made_by_asking_for_the_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert search_main(["--status", "--search.storage", "sqlite:///stduy.db"]) == 2
+    assert "there is no file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
