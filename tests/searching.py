@@ -40,6 +40,8 @@ class SearchRun:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # a suite that runs in the background of a script ignores Ctrl-C, and so would the driver
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(self, *more: str, expect: int = 0) -> str:
