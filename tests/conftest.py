@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from glue_sample import write_glue_sample
+from interpreter import import_triton_interpreted
 from launching import Run, write_ds_config
 from searching import SearchRun
 from tiny_world import TinyWorld, save_tiny_teacher, write_text
 
 pytest_plugins = ["postgres"]
+
+if not torch.cuda.is_available():
+    import_triton_interpreted()
 
 # Two threads on two busy cores wait for each other longer than they work; the tests' tensors are tiny anyway.
 torch.set_num_threads(1)

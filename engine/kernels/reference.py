@@ -177,14 +177,19 @@ def attention_probs_kl(
     return _normalised(_softmax_kl_sum(scores_s, scores_t, mask), q_s.shape[1] * tokens)
 
 
-def _relation_scores(x: torch.Tensor, relation_heads: int) -> torch.Tensor:
-    """(B, H, L, d) -> (B, relation_heads, L, L): X X^T / sqrt(d_r), the H * d features re-split to heads of d_r."""
+def split_heads(x: torch.Tensor, relation_heads: int) -> torch.Tensor:
+    """(B, H, L, d) -> (B, relation_heads, L, H * d / relation_heads): the same features, split anew."""
     batch, heads, length, head_width = x.shape
     width = heads * head_width
     if width % relation_heads:
         raise ValueError(f"relation_heads={relation_heads} does not divide the width {width} of the captured tensor")
-    split = x.transpose(1, 2).reshape(batch, length, relation_heads, width // relation_heads).transpose(1, 2)
-    return _scores(split, split, (width // relation_heads) ** -0.5)
+    return x.transpose(1, 2).reshape(batch, length, relation_heads, width // relation_heads).transpose(1, 2)
+
+
+def _relation_scores(x: torch.Tensor, relation_heads: int) -> torch.Tensor:
+    """(B, H, L, d) -> (B, relation_heads, L, L): X X^T / sqrt(d_r)."""
+    split = split_heads(x, relation_heads)
+    return _scores(split, split, split.shape[-1] ** -0.5)
 
 
 def relation_kl(

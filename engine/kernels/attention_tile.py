@@ -1,0 +1,124 @@
+"""Attention-score MSE by tiles: the difference of the two score maps, with the gradient, some rows at a time.
+
+With D = A_s - A_t, A = scale * Q K^T, and c = 1 / (H * token_pairs): value = c * sum(D^2), dQ_s = 2 c scale_s D K_s,
+dK_s = 2 c scale_s D^T Q_s. A tile of D is made, used for the value and both gradients, and dropped, so that memory
+grows with L and not with L^2. Whole sequences form a tile where their maps are small: on a CPU tiles stay in its cache
+(2 to 3 times faster than whole batches, whose new pages cost more than the products), on a GPU they keep maps few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from engine.kernels.exact import exact_products, scaled, square_sum, widest
+from engine.kernels.reference import ZEROED_SCORE_TINYBERT
+
+MAP_ENTRIES_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
+"""CPU: 2 MiB in fp32, a core's cache. CUDA: 256 MiB, enough to fill it, and far from the 2^31 elements that a dot
+product takes."""
+
+Tile = tuple[slice, slice, slice]
+"""Sequences, heads and rows (queries) that are worked on together, with all their keys."""
+
+
+def tiles(B: int, H: int, L: int, device: torch.device) -> Iterator[Tile]:
+    """Cuts B * H maps of (L, L) into tiles of at most MAP_ENTRIES_AT_ONCE entries, or one row."""
+    most = MAP_ENTRIES_AT_ONCE[device.type]
+    sequences = min(B, max(1, most // (H * L * L)))
+    heads = H if sequences > 1 else min(H, max(1, most // (L * L)))
+    rows = L if heads > 1 or most >= L * L else max(1, most // L)
+    for b in range(0, B, sequences):
+        for h in range(0, H, heads):
+            for i in range(0, L, rows):
+                yield slice(b, b + sequences), slice(h, h + heads), slice(i, i + rows)
+
+
+class _ScoreMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_s: torch.Tensor,
+        k_s: torch.Tensor,
+        q_t: torch.Tensor,
+        k_t: torch.Tensor,
+        scale_s: float,
+        scale_t: float,
+        mask: torch.Tensor | None,
+        factor: float,
+        tinybert: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        kind = widest(q_s, k_s, q_t, k_t)
+        sums, targets = [], []
+        d_queries, d_keys = (torch.zeros(x.shape, dtype=kind, device=x.device) if wanted else None for x in (q_s, k_s))
+        pads = None if mask is None else ~mask[:, None, :, None]
+        with exact_products(q_s.device):
+            for b, h, i in tiles(*q_s.shape[:3], device=q_s.device):
+                key_pads = None if pads is None else pads[b]
+                query_pads = None if key_pads is None or tinybert else key_pads[:, :, i]
+                rows_s, rows_t = (wide_maps(x[b, h, i], kind, query_pads) for x in (q_s, q_t))
+                keys_s, keys_t = (wide_maps(x[b, h], kind, key_pads) for x in (k_s, k_t))
+                scores_t = torch.bmm(rows_t, keys_t.transpose(1, 2)).mul_(scale_t)
+                if tinybert:
+                    scores_s = torch.bmm(rows_s, keys_s.transpose(1, 2)).mul_(scale_s)
+                    below = scores_s <= ZEROED_SCORE_TINYBERT
+                    scores_t.masked_fill_(scores_t <= ZEROED_SCORE_TINYBERT, 0.0)
+                    targets.append(square_sum(scores_t, kind))
+                    difference = scores_s.masked_fill_(below, 0.0).sub_(scores_t)
+                    sums.append(square_sum(difference, kind))
+                    difference.masked_fill_(below, 0.0)
+                else:
+                    targets.append(square_sum(scores_t, kind))
+                    difference = scores_t.baddbmm_(rows_s, keys_s.transpose(1, 2), beta=-1.0, alpha=scale_s)
+                    sums.append(square_sum(difference, kind))
+                if d_queries is not None and d_keys is not None:
+                    add_products(d_queries[b, h, i], d_keys[b, h], difference, rows_s, keys_s)
+        if d_queries is not None and d_keys is not None:
+            ctx.save_for_backward(d_queries, d_keys)
+            ctx.factor, ctx.dtypes = 2.0 * factor * scale_s, (q_s.dtype, k_s.dtype)
+        value, target = (torch.stack(parts).sum() * factor for parts in (sums, targets))
+        ctx.mark_non_differentiable(target)
+        return value, target
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale = upstream * ctx.factor
+        d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return d_query, d_key, None, None, None, None, None, None, None
+
+
+def wide_maps(x: torch.Tensor, kind: torch.dtype, pads: torch.Tensor | None) -> torch.Tensor:
+    """(n, H, L, d) -> (n * H, L, d) in full precision, each head's rows together, and 0 at pads whatever stands there.
+    Products of heads that lie apart in memory would each copy them first."""
+    wide = torch.empty(x.shape, dtype=kind, device=x.device).copy_(x)
+    return (wide if pads is None else wide.masked_fill_(pads, 0.0)).flatten(0, 1)
+
+
+def add_products(
+    d_queries: torch.Tensor, d_keys: torch.Tensor, difference: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
+) -> None:
+    """d_queries = difference keys, d_keys += difference^T queries; gradients (n, H, rows, d), others without n."""
+    d_queries.copy_(torch.bmm(difference, keys).view(d_queries.shape))
+    d_keys += torch.bmm(difference.transpose(1, 2), queries).view(d_keys.shape)
+
+
+def score_mse(
+    q_s: torch.Tensor,
+    k_s: torch.Tensor,
+    q_t: torch.Tensor,
+    k_t: torch.Tensor,
+    *,
+    scale_s: float,
+    scale_t: float,
+    mask: torch.Tensor | None,
+    factor: float,
+    tinybert: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """factor * sum((A_s - A_t)^2), differentiable, and factor * sum(A_t^2). All have the same number of heads; factor
+    is 1 / (H * token_pairs). tinybert: as reference.attention_score_mse_tinybert."""
+    value, target = _ScoreMSE.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, mask, factor, tinybert)
+    return value, target

@@ -1,0 +1,135 @@
+"""Where sequences lie in tensors of packed tokens, which have no padding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+GROUP_COSTS = 2**15
+"""Entries of one head's attention that take as long as the dozen small calls of one more group on a CPU."""
+
+
+class Segments:
+    """Sequences of `lengths` tokens, one after the other in dimension 1 of (1, T, D) and 2 of (1, H, T, d).
+
+    Lengths are plain numbers: kernels and loops are laid out without asking the device.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+        self.tokens, self.longest = sum(self.lengths), max(self.lengths)
+        self._copies: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._grouped: dict[torch.device, tuple[list[tuple[Segments, torch.Tensor | None]], torch.Tensor | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def _on(self, what: str, device: torch.device) -> torch.Tensor:
+        """Copied once. (Not by functools.cache of a bound method: that is a cycle, which only the collector frees.)"""
+        if (what, device) not in self._copies:
+            self._copies[what, device] = self._copy(what, device)
+        return self._copies[what, device]
+
+    def _copy(self, what: str, device: torch.device) -> torch.Tensor:
+        ends = np.cumsum(self.lengths)
+        if what == "places":
+            values = self._places
+        elif what == "mask":
+            values = np.arange(self.longest) < np.array(self.lengths)[:, None]
+        else:
+            starts = {"starts": ends - self.lengths, "lengths": self.lengths, "bounds": [0, *ends]}
+            values = np.array(starts[what], dtype=np.int32)
+        on_host = torch.from_numpy(values)
+        return on_host.to(device, non_blocking=True)
+
+    @functools.cached_property
+    def _places(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Of each token in a batch that is padded to the longest sequence."""
+        ends = np.cumsum(self.lengths)
+        within = np.arange(self.tokens) - np.repeat(ends - self.lengths, self.lengths)
+        return np.repeat(np.arange(len(self)) * self.longest, self.lengths) + within
+
+    def places_on(self, device: torch.device) -> torch.Tensor:
+        """(T,) int64: where each token lies in (S * longest) positions of padded sequences."""
+        return self._on("places", device)
+
+    def mask_on(self, device: torch.device) -> torch.Tensor | None:
+        """(S, longest) bool of `padded`; None when no sequence is shorter than another."""
+        if self.tokens == len(self) * self.longest:
+            return None
+        return self._on("mask", device)
+
+    def padded(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """(1, …, T, …) with tokens at `dim` -> (S, …, longest, …), 0 at pads; differentiable."""
+        x = x.squeeze(0).movedim(dim - 1, 0)
+        if self.mask_on(x.device) is None:
+            out = x
+        else:
+            out = x.new_zeros(len(self) * self.longest, *x.shape[1:]).index_copy(0, self.places_on(x.device), x)
+        return out.unflatten(0, (len(self), self.longest)).movedim(1, dim)
+
+    def packed(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """The inverse of `padded`, also of sequences padded to more than the longest: pads are dropped;
+        differentiable."""
+        flat = x.narrow(dim, 0, self.longest).movedim(dim, 1).flatten(0, 1)
+        if self.mask_on(x.device) is not None:
+            flat = flat.index_select(0, self.places_on(x.device))
+        return flat.movedim(0, dim - 1).unsqueeze(0)
+
+    @functools.cached_property
+    def _groups(self) -> list[list[int]]:
+        """Numbers of sequences that are padded to the longest of their group: the cheapest partition, where a group of
+        n sequences of up to L tokens costs n L^2 and GROUP_COSTS more."""
+        order = np.argsort(self.lengths, kind="stable")
+        squares = np.array(self.lengths, dtype=np.float64)[order] ** 2
+        cost, first = np.zeros(len(self) + 1), np.zeros(len(self) + 1, dtype=np.int64)
+        for end in range(1, len(self) + 1):  # of the `end` shortest
+            costs = cost[:end] + (end - np.arange(end)) * squares[end - 1]
+            first[end] = costs.argmin()
+            cost[end] = costs[first[end]] + GROUP_COSTS
+        groups: list[list[int]] = []
+        end = len(self)
+        while end:
+            groups.append([int(i) for i in order[first[end] : end]])
+            end = int(first[end])
+        return groups[::-1]
+
+    def groups_on(self, device: torch.device) -> tuple[list[tuple[Segments, torch.Tensor | None]], torch.Tensor | None]:
+        """The sequences in groups that are padded together: for each group its own segments and where its tokens lie
+        here (None: in this order, all of them), and where each token lies when the groups' tokens are joined."""
+        if device not in self._grouped:
+            ends = np.cumsum(self.lengths)
+            parts, joined = [], []
+            for group in self._groups:
+                tokens = np.concatenate([np.arange(ends[i] - self.lengths[i], ends[i]) for i in group])
+                at = torch.from_numpy(tokens).to(device, non_blocking=True)
+                parts.append((Segments([self.lengths[i] for i in group]), at))
+                joined.append(tokens)
+            order = np.concatenate(joined)
+            if (order == np.arange(self.tokens)).all() and len(parts) == 1:
+                self._grouped[device] = [(parts[0][0], None)], None
+            else:
+                self._grouped[device] = list(parts), torch.from_numpy(np.argsort(order)).to(device, non_blocking=True)
+        return self._grouped[device]
+
+    def starts_on(self, device: torch.device) -> torch.Tensor:
+        """(S,) int32"""
+        return self._on("starts", device)
+
+    def lengths_on(self, device: torch.device) -> torch.Tensor:
+        """(S,) int32"""
+        return self._on("lengths", device)
+
+    def bounds_on(self, device: torch.device) -> torch.Tensor:
+        """(S + 1,) int32: 0 and the end of each sequence, as varlen attention wants them."""
+        return self._on("bounds", device)
+
+
+@functools.lru_cache(maxsize=64)
+def segments_of_lengths(lengths: tuple[int, ...]) -> Segments:
+    """One object for all layers and models that meet a batch, so that its tensors are made once."""
+    return Segments(lengths)

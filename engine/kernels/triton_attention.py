@@ -1,0 +1,307 @@
+"""Attention-score MSE as Triton kernels: scores live in registers only, and gradients are ready after the forward.
+
+Formulas: engine/kernels/attention_tile.py. Up to ONE_PROGRAM tokens one program does a whole (sequence, head): each
+input is read once, each gradient written once. Longer ones are cut into rows: a program owns BM rows of one side,
+walks over the other side, and writes the gradient of its own rows; the second launch swaps the sides, so that no two
+programs write to one place. No atomics, fixed order: the same bits each time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from engine.kernels.exact import scaled
+from engine.kernels.reference import ZEROED_SCORE_TINYBERT
+from engine.kernels.segments import Segments
+from engine.kernels.triton_common import (
+    DTYPES,
+    FUSED,
+    INTERPRETED,
+    STAGES,
+    dot,
+    dot_to,
+    load_rows,
+    padded_width,
+    precision,
+)
+
+ONE_PROGRAM = 128
+"""Most tokens of a sequence that one program takes: its map of 128 x 128 fp32 numbers fills the registers of 8
+warps."""
+ROWS, WARPS = 128, 8
+
+
+def columns_of(width_t: int) -> int:
+    """Of a tile: what fits into the registers of an A100 beside rows of that width."""
+    return 64 if width_t <= 64 else 32
+
+
+@triton.jit
+def _difference(
+    own_s, other_s, own_t, other_t, scale_s, scale_t,
+    CUT: tl.constexpr, TINYBERT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Of one tile: sum((A_s - A_t)^2) and sum(A_t^2), both / scale_s^2, and the matrix that the gradients are products
+    of: (A_s - A_t) / scale_s. One accumulator serves both sides: two would not fit into the registers."""
+    scores = dot(own_t, tl.trans(other_t), PRECISION, WIDEN) * (scale_t / scale_s)
+    if TINYBERT:
+        scores = tl.where(scores * scale_s <= CUT, 0.0, scores)
+    targets = tl.sum(tl.sum(scores * scores, axis=1), axis=0)
+    if TINYBERT:
+        of_student = dot(own_s, tl.trans(other_s), PRECISION, WIDEN)
+        passed = of_student * scale_s > CUT
+        scores = tl.where(passed, of_student, 0.0) - scores
+    else:
+        scores = dot_to(own_s, tl.trans(other_s), -scores, PRECISION, WIDEN)
+    value = tl.sum(tl.sum(scores * scores, axis=1), axis=0)
+    if TINYBERT:
+        scores = tl.where(passed, scores, 0.0)
+    return value, targets, scores
+
+
+@triton.jit
+def _whole(
+    Q_S, K_S, Q_T, K_T, D_Q, D_K, STARTS, LENGTHS, MASK, PART, scale_s, scale_t,
+    q_s_b, q_s_h, q_s_l, k_s_b, k_s_h, k_s_l, q_t_b, q_t_h, q_t_l, k_t_b, k_t_h, k_t_l,
+    d_q_b, d_q_h, d_q_l, d_k_b, d_k_h, d_k_l, mask_b,
+    H: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TINYBERT: tl.constexpr, CUT: tl.constexpr,
+    GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One program for each (sequence, head)."""
+    pid = tl.program_id(0)
+    b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
+    start, length = tl.load(STARTS + b).to(tl.int64), tl.load(LENGTHS + b)
+    K_S += b * k_s_b + h * k_s_h + start * k_s_l
+    K_T += b * k_t_b + h * k_t_h + start * k_t_l
+    D_Q += b * d_q_b + h * d_q_h + start * d_q_l
+    D_K += b * d_k_b + h * d_k_h + start * d_k_l
+    MASK += b * mask_b
+    rows, columns = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_S)
+    queries = rows < length
+    if MASKED and not TINYBERT:  # TinyBERT's padded queries count
+        queries = queries & (tl.load(MASK + rows, mask=queries, other=0) != 0)
+    q_s = load_rows(Q_S + b * q_s_b + h * q_s_h + start * q_s_l, rows, queries, q_s_l, WIDTH_S, BLOCK_S)
+    q_t = load_rows(Q_T + b * q_t_b + h * q_t_h + start * q_t_l, rows, queries, q_t_l, WIDTH_T, BLOCK_T)
+    value, target = 0.0, 0.0
+    d_q = tl.zeros((BLOCK_L, BLOCK_S), dtype=tl.float32)
+    for first in range(0, BLOCK_L, BN):
+        keys = first + tl.arange(0, BN)
+        inside = keys < length
+        real = inside
+        if MASKED:
+            real = inside & (tl.load(MASK + keys, mask=inside, other=0) != 0)
+        # rows that are not read are 0, and so are their scores on both sides
+        k_s = load_rows(K_S, keys, real, k_s_l, WIDTH_S, BLOCK_S)
+        k_t = load_rows(K_T, keys, real, k_t_l, WIDTH_T, BLOCK_T)
+        v, t, difference = _difference(q_s, k_s, q_t, k_t, scale_s, scale_t, CUT, TINYBERT, PRECISION, WIDEN)
+        value += v
+        target += t
+        if GRADIENT:
+            # Rounding the difference costs a relative 2^-9 of itself however small it is: nothing cancels after it.
+            difference = difference.to(q_s.dtype)
+            d_q = dot_to(difference, k_s, d_q, PRECISION, WIDEN)
+            d_k = dot(tl.trans(difference), q_s, PRECISION, WIDEN)
+            tl.store(
+                D_K + keys[:, None].to(tl.int64) * d_k_l + columns[None, :],
+                d_k.to(D_K.dtype.element_ty),
+                mask=inside[:, None] & (columns[None, :] < WIDTH_S),
+            )
+    tl.store(PART + 2 * pid, value)
+    tl.store(PART + 2 * pid + 1, target)
+    if GRADIENT:
+        tl.store(
+            D_Q + rows[:, None].to(tl.int64) * d_q_l + columns[None, :],
+            d_q.to(D_Q.dtype.element_ty),
+            mask=(rows < length)[:, None] & (columns[None, :] < WIDTH_S),
+        )
+
+
+@triton.jit
+def _by_rows(
+    OWN_S, OTHER_S, OWN_T, OTHER_T, D_OWN, STARTS, LENGTHS, MASK, PART, scale_s, scale_t,
+    own_s_b, own_s_h, own_s_l, other_s_b, other_s_h, other_s_l, own_t_b, own_t_h, own_t_l,
+    other_t_b, other_t_h, other_t_l, d_b, d_h, d_l, mask_b,
+    H: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, OWN_MASKED: tl.constexpr, OTHER_MASKED: tl.constexpr, TINYBERT: tl.constexpr,
+    CUT: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One program for each BM rows of a (sequence, head) of one side; the difference is symmetric in what is own and
+    other, so that one kernel gives dQ (own = queries) and dK (own = keys) without transposing what it has computed."""
+    block, pid = tl.program_id(0), tl.program_id(1)
+    b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
+    start, length = tl.load(STARTS + b).to(tl.int64), tl.load(LENGTHS + b)
+    own = block * BM + tl.arange(0, BM)
+    own_inside = own < length
+    own_real = own_inside
+    if OWN_MASKED:
+        own_real = own_inside & (tl.load(MASK + b * mask_b + own, mask=own_inside, other=0) != 0)
+    OTHER_S += b * other_s_b + h * other_s_h + start * other_s_l
+    OTHER_T += b * other_t_b + h * other_t_h + start * other_t_l
+    own_s = load_rows(OWN_S + b * own_s_b + h * own_s_h + start * own_s_l, own, own_real, own_s_l, WIDTH_S, BLOCK_S)
+    own_t = load_rows(OWN_T + b * own_t_b + h * own_t_h + start * own_t_l, own, own_real, own_t_l, WIDTH_T, BLOCK_T)
+    gradient = tl.zeros((BM, BLOCK_S), dtype=tl.float32)
+    value, target = 0.0, 0.0
+    if block * BM < length:
+        for first in range(0, length, BN):
+            other = first + tl.arange(0, BN)
+            real = other < length
+            if OTHER_MASKED:
+                real = real & (tl.load(MASK + b * mask_b + other, mask=real, other=0) != 0)
+            other_s = load_rows(OTHER_S, other, real, other_s_l, WIDTH_S, BLOCK_S)
+            other_t = load_rows(OTHER_T, other, real, other_t_l, WIDTH_T, BLOCK_T)
+            v, t, difference = _difference(
+                own_s, other_s, own_t, other_t, scale_s, scale_t, CUT, TINYBERT, PRECISION, WIDEN
+            )
+            value += v
+            target += t
+            if GRADIENT:
+                gradient = dot_to(difference.to(own_s.dtype), other_s, gradient, PRECISION, WIDEN)
+    if SUMS:
+        at = pid * tl.num_programs(0) + block
+        tl.store(PART + 2 * at, value)
+        tl.store(PART + 2 * at + 1, target)
+    if GRADIENT:
+        columns = tl.arange(0, BLOCK_S)
+        written = own_inside[:, None] & (columns[None, :] < WIDTH_S)
+        D_OWN += b * d_b + h * d_h + start * d_l
+        tl.store(
+            D_OWN + own[:, None].to(tl.int64) * d_l + columns[None, :],
+            gradient.to(D_OWN.dtype.element_ty),
+            mask=written,
+        )
+
+
+def _strides(x: torch.Tensor, *, packed: bool) -> tuple[int, int, int]:
+    """Of sequences, heads and tokens. Packed sequences lie one after the other in the only row."""
+    return 0 if packed else x.stride(0), x.stride(1), x.stride(2)
+
+
+def launch(
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    scales: tuple[float, float],
+    segments: Segments | None,
+    mask: torch.Tensor | None,
+    *,
+    tinybert: bool,
+    gradient: bool,
+    one_program: int = ONE_PROGRAM,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(2,) float32 sums over all scores of D^2 and (A_t / scale_s)^2, D = (A_s - A_t) / scale_s, and [D K_s, D^T Q_s]
+    if `gradient`, in the inputs' bfloat16 or in float32."""
+    q_s, k_s, q_t, k_t = tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)  # type: ignore[assignment]
+    device, packed = q_s.device, segments is not None
+    B, H, L, width_s = q_s.shape
+    if segments is None:
+        starts = torch.zeros(B, dtype=torch.int32, device=device)
+        lengths, longest = torch.full((B,), L, dtype=torch.int32, device=device), L
+    else:
+        starts, lengths, longest = segments.starts_on(device), segments.lengths_on(device), segments.longest
+        B = len(segments)
+    kept = (
+        torch.bfloat16 if q_s.dtype == torch.bfloat16 else torch.float32
+    )  # float16 might overflow before it is scaled
+    grads = [torch.empty_like(x, dtype=kept) for x in (q_s, k_s)] if gradient else []
+    d_q, d_k = grads if gradient else (q_s, k_s)
+    shared: dict[str, Any] = {
+        "H": H,
+        "WIDTH_S": width_s,
+        "WIDTH_T": q_t.shape[-1],
+        "BLOCK_S": padded_width(width_s),
+        "BLOCK_T": padded_width(q_t.shape[-1]),
+        "TINYBERT": tinybert,
+        "CUT": ZEROED_SCORE_TINYBERT,
+        "GRADIENT": gradient,
+        "PRECISION": precision(q_s.dtype),
+        "WIDEN": INTERPRETED and q_s.dtype != torch.float32,
+        **FUSED,
+    }
+    pads = starts if mask is None else mask.view(torch.uint8)
+    mask_b = 0 if mask is None else mask.stride(0)
+    s = {id(x): _strides(x, packed=packed) for x in (q_s, k_s, q_t, k_t, d_q, d_k)}
+    if tinybert and q_t.shape[-1] > 64:  # needs both sides' scores at once, and they do not fit
+        one_program = 0
+    if longest <= one_program:
+        block = max(16, triton.next_power_of_2(longest))
+        part = torch.empty(B * H, 2, dtype=torch.float32, device=device)
+        _whole[(B * H,)](
+            q_s, k_s, q_t, k_t, d_q, d_k, starts, lengths, pads, part, *scales,
+            *s[id(q_s)], *s[id(k_s)], *s[id(q_t)], *s[id(k_t)], *s[id(d_q)], *s[id(d_k)], mask_b,
+            BLOCK_L=block, BN=min(block, columns_of(q_t.shape[-1])), MASKED=mask is not None, num_warps=WARPS,
+            num_stages=1, **shared,
+        )  # fmt: skip
+        return part.sum(0), grads
+    blocks = triton.cdiv(longest, ROWS)
+    part = torch.empty(B * H * blocks, 2, dtype=torch.float32, device=device)
+    sides = [(q_s, k_s, q_t, k_t, d_q, True), (k_s, q_s, k_t, q_t, d_k, False)]
+    for own_s, other_s, own_t, other_t, d_own, by_query in sides if gradient else sides[:1]:
+        masked = mask is not None
+        _by_rows[(blocks, B * H)](
+            own_s, other_s, own_t, other_t, d_own, starts, lengths, pads, part, *scales,
+            *s[id(own_s)], *s[id(other_s)], *s[id(own_t)], *s[id(other_t)], *s[id(d_own)], mask_b,
+            BM=ROWS, BN=columns_of(q_t.shape[-1]), SUMS=by_query, num_warps=WARPS,
+            num_stages=STAGES, OWN_MASKED=masked and not (tinybert and by_query),
+            OTHER_MASKED=masked and not (tinybert and not by_query), **shared,
+        )  # fmt: skip
+    return part.sum(0), grads
+
+
+class _ScoreMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_s: torch.Tensor,
+        k_s: torch.Tensor,
+        q_t: torch.Tensor,
+        k_t: torch.Tensor,
+        scale_s: float,
+        scale_t: float,
+        segments: Segments | None,
+        mask: torch.Tensor | None,
+        factor: float,
+        tinybert: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        sums, grads = launch(
+            (q_s, k_s, q_t, k_t), (scale_s, scale_t), segments, mask, tinybert=tinybert, gradient=wanted
+        )
+        if wanted:
+            ctx.save_for_backward(*grads)
+            ctx.factor, ctx.dtypes = 2.0 * factor * scale_s * scale_s, (q_s.dtype, k_s.dtype)
+        value, target = (sums * (factor * scale_s * scale_s)).unbind()
+        ctx.mark_non_differentiable(target)
+        return value, target
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale = upstream * ctx.factor
+        d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return d_query, d_key, None, None, None, None, None, None, None, None
+
+
+def score_mse(
+    q_s: torch.Tensor,
+    k_s: torch.Tensor,
+    q_t: torch.Tensor,
+    k_t: torch.Tensor,
+    *,
+    scale_s: float,
+    scale_t: float,
+    segments: Segments | None = None,
+    mask: torch.Tensor | None,
+    factor: float,
+    tinybert: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As attention_tile.score_mse; q_s, k_s, q_t, k_t of one dtype (float32, bfloat16, float16).
+
+    With `segments` they are (1, H, T, d), T the tokens of all sequences. Without, mask (B, L) bool may name pads.
+    """
+    assert q_s.dtype in DTYPES, q_s.dtype
+    value, target = _ScoreMSE.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, segments, mask, factor, tinybert)
+    return value, target
