@@ -8,21 +8,17 @@ from engine.losses.base import Loss
 from engine.losses.cosine import CosineLoss
 from engine.losses.embedding import EmbeddingLoss
 from engine.losses.hidden import HiddenLoss
-from engine.losses.logits import LogitsLoss
-from engine.losses.mlm import MlmLoss
 from engine.losses.relation import RelationLoss
+from engine.losses.vocabulary import VocabularyLosses
 
 LOSSES: dict[str, type[Loss]] = {
-    loss.name: loss
-    for loss in (
-        HiddenLoss,
-        AttentionScoreLoss,
-        EmbeddingLoss,
-        AttentionProbsLoss,
-        RelationLoss,
-        CosineLoss,
-        LogitsLoss,
-        MlmLoss,
-    )
+    "hidden": HiddenLoss,
+    "attention": AttentionScoreLoss,
+    "embedding": EmbeddingLoss,
+    "attention_probs": AttentionProbsLoss,
+    "relation": RelationLoss,
+    "cosine": CosineLoss,
+    "logits": VocabularyLosses,
+    "mlm": VocabularyLosses,
 }
 """Name (engine.config.LOSS_NAMES) -> class, in the order in which terms are logged."""

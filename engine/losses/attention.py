@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
 from engine.errors import UserError
-from engine.kernels import attention_score, reference
-from engine.losses.base import AttentionMapped, LossSetup, StepInputs
+from engine.losses.base import AttentionMapped, Evaluated, LossSetup, StepInputs
+
+TARGET = "attention_target"
+"""What is observed: the mean of the teacher's squared scores. With the loss it gives rho = |A_s - A_t| / |A_t|."""
 
 
 def check_equal_heads(loss: str, setup: LossSetup) -> None:
@@ -26,18 +28,18 @@ class AttentionScoreLoss(AttentionMapped):
     def check(self) -> None:
         check_equal_heads(self.name, self.setup)
 
-    def __call__(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        terms = {}
-        mask, counts = inputs.batch.token_mask, inputs.per_micro
+    @property
+    def observed(self) -> tuple[str, ...]:
+        return tuple(f"{TARGET}/{pair}" for pair in self.pairs)
+
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        values, targets = {}, {}
+        tinybert, counts = self.setup.counts_pads, inputs.per_micro
         for pair in self.pairs:
-            tensors, scale_s, scale_t = inputs.attention(self.name, pair)
-            if self.setup.counts_pads:
-                value = reference.attention_score_mse_tinybert(
-                    *tensors, scale_s=scale_s, scale_t=scale_t, mask=mask, position_pairs=counts.position_pairs
-                )
-            else:
-                value = attention_score.attention_score_mse(
-                    *tensors, scale_s=scale_s, scale_t=scale_t, mask=mask, token_pairs=counts.token_pairs
-                )
-            terms[f"{self.name}/{pair}"] = value
-        return terms
+            values[f"{self.name}/{pair}"], targets[f"{TARGET}/{pair}"] = inputs.kernels.attention_score_mse(
+                inputs.attention(self.name, pair),
+                inputs.rows,
+                pairs=counts.position_pairs if tinybert else counts.token_pairs,
+                tinybert=tinybert,
+            )
+        return Evaluated.weighted(values, weights)._replace(observed=targets)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from engine.kernels import reference
 from engine.losses.attention import check_equal_heads
-from engine.losses.base import AttentionMapped, StepInputs
+from engine.losses.base import AttentionMapped, Evaluated, StepInputs
 
 
 class AttentionProbsLoss(AttentionMapped):
@@ -15,15 +14,11 @@ class AttentionProbsLoss(AttentionMapped):
     def check(self) -> None:
         check_equal_heads(self.name, self.setup)
 
-    def __call__(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        terms = {}
-        for pair in self.pairs:
-            tensors, scale_s, scale_t = inputs.attention(self.name, pair)
-            terms[f"{self.name}/{pair}"] = reference.attention_probs_kl(
-                *tensors,
-                scale_s=scale_s,
-                scale_t=scale_t,
-                mask=inputs.batch.token_mask,
-                tokens=inputs.per_micro.tokens,
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        values = {
+            f"{self.name}/{pair}": inputs.kernels.softmax_kl(
+                inputs.attention(self.name, pair), inputs.rows, tokens=inputs.per_micro.tokens
             )
-        return terms
+            for pair in self.pairs
+        }
+        return Evaluated.weighted(values, weights)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
 from engine.config import LossConfig
 from engine.data.batch import Batch, Counts
+from engine.kernels.choice import Attention, Kernels, Rows
+from engine.kernels.segments import Segments
 from engine.models.features import Features, Wanted
+from engine.models.mlm_head import MlmHead, WholeLogits
 from engine.models.projections import Projections
 from engine.models.shape import ModelShape
 
@@ -53,13 +57,21 @@ class LossSetup:
         return self.config.preset == "tinybert"
 
 
-class AttentionInputs(NamedTuple):
-    """Queries and keys of one layer of the student and of the teacher, and the factors on Q K^T."""
+class Evaluated(NamedTuple):
+    """What one loss makes of one micro batch."""
 
-    queries_and_keys: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-    """q_s, k_s, q_t, k_t"""
-    scale_s: float
-    scale_t: float
+    total: torch.Tensor
+    """The weighted sum of its terms: a differentiable scalar."""
+    terms: dict[str, torch.Tensor]
+    """Term name -> raw value, before any weight, detached."""
+    observed: Mapping[str, torch.Tensor] = MappingProxyType({})
+    """The same of what is logged beside the terms."""
+
+    @classmethod
+    def weighted(cls, values: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> Evaluated:
+        """Of differentiable values."""
+        total = torch.stack([value * weights[name] for name, value in values.items()]).sum()
+        return cls(total, {name: value.detach() for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -73,11 +85,22 @@ class StepInputs:
     per_micro: Counts
     """Counts of the global batch / (ranks * accumulation steps)."""
     projections: Projections
-    _projected: dict[tuple[int, bool], torch.Tensor] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=Kernels)
+
+    @property
+    def segments(self) -> Segments | None:
+        """Where sequences lie, when at least one side ran without pads; those of the other side are dropped then."""
+        return self.student.segments or self.teacher.segments
+
+    @property
+    def rows(self) -> Rows:
+        """Which rows of the captured tensors are real tokens."""
+        return Rows(mask=self.batch.token_mask) if self.segments is None else Rows(segments=self.segments)
 
     def captured(self, loss: str, side: Side, kind: str, layer: int) -> torch.Tensor:
         """Features.<kind>[layer] of one side."""
-        tensors: Mapping[int, torch.Tensor] = getattr(getattr(self, side), kind)
+        features: Features = getattr(self, side)
+        tensors: Mapping[int, torch.Tensor] = getattr(features, kind)
         if layer not in tensors:
             present = ", ".join(map(str, sorted(tensors))) or "none"
             raise RuntimeError(
@@ -86,26 +109,24 @@ class StepInputs:
         tensor = tensors[layer]
         if side == "teacher" and tensor.requires_grad:
             raise RuntimeError(f"loss.{loss}: the teacher's {kind} of layer {layer} has a gradient; it must be frozen")
+        if self.segments is not None and features.segments is None:
+            tensor = self.segments.packed(tensor, tensor.dim() - 2)
         return tensor
 
-    def hidden_states(
-        self, loss: str, pair: tuple[int, int], *, with_pads: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's hidden state pair[0] projected to the teacher's width, and the teacher's pair[1]: (B, L, D).
+    def hidden_states(self, loss: str, pair: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's hidden state pair[0] and the teacher's pair[1]: (B, L, D_s) and (B, L, D_t)."""
+        return self.captured(loss, "student", "hidden", pair[0]), self.captured(loss, "teacher", "hidden", pair[1])
 
-        Without pads, padded tokens are zeroed before the projection: its weight gradient is a sum over all tokens,
-        where 0 * NaN would be NaN.
-        """
-        layer_s, layer_t = pair
-        state = self.captured(loss, "student", "hidden", layer_s)
-        if (layer_s, with_pads) not in self._projected:  # hidden and cosine share one product
-            mask = self.batch.token_mask
-            if mask is not None and not with_pads:
-                state = state.masked_fill(~mask[:, :, None], 0.0)
-            self._projected[layer_s, with_pads] = self.projections(layer_s, state)
-        return self._projected[layer_s, with_pads], self.captured(loss, "teacher", "hidden", layer_t)
+    def projected(self, loss: str, layer: int) -> torch.Tensor:
+        """The student's hidden state through its projection. Padded tokens are zeroed before: the weight's gradient is
+        a sum over all tokens, where 0 * NaN would be NaN."""
+        state, mask = self.captured(loss, "student", "hidden", layer), self.rows.mask
+        if mask is not None:
+            state = state.masked_fill(~mask[:, :, None], 0.0)
+        projected: torch.Tensor = self.projections(layer, state)
+        return projected
 
-    def attention(self, loss: str, pair: Pair) -> AttentionInputs:
+    def attention(self, loss: str, pair: Pair) -> Attention:
         def of(side: Side, kind: str) -> torch.Tensor:
             return self.captured(loss, side, kind, pair.layer(side))
 
@@ -118,18 +139,18 @@ class StepInputs:
             return factors[pair.layer(side)]
 
         tensors = of("student", "query"), of("student", "key"), of("teacher", "query"), of("teacher", "key")
-        return AttentionInputs(tensors, scale("student"), scale("teacher"))
+        return Attention(*tensors, scale("student"), scale("teacher"))
 
-    def logits(self, loss: str, side: Side, rows: float) -> torch.Tensor:
-        """(P, V); P must be the `rows` that this micro batch has by its own count."""
-        logits: torch.Tensor | None = getattr(self, side).logits
-        if logits is None:
+    def mlm_head(self, loss: str, side: Side, rows: float) -> MlmHead | WholeLogits:
+        """Its P positions must be the `rows` that this micro batch has by its own count."""
+        head = (self.student if side == "student" else self.teacher).mlm_head
+        if head is None:
             raise RuntimeError(f"loss.{loss} needs the {side}'s logits (after its last layer), but none were captured")
-        if len(logits) != rows:
+        if head.positions != rows:
             raise RuntimeError(
-                f"loss.{loss}: the {side} has logits at {len(logits)} positions, but the micro batch has {rows:g}"
+                f"loss.{loss}: the {side} has logits at {head.positions} positions, but the micro batch has {rows:g}"
             )
-        return logits
+        return head
 
 
 class Loss(ABC):
@@ -168,9 +189,14 @@ class Loss(ABC):
         """The student's hidden states that go through a projection."""
         return frozenset()
 
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of what it logs beside its terms."""
+        return ()
+
     @abstractmethod
-    def __call__(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        """Term name -> raw value, before any weight: a differentiable scalar."""
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        """weights: of each term in the total."""
 
 
 class HiddenMapped(Loss):

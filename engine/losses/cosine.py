@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
 from engine.kernels import reference
-from engine.losses.base import HiddenMapped, StepInputs
+from engine.losses.base import Evaluated, HiddenMapped, StepInputs
 
 
 class CosineLoss(HiddenMapped):
     name = "cosine"
 
-    def __call__(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        terms = {}
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        values = {}
         for pair in self.pairs:
-            student, teacher = inputs.hidden_states(self.name, (pair.student, pair.teacher))
-            terms[f"{self.name}/{pair}"] = reference.hidden_cosine(
-                student, teacher, inputs.batch.token_mask, inputs.per_micro.tokens
+            _, teacher = inputs.hidden_states(self.name, (pair.student, pair.teacher))
+            student = inputs.projected(self.name, pair.student)
+            values[f"{self.name}/{pair}"] = reference.hidden_cosine(
+                student, teacher, inputs.rows.mask, inputs.per_micro.tokens
             )
-        return terms
+        return Evaluated.weighted(values, weights)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
-from engine.losses.base import Loss, Side, StepInputs
+from engine.losses.base import Evaluated, Loss, Side, StepInputs
 from engine.losses.hidden import hidden_state_mse
 from engine.models.features import Wanted
 from engine.models.projections import EMBEDDINGS
@@ -24,5 +24,5 @@ class EmbeddingLoss(Loss):
     def projected_layers(self) -> frozenset[int]:
         return frozenset({EMBEDDINGS})
 
-    def __call__(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        return {self.name: hidden_state_mse(self.name, (EMBEDDINGS, EMBEDDINGS), self.setup, inputs)}
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        return hidden_state_mse(self.name, {self.name: (EMBEDDINGS, EMBEDDINGS)}, self.setup, inputs, weights)

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from engine.kernels.hidden_mse import hidden_mse
-from engine.losses.base import HiddenMapped, LossSetup, StepInputs
+from engine.kernels.choice import Rows
+from engine.losses.base import Evaluated, HiddenMapped, LossSetup, StepInputs
 
 
-def hidden_state_mse(loss: str, pair: tuple[int, int], setup: LossSetup, inputs: StepInputs) -> torch.Tensor:
-    """Mean over real tokens, or over all positions in preset tinybert; pair = (student, teacher) hidden state."""
-    student, teacher = inputs.hidden_states(loss, pair, with_pads=setup.counts_pads)
-    if setup.counts_pads:
-        return hidden_mse(student, teacher, None, inputs.per_micro.positions)
-    return hidden_mse(student, teacher, inputs.batch.token_mask, inputs.per_micro.tokens)
+def hidden_state_mse(
+    loss: str,
+    pairs: Mapping[str, tuple[int, int]],
+    setup: LossSetup,
+    inputs: StepInputs,
+    weights: Mapping[str, float],
+) -> Evaluated:
+    """Mean over real tokens, or over all positions in preset tinybert; pairs: term -> (student, teacher) hidden
+    state."""
+    with_pads = setup.counts_pads
+    total = torch.zeros((), device=inputs.batch.input_ids.device)
+    terms: dict[str, torch.Tensor] = {}
+    for names in inputs.projections.sharing({name: student for name, (student, _) in pairs.items()}):
+        states, targets = zip(*(inputs.hidden_states(loss, pairs[name]) for name in names), strict=True)
+        part, values = inputs.projections.mse(
+            pairs[names[0]][0],
+            inputs.kernels,
+            states,
+            targets,
+            Rows() if with_pads else inputs.rows,
+            tokens=inputs.per_micro.positions if with_pads else inputs.per_micro.tokens,
+            coefficients=[weights[name] for name in names],
+        )
+        total = total + part
+        terms |= zip(names, values.unbind(), strict=True)
+    return Evaluated(total, terms)
 
 
 class HiddenLoss(HiddenMapped):
     name = "hidden"
 
-    def __call__(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        return {
-            f"{self.name}/{pair}": hidden_state_mse(self.name, (pair.student, pair.teacher), self.setup, inputs)
-            for pair in self.pairs
-        }
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        pairs = {f"{self.name}/{pair}": (pair.student, pair.teacher) for pair in self.pairs}
+        return hidden_state_mse(self.name, pairs, self.setup, inputs, weights)

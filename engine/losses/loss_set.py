@@ -10,6 +10,7 @@ import torch
 from engine.config import ATTENTION_MAPPED, HIDDEN_MAPPED, LossConfig, MappingConfig
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
+from engine.kernels.choice import Kernels
 from engine.losses import LOSSES
 from engine.losses.base import Loss, LossSetup, Pair, StepInputs
 from engine.mapping import LayerMapping
@@ -91,6 +92,8 @@ class LossSet:
     once per micro batch, inside the trained module's forward. total = sum of coefficients * terms.
     """
 
+    observed_names: tuple[str, ...]
+    """Of what is logged beside the terms, e.g. `attention_target/1-3`."""
     term_names: tuple[str, ...]
     """Static, e.g. `hidden/1-3` (student layer 1, teacher layer 3), `relation/qq/3-12`, `embedding`."""
     coefficients: tuple[float, ...]
@@ -112,7 +115,9 @@ class LossSet:
         student: ModelShape,
         teacher: ModelShape,
         mlm_probability: float,
+        kernels: Kernels | None = None,
     ) -> None:
+        """kernels: what computes them; unset: those that run anywhere."""
         for layer_map in (hidden_map, attention_map):
             assert (layer_map.student_layers, layer_map.teacher_layers) == (student.layers, teacher.layers), layer_map
         average = config.resolved_average_layers
@@ -129,24 +134,28 @@ class LossSet:
             mlm_probability=mlm_probability,
         )
         self._losses, empty = self._build(setup, {"hidden": hidden_map, "attention": attention_map})
+        self._kernels = kernels
         self.projected_layers = frozenset().union(*(loss.projected_layers for loss in self._losses))
         if self.projected_layers:
             check_projection(config.resolved_projection, student_width=student.width, teacher_width=teacher.width)
         self.warnings = (*empty, *_idle_settings(config, mapping, projects=bool(self.projected_layers)))
-        shares = {name: (loss.name, share) for loss in self._losses for name, share in loss.shares.items()}
-        self.term_names = tuple(shares)
-        self.coefficients = tuple(config.active[loss] * share for loss, share in shares.values())
+        shares = {term: share for loss in self._losses for term, share in loss.shares.items()}
+        self._weights = {term: config.active[term.partition("/")[0]] * share for term, share in shares.items()}
+        self.term_names, self.coefficients = tuple(self._weights), tuple(self._weights.values())
+        self.observed_names = tuple(name for loss in self._losses for name in loss.observed)
         self.wanted_student = reduce(or_, (loss.wanted("student") for loss in self._losses))
         self.wanted_teacher = reduce(or_, (loss.wanted("teacher") for loss in self._losses))
-        self._coefficients_on: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
     @staticmethod
     def _build(setup: LossSetup, maps: dict[str, LayerMapping]) -> tuple[list[Loss], list[str]]:
         """The losses that have something to compare, and a warning for each that is on but has no pair of layers."""
         active = setup.config.active
-        losses, empty = [], []
+        losses: list[Loss] = []
+        empty = []
         for name, weight in active.items():
             kind = LOSSES[name].mapped_by
+            if any(type(loss) is LOSSES[name] for loss in losses):
+                continue  # one object serves both names
             if kind is not None and not (setup.hidden if kind == "hidden" else setup.attention):
                 empty.append(
                     f"loss.{name}={weight:g} has no effect: the {kind} mapping {maps[kind]} has no pair of layers "
@@ -166,22 +175,22 @@ class LossSet:
     def __call__(
         self, student: Features, teacher: Features, batch: Batch, per_micro: Counts, projections: Projections
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted total of one micro batch (differentiable scalar) and the raw terms (T,), detached, in the order
-        of `term_names`; both float32 (float64 for float64 features), on the student's device and never read here.
+        """The weighted total of one micro batch (differentiable scalar) and, detached, the raw terms in the order of
+        `term_names` and what is observed in that of `observed_names`, (T + O,); all float32 (float64 for float64
+        features), on the student's device and never read here.
 
         `per_micro` holds the global batch's counts / (ranks * accumulation steps): the mean of `total` over ranks and
         micro batches is then the global mean, and so are its gradient and the terms.
         """
-        inputs = StepInputs(student=student, teacher=teacher, batch=batch, per_micro=per_micro, projections=projections)
-        values: dict[str, torch.Tensor] = {}
-        for loss in self._losses:
-            values |= loss(inputs)
-        terms = torch.stack([values[name] for name in self.term_names])
-        return (terms * self._coefficients_like(terms)).sum(), terms.detach()
-
-    def _coefficients_like(self, terms: torch.Tensor) -> torch.Tensor:
-        """Copied to a device once: a copy in every micro step would make the host wait."""
-        where = (terms.device, terms.dtype)
-        if where not in self._coefficients_on:
-            self._coefficients_on[where] = torch.tensor(self.coefficients, device=terms.device, dtype=terms.dtype)
-        return self._coefficients_on[where]
+        inputs = StepInputs(
+            student=student,
+            teacher=teacher,
+            batch=batch,
+            per_micro=per_micro,
+            projections=projections,
+            kernels=self._kernels or Kernels(),
+        )
+        evaluated = [loss(inputs, self._weights) for loss in self._losses]
+        values = {name: value for one in evaluated for name, value in (one.terms | dict(one.observed)).items()}
+        logged = torch.stack([values[name] for name in (*self.term_names, *self.observed_names)])
+        return torch.stack([one.total for one in evaluated]).sum(), logged

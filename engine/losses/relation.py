@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from engine.errors import UserError
 from engine.kernels import reference
-from engine.losses.base import AttentionMapped, Pair, Side, StepInputs
+from engine.losses.base import AttentionMapped, Evaluated, Pair, Side, StepInputs
 from engine.models.features import Wanted
 
 KINDS = (("qq", "query"), ("kk", "key"), ("vv", "value"))
@@ -57,15 +58,16 @@ class RelationLoss(AttentionMapped):
         tensor = inputs.captured(self.name, side, kind, pair.layer(side))
         return reference.repeat_heads(tensor, getattr(self.setup, side).heads)
 
-    def __call__(self, inputs: StepInputs) -> dict[str, torch.Tensor]:
-        return {
-            f"{self.name}/{short}/{pair}": reference.relation_kl(
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        values = {
+            f"{self.name}/{short}/{pair}": inputs.kernels.relation_kl(
                 self._side(inputs, "student", kind, pair),
                 self._side(inputs, "teacher", kind, pair),
+                inputs.rows,
                 relation_heads=self.relation_heads,
-                mask=inputs.batch.token_mask,
                 tokens=inputs.per_micro.tokens,
             )
             for short, kind, _ in self._active
             for pair in self.pairs
         }
+        return Evaluated.weighted(values, weights)

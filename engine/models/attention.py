@@ -26,7 +26,20 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.bert import modeling_bert
 
 from engine.errors import UserError
+from engine.kernels.segments import Segments
 from engine.models.features import Features
+from engine.models.packing import packed_mask, packing_of
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before PyTorch 2.10
+    varlen_attn = None
+if varlen_attn is not None and "scale" not in inspect.signature(varlen_attn).parameters:
+    varlen_attn = None
+VARLEN_FROM = (8, 0)
+"""CUDA compute capability of its kernels."""
+VARLEN_MULTIPLE, VARLEN_WIDEST = 8, 256
+"""Of head widths; other ones are padded."""
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -40,6 +53,10 @@ EAGER_UP_TO = 256
 128, by 1.2 to 1.4 at 256 without pads, at each head width that was measured (16, 32, 64); beyond, 16 lost."""
 
 
+class DeepEnough(Exception):
+    """Leaves a forward pass whose rest nobody needs."""
+
+
 @dataclass
 class Recorder:
     """What attention functions write to. A layer's number is the order of its attention call within one forward,
@@ -48,6 +65,8 @@ class Recorder:
     layers: frozenset[int]
     values: bool
     features: Features = field(default_factory=Features)
+    stop_after: int | None = None
+    """Layer after whose recording the forward is left with DeepEnough."""
     calls: int = 0
     causal: bool = False
 
@@ -62,6 +81,8 @@ class Recorder:
         if self.values:
             self.features.value[self.calls] = value
         self.features.scaling[self.calls] = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        if self.calls == self.stop_after:
+            raise DeepEnough
 
 
 # A context variable, so that the recomputation of a checkpointed layer (in the backward pass, after the recorder is
@@ -130,9 +151,65 @@ def _with_recording(function: AttentionFunction) -> AttentionFunction:
         recorder = _active.get()
         if recorder is not None:
             recorder.record(module, (query, key, value), scaling)
+        packed = packing_of(attention_mask)
+        if packed is not None:
+            return packed_attention(function, module, (query, key, value), packed.segments, scaling, **kwargs), None
         return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     return attention
+
+
+def packed_attention(
+    function: AttentionFunction,
+    module: nn.Module,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    segments: Segments,
+    scaling: float | None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """(1, H, T, d) -> (1, T, H, d), each sequence attending to itself: with PyTorch's attention for sequences of any
+    length where that runs, else with `function`, for groups of sequences that are padded together."""
+    query = qkv[0]
+    if dropout == 0.0 and _has_varlen(query):
+        return _varlen_attention(qkv, segments, scaling)
+    mixed_groups = []
+    groups, back = segments.groups_on(query.device)
+    for group, at in groups:
+        padded = (group.padded(x if at is None else x.index_select(2, at), 2) for x in qkv)
+        mask = group.mask_on(query.device)
+        if mask is not None:
+            mask = mask[:, None, None, :].expand(-1, -1, group.longest, -1)
+            if function is _model_eager:  # adds its mask to the scores
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        output, _ = function(module, *padded, mask, scaling=scaling, dropout=dropout, **kwargs)
+        mixed_groups.append(group.packed(output, 1))
+    joined = mixed_groups[0] if len(mixed_groups) == 1 else torch.cat(mixed_groups, dim=1)
+    return joined if back is None else joined.index_select(1, back)
+
+
+def _has_varlen(query: torch.Tensor) -> bool:
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= VARLEN_WIDEST
+        and torch.cuda.get_device_capability(query.device) >= VARLEN_FROM
+    )
+
+
+def _varlen_attention(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], segments: Segments, scaling: float | None
+) -> torch.Tensor:
+    query = qkv[0]
+    heads, width = query.shape[1], query.shape[-1]
+    missing = -width % VARLEN_MULTIPLE  # its kernels refuse a width of 26, which zeros change nothing about
+    every_head = (repeat_kv(x, heads // x.shape[1]) for x in qkv)
+    tokens = (nn.functional.pad(x, (0, missing)).squeeze(0).transpose(0, 1) for x in every_head)
+    bounds, longest = segments.bounds_on(query.device), segments.longest
+    scale = width**-0.5 if scaling is None else scaling
+    mixed: torch.Tensor = varlen_attn(*tokens, bounds, bounds, longest, longest, scale=scale)
+    return mixed[..., :width].unsqueeze(0)
 
 
 def _without_asking_the_device(mask_function: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
@@ -141,6 +218,9 @@ def _without_asking_the_device(mask_function: Callable[..., torch.Tensor | None]
 
     def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
         if attention_mask is not None:
+            packed = packed_mask()
+            if packed is not None:
+                return packed
             kwargs["allow_is_bidirectional_skip"] = False
         return mask_function(*args, attention_mask=attention_mask, **kwargs)
 

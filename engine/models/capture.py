@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,18 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
-from engine.models.attention import IMPLEMENTATIONS, Recorder, recording, resolve_backend
+from engine.kernels.segments import Segments, segments_of_lengths
+from engine.models.attention import IMPLEMENTATIONS, DeepEnough, Recorder, recording, resolve_backend
 from engine.models.features import Features, Wanted
+from engine.models.mlm_head import MlmHead, WholeLogits, check_output_matrix, output_matrix, without_output_matrix
+from engine.models.packing import install_packing, packing, without_pads
 
 __all__ = ["capture", "install", "layer_modules", "resolve_backend"]
 
 IGNORED_LABEL = -100
+FULL_FROM = 0.95
+"""Share of real tokens from which a batch runs with its pads: leaving them out costs copies."""
 REMEDY = "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT or another encoder that does"
-
-
-class _DeepEnough(Exception):
-    """Leaves a forward pass whose remaining layers nobody needs."""
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -59,11 +60,13 @@ def install(model: PreTrainedModel, backend: str) -> None:
         _switch(model, backend)
         return
     _switch(model, backend)
-    if not layer_modules(model):
+    layers = layer_modules(model)
+    if not layers:
         raise UserError(
             f"model type {model.config.model_type!r} does not declare its layers (_can_record_outputs); {REMEDY}"
         )
     _probe(model)
+    install_packing(layers)
 
 
 def _switch(model: PreTrainedModel, backend: str) -> None:
@@ -88,6 +91,7 @@ def _probe(model: PreTrainedModel) -> None:
     try:
         with recording(recorder), _hooks(model, progress, Batch(ids, None, None, Counts())):
             model.eval()(input_ids=ids)
+        check_output_matrix(model, ids)
     except (TypeError, ValueError) as error:
         raise UserError(f"model type {model.config.model_type!r} does not run on token ids alone: {error}") from None
     finally:
@@ -121,34 +125,102 @@ def capture(
     *,
     forward: Callable[..., Any] | None = None,
     stop_early: bool = False,
+    unpadded: bool = False,
 ) -> Features:
     """Runs the model (after `install`) on a batch; returns exactly the tensors that `wanted` names.
 
     model: an AutoModel without pooler, or an AutoModelForMaskedLM (needed for `wanted.logits`). Hidden states equal
     HF's `hidden_states[k]`, so the last one of ModernBERT has passed its final norm. Logits are computed only for the
     positions with a label, or for all real tokens when the batch has no labels. Gradients flow where they are on.
-    forward: what to call instead of the model (the DeepSpeed engine around it). stop_early: leave the forward after
-    the deepest layer that is wanted; only under no_grad, and not under ZeRO-3, which counts on seeing every module.
-    """
-    recorder = Recorder(wanted.attention, wanted.values)
+    forward: what to call instead of the model (the DeepSpeed engine around it). stop_early: leave the forward
+    where nothing more is wanted, be it inside of a layer; only under no_grad, and not under ZeRO-3, which counts on
+    seeing every module. unpadded: run the layers without pads, which the features then lack too (`runs_unpadded` says
+    where that works)."""
+    recorder = Recorder(wanted.attention, wanted.values, stop_after=wanted.last_attention if stop_early else None)
     progress = _Progress(recorder.features, wanted, stop_early and not wanted.whole)
     assert not (progress.stop_early and torch.is_grad_enabled()), "stop_early is for frozen models"
     output = None
+    segments = recorder.features.segments = segments_of(batch) if unpadded else None
+    decoder = output_matrix(model) if wanted.logits and forward is None else None
     try:
-        with recording(recorder), _hooks(model, progress, batch):
+        with (
+            recording(recorder),
+            packing(segments, pad_at_end=wanted.task_logits),
+            _hooks(model, progress, batch),
+            _only_inputs_of(decoder),
+        ):
             output = (forward or model)(**inputs_of(batch), return_dict=True)
-    except _DeepEnough:
+    except DeepEnough:
         pass
     if wanted.logits:
-        logits = getattr(output, "logits", None)
-        if logits is None:
-            raise RuntimeError(f"{type(model).__name__} has no logits: load it with its MLM head")
-        # (1, P, V) -> (P, V); an empty selection keeps its place in the graph, so that all parameters get gradients
-        recorder.features.logits = logits[0, :0] if progress.no_position else logits[0]
+        recorder.features.mlm_head = _mlm_head(model, output, decoder, progress)
     if wanted.task_logits:
         recorder.features.task_logits = task_logits(output)
     _check_complete(recorder, progress)
     return recorder.features
+
+
+def segments_of(batch: Batch) -> Segments | None:
+    """Where the real tokens of a padded batch lie without its pads; None for a batch that has (nearly) none."""
+    if batch.attention_mask is None or batch.lengths is None:
+        return None
+    segments = segments_of_lengths(batch.lengths)
+    if segments.longest != batch.input_ids.shape[1]:  # its heads expect pads that nobody would bring back
+        return None
+    return segments if segments.tokens < FULL_FROM * batch.input_ids.numel() else None
+
+
+def runs_unpadded(model: PreTrainedModel) -> bool:
+    """Whether the model (after `install`) computes the same without its pads; found out by trying."""
+    if model.config._attn_implementation not in (IMPLEMENTATIONS["sdpa"], IMPLEMENTATIONS["eager"]):
+        return False  # whose mask function is not ours
+    lengths, generator = (5, 2, 3), torch.Generator().manual_seed(0)
+    low, high = 5, min(model.config.vocab_size, 1000)
+    ids = torch.randint(low, high, (3, 5), generator=generator).to(model.device)
+    real = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
+    batch = Batch(ids, real.long(), None, Counts(), lengths=lengths)
+    layers = shape_layers(model)
+    everything = Wanted(hidden=frozenset(range(layers + 1)), attention=frozenset(range(1, layers + 1)))
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            padded = capture(model.eval(), batch, everything)
+            packed = capture(model, batch, everything, unpadded=True)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    finally:
+        model.train(was_training)
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
+
+    def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return a.shape == b.shape and bool((a - b).float().norm() <= tolerance * b.float().norm())
+
+    return all(same(packed.hidden[layer][0], state[real]) for layer, state in padded.hidden.items()) and all(
+        same(of_packed[layer][0].transpose(0, 1), of_padded[layer].transpose(1, 2)[real])
+        for of_packed, of_padded in ((packed.query, padded.query), (packed.key, padded.key))
+        for layer in of_padded
+    )
+
+
+def shape_layers(model: PreTrainedModel) -> int:
+    """How often its layers are called in one forward."""
+    layers: int = model.config.num_hidden_layers * getattr(model.config, "inner_group_num", 1)
+    return layers
+
+
+def _only_inputs_of(decoder: nn.Linear | None) -> AbstractContextManager[None]:
+    return nullcontext() if decoder is None else without_output_matrix(decoder)
+
+
+def _mlm_head(
+    model: PreTrainedModel, output: Any, decoder: nn.Linear | None, progress: _Progress
+) -> MlmHead | WholeLogits:
+    made = getattr(output, "logits", None)
+    if made is None:
+        raise RuntimeError(f"{type(model).__name__} has no logits: load it with its MLM head")
+    # (1, P, D) -> (P, D); an empty selection keeps its place in the graph, so that all parameters get gradients
+    rows = made[0, :0] if progress.no_position else made[0]
+    return WholeLogits(rows) if decoder is None else MlmHead(rows, decoder)
 
 
 def inputs_of(batch: Batch) -> dict[str, torch.Tensor | None]:
@@ -180,24 +252,27 @@ def _check_complete(recorder: Recorder, progress: _Progress) -> None:
 @contextmanager
 def _hooks(model: PreTrainedModel, progress: _Progress, batch: Batch) -> Iterator[None]:
     """Hooks of one forward. They are removed before the backward pass, so recomputed layers are not captured."""
-    wanted, hidden = progress.wanted, progress.features.hidden
+    wanted, hidden, segments = progress.wanted, progress.features.hidden, progress.features.segments
+
+    def keep(output: torch.Tensor) -> None:
+        hidden[progress.layers] = output if segments is None else without_pads(output, segments)
 
     def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if progress.layers == 0 and 0 in wanted.hidden:
             hidden[0] = args[0] if args else kwargs["hidden_states"]
             if progress.stop_early and wanted.deepest == 0:
-                raise _DeepEnough
+                raise DeepEnough
 
     def after_layer(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         progress.layers += 1
         if progress.layers in wanted.hidden:
-            hidden[progress.layers] = output[0] if isinstance(output, tuple) else output
+            keep(output[0] if isinstance(output, tuple) else output)
         if progress.stop_early and progress.layers == wanted.deepest:
-            raise _DeepEnough
+            raise DeepEnough
 
     def after_base(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         if progress.layers in wanted.hidden and getattr(model.config, "tie_last_hidden_states", None) is not False:
-            hidden[progress.layers] = output[0]  # as in HF: a norm after the last layer belongs to its hidden state
+            keep(output[0])  # as in HF: a norm after the last layer belongs to its hidden state
         if wanted.logits:
             output.last_hidden_state = _rows(output[0], batch, progress)
         return output
@@ -217,6 +292,10 @@ def _rows(hidden: torch.Tensor, batch: Batch, progress: _Progress) -> torch.Tens
     """(B, L, D) -> (1, P, D): the positions whose logits are wanted, row-major. MLM heads work position by position,
     so they need not know that the others are gone."""
     chosen = batch.token_mask if batch.labels is None else batch.labels != IGNORED_LABEL
+    segments = progress.features.segments
+    if segments is not None:
+        hidden = without_pads(hidden, segments)
+        chosen = None if batch.labels is None else segments.packed((batch.labels != IGNORED_LABEL).unsqueeze(-1), 1)
     rows = hidden.flatten(0, 1)
     if chosen is None:
         return rows.unsqueeze(0)

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine.kernels.segments import Segments
+from engine.models.mlm_head import MlmHead, WholeLogits
+
 
 @dataclass
 class Features:
@@ -20,10 +23,24 @@ class Features:
     value: dict[int, torch.Tensor] = field(default_factory=dict)
     scaling: dict[int, float] = field(default_factory=dict)
     """layer -> the factor on Q K^T (usually d_head ** -0.5)"""
-    logits: torch.Tensor | None = None
-    """(P, V) MLM logits of the P positions that were asked for, row-major over (B, L)."""
+    mlm_head: MlmHead | WholeLogits | None = None
+    """What makes the MLM logits of the P positions that were asked for, row-major over (B, L)."""
+    segments: Segments | None = None
+    """Set when the batch ran without its pads: hidden states are (1, T, D) then, queries, keys and values (1, H, T,
+    d)."""
     task_logits: torch.Tensor | None = None
     """(B, labels) of a sequence classifier, (B, 1) of a regression, (B, L, 2) start and end of a span."""
+
+    def release(self) -> None:
+        """Lets go of the tensors; losses keep what their gradients need."""
+        for tensors in (self.hidden, self.query, self.key, self.value):
+            tensors.clear()
+        self.mlm_head = self.task_logits = None
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """(P, V)"""
+        return None if self.mlm_head is None else self.mlm_head.logits()
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,12 @@ class Wanted:
             logits=self.logits or other.logits,
             task_logits=self.task_logits or other.task_logits,
         )
+
+    @property
+    def last_attention(self) -> int | None:
+        """The last layer that has to run, if it need not run beyond its queries, keys and values."""
+        deepest = self.deepest
+        return deepest if deepest > 0 and deepest not in self.hidden and not self.whole else None
 
     @property
     def deepest(self) -> int:

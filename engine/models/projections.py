@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from engine.config import LossConfig
 from engine.errors import UserError
+from engine.kernels.choice import Kernels, Rows
 
 EMBEDDINGS = 0
 """Index of the embedding output among the hidden states."""
@@ -32,6 +34,9 @@ def linear_name(kind: str, layer: int) -> str:
     return f"layer_{layer}" if kind == "per_layer" else "layers"
 
 
+UsesWeights = Callable[[torch.Tensor, torch.Tensor | None], Any]
+
+
 class _Projection(nn.Linear):
     """Initialised inside the constructor: under ZeRO-3 the weight is sharded as soon as that returns."""
 
@@ -41,6 +46,14 @@ class _Projection(nn.Linear):
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: torch.Tensor | UsesWeights) -> Any:
+        """Of a hidden state: its projection. Of a function: what that makes of weight and bias, which ZeRO-3 gathers
+        for the time of this call."""
+        if callable(hidden) and not isinstance(hidden, torch.Tensor):
+            return hidden(self.weight, self.bias)
+        # A 16-bit hidden state meets a float32 weight when only the projections keep full precision.
+        return super().forward(hidden.to(self.weight.dtype))
 
 
 class Projections(nn.Module):
@@ -63,13 +76,41 @@ class Projections(nn.Module):
             if name not in self.linears:
                 self.linears[name] = _Projection(student_width, teacher_width, bias=config.resolved_projection_bias)
 
-    def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    def _linear(self, layer: int) -> nn.Module | None:
+        """The map of hidden state `layer`; None for the identity."""
         if layer not in self.layers:
             raise KeyError(f"no projection was made for hidden state {layer}, only for {sorted(self.layers)}")
-        if self.kind == "identity":
-            return hidden
-        linear = self.linears[linear_name(self.kind, layer)]
-        assert isinstance(linear, _Projection)
-        # A 16-bit hidden state meets a float32 weight when only the projections keep full precision.
-        projected: torch.Tensor = linear(hidden.to(linear.weight.dtype))
-        return projected
+        return None if self.kind == "identity" else self.linears[linear_name(self.kind, layer)]
+
+    def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        linear = self._linear(layer)
+        return hidden if linear is None else linear(hidden)
+
+    def sharing(self, layers: Mapping[str, int]) -> list[list[str]]:
+        """The names of hidden states, grouped by the map that they share."""
+        groups: dict[str, list[str]] = {}
+        for name, layer in layers.items():
+            groups.setdefault("" if self.kind == "identity" else linear_name(self.kind, layer), []).append(name)
+        return list(groups.values())
+
+    def mse(
+        self,
+        layer: int,
+        kernels: Kernels,
+        states: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        rows: Rows,
+        *,
+        tokens: float,
+        coefficients: Sequence[float],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kernels.hidden_mse through the map that hidden state `layer` shares with all of `states`."""
+
+        def loss(weight: torch.Tensor | None, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            return kernels.hidden_mse(
+                states, targets, rows, tokens=tokens, coefficients=coefficients, weight=weight, bias=bias
+            )
+
+        linear = self._linear(layer)
+        result: tuple[torch.Tensor, torch.Tensor] = loss(None, None) if linear is None else linear(loss)
+        return result

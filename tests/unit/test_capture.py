@@ -5,13 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_encoders import FAMILIES, REAL, VOCAB, make_batch, real_teacher, tiny_config, tiny_model
-from transformers import BertModel, DebertaV2Config, DebertaV2Model, GPT2Config, GPT2Model, MPNetConfig, MPNetModel
+from transformers import (
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    GPT2Config,
+    GPT2Model,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+    MPNetConfig,
+    MPNetModel,
+)
 
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
+from engine.kernels.choice import Kernels
+from engine.kernels.vocabulary import Weights
 from engine.models.attention import _eager_of, eager_attention, resolve_backend
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Features, Wanted
+from engine.models.mlm_head import MlmHead, WholeLogits
 from engine.models.student import enable_activation_checkpointing
 
 EVERYTHING = Wanted(hidden=frozenset(range(5)), attention=frozenset(range(1, 5)), values=True)
@@ -98,12 +111,35 @@ def test_logits_of_chosen_positions_match_full_logits(family: str, backend: str,
     chosen = batch.attention_mask.bool() if batch.labels is None else batch.labels != -100  # type: ignore[union-attr]
     assert got.logits is not None
     assert got.logits.shape == (int(chosen.sum()), VOCAB)
+    assert isinstance(got.mlm_head, MlmHead), "logits need not exist all at once"
     torch.testing.assert_close(got.logits, full[chosen], atol=1e-5, rtol=1e-4)
     assert got.hidden[4].shape == (3, 11, 48), "the gathering must not touch the hidden states"
     got.logits.sum().backward()  # also with P = 0: every parameter takes part, its gradient is 0
     head = model.get_output_embeddings().weight
     assert head.grad is not None
     assert bool(head.grad.any()) == bool(chosen.any())
+
+
+def test_a_head_that_does_more_than_one_product_gives_its_logits_whole() -> None:
+    """MobileBERT multiplies by the decoder's weights, with more columns beside them, without calling the decoder."""
+    torch.manual_seed(0)
+    config = MobileBertConfig(
+        vocab_size=VOCAB, hidden_size=24, embedding_size=12, intra_bottleneck_size=12, num_attention_heads=2,
+        num_hidden_layers=2, intermediate_size=16, true_hidden_size=12,
+    )  # fmt: skip
+    model = MobileBertForMaskedLM(config).eval()
+    install(model, "eager")
+    batch = make_batch(labels=0.3)
+    assert batch.labels is not None
+    got = capture(model, batch, Wanted(logits=True))
+    assert isinstance(got.mlm_head, WholeLogits)
+    full = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    torch.testing.assert_close(got.logits, full[batch.labels != -100], atol=1e-5, rtol=1e-4)
+    labels = batch.labels[batch.labels != -100]
+    by = Weights(kl=0.0, cross_entropy=1.0, temperature=1.0, count=float(len(labels)))
+    total, _ = got.mlm_head(lambda head: Kernels().vocabulary_losses(head, teacher=None, labels=labels, by=by))
+    want = torch.nn.functional.cross_entropy(full[batch.labels != -100], labels)
+    torch.testing.assert_close(total, want, atol=1e-6, rtol=1e-5)
 
 
 def test_logits_with_and_without_host_counts_agree() -> None:
@@ -187,7 +223,10 @@ def test_only_what_is_wanted_is_kept() -> None:
     install(model, "sdpa")
     got = capture(model, make_batch(), Wanted(hidden=frozenset({0, 3}), attention=frozenset({2})))
     assert (sorted(got.hidden), sorted(got.query), sorted(got.value), got.logits) == ([0, 3], [2], [], None)
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in layer_modules(model))
+    hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in layer_modules(model)]
+    assert [(len(after), len(before)) for after, before in hooks] == [(0, 1), (0, 0), (0, 0), (1, 0)], (
+        "those of packing"
+    )
 
 
 def test_generic_eager_equals_the_models_own() -> None:

@@ -20,6 +20,7 @@ from engine.losses import LOSSES
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
 from engine.models.features import Features, Wanted
+from engine.models.mlm_head import MlmHead
 from engine.models.projections import Projections
 from engine.models.shape import ModelShape
 
@@ -100,7 +101,7 @@ class TinyEncoder(nn.Module):
         features.hidden = {layer: states[layer] for layer in wanted.hidden}
         if wanted.logits:
             chosen = batch.labels != -100 if batch.labels is not None else mask
-            features.logits = self.head(hidden.flatten(0, 1) if chosen is None else hidden[chosen])
+            features.mlm_head = MlmHead(hidden.flatten(0, 1) if chosen is None else hidden[chosen], self.head)
         return features
 
 
@@ -168,7 +169,6 @@ def assert_close(what: str, want: torch.Tensor, got: torch.Tensor, dtype: torch.
 
 def test_registry_has_every_loss_in_order():
     assert tuple(LOSSES) == LOSS_NAMES
-    assert all(LOSSES[name].name == name for name in LOSS_NAMES)
 
 
 def test_default_terms_coefficients_and_captures():
@@ -364,10 +364,10 @@ def test_a_missing_capture_is_an_error_that_names_it(loss, kind, pair, side):
 def test_missing_or_misplaced_logits_are_an_error(loss, side):
     losses, student, teacher, batch, projections = one_step({**OFF, loss: 1.0})
     features = {"student": student, "teacher": teacher}[side]
-    features.logits = features.logits[1:]
+    features.mlm_head = MlmHead(features.mlm_head.hidden[1:], features.mlm_head.decoder)
     with pytest.raises(RuntimeError, match=rf"loss\.{loss}: the {side} has logits at 2 positions, .* has 3"):
         losses(student, teacher, batch, batch.counts, projections)
-    features.logits = None
+    features.mlm_head = None
     with pytest.raises(RuntimeError, match=rf"loss\.{loss} needs the {side}'s logits"):
         losses(student, teacher, batch, batch.counts, projections)
 
@@ -388,20 +388,21 @@ def test_total_is_the_weighted_sum_and_terms_are_raw():
     assert total.requires_grad
     assert total.shape == ()
     assert not terms.requires_grad
-    assert terms.shape == (len(losses.term_names),)
+    assert terms.shape == (len(losses.term_names) + len(losses.observed_names),)
+    terms = terms[: len(losses.term_names)]
     assert_close("total", (terms * torch.tensor(losses.coefficients, dtype=terms.dtype)).sum(), total.detach())
     doubled = make_set(
         {**EVERYTHING, **{name: 2 * EVERYTHING[name] for name in LOSS_NAMES}}, hidden="3-0-9-12", mlm_probability=0.15
     )
     total2, terms2 = doubled(student, teacher, batch, batch.counts, projections)
-    assert torch.equal(terms, terms2)
+    assert torch.equal(terms, terms2[: len(terms)])
     assert_close("doubled", 2 * total.detach(), total2.detach())
 
 
 def test_terms_are_those_of_the_reference():
     losses, student, teacher, batch, projections = one_step({**EVERYTHING, "temperature": 2.0, "relation_heads": 2})
     _, terms = losses(student, teacher, batch, batch.counts, projections)
-    got = dict(zip(losses.term_names, terms, strict=True))
+    got = dict(zip((*losses.term_names, *losses.observed_names), terms, strict=True))
     mask, counts = batch.token_mask, batch.counts
     tensors = student.query[3], student.key[3], teacher.query[9], teacher.key[9]
     scales = {"scale_s": 3**-0.5, "scale_t": 5**-0.5, "mask": mask}
@@ -420,6 +421,10 @@ def test_terms_are_those_of_the_reference():
         "mlm": reference.mlm_cross_entropy(student.logits, batch.labels[batch.labels != -100], count=counts.masked),
     }
     assert {name.split("/")[0] for name in want} == set(LOSS_NAMES)
+    nothing = torch.zeros_like(tensors[0][..., :1])
+    want["attention_target/3-9"] = reference.attention_score_mse(
+        nothing, nothing, *tensors[2:], **scales, token_pairs=counts.token_pairs
+    )
     for name, value in want.items():
         assert_close(name, value.detach(), got[name])
 
@@ -455,7 +460,7 @@ def test_sixteen_bit_features_give_float32_losses(dtype):
     for features in (student, teacher):
         for kind in ("hidden", "query", "key", "value"):
             getattr(features, kind).update({k: x.to(dtype) for k, x in getattr(features, kind).items()})
-        features.logits = features.logits.to(dtype)
+        features.mlm_head = MlmHead(features.mlm_head.hidden.to(dtype), features.mlm_head.decoder.to(dtype))
     total, terms = losses(student, teacher, batch, batch.counts, projections.to(dtype))
     assert total.dtype == terms.dtype == torch.float32
     assert torch.isfinite(terms).all()
@@ -476,7 +481,9 @@ def test_poisoned_padding_changes_neither_total_nor_gradient(loss):
                     where = pad[:, :, None] if x.dim() == 3 else pad[:, None, :, None]
                     getattr(copy, kind)[layer] = x.detach().masked_fill(where, poison).requires_grad_(trained)
                 leaves += getattr(copy, kind).values() if trained else ()
-            copy.logits = None if features.logits is None else features.logits.detach().requires_grad_(trained)
+            if features.mlm_head is not None:
+                head = features.mlm_head
+                copy.mlm_head = MlmHead(head.hidden.detach().requires_grad_(trained), head.decoder)
             sides.append(copy)
         projections.zero_grad()
         total, terms = losses(*sides, batch, batch.counts, projections)
@@ -594,7 +601,7 @@ def test_tinybert_preset_is_the_released_loss(dtype):
         features = student.capture(batch, losses.wanted_student)
         if compute == "ours":
             total, terms = losses(features, teacher, batch, batch.counts, projections)
-            assert terms.shape == (4 + 4 + 1,)
+            assert terms.shape == (4 + 4 + 1 + 4,)
         else:
             total = tinybert_as_released(features, teacher, batch, projections.linears["all"])
         (0.37 * total).backward()

@@ -1,213 +1,199 @@
+"""Encoders without the pads of their batches: the same features, losses and gradients as with them."""
+
 from __future__ import annotations
 
-import numpy as np
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, make_text
-from tokenizers import Tokenizer
+import torch
+from tiny_encoders import make_batch, tiny_model
 
-from engine.config import PrepareConfig
-from engine.data import packing
-from engine.data.packing import Packer, SpecialTokens, blocks, sentence_starts, special_tokens, tokenize
-from engine.data.units import WorkUnit, pack_unit, plain_tokenizer, unit_settings
+from engine.data.batch import Batch
+from engine.kernels import segments as segments_module
+from engine.kernels.segments import Segments
+from engine.models.capture import capture, inputs_of, install, runs_unpadded, segments_of
+from engine.models.features import Features, Wanted
+from engine.models.packing import packed_mask, packing, packing_of
+from engine.models.student import enable_activation_checkpointing
 
-SEP = 999
-
-
-def sentences(text: str) -> list[str]:
-    starts = [0, *sentence_starts(text)]
-    return [text[a:b].strip() for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert"]
+EVERYTHING = Wanted(hidden=frozenset({0, 2, 4}), attention=frozenset({1, 4}), values=True)
 
 
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        ("One. Two! Three? Four… Five", ["One.", "Two!", "Three?", "Four…", "Five"]),
-        ("A 3.5 rise, e.g. this one. 7 more.", ["A 3.5 rise, e.g. this one.", "7 more."]),
-        ('He said "Go." "No," she said. (Yes.) End', ['He said "Go."', '"No," she said.', "(Yes.)", "End"]),
-        ("今日は。元気？はい！", ["今日は。", "元気？", "はい！"]),
-        ("Это да. Нет.", ["Это да.", "Нет."]),
-        ("कैसे हो। अच्छा", ["कैसे हो।", "अच्छा"]),
-        ("no end mark", ["no end mark"]),
-        ("Ends. ", ["Ends."]),
-    ],
-)
-def test_sentence_rule(text, want):
-    assert sentences(text) == want
+GROUP_COSTS = 30
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(["Word. ", "word ", "x" * 30, "。", ".  ", "A"]), max_size=60), st.integers(5, 60))
-def test_blocks_hold_the_whole_text_once(parts, limit):
-    text = "".join(parts).strip()
-    before = packing._BLOCK
-    packing._BLOCK = limit
-    try:
-        found = blocks(text)
-    finally:
-        packing._BLOCK = before
-    assert "".join(block.text for block in found) == text
-    assert found[0].opens
-    # each sentence is accounted for once: inside a block, or as the one that opens it
-    assert sum(len(block.starts) + block.opens for block in found) == 1 + len(sentence_starts(text))
+@pytest.fixture(autouse=True)
+def cheap_groups(monkeypatch: pytest.MonkeyPatch):
+    """So that short sequences have several."""
+    monkeypatch.setattr(segments_module, "GROUP_COSTS", GROUP_COSTS)
+    segments_module.segments_of_lengths.cache_clear()
+    yield
+    segments_module.segments_of_lengths.cache_clear()
 
 
+def batch_with_lengths(**settings: object) -> Batch:
+    batch = make_batch(**settings)  # type: ignore[arg-type]
+    assert batch.attention_mask is not None
+    return replace(batch, lengths=tuple(batch.attention_mask.sum(1).tolist()))
+
+
+def some_loss(features: Features, batch: Batch) -> torch.Tensor:
+    """A sum over all captured entries of real tokens, each with its own factor."""
+    segments = segments_of(batch)
+    assert segments is not None
+    total = torch.zeros(())
+    for kind in ("hidden", "query", "key", "value"):
+        for layer, tensor in getattr(features, kind).items():
+            packed = tensor if features.segments is not None else segments.packed(tensor, tensor.dim() - 2)
+            factors = torch.sin(torch.arange(packed.numel(), dtype=packed.dtype)).view(packed.shape)
+            total = total + (packed * factors).sum() * (1 + layer)
+    return total
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("block", [40, 8192])
-def test_token_units_are_the_ids_of_the_running_text(family, block, monkeypatch):
-    """Cutting into sentences, and long lines into blocks, does not change how the text is tokenised."""
-    monkeypatch.setattr(packing, "_BLOCK", block)
-    monkeypatch.setattr(packing, "_BATCH", 500)
-    backend = plain_tokenizer(FAMILIES[family]().backend_tokenizer.to_str())
-    documents = [text.split("\n") for text in make_text(documents=12).split("\n\n")]
-    found = list(tokenize(backend, documents, SpecialTokens((), (), None)))
-    assert [len(document) for document in found] == [len(document) for document in documents]
-    for document, paragraphs in zip(documents, found, strict=True):
-        for text, units in zip(document, paragraphs, strict=True):
-            assert np.concatenate(units).tolist() == backend.encode(text, add_special_tokens=False).ids
-            assert len(units) == len(sentences(text))
-            assert [backend.decode(unit.tolist()).strip().lower().replace(" ", "") for unit in units] == [
-                sentence.lower().replace(" ", "") for sentence in sentences(text)
-            ]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_special_tokens_are_the_tokenizers_own(family):
-    tokenizer = FAMILIES[family]()
-    backend = plain_tokenizer(tokenizer.backend_tokenizer.to_str())
-    special = special_tokens(backend, tokenizer.sep_token_id)
-    text = "The school of music."
-    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert [*special.prefix, *plain, *special.suffix] == tokenizer(text)["input_ids"]
-    assert special.prefix == (tokenizer.cls_token_id,)
-    assert special.suffix == (tokenizer.sep_token_id,)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokenizer_files_that_truncate_or_pad_and_special_words_in_the_text(family):
-    tokenizer = FAMILIES[family]()
-    with_settings = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    with_settings.enable_truncation(4)
-    with_settings.enable_padding(length=64)
-    text = f"school {tokenizer.sep_token} of{tokenizer.mask_token}music and history"
-    settings_ = unit_settings(PrepareConfig(seq_len=64, min_tokens=1), tokenizer)
-    (ids,) = pack_unit(plain_tokenizer(with_settings.to_str()), WorkUnit(0, text.encode()), settings_).sequences
-    assert len(ids) > 5
-    assert not set(ids.tolist()) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
-
-
-def packer(**options) -> Packer:
-    defaults = {"capacity": 10, "pack": "contiguous", "unit": "sentence", "separator": SEP}
-    return Packer(**{**defaults, "rng": np.random.default_rng(0), **options})
-
-
-def document(*paragraphs: list[int], start: int = 0) -> list[list[np.ndarray]]:
-    """Paragraphs of sentences of the given lengths; the ids count up from `start`."""
+def test_features_and_gradients_are_those_of_the_padded_batch(family: str, backend: str, checkpointing: bool) -> None:
+    if family == "albert" and checkpointing:
+        pytest.skip("transformers has no activation checkpointing for it")
+    model = tiny_model(family)
+    install(model, backend)
+    assert runs_unpadded(model)
+    if checkpointing:  # a layer that is run again in the backward pass must know where the sequences are
+        enable_activation_checkpointing(model)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    model = model.double()
+    batch = batch_with_lengths()
     found = []
-    for lengths in paragraphs:
-        found.append([])
-        for length in lengths:
-            found[-1].append(np.arange(start, start + length, dtype=np.int32))
-            start += length
-    return found
+    for unpadded in (False, True):
+        model.zero_grad()
+        features = capture(model, batch, EVERYTHING, unpadded=unpadded)
+        assert (features.segments is not None) == unpadded
+        loss = some_loss(features, batch)
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (want, wanted_grads), (got, grads) = found
+    assert torch.allclose(want, got, rtol=1e-10)
+    assert wanted_grads.keys() == grads.keys()
+    largest = max(float(gradient.abs().max()) for gradient in wanted_grads.values())
+    for name, gradient in wanted_grads.items():
+        assert float((gradient - grads[name]).abs().max()) <= 1e-9 * largest, name
 
 
-def packed(documents, **options) -> list[list[int]]:
-    worker = packer(**options)
-    for entry in documents:
-        worker.add_document(entry)
-    worker.finish()
-    return [sequence.tolist() for sequence in worker.sequences]
-
-
-def span(a: int, b: int) -> list[int]:
-    return list(range(a, b))
-
-
-def test_sentences_are_not_cut():
-    assert packed([document([4, 4, 4], [6])]) == [span(0, 8), span(8, 18)]
-
-
-def test_paragraphs_are_not_cut_unless_longer_than_a_sequence():
-    assert packed([document([4], [4, 3], [2])], unit="paragraph") == [span(0, 4), span(4, 13)]
-    assert packed([document([2], [6, 7])], unit="paragraph") == [span(0, 8), span(8, 15)]
-
-
-def test_a_sentence_longer_than_a_sequence_is_cut_into_runs():
-    assert packed([document([3, 25, 2])]) == [span(0, 10), span(10, 20), span(20, 30)]
-
-
-def test_contiguous_goes_on_with_a_separator_and_document_does_not():
-    two = [document([4]), document([4], start=100)]
-    assert packed(two) == [[*span(0, 4), SEP, *span(100, 104)]]
-    assert packed(two, separator=None) == [[*span(0, 4), *span(100, 104)]]
-    assert packed(two, pack="document") == [span(0, 4), span(100, 104)]
-
-
-def test_no_separator_at_either_end():
-    two = [document([6]), document([4], start=100)]  # 6 + separator + 4 is one too many
-    assert packed(two) == [span(0, 6), span(100, 104)]
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=5), min_size=1, max_size=8), st.integers(2, 12))
-def test_token_runs_are_full_and_lose_nothing(lengths, capacity):
-    documents = [document(sizes, start=1000 * (i + 1)) for i, sizes in enumerate(lengths)]
-    found = packed(documents, unit="token", capacity=capacity)
-    assert all(len(sequence) == capacity for sequence in found[:-1])
-    text = [i for entry in documents for paragraph in entry for sentence in paragraph for i in sentence.tolist()]
-    assert [i for sequence in found for i in sequence if i != SEP] == text
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(
-        st.lists(st.lists(st.integers(1, 14), min_size=1, max_size=4), min_size=1, max_size=3), min_size=1, max_size=6
-    ),
-    st.sampled_from(["sentence", "paragraph", "token"]),
-    st.sampled_from(["document", "contiguous"]),
-    st.sampled_from([0.0, 0.5, 1.0]),
-)
-def test_nothing_is_lost_repeated_or_too_long(lengths, unit, pack, short):
-    documents = [document(*paragraphs, start=1000 * (i + 1)) for i, paragraphs in enumerate(lengths)]
-    found = packed(documents, unit=unit, pack=pack, short_seq_prob=short)
-    text = [i for entry in documents for paragraph in entry for sentence in paragraph for i in sentence.tolist()]
-    assert [i for sequence in found for i in sequence if i != SEP] == text
-    assert max(map(len, found)) <= 10
-    if pack == "document":
-        assert all(len({i // 1000 for i in sequence}) == 1 for sequence in found)
-    for sequence in found:
-        assert sequence[0] != SEP
-
-
-def test_short_sequences():
-    documents = [document([1] * 40_000)]
-    found = [len(s) for s in packed(documents, short_seq_prob=0.3)]
-    short = sum(length < 10 for length in found) / len(found)
-    assert 0.3 * 8 / 9 - 0.02 < short < 0.3 * 8 / 9 + 0.02  # an aim of 10 out of 2..10 is not short
-    assert min(found[:-1]) == 2
-    assert set(found[:-1]) == set(range(2, 11))
-    assert min(len(s) for s in packed(documents, short_seq_prob=1.0, min_tokens=6)) >= 6
-
-
-def test_sequences_under_min_tokens_are_dropped_and_counted():
-    worker = packer(pack="document", min_tokens=3)
-    for length in (2, 3, 9):
-        worker.add_document(document([length]))
-    worker.finish()
-    assert [len(s) for s in worker.sequences] == [3, 9]
-    assert worker.dropped == 1
+def test_a_model_that_rotates_by_position_keeps_its_pads() -> None:
+    model = tiny_model("modernbert")
+    install(model, "sdpa")
+    assert not runs_unpadded(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_unit_reads_like_the_text(family):
-    tokenizer = FAMILIES[family]()
-    text = make_text(documents=20)
-    settings_ = unit_settings(PrepareConfig(seq_len=48, min_tokens=1), tokenizer)
-    worker = pack_unit(plain_tokenizer(tokenizer.backend_tokenizer.to_str()), WorkUnit(0, text.encode()), settings_)
-    ids = np.concatenate(worker.sequences)
-    decoded = tokenizer.decode(ids[ids != tokenizer.sep_token_id].tolist())
-    assert "".join(decoded.lower().split()) == "".join(text.lower().split())
-    assert max(map(len, worker.sequences)) <= 46
-    assert sum(int((s == tokenizer.sep_token_id).sum()) for s in worker.sequences) > 5
+def test_heads_get_their_pads_back(family: str) -> None:
+    model = tiny_model(family)
+    install(model, "sdpa")
+    batch = batch_with_lengths()
+    assert batch.token_mask is not None
+    with torch.no_grad():
+        want = model.base_model(**inputs_of(batch)).last_hidden_state
+        with packing(segments_of(batch), pad_at_end=True):
+            got = model.base_model(**inputs_of(batch)).last_hidden_state
+    assert got.shape == want.shape
+    torch.testing.assert_close(got[batch.token_mask], want[batch.token_mask], atol=1e-5, rtol=1e-4)
+    assert not got[~batch.token_mask].any()
+
+
+@pytest.mark.parametrize("labels", [None, 0.4, 0.0])
+def test_logits_are_those_of_the_padded_batch(labels: float | None) -> None:
+    model = tiny_model("bert", mlm=True)
+    install(model, "sdpa")
+    batch = batch_with_lengths(labels=labels)
+    want = capture(model, batch, Wanted(logits=True)).logits
+    got = capture(model, batch, Wanted(logits=True), unpadded=True).logits
+    assert want is not None
+    assert got is not None
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_that_is_nearly_full_keeps_its_pads() -> None:
+    ids = torch.ones(2, 40, dtype=torch.long)
+    mask = ids.clone()
+    mask[1, 39:] = 0
+    batch = make_batch()
+    assert segments_of(replace(batch, input_ids=ids, attention_mask=mask, lengths=(40, 39))) is None
+    assert segments_of(replace(batch, input_ids=ids, attention_mask=mask, lengths=None)) is None
+    half = segments_of(replace(batch, input_ids=ids, attention_mask=mask, lengths=(40, 20)))
+    assert half is not None
+    assert half.lengths == (40, 20)
+
+
+def test_padded_and_packed_are_inverse_of_each_other() -> None:
+    segments = Segments([5, 2, 7, 7])
+    x = torch.randn(1, 3, 21, 4)
+    padded = segments.padded(x, 2)
+    assert padded.shape == (4, 3, 7, 4)
+    assert not padded[1, :, 2:].any()
+    assert torch.equal(segments.packed(padded, 2), x)
+    wider = torch.cat([padded, torch.full((4, 3, 2, 4), torch.nan)], dim=2)
+    assert torch.equal(segments.packed(wider, 2), x)
+    even = Segments([3, 3])
+    assert torch.equal(even.packed(even.padded(x[:, :, :6], 2), 2), x[:, :, :6])
+
+
+def test_sequences_are_grouped_at_the_least_cost() -> None:
+    lengths = [3, 12, 5, 11, 4, 2, 20]
+    ordered = sorted(lengths)
+
+    def cost(groups: list[list[int]]) -> int:
+        return sum(len(group) * max(group) ** 2 + GROUP_COSTS for group in groups)
+
+    cuts = range(2 ** (len(ordered) - 1))
+    every = [[list(g) for g in split_at(ordered, [i + 1 for i in range(6) if cut >> i & 1])] for cut in cuts]
+    best = min(map(cost, every))
+    found = [[lengths[i] for i in group] for group in Segments(lengths)._groups]
+    assert sorted(length for group in found for length in group) == ordered
+    assert cost(found) == best
+    assert 1 < len(found) < len(lengths)
+
+
+def split_at(values: list[int], cuts: list[int]) -> list[list[int]]:
+    return [values[a:b] for a, b in zip([0, *cuts], [*cuts, len(values)], strict=True)]
+
+
+def test_groups_hold_every_token_once() -> None:
+    segments = Segments([5, 2, 7, 30, 6, 2, 28])
+    groups, back = segments.groups_on(torch.device("cpu"))
+    assert len(groups) > 1
+    assert back is not None
+    tokens = torch.cat([at for _, at in groups if at is not None])
+    assert sorted(tokens.tolist()) == list(range(80))
+    assert torch.equal(tokens[back], torch.arange(80))
+    assert [sorted(group.lengths) for group, _ in groups] == [[2, 2], [5, 6, 7], [28], [30]]
+
+
+def test_segments_go_with_their_last_user() -> None:
+    """Without waiting for the collector: each batch has tensors of them on the device."""
+    segments = Segments([3, 5, 2])
+    for device in (torch.device("cpu"),):
+        segments.mask_on(device)
+        segments.groups_on(device)
+    gone = weakref.ref(segments)
+    gc.disable()
+    try:
+        del segments
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_no_other_tensor_is_taken_for_a_packed_mask() -> None:
+    for other in (None, torch.ones(4), torch.tensor([0, 3, 5]), torch.tensor([], dtype=torch.int64), torch.ones(2, 3)):
+        assert packing_of(other) is None
+    with packing(Segments([3, 5]), pad_at_end=True):
+        found = packing_of(packed_mask().detach().clone())  # type: ignore[union-attr]
+    assert found is not None
+    assert (found.segments.lengths, found.pad_at_end) == ((3, 5), True)

@@ -1,0 +1,100 @@
+"""Runs an encoder's layers without the pads of its batch: their hidden states go before the first layer and come back
+after the last, so that embeddings, positions and heads see padded batches as always.
+
+The attention mask is what every layer of every encoder hands on to its attention function, also when a checkpointed
+layer is run again in the backward pass. So a packed forward's mask is a list of the sequences' lengths (a tensor on the
+CPU, which others may copy and detach), and whoever meets it knows: hooks of the first and the last layer, and our
+attention functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from engine.kernels.segments import Segments, segments_of_lengths
+
+NO_PADS, PADS_AT_END = -0x5EC5, -0x5EC6
+"""First entries of a packed forward's mask."""
+
+
+class Packing(NamedTuple):
+    segments: Segments
+    pad_at_end: bool
+    """Whether the last layer's output gets its pads back (as 0), for heads that look at positions."""
+
+
+_active: ContextVar[Packing | None] = ContextVar("mapdistill_packing", default=None)
+
+
+@contextmanager
+def packing(segments: Segments | None, *, pad_at_end: bool) -> Iterator[None]:
+    """Forward passes inside run without pads; None: as they are."""
+    token = _active.set(None if segments is None else Packing(segments, pad_at_end))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def packed_mask() -> torch.Tensor | None:
+    """In place of an attention mask, (1 + S,) int64: a mark and S lengths. None outside of `packing`."""
+    active = _active.get()
+    if active is None:
+        return None
+    mark = PADS_AT_END if active.pad_at_end else NO_PADS
+    return torch.tensor([mark, *active.segments.lengths], dtype=torch.int64)
+
+
+def packing_of(mask: Any) -> Packing | None:
+    """What `packed_mask` says; None for anything else that a layer is given."""
+    if not isinstance(mask, torch.Tensor) or (mask.dim(), mask.dtype, mask.device.type) != (1, torch.int64, "cpu"):
+        return None
+    mark, *lengths = mask.tolist() or [0]
+    return Packing(segments_of_lengths(tuple(lengths)), mark == PADS_AT_END) if mark in (NO_PADS, PADS_AT_END) else None
+
+
+def install_packing(layers: list[nn.Module]) -> None:
+    """Once per model; layers: in their order. Nothing changes for forwards outside of `packing`."""
+    layers[0].register_forward_pre_hook(_pack, with_kwargs=True)
+    layers[-1].register_forward_hook(_pad, with_kwargs=True)
+
+
+def _find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packing | None:
+    for value in (*args, *kwargs.values()):
+        if (found := packing_of(value)) is not None:
+            return found
+    return None
+
+
+def _pack(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    found = _find(args, kwargs)
+    if found is None:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if _is_packed(hidden, found.segments):  # the one module of a model that shares its layers
+        return None
+    hidden = found.segments.packed(hidden, 1)
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _pad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    found = _find(args, kwargs)
+    hidden = output[0] if isinstance(output, tuple) else output
+    if found is None or not found.pad_at_end or not _is_packed(hidden, found.segments):
+        return None
+    hidden = found.segments.padded(hidden, 1)
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _is_packed(hidden: torch.Tensor, segments: Segments) -> bool:
+    return hidden.shape[:2] == (1, segments.tokens)
+
+
+def without_pads(hidden: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """(1, T, D), whether or not the pads have come back already."""
+    return hidden if _is_packed(hidden, segments) else segments.packed(hidden, 1)
