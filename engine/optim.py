@@ -15,6 +15,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from engine.allocator import return_freed_memory
 from engine.apex import require_apex
 from engine.config import OptimConfig, TrainConfig
 from engine.ds_config import Execution
@@ -157,8 +158,34 @@ def initialize_engine(
     )
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+    _drop_idle_work(ds_engine, execution)
     if execution.zero_stage == 0 and execution.precision != "float32":
-        optimizer.state.clear()
+        _reset_state(optimizer)
         for group in optimizer.param_groups:
             group.pop("step", None)  # NVIDIA Apex counts steps per group
+    return_freed_memory()
     return ds_engine
+
+
+def _reset_state(optimizer: torch.optim.Optimizer) -> None:
+    """As before the first step. In place where that is all zeros: state that is allocated before the first activations
+    leaves no holes between them."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    if all(isinstance(value, torch.Tensor) for value in values):
+        for value in values:
+            value.zero_()
+    else:
+        optimizer.state.clear()
+
+
+def _drop_idle_work(ds_engine: Any, execution: Execution) -> None:
+    """Of DeepSpeed's stage 0: it copies all gradients together and back for an all-reduce of one rank, and looks for
+    overflow in them before it computes their norm, which shows it as well and is looked at anyway."""
+    if execution.zero_stage > 0:
+        return
+    if execution.world_size == 1:
+        ds_engine.enable_backward_allreduce = False
+    checker = getattr(ds_engine.optimizer, "overflow_checker", None)
+    if checker is not None:
+        for name in ("check", "has_overflow"):  # the two wrappers of 16-bit stage 0 ask by different names
+            setattr(checker, name, lambda *_, **__: False)

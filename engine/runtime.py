@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
-import platform
 import signal
 import socket
 import warnings
@@ -15,11 +13,9 @@ from types import FrameType
 
 import torch
 
-from engine import extension_locks, rank_environment
+from engine import allocator, extension_locks, rank_environment
 from engine.data.batch import Counts
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""glibc's malloc.h"""
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -65,16 +61,6 @@ def _use_free_port() -> None:
         os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
 
 
-def _keep_freed_memory() -> None:
-    """Lets glibc's malloc serve large tensors from memory that was freed before. By default it gives each back to the
-    system and gets the next one as new pages, whose faults were a quarter of a small student's optimizer step on a CPU
-    (docs/benchmarks.md, "Memory allocator")."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # the largest there is
-
-
 def _unlink_shared_buffers(local_rank: int) -> None:
     """Takes the names off the buffers of DeepSpeed's shared-memory all-reduce (66 MiB a rank in /dev/shm), once every
     rank has mapped them. DeepSpeed 0.19.8 never does: each start on a new port would keep that memory until the next
@@ -102,7 +88,7 @@ def start(seed: int) -> Runtime:
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
     on_gpu = uses_gpu()
     if not on_gpu:
-        _keep_freed_memory()
+        allocator.keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             # every rank would otherwise start a thread per core: 2 ranks on 2 cores then run several times slower
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))

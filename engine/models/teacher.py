@@ -12,9 +12,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.data.batch import Batch
 from engine.errors import UserError
-from engine.models.capture import capture, install
+from engine.models.capture import capture, install, layer_modules, runs_unpadded
 from engine.models.features import Features, Wanted
 from engine.models.flops import forward_flops_per_token
+from engine.models.frozen_linear import FrozenLinear, can_pack, freeze_linears
 from engine.models.hub import has_mlm_weights, load_backbone, load_config, shape_of, skeleton
 from engine.models.shape import ModelShape
 
@@ -33,6 +34,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         full_config: PretrainedConfig,
         device: torch.device,
         placement: Literal["replicate", "zero3"] = "replicate",
+        unpadded: bool = False,
     ) -> None:
         self.shape: ModelShape = shape_of(full_config, wanted.logits)
         """Of the whole teacher, however few of its layers are loaded."""
@@ -43,16 +45,27 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         self.full_parameters_count = _count(skeleton(full_config, "mlm" if wanted.logits else "none"))
         """Parameters of the whole teacher."""
         self.layers_loaded = shape_of(model.config, wanted.logits).layers
-        # When all layers are wanted the forward must reach its end, where some models have one more norm. ZeRO-3
-        # releases a module's weights in a hook after it, so there the forward always runs to the end.
-        self._stop_early = placement == "replicate" and not wanted.whole and wanted.deepest < self.shape.layers
-        self.layers_run = wanted.deepest if self._stop_early else self.layers_loaded
+        # When the last hidden state is wanted the forward must reach its end, where some models have one more norm.
+        # ZeRO-3 releases a module's weights in a hook after it, so there the forward always runs to the end.
+        within = wanted.last_attention
+        self._stop_early = (
+            placement == "replicate" and not wanted.whole and (wanted.deepest < self.shape.layers or within is not None)
+        )
+        self.layers_run = (wanted.deepest if within is None else within - 1) if self._stop_early else self.layers_loaded
+        """Whole layers; after them it may still compute queries, keys and values."""
         run = replace(self.shape, layers=self.layers_run)
+        projections = 6.0 * self.shape.width**2 if self._stop_early and within is not None else 0.0
         # before sharding, which empties the weights
-        self._body_flops = forward_flops_per_token(model, run, 0, head_share=0.0)
-        self._head_flops = forward_flops_per_token(model, run, 0) - self._body_flops
+        self._body_flops = forward_flops_per_token(model, run, 0, head_share=0.0) + projections
+        self._head_flops = forward_flops_per_token(model, run, 0) + projections - self._body_flops
         self._model = model.eval().requires_grad_(False)
-        self._forward: nn.Module = model.to(device) if placement == "replicate" else _shard(model, device)  # type: ignore[arg-type]
+        if placement == "replicate":
+            model.to(device)  # type: ignore[arg-type]
+        self.unpadded = unpadded and runs_unpadded(model)
+        self._engine: nn.Module | None = None if placement == "replicate" else _shard(model, device)
+        self._frozen: list[FrozenLinear] = []
+        if placement == "replicate" and can_pack(model, device):
+            self._frozen = freeze_linears(model, layer_modules(model))
 
     @classmethod
     def load(
@@ -64,11 +77,13 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         device: torch.device,
         backend: str,
         placement: Literal["replicate", "zero3"] = "replicate",
+        unpadded: bool = False,
         key: str = "teacher.path",
     ) -> FrozenTeacher:
         """Reads config and weights of a folder or hub model. With `wanted.logits` all layers and the MLM head.
 
-        backend: as resolved by `resolve_backend`. zero3: collective, on every rank of the running group; each rank
+        backend: as resolved by `resolve_backend`. unpadded: run padded batches without their pads if the model can; the
+        features then lack them too. zero3: collective, on every rank of the running group; each rank
         reads the whole (truncated) model into host memory, and its device never holds more than its share.
         """
         config = load_config(path, key)
@@ -82,7 +97,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         shallow = config if wanted.logits else truncated_config(config, wanted.deepest)
         model = load_backbone(path, key=key, config=shallow, head="mlm" if wanted.logits else "none", dtype=dtype)
         install(model, backend)
-        return cls(model, wanted=wanted, full_config=config, device=device, placement=placement)
+        return cls(model, wanted=wanted, full_config=config, device=device, placement=placement, unpadded=unpadded)
 
     @torch.no_grad()  # not inference_mode: the losses save these tensors for their backward pass
     def __call__(self, batch: Batch) -> Features:
@@ -90,7 +105,14 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
             raise RuntimeError("the teacher is in train mode (dropout would change its targets); call .eval() on it")
         if self.wanted == Wanted():  # every loss that needs a teacher is off or maps no layer
             return Features()
-        return capture(self._model, batch, self.wanted, forward=self._forward, stop_early=self._stop_early)
+        return capture(
+            self._model,
+            batch,
+            self.wanted,
+            forward=self._engine,
+            stop_early=self._stop_early,
+            unpadded=self.unpadded,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,7 +126,8 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         """Bytes of parameters that this rank holds between forwards."""
         held = (getattr(p, "ds_tensor", None) for p in self._model.parameters())
         shards = sum(t.numel() * t.element_size() for t in held if t is not None and t.numel())
-        return shards + sum(p.numel() * p.element_size() for p in self._model.parameters())
+        packed = sum(linear.bytes for linear in self._frozen)
+        return shards + packed + sum(p.numel() * p.element_size() for p in self._model.parameters())
 
 
 def truncated_config(config: PretrainedConfig, deepest: int) -> PretrainedConfig:

@@ -22,13 +22,18 @@ from engine.models.teacher import FrozenTeacher
 
 
 def largest_difference(left: Features, right: Features) -> float:
+    """Of any entry, as a share of the largest of its tensor."""
     worst = 0.0
+
+    def share(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a.float() - b.float()).abs().max() / b.float().abs().max())
+
     for name in ("hidden", "query", "key", "value"):
         a, b = getattr(left, name), getattr(right, name)
         assert a.keys() == b.keys()
-        worst = max([worst, *((a[k].float() - b[k].float()).abs().max().item() for k in a)])
+        worst = max([worst, *(share(a[k], b[k]) for k in a)])
     if left.logits is not None and right.logits is not None:
-        worst = max(worst, (left.logits.float() - right.logits.float()).abs().max().item())
+        worst = max(worst, share(left.logits, right.logits))
     return worst
 
 

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "tests" / "unit"))
 
 from tiny_encoders import save_tiny  # noqa: E402
 
+BF16_ROUNDING = 2**-5
+"""A few units in the last place of the largest entry."""
 REAL = ROOT / "models" / "all-MiniLM-L6-v2"
 
 
@@ -43,7 +45,8 @@ def test_sharded_teacher_equals_the_replicated_one(tmp_path: Path) -> None:
         assert result.pop("world") == 2
         assert len(result) == 2 * len(models)
         for case, seen in result.items():
-            assert seen["difference"] == 0.0, (case, seen)
+            # in bf16 the replicated one has its weights packed for the matrix products, which then sum in another order
+            assert seen["difference"] <= (BF16_ROUNDING if "bfloat16" in case else 0.0), (case, seen)
             assert seen["same_counts"], case
             assert seen["same_flops"], case
             assert 0.5 <= seen["sharded_bytes"] / seen["whole_bytes"] < 0.51, (case, seen)
