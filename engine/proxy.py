@@ -24,7 +24,6 @@ from engine import runtime
 from engine.assemble import load_teacher, open_corpus
 from engine.data.loader import CorpusLoader
 from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
-from engine.models.teacher import FrozenTeacher
 from engine.monitor import open_records, peak_memory_gib
 from engine.plan import Plan
 from engine.proxy_cohort import IntermediateScores, Member, build_member
@@ -34,6 +33,7 @@ from engine.proxy_plan import Genome, ProxyPlan, file_name, make_proxy_plan
 from engine.proxy_report import Result, closing_text, describe_start, earlier_results, signal_of
 from engine.records import RecordWriter, format_record
 from engine.run_dir import RunDir
+from engine.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
 from engine.trainer import Outcome, Trainer
 
 
@@ -124,6 +124,8 @@ class ProxyJob:
                 if genomes and not self._cohort(genomes, seed, teacher, evaluator):
                     self._record("run", status="preempted", signal=self.stop.signal)
                     return EXIT_PREEMPTED
+            if isinstance(teacher, CachedTeacher):
+                teacher.close()
         signal = signal_of(list(self.results.values()))
         self._record("run", status="finished", signal=None if signal is None else asdict(signal), wall_s=self.wall)
         if self.here.is_rank_zero:
@@ -173,21 +175,29 @@ class ProxyJob:
         scratch = self.run_dir.root / "students" / ".scored"
         return build_evaluator(self.plan, self.here, self.agreement, self.stop, scratch)
 
-    def _teacher(self, genomes: Mapping[str, Genome]) -> FrozenTeacher | None:
-        """As deep as the deepest layer that any of the genomes needs. None when none of them learns."""
+    def _teacher(self, genomes: Mapping[str, Genome]) -> AnyTeacher | None:
+        """As deep as the deepest layer that any of the genomes needs; with a cache, as deep as any could need. None
+        when none of them learns."""
         wanted = [genome.plan.losses.wanted_teacher for genome in genomes.values() if genome.plan is not None]
         if not wanted:
             return None
-        return load_teacher(self.plan.base, functools.reduce(operator.or_, wanted), self.here.device)
+        if self.config.proxy.teacher_cache is None:
+            return load_teacher(self.plan.base, functools.reduce(operator.or_, wanted), self.here.device)
+        return open_cached_teacher(self.config, self.plan.base, self.here, say=self._say)
 
-    def _cohort(
-        self, genomes: Sequence[Genome], seed: int, teacher: FrozenTeacher | None, evaluator: Evaluator
-    ) -> bool:
+    def _say(self, text: str) -> None:
+        if self.here.is_rank_zero:
+            print(text, flush=True)
+
+    def _cohort(self, genomes: Sequence[Genome], seed: int, teacher: AnyTeacher | None, evaluator: Evaluator) -> bool:
         """Distils the genomes side by side, scores and records each. False when told to stop."""
         base = replace(self.plan.base, config=replace(self.plan.base.config, seed=seed))
         with self._phase("load"):
             loader = open_corpus(base)
             tokens = self._tokens(loader, evaluator)
+            if isinstance(teacher, CachedTeacher):
+                batches = (micro for step in range(self.config.proxy.steps) for micro in loader.step(step).micro)
+                teacher.expect(batches, ranks=self.here.world_size)
             members = [
                 build_member(
                     genome,
@@ -233,7 +243,7 @@ class ProxyJob:
         members: Sequence[Member],
         base: Plan,
         seed: int,
-        teacher: FrozenTeacher | None,
+        teacher: AnyTeacher | None,
         loader: CorpusLoader,
         score: Callable[[Member], Scores],
     ) -> bool:

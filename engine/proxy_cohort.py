@@ -16,7 +16,6 @@ from engine.data.batch import Batch
 from engine.export import rebuild_student, write_model
 from engine.models.capture import inputs_of
 from engine.models.compact_embedding import whole_vocabulary
-from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor
 from engine.plan import Plan, describe_for_export
 from engine.proxy_evaluators import Scores
@@ -24,6 +23,7 @@ from engine.proxy_plan import Genome
 from engine.run_dir import RunDir, as_yaml
 from engine.runtime import Runtime
 from engine.task_run import release
+from engine.teacher_cache import AnyTeacher
 from engine.trainer import Trainee
 
 
@@ -100,7 +100,7 @@ def build_member(
     base: Plan,
     seed: int,
     *,
-    teacher: FrozenTeacher | None,
+    teacher: AnyTeacher | None,
     cohort: int,
     tokens: torch.Tensor,
     here: Runtime,
@@ -137,6 +137,7 @@ def build_member(
         start_engine(module, chosen, plan.config.train, plan.execution),
         term_names=plan.losses.term_names,
         coefficients=plan.losses.coefficients,
+        observed_names=plan.losses.observed_names,
         execution=plan.execution,
         runtime=here,
         monitor=monitor,

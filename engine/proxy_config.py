@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.config import DataConfig, LossConfig, OptimConfig, StudentConfig, TeacherConfig, TrainConfig, require
+from engine.config import (
+    DataConfig,
+    KernelConfig,
+    LossConfig,
+    OptimConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    require,
+)
 from engine.task_config import TaskDataConfig
 
 PROXY_INIT = "uniform"
@@ -48,6 +57,14 @@ class ProxyConfig:
     batch: int = 32
     """Rows per optimizer step (evaluator finetune)."""
 
+    teacher_cache: str | None = None
+    """Folder that keeps what the teacher computes for each batch, for later jobs with the same batches (a search's jobs
+    all have them); CPU only. Unset: none."""
+
+    teacher_cache_gib: float = 20.0
+    """Size that the cache may grow to for one teacher and what the losses look at; what does not fit is computed each
+    time."""
+
     keep_students: bool = False
     """Write each distilled student to `students/`."""
 
@@ -55,7 +72,7 @@ class ProxyConfig:
         for name in ("steps", "repeats", "batch", "folds"):
             require(getattr(self, name) >= 1, f"proxy.{name}", getattr(self, name), "must be at least 1")
         require(bool(self.tasks), "proxy.tasks", self.tasks, "name at least one task")
-        for name in ("epochs", "lr"):
+        for name in ("epochs", "lr", "teacher_cache_gib"):
             require(getattr(self, name) > 0, f"proxy.{name}", getattr(self, name), "must be > 0")
         for step in self.report_at:
             require(
@@ -134,6 +151,7 @@ class ProxySettings:
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(eval_sequences=0))
     optim: OptimConfig = field(default_factory=OptimConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     train: ProxyTrainConfig = field(default_factory=ProxyTrainConfig)
     task: TaskDataConfig = field(default_factory=lambda: TaskDataConfig(train_rows=2000))
     proxy: ProxyConfig = field(default_factory=ProxyConfig)

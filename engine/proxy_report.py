@@ -106,6 +106,7 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
             f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {here.world_size} ranks, {here.device}, "
             f"{here.threads} threads",
         ),
+        ("kernels", str(base.kernels)),
         ("fingerprint", plan.fingerprint),
         ("output", config.output_dir),
     ]
