@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.ds_config import Execution
 from engine.errors import UserError
+from engine.models.capture import runs_unpadded
 from engine.models.compact_embedding import keep_tokens
 from engine.models.features import Wanted
 from engine.models.flops import forward_flops_per_token
@@ -23,6 +24,12 @@ from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine
 from engine.plan import Plan
+
+
+class FlopsOfATeacher(Protocol):
+    """A teacher, as far as its cost is concerned."""
+
+    def flops_per_token(self, seq_len: int, *, head_share: float = 1.0) -> float: ...
 
 
 def open_corpus(plan: Plan) -> CorpusLoader:
@@ -53,6 +60,7 @@ def load_teacher(plan: Plan, wanted: Wanted, device: torch.device) -> FrozenTeac
         device=device,
         backend=plan.teacher_attention.name,
         placement=cfg.placement,
+        unpadded=plan.unpadded,
     )
 
 
@@ -90,7 +98,7 @@ def build_module(
         teacher_width=plan.teacher_shape.width,
         layers=plan.losses.projected_layers,
     )
-    module = DistilModule(student, projections, plan.losses)
+    module = DistilModule(student, projections, plan.losses, unpadded=plan.unpadded and runs_unpadded(student))
     optimizer = choose_optimizer(
         module, config.optim, config.train, plan.execution, device, require_fused=config.require_fused
     )
@@ -121,7 +129,7 @@ def start_engine(module: nn.Module, chosen: ChosenOptimizer, train: TrainConfig,
 
 
 def flops_per_token(
-    plan: Plan, teacher: FrozenTeacher, module: DistilModule, *, share_of_teacher: float = 1.0
+    plan: Plan, teacher: FlopsOfATeacher, module: DistilModule, *, share_of_teacher: float = 1.0
 ) -> float:
     """See TFLOPS_NOTE of engine/monitor.py; an MLM head counts for the tokens that go through it.
 

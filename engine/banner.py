@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from engine.aligned import labelled
+from engine.config import ATTENTION_MAPPED
 from engine.ds_config import Execution
 from engine.mapping import LayerMapping
+from engine.models.capture import FULL_FROM
 from engine.models.shape import ModelShape
 from engine.models.teacher import FrozenTeacher
 from engine.plan import Plan
 
-KEEPS_MAPS = ("attention_probs", "relation")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -97,6 +98,18 @@ def mapping_table(hidden: LayerMapping, attention: LayerMapping) -> list[str]:
     return [f"{label:<18}" + " ".join((str(g) if g else "·").rjust(width) for g in genes) for label, genes in rows]
 
 
+def describe_pads(plan: Plan, *, teacher: bool, student: bool) -> str:
+    """teacher, student: whether they run without pads."""
+    if not plan.unpadded:
+        why = "which loss.preset=tinybert counts" if plan.config.kernels.unpadded else "as kernels.unpadded=false says"
+        return f"every batch runs with its pads, {why}"
+    able = [name for name, runs in (("teacher", teacher), ("student", student)) if runs]
+    if not able:
+        return "every batch runs with its pads: neither model was found to compute the same without them"
+    who = "both models run" if len(able) == 2 else f"the {able[0]} runs (the other was not found to compute the same)"
+    return f"{who} without pads in batches that are less than {FULL_FROM:.0%} full"
+
+
 def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("mapdistill", "torch", "deepspeed", "transformers"))
 
@@ -107,6 +120,7 @@ def start(
     teacher: FrozenTeacher,
     student_parameters: int,
     projection_parameters: int,
+    student_unpadded: bool,
     optimizer: str,
     epoch_sequences: int,
     device: str,
@@ -125,7 +139,9 @@ def start(
         teacher_dtype=plan.teacher_dtype,
         teacher_sharded=cfg.teacher.placement == "zero3",
         captured_teacher_tensors=len(wanted.hidden) + len(wanted.attention) * (3 if wanted.values else 2),
-        attention_terms=sum(name.partition("/")[0] in KEEPS_MAPS for name in plan.losses.term_names),
+        attention_terms=sum(name.partition("/")[0] in ATTENTION_MAPPED for name in plan.losses.term_names)
+        if plan.kernels.backend == "reference"
+        else 0,
         execution=ex,
         seq_len=plan.seq_len,
     )
@@ -170,10 +186,7 @@ def start(
         ),
         ("execution", f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {device}"),
         ("optimizer", optimizer),
-        (
-            "kernels",
-            "attention scores and hidden states: value and gradient together (PyTorch); other losses: plain PyTorch",
-        ),
+        ("kernels", [str(plan.kernels), describe_pads(plan, teacher=teacher.unpadded, student=student_unpadded)]),
         ("memory", str(memory)),
         ("start", start),
         ("output", cfg.output_dir),

@@ -300,6 +300,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """What computes the losses with their gradients. triton: on a GPU; torch: anywhere; reference: the plain formulas,
+    by autograd, slow; auto: triton on a GPU where it is installed, else torch."""
+
+    attention: Literal["auto", "tile", "gram"] = "auto"
+    """MSE of attention scores. tile: scores in tiles, never in memory; gram: no scores at all, time grows with the
+    length and not with its square; auto: by length, from the measured table in docs/benchmarks.md."""
+
+    gram_sums: Literal["auto", "float32", "float64"] = "auto"
+    """Precision in which Gram matrices are summed; in float32 small losses are noise (their gradients are not). auto:
+    float64 where the device is fast enough at it."""
+
+    unpadded: bool = True
+    """Run padded batches without their pads, where the model computes the same (tried at start); not with
+    loss.preset=tinybert, which counts pads."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     output_dir: str = "runs/distill"
     """Run directory; starting the same command again continues the run in it."""
@@ -312,8 +331,8 @@ class RunConfig:
     or the name of one, like step-00000100."""
 
     deepspeed_config: str = "auto"
-    """DeepSpeed JSON (see ds_configs/README.md); auto: zero1_bf16.json on a GPU, cpu_bf16.json on a CPU with AMX or
-    AVX-512 bf16, cpu_fp32.json elsewhere."""
+    """DeepSpeed JSON (see ds_configs/README.md); auto: zero1_bf16.json on a GPU, zero0_bf16.json on a CPU with AMX
+    or AVX-512 bf16, zero0_fp32.json elsewhere."""
 
     dry_run: bool = False
     """Stop after the start-up banner."""
@@ -328,6 +347,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")

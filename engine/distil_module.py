@@ -7,8 +7,9 @@ from torch import nn
 
 from engine.data.batch import Batch, Counts
 from engine.losses.loss_set import LossSet
-from engine.models.capture import capture, inputs_of
+from engine.models.capture import capture, inputs_of, segments_of
 from engine.models.features import Features
+from engine.models.packing import packing
 from engine.models.projections import Projections
 
 
@@ -16,8 +17,12 @@ class DistilModule(nn.Module):
     """Losses are inside so that ZeRO-3 gathers the projections where they are used. The teacher is not: a submodule
     would be put into train mode, sharded, saved and exported."""
 
-    def __init__(self, student: nn.Module, projections: Projections, losses: LossSet) -> None:
+    def __init__(
+        self, student: nn.Module, projections: Projections, losses: LossSet, *, unpadded: bool = False
+    ) -> None:
+        """unpadded: run padded batches without their pads, as the teacher does."""
         super().__init__()
+        self.unpadded = unpadded
         self.student = student
         self.projections = projections
         self._losses = losses
@@ -32,8 +37,9 @@ class DistilModule(nn.Module):
         last hidden state (B, L, D), for probes.
         """
         if teacher is None or per_micro is None:
-            output = self.student.base_model(**inputs_of(batch))
+            with packing(segments_of(batch) if self.unpadded else None, pad_at_end=True):
+                output = self.student.base_model(**inputs_of(batch))
             last: torch.Tensor = output.last_hidden_state
             return last
-        features = capture(self.student, batch, self._losses.wanted_student)
+        features = capture(self.student, batch, self._losses.wanted_student, unpadded=self.unpadded)
         return self._losses(features, teacher, batch, per_micro, self.projections)

@@ -88,7 +88,7 @@ class Execution:
 def default_config_name(*, has_gpu: bool, has_fast_bf16: bool) -> str:
     if has_gpu:
         return "zero1_bf16.json"
-    return "cpu_bf16.json" if has_fast_bf16 else "cpu_fp32.json"
+    return "zero0_bf16.json" if has_fast_bf16 else "zero0_fp32.json"
 
 
 def load_ds_config(path: Path) -> dict[str, Any]:

@@ -152,7 +152,13 @@ class FinetuneJob:
             dtype=getattr(torch, planned.dtype),
         )
         wanted = wanted_of_teacher(self.config.loss, planned.losses)
-        return FrozenTeacher(model, wanted=wanted, full_config=model.config, device=self.here.device)
+        return FrozenTeacher(
+            model,
+            wanted=wanted,
+            full_config=model.config,
+            device=self.here.device,
+            unpadded=self.config.kernels.unpadded,
+        )
 
     def _choose(self, task: PlannedTask) -> TaskScore | None:
         """The task's score at its best point; removes the other points' models and writes predictions. Collective."""
@@ -194,7 +200,9 @@ class FinetuneJob:
             head_required=True,
             dtype=getattr(torch, execution.precision),
         )
-        module, encoded = TaskModule(student.to(self.here.device), kind=spec.kind), self._encode(task)
+        student.to(self.here.device)  # type: ignore[arg-type]
+        module = TaskModule(student, kind=spec.kind, unpadded=self.config.kernels.unpadded)
+        encoded = self._encode(task)
         for name, split in encoded.splits.items():
             outputs = predict_split(module, encoded, name, runtime=self.here, batch_size=2 * execution.micro_batch_size)
             if not self.here.is_rank_zero or outputs is None:

@@ -19,13 +19,14 @@ from engine.data.task_specs import task_spec
 from engine.data.tasks import TaskData, load_task, resolve_names
 from engine.ds_config import Execution
 from engine.errors import UserError
+from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
 from engine.models.attention import Backend, resolve_backend
 from engine.models.shape import ModelShape
 from engine.models.task_model import longest_input, model_folder, require_head, task_tokenizer
-from engine.plan import digest, model_hashes, plan_execution
+from engine.plan import compute_device, digest, model_hashes, plan_execution
 from engine.score_table import Point
 from engine.task_config import FinetuneConfig, TaskConfig
 from engine.task_run import task_train_config
@@ -318,6 +319,13 @@ def _plan_teacher(
             student=student,
             teacher=teacher,
             mlm_probability=0.0,
+            kernels=choose_kernels(
+                config.kernels,
+                device=compute_device(),
+                seq_len=seq_len,
+                tinybert=False,
+                precisions=(precision, dtype),
+            ),
         )
     elif config.loss.logits == 0:
         raise UserError("teacher.path is set, but every loss towards the teacher is 0; set loss.logits or remove it")
@@ -348,7 +356,7 @@ def _idle_settings(config: FinetuneConfig) -> list[str]:
 def unit_identity(plan: FinetunePlan, unit: Unit) -> dict[str, Any]:
     """What must be the same when a fine-tuning is continued, or its result taken over."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(plan.unit_config(unit))))
-    for name in ("output_dir", "resume", "deepspeed_config", "dry_run", "require_fused", "train"):
+    for name in ("output_dir", "resume", "deepspeed_config", "dry_run", "require_fused", "train", "kernels"):
         settings.pop(name)
     for name in ("path", "attention", "activation_checkpointing"):
         settings["model"].pop(name)

@@ -120,6 +120,7 @@ def task_module(plan: FinetunePlan, unit: Unit) -> TaskModule:
         with_teacher=teacher is not None,
         losses=None if teacher is None else teacher.losses,
         projections=projections,
+        unpadded=config.kernels.unpadded,
     )
 
 

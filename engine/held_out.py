@@ -37,12 +37,13 @@ class HeldOutLosses:
         if not batches:
             return False
         counts, _ = self.agreement.reduce(sum((batch.counts for batch in batches), Counts()), False)
-        sums = torch.zeros(len(self.trainee.term_names) + 1, device=device)
+        count = len(self.trainee.term_names)
+        sums = torch.zeros(count + 1, device=device)
         ds_engine.eval()
         with torch.no_grad():
             for batch in (cpu.to(device) for cpu in batches):
                 total, terms = ds_engine(batch, self.teacher(batch), counts)
-                sums += torch.cat([total.float().reshape(1), terms])
+                sums += torch.cat([total.float().reshape(1), terms[:count]])
         ds_engine.train()
         if self.trainee.runtime.world_size > 1:
             torch.distributed.all_reduce(sums)

@@ -52,6 +52,8 @@ class StepReport:
     total: float
     terms: dict[str, float]
     """Raw value of each term."""
+    observed: dict[str, float]
+    """The same of what the losses report beside their terms."""
     coefficients: dict[str, float]
     lr: float
     grad_norm: float | None
@@ -61,6 +63,14 @@ class StepReport:
     @property
     def step(self) -> int:
         return self.interval.step
+
+    @property
+    def rho(self) -> dict[str, float]:
+        """|A_s - A_t| / |A_t| of the attention scores of each pair of layers (root mean squares): how far the student
+        still is, and how many digits of the loss can be trusted (docs/losses.md)."""
+        pairs = (name.partition("/")[2] for name in self.observed if name.startswith("attention_target/"))
+        squares = {pair: (self.terms[f"attention/{pair}"], self.observed[f"attention_target/{pair}"]) for pair in pairs}
+        return {pair: math.sqrt(max(d, 0.0) / t) for pair, (d, t) in squares.items() if t > 0}
 
     def by_loss(self) -> dict[str, float]:
         """Weighted contribution of each loss to the total: hidden, attention, embedding …"""
@@ -210,6 +220,7 @@ class Monitor:
             "samples_per_s": report.interval.counts.sequences / seconds,
             "tflops": self._flops_per_token * report.interval.counts.tokens / seconds / 1e12,
             "data_wait_share": wait / seconds,
+            "fill": report.interval.counts.tokens / max(report.interval.counts.positions, 1.0),
         }
         shares = {name: value / seconds for name, value in report.interval.phases.items()}
         peak = peak_memory_gib(self._device)
@@ -218,6 +229,7 @@ class Monitor:
             "step": report.step,
             "total": report.total,
             "terms": report.terms,
+            "rho": report.rho,
             "losses": report.by_loss(),
             "lr": report.lr,
             "grad_norm": report.grad_norm,
@@ -238,6 +250,7 @@ class Monitor:
         points = {"loss/total": report.total, "optimizer/lr": report.lr, "memory/peak_gib": peak}
         points |= {f"loss/{name}": value for name, value in losses.items()}
         points |= {f"pair/{name}": value for name, value in report.terms.items()}
+        points |= {f"rho/{pair}": value for pair, value in report.rho.items()}
         points |= {f"share/{name}": value / report.total for name, value in losses.items() if report.total}
         points |= {f"speed/{name}": value for name, value in speed.items()}
         points |= {f"time_share/{name}": value for name, value in shares.items()}

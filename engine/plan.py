@@ -19,6 +19,7 @@ from engine.config import MappingConfig, OptimConfig, RunConfig, TrainConfig
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
 from engine.ds_config import FOLDER, Execution, default_config_name, resolve_execution
 from engine.errors import UserError
+from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
@@ -45,6 +46,7 @@ class Plan:
     losses: LossSet
     teacher_attention: Backend
     student_attention: Backend
+    kernels: Kernels
     seq_len: int
     warnings: tuple[str, ...]
 
@@ -52,6 +54,11 @@ class Plan:
     def teacher_dtype(self) -> str:
         """float32, bfloat16 or float16."""
         return teacher_dtype(self.config, self.execution)
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether padded batches run without their pads, where a model can."""
+        return self.config.kernels.unpadded and self.config.loss.preset != "tinybert"  # which counts pads
 
     @property
     def mlm_head(self) -> bool:
@@ -79,7 +86,14 @@ def make_plan(config: RunConfig) -> Plan:
     longest = getattr(student_config, "max_position_embeddings", None)
     if longest is not None and manifest.seq_len > longest:
         raise UserError(f"{config.data.path} has sequences of {manifest.seq_len} tokens; the student takes {longest}")
-    mapped = map_layers(config, student_shape, teacher_shape)
+    kernels = choose_kernels(
+        config.kernels,
+        device=compute_device(),
+        seq_len=manifest.seq_len,
+        tinybert=config.loss.preset == "tinybert",
+        precisions=(execution.precision, teacher_dtype(config, execution)),
+    )
+    mapped = map_layers(config, student_shape, teacher_shape, kernels)
     return Plan(
         config=config,
         execution=execution,
@@ -90,6 +104,7 @@ def make_plan(config: RunConfig) -> Plan:
         teacher_shape=teacher_shape,
         student_shape=student_shape,
         **vars(mapped),
+        kernels=kernels,
         teacher_attention=attention_backend(
             config.teacher.attention, teacher_dtype(config, execution), teacher_shape, manifest.seq_len, trained=False
         ),
@@ -108,7 +123,12 @@ class MappedLayers:
     losses: LossSet
 
 
-def map_layers(config: RunConfig, student: ModelShape, teacher: ModelShape) -> MappedLayers:
+def compute_device() -> torch.device:
+    """The kind of device that this job computes on."""
+    return torch.device("cuda" if runtime.uses_gpu() else "cpu")
+
+
+def map_layers(config: RunConfig, student: ModelShape, teacher: ModelShape, kernels: Kernels) -> MappedLayers:
     """The mappings of `config`, and the losses over them. Raises UserError for what does not fit the two models."""
     sizes = {"student_layers": student.layers, "teacher_layers": teacher.layers}
     hidden_map = parse_mapping(config.mapping.hidden, key="mapping.hidden", **sizes)
@@ -124,6 +144,7 @@ def map_layers(config: RunConfig, student: ModelShape, teacher: ModelShape) -> M
         student=student,
         teacher=teacher,
         mlm_probability=config.data.mlm_probability,
+        kernels=kernels,
     )
     return MappedLayers(hidden_map, attention_map, losses)
 
@@ -131,7 +152,7 @@ def map_layers(config: RunConfig, student: ModelShape, teacher: ModelShape) -> M
 def with_mapping(plan: Plan, mapping: MappingConfig) -> Plan:
     """The same plan with other layers mapped. Raises UserError."""
     config = replace(plan.config, mapping=mapping)
-    mapped = map_layers(config, plan.student_shape, plan.teacher_shape)
+    mapped = map_layers(config, plan.student_shape, plan.teacher_shape, plan.kernels)
     idle = idle_settings(config, mapped.losses, plan.student_shape, plan.execution.world_size)
     warnings = (*mapped.losses.warnings, *idle)
     return replace(plan, config=config, **vars(mapped), warnings=warnings)
@@ -156,7 +177,7 @@ def teacher_dtype(config: RunConfig, execution: Execution) -> str:
 def attention_backend(requested: str, dtype: str, shape: ModelShape, seq_len: int, *, trained: bool) -> Backend:
     return resolve_backend(
         requested,
-        device=torch.device("cuda" if runtime.uses_gpu() else "cpu"),
+        device=compute_device(),
         dtype=getattr(torch, dtype),
         seq_len=seq_len,
         head_dim=shape.width // shape.heads,

@@ -248,7 +248,7 @@ class FinetuneEvaluator:
             config_text="",
         )
         result = train_on_task(
-            module=TaskModule(model, kind=task.spec.kind),
+            module=TaskModule(model, kind=task.spec.kind, unpadded=config.kernels.unpadded),
             task=task,
             train=train,
             optim=config.optim,

@@ -117,6 +117,7 @@ def run_config(config: ProxyJobConfig) -> RunConfig:
         data=config.data,
         optim=config.optim,
         train=config.train.as_train(config.proxy.steps),
+        kernels=config.kernels,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config import (
+    KernelConfig,
     LossConfig,
     MappingConfig,
     OptimConfig,
@@ -238,6 +239,7 @@ class FinetuneConfig:
     mapping: MappingConfig = field(default_factory=MappingConfig)
     loss: TaskLossConfig = field(default_factory=TaskLossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     train: FineTrainConfig = field(default_factory=FineTrainConfig)
 
     def __post_init__(self) -> None:

@@ -12,8 +12,9 @@ from engine.data.batch import Counts, TaskBatch
 from engine.data.task_specs import Kind
 from engine.errors import UserError
 from engine.losses.loss_set import LossSet
-from engine.models.capture import capture, inputs_of, task_logits
+from engine.models.capture import capture, inputs_of, runs_unpadded, segments_of, task_logits
 from engine.models.features import Features, Wanted
+from engine.models.packing import packing
 from engine.models.projections import Projections
 from engine.task_config import TaskLossConfig
 
@@ -30,21 +31,25 @@ class TaskModule(nn.Module):
         with_teacher: bool = False,
         losses: LossSet | None = None,
         projections: Projections | None = None,
+        unpadded: bool = False,
     ) -> None:
         """student: of load_task_model. loss: unset: the task's own loss only. with_teacher: whether `forward` gets the
-        teacher's task logits. losses: the layer-mapped ones (they need `with_teacher` and `projections`), or None."""
+        teacher's task logits. losses: the layer-mapped ones (they need `with_teacher` and `projections`), or None.
+        unpadded: run padded batches without their pads, where the student can."""
         super().__init__()
         assert losses is None or (with_teacher and projections is not None)
         loss = loss or TaskLossConfig()
         self.student = student
         self.projections: nn.Module = projections if projections is not None else nn.ModuleDict()
         self._kind, self._losses, self._temperature = kind, losses, loss.temperature
+        self._unpadded = unpadded and runs_unpadded(student)  # type: ignore[arg-type]
         weights = {"labels": loss.labels, "logits": loss.logits if with_teacher else 0.0}
         self._own = {name: weight for name, weight in weights.items() if weight > 0}
         if not self._own:  # the head would get no gradient
             raise UserError("loss.labels=0.0: must be > 0 unless a teacher's loss.logits trains the head")
         mapped = () if losses is None else losses.term_names
         self.term_names: tuple[str, ...] = (*self._own, *mapped)
+        self.observed_names: tuple[str, ...] = () if losses is None else losses.observed_names
         self.coefficients: tuple[float, ...] = (*self._own.values(), *(losses.coefficients if losses else ()))
 
     def forward(
@@ -69,7 +74,8 @@ class TaskModule(nn.Module):
         if self._losses is None:
             return Features(task_logits=self._logits(batch))
         student: Any = self.student
-        return capture(student, batch, self._losses.wanted_student | Wanted(task_logits=True))
+        wanted = self._losses.wanted_student | Wanted(task_logits=True)
+        return capture(student, batch, wanted, unpadded=self._unpadded)
 
     def _own_losses(
         self, features: Features, teacher: Features | None, batch: TaskBatch, per_micro: Counts
@@ -87,7 +93,8 @@ class TaskModule(nn.Module):
         return values
 
     def _logits(self, batch: TaskBatch) -> torch.Tensor:
-        return task_logits(self.student(**inputs_of(batch), return_dict=True)).float()
+        with packing(segments_of(batch) if self._unpadded else None, pad_at_end=True):
+            return task_logits(self.student(**inputs_of(batch), return_dict=True)).float()
 
 
 def wanted_of_teacher(loss: TaskLossConfig, losses: LossSet | None) -> Wanted:

@@ -95,6 +95,7 @@ def train_on_task(
             ds_engine,
             term_names=module.term_names,
             coefficients=module.coefficients,
+            observed_names=module.observed_names,
             execution=execution,
             runtime=runtime,
             monitor=monitor,

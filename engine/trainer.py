@@ -97,7 +97,7 @@ class Trainee:
     """One model in training: its engine, and what is seen and kept of it.
 
     ds_engine: around a module whose forward(batch, teacher features, per_micro) returns the total (scalar,
-    differentiable) and the raw terms (T,), normalised as DistilModule.forward says.
+    differentiable) and the raw terms (T,), then what is observed (O,), normalised as DistilModule.forward says.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class Trainee:
         *,
         term_names: Sequence[str],
         coefficients: Sequence[float],
+        observed_names: Sequence[str] = (),
         execution: Execution,
         runtime: Runtime,
         monitor: Monitor,
@@ -113,13 +114,14 @@ class Trainee:
     ) -> None:
         self.ds_engine = ds_engine
         self.term_names, self.coefficients = tuple(term_names), tuple(coefficients)
+        self.observed_names = tuple(observed_names)
         self.execution, self.runtime = execution, runtime
         self.monitor, self.checkpointer = monitor, checkpointer
         self.diverged = False
         self.stopped = False
         """Whether its evaluation has ended it before the others."""
         self._timer = PhaseTimer(runtime.device)
-        self._window = LossWindow(len(self.term_names), runtime.device)
+        self._window = LossWindow(len(self.term_names) + len(self.observed_names), runtime.device)
         self._grad_norm: torch.Tensor | float | None = None
 
     def micro_step(
@@ -128,13 +130,17 @@ class Trainee:
         features: Features | None,
         per_micro: Counts,
         *,
+        last_user: bool,
         step: int,
         last_micro: bool,
         logged: bool,
     ) -> None:
-        """One forward and backward; the last micro step of a step also updates the weights."""
+        """One forward and backward; the last micro step of a step also updates the weights. last_user: nobody else
+        needs the features, so their memory may serve the backward pass."""
         with self._timer.phase("student"):
             total, terms = self.ds_engine(batch, features, per_micro)
+            if features is not None and last_user:
+                features.release()
             self.ds_engine.backward(total)  # divides by accumulation itself
         with self._timer.phase("optimizer"):
             if last_micro and logged:
@@ -163,11 +169,13 @@ class Trainee:
             ranks=self.runtime.world_size, grad_accum_steps=self.execution.grad_accum_steps
         )
         interval = replace(interval, phases={**interval.phases, **self._timer.read()})
+        terms, observed = means[1 : 1 + len(self.term_names)], means[1 + len(self.term_names) :]
         norm = self._grad_norm if self._grad_norm is not None else self.ds_engine.get_global_grad_norm()
         report = StepReport(
             interval=interval,
             total=means[0],
-            terms=dict(zip(self.term_names, means[1:], strict=True)),
+            terms=dict(zip(self.term_names, terms, strict=True)),
+            observed=dict(zip(self.observed_names, observed, strict=True)),
             coefficients=dict(zip(self.term_names, self.coefficients, strict=True)),
             lr=float(self.ds_engine.get_lr()[0]),
             grad_norm=None if norm is None else float(norm),
@@ -278,6 +286,7 @@ class Trainer:
                     batch,
                     features,
                     per_micro,
+                    last_user=trainee is live[-1],
                     step=self.step,
                     last_micro=i == len(inputs.micro),
                     logged=self.step % self.train.log_every == 0,

@@ -30,6 +30,7 @@ def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConf
         loss=config.loss,
         data=replace(config.data, eval_sequences=held_out),
         optim=config.optim,
+        kernels=config.kernels,
         train=replace(train, steps=steps, warmup_steps=round(WARMUP_SHARE * steps)),
     )
 

@@ -63,6 +63,8 @@ class Batch:
     counts: Counts
     token_types: torch.Tensor | None = None
     """(B, L) int64 token type ids, for models that take them; None: the model's own default."""
+    lengths: tuple[int, ...] | None = None
+    """Real tokens of each sequence, which come first; None: unknown."""
 
     @property
     def token_mask(self) -> torch.Tensor | None:

@@ -161,6 +161,7 @@ class CorpusLoader:
             attention_mask=None if mask is None else torch.from_numpy(mask),
             labels=None if labels is None else torch.from_numpy(labels),
             counts=counts,
+            lengths=tuple(lengths.tolist()),
         )
         return batch.pinned() if self._pin_memory else batch
 

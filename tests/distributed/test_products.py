@@ -56,7 +56,8 @@ def held_out_terms(run: Run, world: TinyWorld) -> dict[str, float]:
     counts = sum((batch.counts for batch in batches), Counts())
     with torch.no_grad():
         terms = sum(module(batch, teacher(batch), counts)[1] for batch in batches)
-    return dict(zip(plan.losses.term_names, terms.tolist(), strict=True))
+    names = plan.losses.term_names
+    return dict(zip(names, terms.tolist()[: len(names)], strict=True))
 
 
 @pytest.mark.parametrize(("stage", "precision", "tolerance"), [(1, "fp32", 1e-5), (3, "fp32", 1e-5), (0, "bf16", 3e-2)])
@@ -211,7 +212,7 @@ def test_require_fused_makes_a_fall_back_an_error(make_run) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["zero0_fp16", "zero2_fp16", "zero3_fp16", "zero3_offload_fp16", "cpu_bf16", "cpu_fp32"]
+    "name", ["zero0_fp16", "zero2_fp16", "zero3_fp16", "zero3_offload_fp16", "zero0_bf16", "zero0_fp32"]
 )
 def test_shipped_ds_configs_train(make_run, name: str) -> None:
     run = make_run("run", launcher=False, deepspeed_config=FOLDER / f"{name}.json", train__steps=3, train__lr=1e-4)

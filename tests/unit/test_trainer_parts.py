@@ -19,6 +19,7 @@ from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.ds_config import FOLDER, resolve_execution
+from engine.kernels import exact
 from engine.mapping import parse_mapping
 from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
@@ -70,26 +71,30 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("unpadded", [False, True])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_a_micro_step_reads_nothing_back_to_the_host(tiny_world: TinyWorld, backend: str) -> None:
+def test_a_micro_step_reads_nothing_back_to_the_host(
+    tiny_world: TinyWorld, backend: str, unpadded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Teacher, student, losses over padded sequences, backward and the loss window: all but DeepSpeed's own step."""
+    monkeypatch.setattr(exact, "_factor", lambda scale, dimensions: scale.reshape([1] * dimensions))  # as on a GPU
     argv = ["--teacher.path", str(tiny_world.teacher), "--data.path", str(tiny_world.corpus), "--loss.relation", "1"]
     plan = make_plan(parse_config(RunConfig, [*argv, "--loss.cosine", "1", "--loss.attention_probs", "1"], "test"))
     wanted = plan.losses.wanted_teacher
     teacher = FrozenTeacher.load(
-        str(tiny_world.teacher), wanted=wanted, dtype=torch.float32, device=CPU, backend=backend
+        str(tiny_world.teacher), wanted=wanted, dtype=torch.float32, device=CPU, backend=backend, unpadded=unpadded
     )
     student = build_student(
         plan.config.student, str(tiny_world.teacher), plan.teacher_config, plan.hidden_map, False, 0, backend
     )
     projections = Projections(plan.config.loss, student_width=32, teacher_width=32, layers=plan.losses.projected_layers)
-    module = DistilModule(student, projections, plan.losses)
+    module = DistilModule(student, projections, plan.losses, unpadded=unpadded)
     loader = CorpusLoader(
         tiny_world.corpus, tokenizer=plan.tokenizer, eval_sequences=8, seed=0, global_batch=8, micro_batch=8
     )
     inputs = loader.step(0)
     assert inputs.micro[0].attention_mask is not None
-    window = LossWindow(len(plan.losses.term_names), CPU)
+    window = LossWindow(len(plan.losses.term_names) + len(plan.losses.observed_names), CPU)
     with HostReads() as reads:
         total, terms = module(inputs.micro[0], teacher(inputs.micro[0]), inputs.local_counts)
         total.backward()
@@ -108,7 +113,7 @@ def test_only_what_is_computed_is_compared_at_resume() -> None:
 
 def test_every_how_key_is_a_setting() -> None:
     known = set(field_docs(RunConfig))
-    for name in ("teacher", "student", "mapping", "loss", "data", "optim", "train"):
+    for name in ("teacher", "student", "mapping", "loss", "data", "optim", "train", "kernels"):
         section = type(getattr(RunConfig(), name))
         known |= {f"{name}.{key}" for key in field_docs(section)}
     assert known >= HOW_KEYS, HOW_KEYS - known
@@ -178,7 +183,7 @@ def test_banner_tables() -> None:
 def test_contributions_of_losses_add_up_to_the_total() -> None:
     report = StepReport(
         interval=Interval(step=1, counts=Counts(), phases={}, wait_s=0.0), total=3.5,
-        terms={"hidden/1-2": 1.0, "hidden/2-4": 2.0, "embedding": 2.0},
+        terms={"hidden/1-2": 1.0, "hidden/2-4": 2.0, "embedding": 2.0}, observed={},
         coefficients={"hidden/1-2": 0.5, "hidden/2-4": 0.5, "embedding": 1.0}, lr=0.1, grad_norm=None, loss_scale=None,
         skipped_steps=0,
     )  # fmt: skip
