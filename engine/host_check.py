@@ -1,0 +1,370 @@
+"""Checks whether the hosts of a hostfile can train together, and says what to do where they cannot. No torch here."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.aligned import labelled
+from engine.config import HostCheckConfig
+from engine.host_agent import COMPARED
+from engine.host_link import HostError, HostLink
+from engine.hostfile import parse_hostfile, rank_exports
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSED_ON = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")
+"""Beginnings of the variables that DeepSpeed passes on to other hosts by itself."""
+ANSWER_S = 10.0
+ALL_REDUCE_S = 25.0
+CLOCK_S = 2.0
+INTERFACE = "GLOO_SOCKET_IFNAME"
+
+
+@dataclass
+class Verdict:
+    """Of one host."""
+
+    host: str
+    slots: int
+    wrong: list[str] = field(default_factory=list)
+    """What keeps a job from running, each with its remedy."""
+    doubtful: list[str] = field(default_factory=list)
+    """What a job can run with, each with its remedy."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Of host_agent.facts; empty where it was not reached."""
+    address: str | None = None
+    """Where the others reach it."""
+    interface: str | None = None
+    """Which one leads to the others."""
+    clock_ahead_s: float = 0.0
+    """Of the first host's clock."""
+
+    @property
+    def word(self) -> str:
+        return "WRONG" if self.wrong else "doubtful" if self.doubtful else "ok"
+
+
+@dataclass
+class Report:
+    hosts: list[Verdict]
+    all_reduce: dict[str, Any] = field(default_factory=dict)
+    """backend, latency_ms, mib, gbit_per_s, or error; empty: not tried."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Lines for .deepspeed_env that are missing there."""
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not any(verdict.wrong for verdict in self.hosts) and self.all_reduce.get("error") is None
+
+
+def check_hosts(config: HostCheckConfig) -> bool:
+    """Prints the report; whether a job would run. Raises UserError for a hostfile or .deepspeed_env with a mistake."""
+    report = HostCheck(config, parse_hostfile(Path(config.hostfile)), ranks_environment(os.environ)).run()
+    if config.json:
+        print(json.dumps({"ok": report.ok, **asdict(report)}, indent=1))
+    else:
+        print(table(report))
+    return report.ok
+
+
+def ranks_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a rank on another host gets from `deepspeed` started here and now."""
+    cwd = str(Path.cwd())
+    passed = {name: value for name, value in environ.items() if name.startswith(PASSED_ON)}
+    python_path = f"{cwd}:{environ['PYTHONPATH']}" if environ.get("PYTHONPATH") else cwd
+    return {**passed, "PYTHONPATH": python_path, **rank_exports(environ, Path.cwd())}
+
+
+class HostCheck:
+    """One check. Hosts are asked side by side, each through one ssh connection; stages follow one another."""
+
+    def __init__(self, config: HostCheckConfig, hosts: Mapping[str, int], env: Mapping[str, str]) -> None:
+        self._config, self._env = config, env
+        self._verdicts = {host: Verdict(host, slots) for host, slots in hosts.items()}
+        self._links: dict[str, HostLink] = {}
+        self._deadline = time.monotonic() + config.seconds
+        self._report = Report(list(self._verdicts.values()))
+
+    def run(self) -> Report:
+        start = time.monotonic()
+        with ThreadPoolExecutor(len(self._verdicts)) as self._pool, ExitStack() as stack:
+            for host in self._verdicts:
+                link = HostLink(host, env=self._env, ssh_port=self._config.ssh_port)
+                stack.callback(link.close)
+                self._links[host] = link
+            for stage in (self._look, self._compare, self._meet, self._names, self._share, self._all_reduce):
+                stage()
+        self._report.seconds = time.monotonic() - start
+        return self._report
+
+    @property
+    def _first(self) -> Verdict:
+        return next(iter(self._verdicts.values()))
+
+    def _reached(self) -> Iterator[Verdict]:
+        return (verdict for verdict in self._verdicts.values() if verdict.facts)
+
+    def _left(self, most_s: float) -> float:
+        return min(most_s, self._deadline - time.monotonic())
+
+    def _ask(self, verdict: Verdict, do: str, *, most_s: float = ANSWER_S, **arguments: Any) -> dict[str, Any]:
+        return self._links[verdict.host].ask(do, within_s=self._left(most_s), **arguments)
+
+    def _each(self, ask: Callable[[Verdict], None], verdicts: Sequence[Verdict]) -> None:
+        """Side by side; who fails to answer is out of the later stages."""
+
+        def guarded(verdict: Verdict) -> None:
+            try:
+                ask(verdict)
+            except HostError as error:
+                verdict.facts = {}
+                verdict.wrong.append(f"{error.what}; {error.remedy}")
+
+        list(self._pool.map(guarded, verdicts))
+
+    def _look(self) -> None:
+        """ssh, and what each host says of itself."""
+
+        def ask(verdict: Verdict) -> None:
+            most_s = 20.0  # ssh's own limit on connecting, and the start of Python from a slow disk
+            verdict.facts = self._ask(verdict, "facts", most_s=most_s, root=str(ROOT), cwd=str(Path.cwd()))
+            offset, _ = self._links[verdict.host].clock_offset(within_s=self._left(ANSWER_S))
+            verdict.clock_ahead_s = offset
+            known = [a for a in (verdict.facts["reached_at"], *verdict.facts["addresses"]) if a]
+            verdict.address = next((address for address in known if not _is_loopback(address)), None)
+
+        self._each(ask, list(self._verdicts.values()))
+
+    def _compare(self) -> None:
+        """With the first host that was reached."""
+        model = next(self._reached(), None)
+        if model is None:
+            return
+        base = model.clock_ahead_s
+        for verdict in self._reached():
+            facts = verdict.facts
+            if not facts["has_cwd"]:
+                verdict.wrong.append(f"there is no {Path.cwd()}, where the launcher starts every rank; make it there")
+            if facts["code"] is None:
+                verdict.wrong.append(f"mapdistill is not in {ROOT}; install it at the same path")
+            elif facts["code"] != model.facts["code"]:
+                verdict.wrong.append(f"mapdistill's code differs from {model.host}'s; bring {ROOT} to the same commit")
+            if facts["python"] != model.facts["python"]:
+                verdict.wrong.append(
+                    f"Python {facts['python']}, but {model.facts['python']} on {model.host}; make {sys.executable} one"
+                )
+            for package in COMPARED:
+                here, there = facts["packages"][package], model.facts["packages"][package]
+                if here is None:
+                    wanted = package if there is None else f"{package}=={there}"
+                    verdict.wrong.append(f"{package} is missing; {sys.executable} -m pip install {wanted}")
+                elif here != there:
+                    verdict.wrong.append(
+                        f"{package} {here}, but {there} on {model.host}; {sys.executable} -m pip install "
+                        f"{package}=={there}"
+                    )
+            if 0 < facts["gpus"] < verdict.slots:
+                verdict.wrong.append(f"slots={verdict.slots}, but it has {facts['gpus']} GPUs; correct the hostfile")
+            verdict.clock_ahead_s -= base
+            if abs(verdict.clock_ahead_s) > CLOCK_S:
+                verdict.doubtful.append(
+                    f"its clock is {verdict.clock_ahead_s:+.1f} s off {model.host}'s; run an NTP client (chrony)"
+                )
+
+    def _meet(self) -> None:
+        """The others come to the first host's port, at the address that DeepSpeed will tell them."""
+        first = self._first
+        if not first.facts:
+            return
+        told = next(iter(first.facts["addresses"]), None)
+        if told is None:
+            first.wrong.append("`hostname -I`, which DeepSpeed asks for its address, says nothing; give --master_addr")
+            told = first.address
+        others = [verdict for verdict in self._reached() if verdict is not first]
+
+        def visit(verdict: Verdict) -> None:
+            failed: dict[str, str] = {}
+            for address in dict.fromkeys(a for a in (told, first.address) if a is not None):
+                answer = self._ask(verdict, "visit", address=address, port=port, timeout_s=5.0)
+                if answer["error"] is None and answer["name"] == first.facts["name"]:
+                    verdict.interface = _interface_of(verdict, answer["from"])
+                    if failed:
+                        verdict.wrong.append(
+                            f"cannot reach {first.host} at {told}, which DeepSpeed takes from `hostname -I`; give "
+                            f"--master_addr {address}"
+                        )
+                    return
+                failed[address] = answer["error"] or f"there answers {answer['name']!r}"
+            listed = ", ".join(f"{address}: {why}" for address, why in failed.items())
+            verdict.wrong.append(f"cannot reach {first.host}'s port {port} ({listed}); open the firewall between them")
+
+        try:
+            port = self._listen(first)
+            self._each(visit, others)
+            self._ask(first, "hang_up")
+            toward = next((verdict.address for verdict in others if verdict.address), None)
+            own = self._ask(first, "route", address=toward)["from"] if toward else first.address
+        except HostError as error:
+            first.facts = {}
+            first.wrong.append(f"{error.what}; {error.remedy}")
+            return
+        first.interface = _interface_of(first, own)
+
+    def _listen(self, first: Verdict) -> int:
+        """The port on which the first host listens."""
+        wanted = self._config.master_port
+        answer = self._ask(first, "listen", port=wanted)
+        if not answer["taken"]:
+            return wanted
+        port = int(self._ask(first, "listen", port=0)["port"])
+        first.wrong.append(f"port {wanted} is taken; give --master_port {port}, or end who has it (`ss -ltnp`)")
+        return port
+
+    def _names(self) -> None:
+        """Without an interface named, gloo listens at the address that the host's own name has on the host itself."""
+        reached = list(self._reached())
+        names = {verdict.interface for verdict in reached if verdict.interface is not None}
+        common = next(iter(names)) if len(names) == 1 else None
+        for verdict in reached if len(self._verdicts) > 1 else []:
+            if verdict.facts["gloo_interface"]:
+                self._check_chosen(verdict, verdict.facts["gloo_interface"])
+                continue
+            at = verdict.facts["name_is"]
+            if at is not None and not _is_loopback(at) and _interface_of(verdict, at) is not None:
+                continue
+            where = f"is {at} to itself" if at else "has no address there"
+            remedy = f"give {verdict.facts['name']} the address {verdict.address} in its /etc/hosts"
+            if common is not None:
+                with_gpus = f" (with GPUs NCCL_SOCKET_IFNAME={common} too)"
+                remedy = f"put {INTERFACE}={common} into .deepspeed_env{with_gpus}, or {remedy}"
+                self._report.settings[INTERFACE] = common
+            verdict.wrong.append(f"its name {verdict.facts['name']} {where}, where gloo would listen; {remedy}")
+
+    def _check_chosen(self, verdict: Verdict, chosen: str) -> None:
+        known = verdict.facts["interfaces"]
+        if not set(chosen.split(",")) <= known.keys():
+            listed = ", ".join(name for name in known if name != "lo") or "none"
+            verdict.wrong.append(f"{INTERFACE}={chosen}, but up are only: {listed}; correct .deepspeed_env")
+        elif verdict.interface is not None and verdict.interface not in chosen.split(","):
+            verdict.doubtful.append(
+                f"{INTERFACE}={chosen}, but {verdict.interface} leads to the other hosts; correct .deepspeed_env"
+            )
+
+    def _share(self) -> None:
+        folder, first = self._config.shared, self._first
+        if folder is None or not first.facts:
+            return
+        path, text = f"{folder}/.check_hosts_{secrets.token_hex(8)}", secrets.token_hex(16)
+
+        def look(verdict: Verdict) -> None:
+            if not self._ask(verdict, "read", path=path, text=text, timeout_s=self._left(5.0))["seen"]:
+                verdict.wrong.append(f"a file that {first.host} wrote in {folder} is not there; mount the same storage")
+
+        def write(verdict: Verdict) -> None:
+            error = self._ask(verdict, "write", path=path, text=text)["error"]
+            if error is not None:
+                verdict.wrong.append(f"cannot write in {folder}: {error}")
+                return
+            self._each(look, [other for other in self._reached() if other is not first])
+            self._ask(verdict, "remove", path=path)
+
+        # not through the pool: the first host's turn waits for the others'
+        try:
+            write(first)
+        except HostError as error:
+            first.facts = {}
+            first.wrong.append(f"{error.what}; {error.remedy}")
+
+    def _all_reduce(self) -> None:
+        """With what is missing in .deepspeed_env already set, so that it says whether the remedy works."""
+        verdicts = list(self._verdicts.values())
+        repaired = set(self._report.settings) == {INTERFACE}
+        if len(verdicts) < 2 or any(len(v.wrong) > (1 if repaired and _only_name(v) else 0) for v in verdicts):
+            return
+        first = self._first
+        assert first.address is not None
+        backend = "nccl" if all(verdict.facts["gpus"] for verdict in verdicts) else "gloo"
+        answers: dict[str, dict[str, Any]] = {}
+        port = self._ask(first, "listen", port=0)["port"]
+        self._ask(first, "hang_up")
+        limit = max(1.0, self._left(ALL_REDUCE_S) - 2.0)  # so that an agent can say that it waited in vain
+
+        def reduce(verdict: Verdict) -> None:
+            rank = {
+                "RANK": str(verdicts.index(verdict)),
+                "WORLD_SIZE": str(len(verdicts)),
+                "MASTER_ADDR": str(first.address),
+                "MASTER_PORT": str(port),
+                **self._report.settings,
+            }
+            most = {"most_s": limit + ANSWER_S, "timeout_s": limit}
+            answers[verdict.host] = self._ask(verdict, "all_reduce", root=str(ROOT), env=rank, backend=backend, **most)
+
+        self._each(reduce, verdicts)
+        failed = {host: answer["error"] for host, answer in answers.items() if answer["error"] is not None}
+        if failed or len(answers) < len(verdicts):
+            error = "; ".join(f"{host}: {why}" for host, why in failed.items()) or "a host did not answer"
+            self._report.all_reduce = {"backend": backend, "error": error}
+        else:
+            self._report.all_reduce = {"backend": backend, **answers[first.host]}
+
+
+def _only_name(verdict: Verdict) -> bool:
+    return all(INTERFACE in text for text in verdict.wrong)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _interface_of(verdict: Verdict, address: str | None) -> str | None:
+    interfaces: dict[str, list[str]] = verdict.facts["interfaces"]
+    return next((name for name, addresses in interfaces.items() if address in addresses), None)
+
+
+def table(report: Report) -> str:
+    """One line for each host, and one for each further thing that is wrong with it."""
+    width = max(len(verdict.host) for verdict in report.hosts)
+    lines = []
+    for verdict in report.hosts:
+        texts = [*verdict.wrong, *verdict.doubtful] or [_facts_line(verdict)]
+        heads = [f"{verdict.host:<{width}}  {verdict.word:<8}", *[" " * (width + 10)] * (len(texts) - 1)]
+        lines += [f"{head}  {text}" for head, text in zip(heads, texts, strict=True)]
+    done = report.all_reduce
+    if not done:
+        said = "not tried: one host" if len(report.hosts) == 1 else "not tried: first repair what is WRONG above"
+    elif done["error"] is not None:
+        said = f"{done['backend']} FAILED ({done['error']}); look at firewalls, and set {INTERFACE} in .deepspeed_env"
+    else:
+        said = (
+            f"{done['backend']}, one rank a host: {done['latency_ms']:.2f} ms for 4 bytes, {done['gbit_per_s']:.2f} "
+            f"Gbit/s in and out of each host for {done['mib']:.0f} MiB"
+        )
+    rows = [("all-reduce", said)]
+    if report.settings:
+        missing = shlex.join(f"{name}={value}" for name, value in report.settings.items())
+        rows.append(("settings", f"missing in .deepspeed_env, but set for this all-reduce: {missing}"))
+    rows.append(("verdict", f"{'ready' if report.ok else 'NOT ready'} ({report.seconds:.1f} s)"))
+    return "\n".join([*lines, labelled(rows)])
+
+
+def _facts_line(verdict: Verdict) -> str:
+    facts = verdict.facts
+    versions = ", ".join(f"{package} {version}" for package, version in facts["packages"].items())
+    gpus = f", {facts['gpus']} GPUs" if facts["gpus"] else ""
+    return (
+        f"{verdict.address} on {verdict.interface}, clock {verdict.clock_ahead_s:+.2f} s, Python {facts['python']}, "
+        f"{versions}, code {facts['code']}{gpus}"
+    )
