@@ -69,9 +69,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # False and not left out: transformers would ask on stdin whether to run a tokenizer's own code
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and its own here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "trust_remote_code" in str(error):
+            reason = "it asks for Python code that comes with it (auto_map), and such code is never run here"
         raise UserError(f"tokenizer={path!r}: cannot be loaded ({reason}); give a model folder or hub name") from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer={path!r}: has no fast version (tokenizer.json); convert it first")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +14,11 @@ import numpy.typing as npt
 import torch
 
 from engine.data.batch import Batch, Counts
-from engine.data.manifest import check_tokenizer, load_manifest
+from engine.data.manifest import Manifest, check_tokenizer, load_manifest
 from engine.data.masking import IGNORE, MaskingTables, mask_tokens
 from engine.data.order import TrainingOrder
 from engine.data.prefetch import prefetched
+from engine.data.shard_check import ShardCheck
 from engine.data.shards import SequenceStore
 from engine.errors import UserError
 
@@ -45,7 +47,9 @@ class CorpusLoader:
     of rank r takes micro_batch of them from i * micro_batch * world + r * micro_batch on. So the sequences of a step
     depend neither on the number of ranks nor on the micro batch.
 
-    Raises UserError when the corpus is not finished, torn, of another tokenizer or length, or too small.
+    Raises UserError when the corpus is not finished, of another tokenizer or length, or too small; and when a shard is
+    first used that is missing or torn. check: of the same corpus; what it finds is raised in place of a step, on every
+    rank.
     """
 
     def __init__(
@@ -63,8 +67,11 @@ class CorpusLoader:
         mlm_probability: float = 0.0,
         whole_word: bool = False,
         pin_memory: bool = False,
+        manifest: Manifest | None = None,
+        check: ShardCheck | None = None,
     ) -> None:
-        self.manifest = load_manifest(path)
+        self.manifest = manifest if manifest is not None else load_manifest(path)
+        self.check = check
         check_tokenizer(self.manifest, tokenizer)
         if seq_len is not None and seq_len != self.manifest.seq_len:
             raise UserError(
@@ -110,16 +117,30 @@ class CorpusLoader:
         """The batches of optimizer step `step` (0-based), at the same cost for every step."""
         batches = []
         for micro in range(self.grad_accum_steps):
-            first = step * self._global_batch + (micro * self._world + self._rank) * self._micro_batch
-            positions = np.arange(first, first + self._micro_batch, dtype=np.int64)
-            numbers = self.order.indices(positions)
-            rows = numbers + self._shift[np.searchsorted(self._train_ends, numbers, side="right")]
-            batches.append(self._batch(rows, positions))
+            positions = self._positions(step, micro, self._rank)
+            batches.append(self._batch(self._rows(positions), positions))
         return StepBatches(step, batches, sum((batch.counts for batch in batches), Counts()))
 
-    def steps(self, start: int) -> Iterator[StepBatches]:
+    def _positions(self, step: int, micro: int, rank: int) -> Ints:
+        first = step * self._global_batch + (micro * self._world + rank) * self._micro_batch
+        return np.arange(first, first + self._micro_batch, dtype=np.int64)
+
+    def _rows(self, positions: Ints) -> Ints:
+        numbers = self.order.indices(positions)
+        rows: Ints = numbers + self._shift[np.searchsorted(self._train_ends, numbers, side="right")]
+        return rows
+
+    def sequence_ids(self, step: int, micro: int, rank: int) -> list[int]:
+        """The numbers in the corpus of what `rank` trains on in micro step `micro` of `step`, all counted from 0."""
+        return [int(row) for row in self._rows(self._positions(step, micro, rank))]
+
+    def steps(self, start: int) -> Generator[StepBatches, None, None]:
         """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
-        return prefetched(self.step, start, name="corpus-loader", waited=self._waited)
+        with closing(prefetched(self.step, start, name="corpus-loader", waited=self._waited)) as made:
+            for batches in made:
+                if self.check is not None:
+                    self.check.before_step(batches.step)
+                yield batches
 
     def _waited(self, seconds: float) -> None:
         self.wait_s += seconds

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
+from engine.files import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,26 +87,6 @@ class Manifest:
         totals = {"documents": self.documents, "sequences": self.sequences, "tokens": self.tokens, "fill": self.fill}
         text = json.dumps({**asdict(self), "totals": totals}, indent=1) + "\n"
         write_whole(folder / MANIFEST, text.encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is there completely or not at all, also when the machine stops."""
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder (a rename, a removal) outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load_manifest(path: str | Path) -> Manifest:

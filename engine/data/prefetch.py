@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,7 +13,9 @@ T = TypeVar("T")
 _AHEAD = 2
 
 
-def prefetched(make: Callable[[int], T], start: int, *, name: str, waited: Callable[[float], None]) -> Iterator[T]:
+def prefetched(
+    make: Callable[[int], T], start: int, *, name: str, waited: Callable[[float], None]
+) -> Generator[T, None, None]:
     """make(start), make(start + 1), … without end, made ahead by one thread called `name`, which ends when the iterator
     is closed. An error of `make` is raised where its item would have come. `waited` is told the seconds that the
     consumer had to wait for each item."""

@@ -14,10 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from engine.data.manifest import Manifest, sync_folder, write_whole
+from engine.data.manifest import Manifest, ShardEntry
 from engine.errors import UserError
+from engine.files import sync_folder, write_whole
 
 COLUMN = "input_ids"
+AGAIN = "start python launch/prepare_data.py again with the same settings, it redoes only what is missing"
+MOST_MAPPED = 32_768
+"""Shards that are mapped at once: half of the 65,530 areas that Linux gives a process (vm.max_map_count)."""
 
 
 def shard_name(index: int) -> str:
@@ -91,24 +95,28 @@ def remove_strays(folder: Path, shards: int) -> None:
         path.unlink()
 
 
+def check_size(path: Path, entry: ShardEntry) -> None:
+    """Raises UserError for a shard that is missing, or not as long as recorded."""
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing shard; {AGAIN}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if size != entry.size:
+        raise UserError(f"{path}: has {size} bytes, the manifest says {entry.size} (torn copy?); {AGAIN}")
+
+
 class SequenceStore:
     """Random access to all sequences of a corpus, in the order of its shards.
 
-    Opening looks only at the sizes of the files. A shard is mapped at its first use; a row is one copy of its ids.
+    Opening touches no shard. One is looked at and mapped when it is first used; a row is one copy of its ids.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._entries = folder, manifest.shards
         self._starts = np.concatenate([[0], np.cumsum([entry.sequences for entry in manifest.shards])])
         self._open: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[Any]]] = {}
-        for entry in manifest.shards:
-            path = folder / entry.file
-            try:
-                size = os.stat(path).st_size
-            except FileNotFoundError:
-                raise UserError(f"{path}: missing shard; {_AGAIN}") from None
-            if size != entry.size:
-                raise UserError(f"{path}: has {size} bytes, the manifest says {entry.size} (torn copy?); {_AGAIN}")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -126,17 +134,17 @@ class SequenceStore:
     def _map(self, shard: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any]]:
         entry = self._entries[shard]
         path = self._folder / entry.file
+        check_size(path, entry)
         try:
             with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
                 batch = stream.read_next_batch()
         except (pa.ArrowException, StopIteration, OSError) as error:
-            raise UserError(f"{path}: unreadable shard ({error}); delete it and {_AGAIN}") from error
+            raise UserError(f"{path}: unreadable shard ({error}); delete it and {AGAIN}") from error
         column = batch.column(0)
         if len(column) != entry.sequences:
-            raise UserError(f"{path}: {len(column)} sequences, the manifest says {entry.sequences}; {_AGAIN}")
+            raise UserError(f"{path}: {len(column)} sequences, the manifest says {entry.sequences}; {AGAIN}")
+        if len(self._open) >= MOST_MAPPED:
+            del self._open[next(iter(self._open))]
         # closing the map's file handle is fine (the buffers keep the mapping), and thousands of shards need no handles
         self._open[shard] = column.offsets.to_numpy(), column.values.to_numpy()
         return self._open[shard]
-
-
-_AGAIN = "start python launch/prepare_data.py again with the same settings, it redoes only what is missing"

@@ -65,13 +65,17 @@ class TaskLoader:
     def step(self, step: int) -> StepBatches:
         """This rank's share of optimizer step `step` (0-based), as TaskBatch micro batches; at the same cost for every
         step, apart from sorting its bucket."""
-        number, within = divmod(step, self._bucket_steps)
-        rows = self._bucket_rows(number)[within]
-        batches = []
-        for micro in range(self.grad_accum_steps):
-            first = (micro * self._world + self._rank) * self._micro_batch
-            batches.append(self._batch(rows[first : first + self._micro_batch]))
+        batches = [self._batch(self._rows(step, micro, self._rank)) for micro in range(self.grad_accum_steps)]
         return StepBatches(step, [*batches], sum((batch.counts for batch in batches), Counts()))
+
+    def _rows(self, step: int, micro: int, rank: int) -> Ints:
+        number, within = divmod(step, self._bucket_steps)
+        first = (micro * self._world + rank) * self._micro_batch
+        return self._bucket_rows(number)[within][first : first + self._micro_batch]
+
+    def sequence_ids(self, step: int, micro: int, rank: int) -> list[int]:
+        """The row numbers of what `rank` trains on in micro step `micro` of `step`, all counted from 0."""
+        return [int(row) for row in self._rows(step, micro, rank)]
 
     def steps(self, start: int) -> Iterator[StepBatches]:
         """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""

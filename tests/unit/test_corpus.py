@@ -163,6 +163,7 @@ def interrupt(text: Path, out: Path, tokenizer: str, kind: int, *, worker: bool 
     return code, log.read_text()
 
 
+@pytest.mark.faults
 def test_killed_half_way_it_redoes_only_what_is_missing(reference, tmp_path, tokenizer, text):
     out = tmp_path / "corpus"
     code, _ = interrupt(text, out, tokenizer, signal.SIGKILL)
@@ -177,11 +178,13 @@ def test_killed_half_way_it_redoes_only_what_is_missing(reference, tmp_path, tok
     assert {name: after[name] for name in done} == {name: before[name] for name in done}
 
 
+@pytest.mark.faults
 def test_sigterm_and_ctrl_c_leave_no_orphan_and_no_manifest(tmp_path, tokenizer, text):
     assert interrupt(text, tmp_path / "a", tokenizer, signal.SIGTERM)[0] == 128 + signal.SIGTERM
     assert interrupt(text, tmp_path / "b", tokenizer, signal.SIGINT)[0] != 0
 
 
+@pytest.mark.faults
 def test_a_worker_that_dies_is_reported(tmp_path, tokenizer, text):
     code, log = interrupt(text, tmp_path / "a", tokenizer, signal.SIGKILL, worker=True)
     assert code != 0
@@ -207,6 +210,7 @@ def test_an_old_sidecar_never_vouches_for_a_new_shard(tmp_path, monkeypatch):
     assert finished_shard(tmp_path, 0, "old") is None
 
 
+@pytest.mark.faults
 def test_a_lost_or_torn_shard_is_made_again_and_the_others_kept(reference, tmp_path, tokenizer, text):
     want = contents(reference)
     before = identities(reference)
@@ -275,6 +279,7 @@ def test_several_sources_keep_apart(tmp_path, tokenizer, small):
     assert [shard.source for shard in manifest.shards] == [0, 1]
 
 
+@pytest.mark.faults
 def test_bad_lines_stop_it_or_are_counted(tmp_path, tokenizer, small, capsys):
     small.write_bytes(b"bad \xff line\n" + small.read_bytes())
     with pytest.raises(UserError, match=r"small\.txt:1: is not UTF-8"):
@@ -319,6 +324,7 @@ def test_errors_name_the_key(tmp_path, tokenizer, small):
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
+@pytest.mark.faults
 def test_two_writers_in_one_folder(tmp_path, tokenizer, small):
     import fcntl
 
@@ -342,6 +348,7 @@ def test_units_are_bounded_and_keep_documents_whole_where_they_can(tmp_path):
     assert all(len(unit.text) >= 100 for unit in units[:-1])
 
 
+@pytest.mark.faults
 def test_manifest_errors(tmp_path, reference):
     with pytest.raises(UserError, match=r"no such folder; prepare a corpus with python launch/prepare_data\.py"):
         load_manifest(tmp_path / "none")
@@ -359,6 +366,7 @@ def test_manifest_errors(tmp_path, reference):
             load_manifest(tmp_path)
 
 
+@pytest.mark.faults
 def test_the_tokenizer_must_match_and_its_hash_is_stable(tmp_path, reference, tokenizer):
     manifest = load_manifest(reference)
     tok = AutoTokenizer.from_pretrained(tokenizer)

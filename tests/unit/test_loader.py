@@ -223,6 +223,7 @@ def test_prefetching_is_bounded(make, monkeypatch):
     stream.close()
 
 
+@pytest.mark.faults
 def test_an_error_in_the_thread_reaches_the_consumer(home, make, tmp_path):
     path = tmp_path / "corpus"
     shutil.copytree(home / "corpus", path)
@@ -239,20 +240,32 @@ def test_opening_reads_no_shard(home, make, tmp_path):
     path = tmp_path / "corpus"
     shutil.copytree(home / "corpus", path)
     for shard in path.glob("shard-*.arrow"):
-        shard.write_bytes(b"\x00" * shard.stat().st_size)
+        shard.unlink()
     make(path=path)
 
 
+@pytest.mark.faults
 def test_missing_and_truncated_shards(home, make, tmp_path):
     path = tmp_path / "corpus"
     shutil.copytree(home / "corpus", path)
     shard = path / "shard-00001.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
+    everything = np.arange(len(make()._store))
     with pytest.raises(UserError, match=r"shard-00001\.arrow: has \d+ bytes, the manifest says"):
-        make(path=path)
+        make(path=path)._store.rows(everything)
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00001\.arrow: missing shard"):
-        make(path=path)
+        make(path=path)._store.rows(everything)
+
+
+def test_only_so_many_shards_are_mapped_at_once(make, monkeypatch):
+    everything = np.arange(len(make()._store))[::-1]
+    want = make()._store.rows(everything)
+    monkeypatch.setattr("engine.data.shards.MOST_MAPPED", 1)
+    store = make()._store
+    for row, wanted in zip(store.rows(everything), want, strict=True):  # rows of shards that are mapped no more, too
+        assert np.array_equal(row, wanted)
+    assert len(store._open) == 1
 
 
 def test_a_shard_with_other_sequences_than_the_manifest_says(home, make, tmp_path):
@@ -280,6 +293,7 @@ def test_errors_name_the_key(make, options, message):
         make(**options)
 
 
+@pytest.mark.faults
 def test_another_tokenizer_is_refused(make):
     with pytest.raises(UserError, match="tokenised with"):
         make(tokenizer=FAMILIES["roberta"]())

@@ -1,0 +1,113 @@
+"""Whether the bytes of a corpus are those that its manifest records, found out beside the training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.data.manifest import Manifest, ShardEntry
+from engine.data.shards import AGAIN, check_size
+from engine.errors import UserError
+
+SETTLE_S = 3.0
+"""A start waits so long for the check: a tenth of what it takes anyway, and at 1 GB/s and rank 3 GB are verified before
+anything else is done. What is left goes on while the job trains, so that no start grows with its corpus."""
+NICE = 10
+"""Of the thread after that: it then uses what the training leaves over."""
+AGREE_EVERY = 10
+"""Steps after which the ranks tell each other. One that raised alone would let the others fail in the middle of a
+collective, with a traceback and a code of their own."""
+
+
+def share_of_this_host(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(part, parts) for ShardCheck. The ranks of a host check every shard once, together; another host may have a copy
+    of its own."""
+    part = int(environ.get("LOCAL_RANK", "0"))
+    return part, max(int(environ.get("LOCAL_SIZE", "1")), part + 1)
+
+
+def _world() -> int:
+    """Ranks that have met."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+class ShardCheck:
+    """Reads every parts-th shard, in order, in a thread that starts at once: first the sizes of all of them, then the
+    checksums (hashlib lets go of the interpreter's lock). It ends at the first shard that is not as recorded."""
+
+    def __init__(self, folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._entries = manifest.shards[part::parts]
+        self._problem: UserError | None = None
+        self._over = False
+        """Whether every rank has found its shards to be whole, which all of them know."""
+        self._group: Any = None
+        self._until = time.monotonic() + SETTLE_S
+        self._thread = threading.Thread(target=self._run, name="shard-check", daemon=True)
+        self._thread.start()
+
+    def settle(self) -> None:
+        """Waits until the check has ended, or SETTLE_S after its start. Raises what it has found, as `agree` does."""
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        self.agree()
+
+    def before_step(self, step: int) -> None:
+        """Raises what was found meanwhile; every rank calls it before each step."""
+        if not self._over and (_world() == 1 or step % AGREE_EVERY == 0):
+            self._over = not self.agree()
+
+    def agree(self) -> bool:
+        """Whether the check is still going on. Raises UserError, naming the file, once a shard was found that is not as
+        recorded. Collective where the ranks have met: all of them raise what one has found."""
+        going_on, found = self._thread.is_alive(), self._problem
+        if _world() > 1:
+            if self._group is None and torch.distributed.get_backend() != "gloo":
+                self._group = torch.distributed.new_group(backend="gloo")  # no device is waited for
+            flags = torch.tensor([going_on, found is not None], dtype=torch.int32)
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
+            going_on, any_found = flags.bool().tolist()
+            if any_found:
+                texts: list[str | None] = [None] * _world()
+                torch.distributed.all_gather_object(texts, None if found is None else str(found), group=self._group)
+                found = UserError(next(text for text in texts if text is not None))
+        if found is not None:
+            raise found
+        return going_on
+
+    def _run(self) -> None:
+        try:
+            for entry in self._entries:
+                check_size(self._folder / entry.file, entry)
+            lowered = False
+            for entry in self._entries:
+                if not lowered and time.monotonic() > self._until:
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # Linux: of this thread alone
+                    lowered = True
+                self._check_bytes(entry)
+        except UserError as error:
+            self._problem = error
+
+    def _check_bytes(self, entry: ShardEntry) -> None:
+        path = self._folder / entry.file
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); copy it again, or delete it and {AGAIN}"
+            ) from None
+        if found == entry.sha256:
+            return
+        owner = next((other.file for other in self._manifest.shards if other.sha256 == found), None)
+        what = f"holds what belongs in {owner}" if owner is not None else "its bytes have changed since it was written"
+        raise UserError(
+            f"{path}: {what} (sha256 {found[:12]}, the manifest says {entry.sha256[:12]}); copy it again, or delete it "
+            f"and {AGAIN}"
+        )
