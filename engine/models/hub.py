@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import pickle
 import socket
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -33,7 +35,7 @@ from transformers.utils.hub import cached_file
 from engine.errors import UserError
 from engine.models.shape import ModelShape
 
-LOAD_ERRORS = (OSError, ValueError, KeyError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 Head = Literal["none", "mlm", "classification", "span"]
 AUTO_CLASSES: dict[Head, tuple[Any, str]] = {
     "none": (AutoModel, "an encoder"),
@@ -41,6 +43,10 @@ AUTO_CLASSES: dict[Head, tuple[Any, str]] = {
     "classification": (AutoModelForSequenceClassification, "a sequence-classification head"),
     "span": (AutoModelForQuestionAnswering, "a question-answering head"),
 }
+CONVERT = (
+    'convert it where you trust it: python -c "from transformers import AutoModel; '
+    "AutoModel.from_pretrained('FOLDER').save_pretrained('NEW')\" (an MLM head needs AutoModelForMaskedLM)"
+)
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 64, 64 * 1024
 WEIGHT_FILES = (
     "model.safetensors",
@@ -48,6 +54,14 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_pickle_allowed = False
+
+
+def allow_pickle(allowed: bool) -> None:
+    """Whether this process may from now on read weights from pickles (pytorch_model.bin), and then tensors only. A plan
+    sets it from its configuration. One switch of the process: no call that loads something can forget to ask."""
+    global _pickle_allowed
+    _pickle_allowed = allowed
 
 
 @cache
@@ -68,6 +82,11 @@ def where(path: str) -> dict[str, bool]:
     return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
+def safely() -> dict[str, Any]:
+    """Arguments for a model's from_pretrained: no pickle unless it is allowed, and never an object out of one."""
+    return {"use_safetensors": None if _pickle_allowed else True, "weights_only": True}
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences progress bars and the table of unexpected keys; what matters of it is checked and raised here."""
@@ -84,6 +103,11 @@ def quiet() -> Iterator[None]:
 
 def not_readable(path: str, key: str, what: str, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{key}={path!r}: its {what} asks for Python code that comes with the model (auto_map), and such code is "
+            "never run here; name a model whose class is part of transformers"
+        )
     if Path(path).is_dir():
         return UserError(f"{key}={path!r}: cannot read the {what} in this folder: {reason}")
     return UserError(
@@ -101,7 +125,8 @@ def load_config(path: str, key: str) -> PretrainedConfig:
         )
     try:
         with quiet():
-            return AutoConfig.from_pretrained(path, **where(path))
+            # False and not left out: transformers would ask on stdin whether to run a model's own code
+            return AutoConfig.from_pretrained(path, trust_remote_code=False, **where(path))
     except LOAD_ERRORS as error:
         raise not_readable(path, key, "configuration", error) from None
 
@@ -110,7 +135,7 @@ def load_tokenizer(path: str, key: str) -> Any:
     """The tokenizer of a model folder or hub model."""
     try:
         with quiet():
-            tokenizer: Any = AutoTokenizer.from_pretrained(path, **where(path))
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where(path))
     except LOAD_ERRORS as error:
         raise not_readable(path, key, "tokenizer", error) from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up when there are no files
@@ -166,9 +191,11 @@ def load_backbone(
     """
     arguments = init_arguments(config, head)
     load: Any = model_class(config, head).from_pretrained
+    weight_file(path, key)  # refuses a pickle, with a remedy
+    arguments |= {"config": config, "dtype": dtype, "output_loading_info": True}
     try:
         with quiet():
-            model, info = load(path, config=config, dtype=dtype, output_loading_info=True, **where(path), **arguments)
+            model, info = load(path, **where(path), **safely(), **arguments)
     except LOAD_ERRORS as error:
         raise not_readable(path, key, "weights", error) from None
     missing = sorted(info["missing_keys"]) + sorted(str(entry[0]) for entry in info["mismatched_keys"])
@@ -224,14 +251,14 @@ def weights_fingerprint(path: str, key: str) -> str:
 
 def _weight_files(path: str, key: str) -> list[Path]:
     """The files that hold the tensors, in the order of their names."""
-    found = _weight_file(path, key)
+    found = weight_file(path, key)
     if not found.name.endswith(".index.json"):
         return [found]
     names = set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
     return [Path(cached_file(path, name, **where(path))) for name in sorted(names)]
 
 
-def _weight_file(path: str, key: str) -> Path:
+def weight_file(path: str, key: str) -> Path:
     """The first of WEIGHT_FILES that the model has."""
     for file_name in WEIGHT_FILES:
         try:
@@ -239,16 +266,31 @@ def _weight_file(path: str, key: str) -> Path:
         except LOAD_ERRORS as error:
             raise not_readable(path, key, "weights", error) from None
         if found is not None:
+            require_no_pickle(path, key, Path(found).name)
             return Path(found)
     raise UserError(f"{key}={path!r}: found none of {', '.join(WEIGHT_FILES)}; the model has no weights")
 
 
+def require_no_pickle(path: str, key: str, file_name: str) -> None:
+    """Raises UserError when the weights are in a pickle, and that is not allowed."""
+    if ".safetensors" not in file_name and not _pickle_allowed:
+        raise UserError(
+            f"{key}={path!r}: its weights are in {file_name}, a Python pickle, which can hold anything; {CONVERT}, or "
+            "write allow_pickle=true (of it, tensors are read and nothing else)"
+        )
+
+
 def _stored_names(path: str, key: str) -> set[str]:
     """Names of the tensors in a checkpoint."""
-    found = _weight_file(path, key)
+    found = weight_file(path, key)
     if found.name.endswith(".index.json"):
         return set(json.loads(found.read_text(encoding="utf-8"))["weight_map"])
     if found.name.endswith(".safetensors"):
         with safe_open(found, framework="pt") as tensors:
             return set(tensors.keys())
-    return set(torch.load(found, map_location="meta", weights_only=True, mmap=True))
+    try:
+        # PyTorch's format before 1.6 is no zip, and cannot be mapped
+        mapped = zipfile.is_zipfile(found)
+        return set(torch.load(found, map_location="meta", weights_only=True, mmap=mapped))
+    except (RuntimeError, *LOAD_ERRORS) as error:
+        raise not_readable(path, key, "weights", error) from None

@@ -21,6 +21,8 @@ from engine.models.hub import (
     model_class,
     not_readable,
     quiet,
+    safely,
+    weight_file,
     where,
 )
 from engine.models.student import DROPOUTS
@@ -168,6 +170,7 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of its weights that the file has not, or has in another shape."""
     load: Any = model_class(config, head).from_pretrained
+    weight_file(path, key)  # refuses a pickle, with a remedy
     try:
         with quiet():
             model, info = load(
@@ -177,6 +180,7 @@ def _load(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **where(path),
+                **safely(),
             )
     except LOAD_ERRORS as error:
         raise not_readable(path, key, "weights", error) from None

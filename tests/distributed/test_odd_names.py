@@ -1,0 +1,93 @@
+"""Folders whose names mean something to a shell, a pattern, a format or an option parser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import ROOT, Run, environment
+from searching import SearchRun
+from tiny_world import TinyWorld
+from transformers import AutoModel
+
+from engine.data.manifest import load_manifest
+
+pytestmark = pytest.mark.faults
+NAME = """run "a" 'b' ü $(touch X) `touch X`; touch X & | > X %s {0} #1 \\ ~"""
+
+
+@pytest.fixture
+def odd(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / NAME
+    folder.mkdir()
+    shutil.copytree(tiny_world.teacher, folder / "teacher")
+    shutil.copytree(glue, folder / "glue")
+    shutil.copyfile(tiny_world.text, folder / "text.txt")
+    return folder
+
+
+def start(*words: object, cwd: Path = ROOT) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.launcher
+def test_every_script_works_in_a_folder_of_an_odd_name(
+    odd: Path, make_run: Callable[..., Run], make_search: Callable[..., SearchRun]
+) -> None:
+    prepare = ["--output_dir", odd / "corpus", "--tokenizer", odd / "teacher", "--seq_len", 16, "--min_tokens", 2]
+    start("launch/prepare_data.py", *prepare, "--sources", json.dumps([{"path": str(odd / "text.txt")}]))
+    assert load_manifest(odd / "corpus").sequences > 100
+
+    inputs = {"teacher__path": odd / "teacher", "data__path": odd / "corpus"}
+    run = make_run(f"{NAME}/distilled", ranks=2, train__steps=4, train__save_every=2, **inputs)
+    run.finish()
+    assert [record["step"] for record in run.steps()] == [1, 2, 3, 4]
+    run.finish("--resume", "step-00000002")
+    assert [record["step"] for record in run.steps()] == [1, 2, 3, 4, 3, 4]
+    assert len(set(run.curve())) == 4
+    assert (run.run_dir.checkpoints / "superseded-step-00000004").is_dir()
+    start("launch/export.py", "--run", run.output_dir, "--to", odd / "exported")
+    AutoModel.from_pretrained(odd / "exported", add_pooling_layer=False)
+
+    # its jobs are launch/proxy.py
+    settings = {"trials": 4, "population": 4, "cohort": 4, "confirm_top": 0, "task__data_dir": odd / "glue", **inputs}
+    search = make_search(f"{NAME}/searched", **settings)
+    search.finish()
+    assert {one.outcome for one in search.evaluations()} == {"ok"}
+    assert not list(ROOT.glob("X")) + list(odd.rglob("X"))
+
+
+@pytest.mark.thorough
+def test_a_leading_dash(odd: Path, make_run: Callable[..., Run]) -> None:
+    """Given behind an equals sign, as any option parser wants it; relative, so that the dash comes first."""
+    for name in ("teacher", "text.txt"):
+        (odd / name).rename(odd / f"-{name}")
+    words = ["--output_dir=-corpus", "--tokenizer=-teacher", "--seq_len", "16", "--min_tokens", "2", "--workers", "1"]
+    start(ROOT / "launch/prepare_data.py", *words, "--sources", json.dumps([{"path": "-text.txt"}]), cwd=odd)
+    run = make_run("dash", train__steps=2)
+    for key in ("--teacher.path", "--data.path"):
+        at = run.argv.index(key)
+        del run.argv[at : at + 2]
+    own = ["--output_dir=-run", "--teacher.path=-teacher", "--data.path=-corpus"]
+    start(ROOT / "launch/distill.py", *own, *run.argv, cwd=odd)
+    start(ROOT / "launch/export.py", "--run=-run", "--to=-exported", cwd=odd)
+    AutoModel.from_pretrained(odd / "-exported", add_pooling_layer=False)
+
+
+def test_patterns_are_refused_where_deepspeed_would_take_them_for_such(tmp_path: Path) -> None:
+    for script, key in (("distill", "--output_dir"), ("finetune", "--output_dir"), ("export", "--run")):
+        folder = tmp_path / "run[1]"
+        words = [sys.executable, f"launch/{script}.py", key, str(folder)]
+        done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2, done.stderr
+        assert f"error: run directory {str(folder)!r}: DeepSpeed cannot find checkpoints below" in done.stderr
+        assert not folder.exists()
