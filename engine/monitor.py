@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+import platform
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine.data.batch import Counts
+from engine.event_file import EventFile
+from engine.loss_window import BadMicroStep
 from engine.records import RecordWriter, read_records
 
 TFLOPS_NOTE = (
@@ -26,6 +28,8 @@ TFLOPS_NOTE = (
     "activation checkpointing is not counted). A forward counts 2 FLOPs for each weight of a linear layer, and "
     "4 x sequence length x width for attention in each layer. Losses, norms, look-ups and the optimizer are left out."
 )
+MOST_SEQUENCES = 1024
+"""Of a micro batch that are named in an error record."""
 ETA_AFTER_STEPS = 20
 """The first steps allocate, compile and warm caches; the time left is estimated without them."""
 
@@ -145,9 +149,9 @@ class History:
         return float(sum(record["tokens"] for record in self.steps.values()) / seconds)
 
 
-def open_records(path: Path, *, echo: bool = True) -> RecordWriter:
+def open_records(path: Path, *, echo: bool = True, tell: Callable[[str], None] | None = None) -> RecordWriter:
     """On a terminal the bar is for the eyes, and records.jsonl holds the lines; logs and pipes get both (`echo`)."""
-    return RecordWriter(path, stream=None if echo and not sys.stdout.isatty() else _Silent())
+    return RecordWriter(path, stream=None if echo and not sys.stdout.isatty() else _Silent(), tell=tell)
 
 
 class Monitor:
@@ -176,13 +180,18 @@ class Monitor:
         self._device = device
         self._config_text = config_text
         self._tensorboard_dir = tensorboard
-        self._writer: SummaryWriter | None = None
+        self._curves: EventFile | None = None
         self._bar: tqdm[Any] | None = None
         self._on_terminal = sys.stderr.isatty()
-        self.records = open_records(records, echo=not part_of_a_job) if active else None
+        self.records = open_records(records, echo=not part_of_a_job, tell=self.say) if active else None
         self.history = History()
         self._records_path = records
         self._wait_s = 0.0
+
+    @property
+    def folder(self) -> Path:
+        """The run directory that its records are in."""
+        return self._records_path.parent
 
     def begin(self, step: int) -> None:
         self._start_step = step
@@ -192,9 +201,9 @@ class Monitor:
             return
         self.history = History.read(self._records_path, until=step)
         # a resumed run overwrites the points that a killed one wrote past its last checkpoint
-        self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=step + 1 if step else None, flush_secs=15)
-        self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
-        self._writer.add_text("how speed/tflops is counted", TFLOPS_NOTE, step)
+        self._curves = EventFile(self._tensorboard_dir, purge_step=step + 1 if step else None, tell=self.say)
+        texts = {"config": f"```yaml\n{self._config_text}\n```", "how speed/tflops is counted": TFLOPS_NOTE}
+        self._curves.texts(texts, step)
         if self._on_terminal and not self._name:
             self._bar = tqdm(total=self._steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
 
@@ -262,9 +271,8 @@ class Monitor:
         self._scalars(points, report.step)
 
     def _scalars(self, points: dict[str, float], step: int) -> None:
-        if self._writer is not None:
-            for tag, value in points.items():
-                self._writer.add_scalar(tag, value, step)
+        if self._curves is not None:
+            self._curves.scalars(points, step)
 
     def _progress(self, report: StepReport, tokens_per_s: float, now: float) -> None:
         done = report.step - self._start_step
@@ -312,23 +320,98 @@ class Monitor:
         self.write_record("checkpoint", step=step, path=str(folder))
         self.say(f"step {step}/{self._steps}  checkpoint {folder}")
 
-    def diverged(self, report: StepReport, first_bad: int) -> None:
-        bad = [name for name, value in report.terms.items() if not math.isfinite(value)]
-        what = f"the loss is not finite since step {first_bad} (terms: {', '.join(bad) or 'total only'})"
-        self._say_diverged(what, step=first_bad, terms=bad, lr=report.lr, total=report.total)
+    def not_finite(
+        self,
+        report: StepReport,
+        *,
+        terms: list[str],
+        first: BadMicroStep,
+        sequences: list[int],
+        bad_steps: list[int],
+        skipped: int | None,
+        may_skip: int,
+    ) -> None:
+        """Losses were not finite in `bad_steps`. skipped: how many steps this start has left out for that; None when it
+        ends here. `terms`, `sequences`: of the first micro step of them, by name and by number in the corpus."""
+        steps = f"step {first.step}" if len(bad_steps) == 1 else f"{len(bad_steps)} steps from {first.step} on"
+        what = f"the loss is not finite in {steps} (terms: {', '.join(terms) or 'total only'}; rank {first.rank}, " + (
+            f"sequences {', '.join(map(str, sequences[:8]))}{' …' if len(sequences) > 8 else ''})"
+        )
+        fields: dict[str, Any] = {
+            "step": first.step,
+            "terms": terms,
+            "rank": first.rank,
+            "micro": first.micro,
+            "sequences": sequences[:MOST_SEQUENCES],
+            "bad_steps": bad_steps,
+            "lr": report.lr,
+            "total": report.total,
+        }
+        if skipped is None:
+            limit = f"; more than train.skip_bad_steps={may_skip} of them" if may_skip else ""
+            self._say_diverged(what + limit, **fields)
+            return
+        self.write_record("error", status="skipped", skipped=skipped, **fields)
+        self.say(f"warning: {what}; left out ({skipped} of at most {may_skip})")
 
     def diverged_weights(self, step: int) -> None:
         self._say_diverged(f"weights are not finite after step {step}", step=step, terms=["weights"])
 
-    def diverged_scale(self, step: int) -> None:
-        self._say_diverged(f"gradients overflow fp16 at the smallest loss scale in step {step}", step=step, terms=[])
+    def diverged_scale(self, step: int, terms: list[str]) -> None:
+        where = f" (terms that are not finite: {', '.join(terms)})" if terms else ""
+        self._say_diverged(
+            f"gradients overflow fp16 at the smallest loss scale in step {step}{where}", step=step, terms=terms
+        )
 
     def _say_diverged(self, what: str, **fields: Any) -> None:
         self.write_record("error", status="diverged", **fields)
         self.say(
             f"error: {what}. Complete checkpoints, if any, are untouched. Try a lower learning rate or more warm-up in "
-            "another output_dir"
+            "another output_dir, or train.skip_bad_steps when single batches are to blame"
         )
+
+    def checkpoint_failed(self, step: int, why: str, *, goes_on: bool) -> None:
+        """goes_on: training continues without this checkpoint."""
+        self.write_record("error", status="checkpoint_failed", step=step, why=why, goes_on=goes_on)
+        if goes_on:
+            self.say(f"warning: {why}; training goes on, and the next checkpoint is tried as usual")
+
+    def out_of_memory(
+        self, step: int, *, rank: int, micro: int, shape: tuple[int, ...], sequences: list[int], why: str
+    ) -> None:
+        """On the rank that has run out of it."""
+        self._write_from_any_rank(
+            "error",
+            status="out_of_memory",
+            step=step,
+            rank=rank,
+            micro=micro,
+            shape=list(shape),
+            sequences=sequences[:MOST_SEQUENCES],
+            why=why,
+        )
+
+    def hang(self, step: int, *, limit_s: float, rank: int, stacks: Path) -> None:
+        """On the watchdog's thread, just before the process ends."""
+        host = platform.node()
+        self._write_from_any_rank(
+            "error", status="hang", step=step, rank=rank, host=host, limit_s=limit_s, stacks=str(stacks)
+        )
+        print(
+            f"error: rank {rank} on {host} has finished nothing for {limit_s:g} s after step {step} "
+            f"(train.hang_timeout_s); its stacks are in {stacks}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _write_from_any_rank(self, kind: str, **fields: Any) -> None:
+        """Rank 0 owns the stream of records; what another rank says before its end is appended to the same file."""
+        if self.records is not None:
+            self.write_record(kind, **fields)
+            return
+        records = open_records(self._records_path)
+        records.write(kind, **self._labels, **fields)
+        records.close()
 
     def end_progress(self) -> None:
         """Leaves the bar where it is; what is said from now on comes under it."""
@@ -337,9 +420,10 @@ class Monitor:
             self._bar = None
 
     def close(self) -> None:
+        """Raises RunFailure when a result could not be recorded."""
         self.end_progress()
-        if self._writer is not None:
-            self._writer.close()
+        if self._curves is not None:
+            self._curves.close()
         if self.records is not None:
             self.records.close()
 

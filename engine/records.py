@@ -6,12 +6,16 @@ written as null beside `"status"`, never as invalid JSON.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+from engine.append import AppendFile
+from engine.errors import RunFailure
 
 SENTINEL = "@record "
 VERSION = 1
@@ -68,24 +72,63 @@ def final_result(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 class RecordWriter:
-    """Writes each record to stdout and appends it to `path`, one flushed `write` each. Rank 0 owns the only one."""
+    """Writes each record to stdout and appends it to `path`, one `write` each. Rank 0 owns the only one.
 
-    def __init__(self, path: Path | None, *, stream: IO[str] | None = None) -> None:
+    A record that the disk has no room for leaves no half line. The job goes on; when the file can be written again, a
+    record of kind run with status `records_lost` says how many are missing. A `result` is not given up: it is written
+    before the next record, or at the end.
+    """
+
+    def __init__(
+        self, path: Path | None, *, stream: IO[str] | None = None, tell: Callable[[str], None] | None = None
+    ) -> None:
+        """tell: is told when the file cannot be written, and when it can again; unset: stdout."""
         self._stream = stream if stream is not None else sys.stdout
-        self._file = path.open("a+b") if path is not None else None
-        if self._file is not None and self._file.tell() > 0:
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":  # a killed writer left half a line: keep ours whole
-                self._file.write(b"\n")
+        self._path, self._tell = path, tell or functools.partial(print, flush=True)
+        self._file = AppendFile(path) if path is not None else None
+        # a killed writer left half a line: keep ours whole
+        self._head = b"\n" if self._file is not None and self._file.ends_within_a_line else b""
+        self._lost = 0
+        self._results: list[bytes] = []
+        """Lines of kind result that are not in the file yet."""
+        self.error: str | None = None
+        """Why the file cannot be written, while it cannot."""
 
     def write(self, kind: str, **fields: Any) -> None:
         line = format_record(kind, **fields) + "\n"
         self._stream.write(line)
         self._stream.flush()
         if self._file is not None:
-            self._file.write(line.encode())
-            self._file.flush()
+            self._append(line.encode(), is_result=kind == "result")
+
+    def _append(self, line: bytes, *, is_result: bool) -> None:
+        assert self._file is not None
+        lost = (format_record("run", status="records_lost", lost=self._lost) + "\n").encode() if self._lost else b""
+        try:
+            self._file.append(self._head + lost + b"".join(self._results) + line)
+        except OSError as error:
+            if self.error is None:
+                self._tell(f"warning: {self._path} cannot be written ({error.strerror}); the job continues without it")
+            self.error = error.strerror or type(error).__name__
+            if is_result:
+                self._results.append(line)
+            elif line:
+                self._lost += 1
+            return
+        if self.error is not None:
+            self._tell(f"{self._path} is written again; {self._lost} records are missing in it")
+        self._head, self._lost, self._results, self.error = b"", 0, [], None
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        """Raises RunFailure when a result is not in the file: whoever reads it there would miss it."""
+        if self._file is None:
+            return
+        if self._results:
+            self._append(b"", is_result=False)
+        self._file.close()
+        self._file = None
+        if self._results:
+            raise RunFailure(
+                f"{self._path}: the result is not in it ({self.error}), although the job is done; make room and start "
+                "the same command again"
+            )

@@ -41,6 +41,7 @@ def test_unknown_kind_is_refused() -> None:
         format_record("steps")
 
 
+@pytest.mark.faults
 def test_writer_appends_after_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(LINE + "\n" + LINE[:20])

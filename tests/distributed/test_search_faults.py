@@ -1,0 +1,71 @@
+"""A search whose database or disk fails. What must hold: one line, nothing lost, and the same command goes on."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from searching import SearchRun, finish
+from small_disk import SmallDisk
+
+from ga.storage import open_storage
+
+MakeSearch = Callable[..., SearchRun]
+pytestmark = pytest.mark.faults
+
+
+def error_of(output: str) -> str:
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in output
+    return line
+
+
+@pytest.mark.thorough
+@pytest.mark.launcher
+def test_a_full_disk_of_the_driver_and_of_the_database(
+    make_search: MakeSearch, small_disk: Callable[[int], SmallDisk]
+) -> None:
+    runs, database = small_disk(40), small_disk(2)
+    settings = {"sampler": "random", "trials": 4, "cohort": 2, "confirm_top": 0}
+    search = make_search("full", storage=f"sqlite:///{database.folder}/study.db", **settings)
+    search.output_dir = runs.folder / "search"
+    runs.fill()
+    assert "cannot be written: [Errno 28] No space left on device" in error_of(search.finish(expect=2))
+    runs.free()
+
+    driver = search.start()
+    trials = search.output_dir / "trials"
+    while not (trials.exists() and list(trials.glob("*/output.log"))):
+        assert driver.poll() is None
+        time.sleep(0.05)
+    database.fill()
+    said = error_of(finish(driver, expect=2))
+    assert f"search.storage=sqlite:///{database.folder}/study.db: " in said
+    assert "disk is full; mend that, and the same command goes on" in said
+    database.free()
+
+    search.finish()
+    found = search.evaluations()
+    assert len({one.genome for one in found}) == len(found) == 4
+    assert {one.outcome for one in found} == {"ok"}
+    assert set(search.results().values()) == {1}, "a genome was run twice"
+    assert not search.job_processes()
+
+
+def test_a_database_that_is_none_or_of_another_optuna(make_search: MakeSearch, tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    search = make_search("refused", storage=f"sqlite:///{path}")
+    path.write_text("trials: 64\n" * 100)
+    said = error_of(search.finish("--status", expect=2))
+    assert "study.db: file is not a database; name another file" in said
+    path.unlink()
+    open_storage(f"sqlite:///{path}").close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v9.9.9.a'")
+    connection.close()
+    said = error_of(search.finish("--status", expect=2))
+    assert "its tables are not of this Optuna: " in said
+    assert said.endswith("; or name another database")
