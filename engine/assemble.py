@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from engine import runtime
 from engine.config import OptimConfig, TrainConfig
 from engine.data.loader import CorpusLoader
+from engine.data.shard_check import ShardCheck, share_of_this_host
 from engine.distil_module import DistilModule
 from engine.ds_config import Execution
 from engine.errors import UserError
@@ -32,11 +33,19 @@ class FlopsOfATeacher(Protocol):
     def flops_per_token(self, seq_len: int, *, head_share: float = 1.0) -> float: ...
 
 
-def open_corpus(plan: Plan) -> CorpusLoader:
-    """Of this rank. Raises UserError for a corpus that is torn or too small."""
+def open_corpus(plan: Plan, check: ShardCheck | None = None) -> CorpusLoader:
+    """Of this rank. check: of another loader of the same corpus; one of its own is started otherwise. Raises UserError
+    for a corpus that is damaged or too small."""
     config = plan.config
+    folder = Path(config.data.path)
+    if check is None and config.data.verify:
+        part, parts = share_of_this_host()
+        check = ShardCheck(folder, plan.manifest, part=part, parts=parts)
+        check.settle()
     return CorpusLoader(
-        Path(config.data.path),
+        folder,
+        manifest=plan.manifest,
+        check=check,
         seq_len=plan.seq_len,
         eval_sequences=config.data.eval_sequences,
         seed=config.seed,

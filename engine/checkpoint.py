@@ -1,20 +1,23 @@
-"""Sharded checkpoints: written by DeepSpeed, and resumable only once their COMPLETE marker is there."""
+"""Sharded checkpoints: written by DeepSpeed, and resumable only once their COMPLETE marker is there and their files are
+what it says."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
+import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from engine import elastic
+from engine.checkpoint_files import CheckedFiles, FileFacts, problems_of, remove_folder
+from engine.collectives import gathered
 from engine.ds_config import Execution
 from engine.errors import UserError
+from engine.files import sync_folder, write_whole
 from engine.run_dir import COMPLETE, RunDir, step_tag, tag_step
+from engine.runtime import Runtime
 
 EXPORT_FILE = "export.json"
 """Inside a checkpoint: what launch/export.py needs to rebuild the student without the training world."""
@@ -39,7 +42,13 @@ HOW_KEYS = frozenset(
         "train.eval_every",
         "train.save_every",
         "train.keep",
+        "train.hang_timeout_s",
+        "train.skip_bad_steps",
+        "checkpoint.storage",
+        "checkpoint.on_error",
         "data.seq_len",
+        "data.verify",
+        "allow_pickle",
     ]
 )
 """Settings that say how a run executes or reports; every other one says what it computes and is fixed at resume."""
@@ -59,27 +68,46 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return [f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
 
 
-def _flush(folder: Path) -> None:
-    """Makes the disk hold what was written: after a power loss COMPLETE must not stand beside empty shards."""
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # another rank may be renaming its own
-            os.fsync(file.fileno())
+class CheckpointFailed(Exception):
+    """A checkpoint could not be written, on any rank. Nothing of it is left."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The checkpoint to continue from."""
+
+    tag: str
+    conversion: elastic.Conversion | None
+    """When it was written with other ranks or another ZeRO stage."""
+    notes: tuple[str, ...]
+    """What was wrong with newer ones."""
 
 
 @dataclass(frozen=True)
 class Checkpointer:
     run_dir: RunDir
     execution: Execution
+    here: Runtime
     identity: dict[str, Any]
     """Flat settings and input hashes that must be the same at resume."""
-    export: dict[str, Any]
-    """Contents of EXPORT_FILE."""
     keep: int
-    is_rank_zero: bool
+    export: dict[str, Any] = field(default_factory=dict)
+    """Contents of EXPORT_FILE."""
+    storage: str = "shared"
+    """shared or local, as checkpoint.storage."""
+    on_error: str = "stop"
+    """stop or continue, as checkpoint.on_error."""
 
-    def choose(self, resume: str) -> str | None:
-        """The tag to continue from, or None for a fresh start. Raises UserError when that cannot be right."""
-        tags = self.run_dir.complete_tags()
+    @property
+    def is_keeper(self) -> bool:
+        """Whether this rank looks after the folder that it sees: on every host where each has its own."""
+        return self.here.local_rank == 0 if self.storage == "local" else self.here.is_rank_zero
+
+    def choose(self, resume: str, *, set_aside: bool = True) -> Chosen | None:
+        """Collective. The newest checkpoint whose files are what its marker says, or None for a fresh start. Damaged
+        ones are renamed to damaged-… when `set_aside`. Raises UserError when there is none to continue from."""
+        markers = self._markers()
+        tags = sorted(markers, key=tag_step)
         if resume == "never":
             if tags:
                 raise UserError(
@@ -91,88 +119,180 @@ class Checkpointer:
             if resume not in tags:
                 known = ", ".join(tags) or "none"
                 raise UserError(f"resume={resume!r}: no complete checkpoint of that name; complete ones: {known}")
-            chosen = resume
-        elif tags:
-            chosen = tags[-1]
-        else:
-            return None
-        self._check(chosen)
-        return chosen
+            tags = [resume]
+        notes: list[str] = []
+        for tag in reversed(tags):
+            problems = self._problems(tag, markers[tag])
+            if not problems:
+                conversion = self._check(tag, next(marker for marker in markers[tag].values() if marker is not None))
+                return Chosen(tag, conversion, tuple(notes))
+            shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+            notes.append(f"{tag} is damaged: {shown}")
+            if set_aside and resume == "auto" and None not in markers[tag].values():
+                if self.is_keeper:
+                    self._rename(tag, f"damaged-{tag}")
+                notes[-1] += f"; it is now damaged-{tag}"
+        if notes:
+            raise UserError(
+                f"no checkpoint in {self.run_dir.checkpoints} can be continued: {'. '.join(notes)}. Restore the "
+                f"files (and the names), or remove {self.run_dir.checkpoints} to start anew"
+            )
+        return None
 
-    def _check(self, tag: str) -> None:
-        marker = self.run_dir.checkpoints / tag / COMPLETE
-        try:
-            saved = json.loads(marker.read_text(encoding="utf-8"))
-            identity = saved["identity"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-            raise UserError(f"{marker}: unreadable; remove the folder {tag} to continue from the one before") from None
-        changes = changed_keys(identity, self.identity)
+    def _markers(self) -> dict[str, dict[str, dict[str, Any] | None]]:
+        """Collective. By tag and host, what COMPLETE says (an empty object when it cannot be read); None on a host that
+        has no such checkpoint. Hosts that share one folder count as one."""
+        found = None
+        if self.is_keeper:
+            found = {
+                tag: read_marker(self.run_dir.checkpoints / tag / COMPLETE) for tag in self.run_dir.complete_tags()
+            }
+        hosts = {host: tags for host, tags in gathered((platform.node(), found)) if tags is not None}
+        return {tag: {host: hosts[host].get(tag) for host in hosts} for tag in set().union(*hosts.values())}
+
+    def _problems(self, tag: str, markers: dict[str, dict[str, Any] | None]) -> list[str]:
+        """Collective. What keeps a checkpoint from being used; every host's ranks look at a share of its files."""
+        folder, host = self.run_dir.checkpoints / tag, platform.node()
+        local = self.storage == "local"
+        seen = markers.get(host) if local else next(iter(markers.values()))
+        part, parts = (self.here.local_rank, self.here.local_size) if local else (self.here.rank, self.here.world_size)
+        problems = []
+        if seen is None:
+            problems = [f"{host} has nothing of it"] if self.is_keeper else []
+        elif not is_sound(seen):
+            problems = [f"{folder / COMPLETE} is unreadable"] if self.is_keeper else []
+        else:
+            where = f"{host}: " if local else ""
+            problems = [where + problem for problem in problems_of(folder, seen["files"], part=part, parts=parts)]
+            if local and self.here.rank not in seen["ranks"]:
+                problems.append(f"{host} keeps ranks {seen['ranks']} and runs rank {self.here.rank} now")
+        return [problem for found in gathered(problems) for problem in found]
+
+    def _check(self, tag: str, saved: dict[str, Any]) -> elastic.Conversion | None:
+        changes = changed_keys(saved["identity"], self.identity)
         if changes:
             raise UserError(
                 f"cannot continue {tag} in {self.run_dir.root}: the run was changed in what it computes "
                 f"({'; '.join(changes)}). Restore these values, or name another output_dir"
             )
-        for key, value in self.execution.facts.items():
-            if saved[key] != value:
-                raise UserError(
-                    f"cannot continue {tag}: it was written with {key}={saved[key]} and this start has {key}={value}; "
-                    "start with the same ranks, ZeRO stage and precision (micro batch and accumulation may change)"
-                )
+        return elastic.plan_conversion(tag, saved, self.execution, self.storage)
+
+    def _rename(self, tag: str, name: str) -> None:
+        target = self.run_dir.checkpoints / name
+        if target.exists():
+            shutil.rmtree(target)
+        (self.run_dir.checkpoints / tag).rename(target)
 
     def clean(self) -> list[str]:
-        """Removes what killed writers left (folders without COMPLETE); returns their names. Rank 0 only."""
+        """Removes what killed writers left (folders without COMPLETE, conversions); returns their names. For
+        keepers."""
         complete = set(self.run_dir.complete_tags())
         removed = []
-        for folder in sorted(self.run_dir.checkpoints.glob("step-*")):
-            if folder.is_dir() and folder.name not in complete:
+        for folder in sorted(self.run_dir.checkpoints.glob("*step-*")):
+            is_remains = folder.name.startswith(("step-", elastic.PREFIX)) and folder.name not in complete
+            if folder.is_dir() and is_remains:
                 shutil.rmtree(folder)
                 removed.append(folder.name)
         return removed
 
     def set_aside_after(self, tag: str) -> list[str]:
         """Renames complete checkpoints newer than `tag` to superseded-…: they belong to a future that is being run
-        again, and must neither be chosen nor overwritten. Rank 0 only."""
+        again, and must neither be chosen nor overwritten. For keepers."""
         newer = [t for t in self.run_dir.complete_tags() if tag_step(t) > tag_step(tag)]
         for name in newer:
-            target = self.run_dir.checkpoints / f"superseded-{name}"
-            if target.exists():
-                shutil.rmtree(target)
-            (self.run_dir.checkpoints / name).rename(target)
+            self._rename(name, f"superseded-{name}")
         return newer
 
     def save(self, ds_engine: Any, step: int, state: dict[str, Any]) -> Path:
-        """Collective. Every rank writes its shards; COMPLETE comes last, after a barrier.
+        """Collective. Every rank writes its shards; COMPLETE, with the hash of every file, comes last.
 
-        state: what `load` gives back. `state["best_step"]`, if there, names a checkpoint that is kept as well.
+        state: what `load` gives back. `state["best_step"]`, if there, names a checkpoint that is kept as well. Raises
+        CheckpointFailed on every rank when any could not write.
         """
         tag = step_tag(step)
         folder = self.run_dir.checkpoints / tag
-        if (folder / COMPLETE).is_file():
+        if all(gathered((folder / COMPLETE).is_file() or not self.is_keeper)):
             return folder
-        ds_engine.save_checkpoint(str(self.run_dir.checkpoints), tag=tag, client_state={**state, "step": step})
-        _flush(folder)
-        torch.distributed.barrier()
-        if self.is_rank_zero:
-            (folder / EXPORT_FILE).write_text(json.dumps({**self.export, "step": step}, indent=1), encoding="utf-8")
-            marker = {"step": step, **self.execution.facts, "identity": self.identity}
-            pending = folder / f"{COMPLETE}.part"
-            pending.write_text(json.dumps(marker, indent=1), encoding="utf-8")
-            pending.replace(folder / COMPLETE)
+        files = CheckedFiles(ds_engine.checkpoint_engine)
+        client_state = {**state, "step": step, **elastic.INFO}
+        with files.in_place_of(ds_engine):
+            ds_engine.save_checkpoint(
+                str(self.run_dir.checkpoints), tag=tag, client_state=client_state, save_latest=False
+            )
+        told = gathered((platform.node(), self.here.rank, files.written, files.errors))
+        errors = [f"{host}: {error}" for host, _, _, found in told for error in found]
+        if not errors:
+            mine = [one for one in told if self.storage == "shared" or one[0] == platform.node()]
+            errors = [error for error in gathered(self._complete(folder, step, mine)) if error]
+        if errors:
+            if self.is_keeper:
+                remove_folder(folder, COMPLETE)
+            gathered(None)  # nobody writes there again before it is gone
+            raise CheckpointFailed(f"checkpoint {tag} could not be written ({'; '.join(dict.fromkeys(errors))})")
+        if self.is_keeper:
+            self._write_latest(tag)
             for old in self.run_dir.complete_tags()[: -self.keep]:
                 if tag_step(old) != state.get("best_step"):
-                    self._remove(old)
-        torch.distributed.barrier()
+                    remove_folder(self.run_dir.checkpoints / old, COMPLETE)
         return folder
 
-    def _remove(self, tag: str) -> None:
-        folder = self.run_dir.checkpoints / tag
-        (folder / COMPLETE).unlink()  # first, so that a half-removed folder never looks whole
-        shutil.rmtree(folder)
+    def _complete(self, folder: Path, step: int, told: list[tuple[str, int, dict[str, FileFacts], Any]]) -> str | None:
+        """Writes what makes the checkpoint complete, on keepers; returns what went wrong."""
+        if not self.is_keeper:
+            return None
+        description = json.dumps({**self.export, "step": step}, indent=1).encode()
+        written = {name: facts for _, _, files, _ in told for name, facts in files.items()}
+        written[EXPORT_FILE] = FileFacts.of(description)
+        marker = {
+            "step": step,
+            **self.execution.facts,
+            "ranks": [rank for _, rank, _, _ in told],
+            "files": {name: facts.as_json() for name, facts in written.items()},
+            "identity": self.identity,
+        }
+        try:
+            write_whole(folder / EXPORT_FILE, description)
+            sync_folder(folder.parent)
+            write_whole(folder / COMPLETE, json.dumps({**marker, "sha256": _seal(marker)}, indent=1).encode())
+        except OSError as error:
+            return f"{platform.node()}: {error}"
+        return None
 
-    def load(self, ds_engine: Any, tag: str) -> dict[str, Any]:
+    def _write_latest(self, tag: str) -> None:
+        """For DeepSpeed's own tools (zero_to_fp32.py); nothing here reads it."""
+        try:
+            write_whole(self.run_dir.checkpoints / "latest", tag.encode())
+        except OSError:
+            return
+
+    def load(self, ds_engine: Any, chosen: Chosen) -> dict[str, Any]:
         """Collective. Restores model, projections, optimizer, schedule and scaler; returns the saved state, with its
         `step`."""
-        path, client_state = ds_engine.load_checkpoint(str(self.run_dir.checkpoints), tag=tag)
+        if chosen.conversion is not None:
+            return elastic.load(
+                ds_engine, self.run_dir.checkpoints, chosen.conversion, is_rank_zero=self.here.is_rank_zero
+            )
+        path, client_state = ds_engine.load_checkpoint(str(self.run_dir.checkpoints), tag=chosen.tag)
         if path is None:
-            raise UserError(f"{self.run_dir.checkpoints / tag}: DeepSpeed could not load this checkpoint")
+            raise UserError(f"{self.run_dir.checkpoints / chosen.tag}: DeepSpeed could not load this checkpoint")
         return dict(client_state)
+
+
+def read_marker(marker: Path) -> dict[str, Any]:
+    """What a COMPLETE file says; empty when it cannot be read."""
+    try:
+        read = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def is_sound(marker: dict[str, Any]) -> bool:
+    """Whether it is as it was written."""
+    return marker.get("sha256") == _seal(marker)
+
+
+def _seal(marker: dict[str, Any]) -> str:
+    """Hash of a marker without its own."""
+    rest = {key: value for key, value in marker.items() if key != "sha256"}
+    return FileFacts.of(json.dumps(rest, sort_keys=True).encode()).sha256

@@ -17,10 +17,10 @@ from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from engine import rank_environment
-from engine.config import ExportConfig, PrepareConfig, RunConfig
-from engine.errors import UserError
-from engine.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_INTERRUPTED
+from engine import rank_environment, rendezvous
+from engine.config import ExportConfig, HostCheckConfig, PrepareConfig, RunConfig
+from engine.errors import RunFailure, UserError
+from engine.exit_codes import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED
 from engine.proxy_config import ProxyJobConfig
 from engine.task_config import FinetuneConfig
 
@@ -141,19 +141,46 @@ def _let_rank_zero_speak() -> None:
     time.sleep(RANK_ZERO_SPEAKS_WITHIN_S)
 
 
+def _told_to_all(error: str) -> str:
+    """The errors of all ranks, where nobody else would end the others."""
+    if not rendezvous.is_needed() or rendezvous.store() is not None:
+        return error
+    try:
+        rendezvous.agree(error)
+    except UserError as errors:
+        return str(errors)
+    return error
+
+
+def _say_error(error: str) -> None:
+    """Once: rank 0 speaks for all where they know, or have found, the same."""
+    text = _told_to_all(error)
+    everyone_knows = rendezvous.has_failed()
+    if not is_rank_zero() and not everyone_knows:
+        _let_rank_zero_speak()
+    if is_rank_zero() or not everyone_knows:
+        who = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
+        print(f"error: {who}{text}", file=sys.stderr, flush=True)
+    if everyone_knows:
+        rendezvous.leave()
+
+
 def run_main(body: Callable[[], int]) -> int:
-    """Runs `body`; a UserError becomes one line (of rank 0 when it has it too) and exit code 2 on every rank."""
+    """Runs `body`; a UserError becomes one line (of rank 0 when it has it too) and exit code 2 on every rank, a
+    RunFailure one line and exit code 1."""
     try:
         rank_environment.complete(os.environ)
         return body()
-    except UserError as error:
-        if not is_rank_zero():
-            _let_rank_zero_speak()
-        who = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
-        print(f"error: {who}{error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+    except (UserError, RunFailure) as error:
+        _say_error(str(error))
+        return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_CRASH
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:
+        _told_to_all(f"{type(error).__name__}: {error}")
+        if rendezvous.has_failed():
+            rendezvous.leave()
+        raise
 
 
 def distill_main(argv: Sequence[str] | None = None) -> int:
@@ -216,11 +243,22 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
 
 def export_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        from engine.export import export_run
-
         words = sys.argv[1:] if argv is None else argv
         config = parse_config(ExportConfig, words, "Turn a sharded checkpoint into a Hugging Face folder.")
+        from engine.export import export_run
+
         export_run(config)
         return EXIT_DONE
+
+    return run_main(body)
+
+
+def check_hosts_main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        from engine.host_check import check_hosts
+
+        words = sys.argv[1:] if argv is None else argv
+        config = parse_config(HostCheckConfig, words, "Check that the hosts of a hostfile can train together.")
+        return EXIT_DONE if check_hosts(config) else EXIT_BAD_INPUT
 
     return run_main(body)

@@ -221,6 +221,10 @@ class DataConfig:
     whole_word_mask: bool = False
     """Choose whole words instead of single tokens for masking."""
 
+    verify: bool = True
+    """Compare every shard with its checksum, in the background: the ranks of a host read the whole corpus once. false:
+    only the size of a shard when it is first used, for a corpus whose file system should not be read by every host."""
+
     def __post_init__(self) -> None:
         require(self.eval_sequences >= 0, "data.eval_sequences", self.eval_sequences, "must be >= 0")
         require(0.0 <= self.mlm_probability < 1.0, "data.mlm_probability", self.mlm_probability, "must be in [0, 1)")
@@ -285,10 +289,18 @@ class TrainConfig:
     keep: int = 2
     """Newest complete checkpoints that are kept."""
 
+    hang_timeout_s: float = 600.0
+    """Seconds without a finished micro step, evaluation batch or checkpoint after which a rank writes its stacks to
+    `hangs/` in the run directory and ends with code 1 (a lost network, a stuck rank elsewhere); 0: never."""
+
+    skip_bad_steps: int = 0
+    """How many steps of a start may be left out because their loss is not finite: the weights stay as they were, and a
+    record names terms and sequences. One more ends the run with code 3."""
+
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "keep"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        for name in ("warmup_steps", "grad_clip", "eval_every", "save_every"):
+        for name in ("warmup_steps", "grad_clip", "eval_every", "save_every", "hang_timeout_s", "skip_bad_steps"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")
         require(self.lr > 0, "train.lr", self.lr, "must be > 0")
         require(
@@ -297,6 +309,17 @@ class TrainConfig:
             self.warmup_steps,
             f"must not exceed train.steps={self.steps}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    storage: Literal["shared", "local"] = "shared"
+    """shared: all hosts see one output_dir. local: output_dir lies on a disk of each host, which keeps the shards of
+    its own ranks; records, TensorBoard and the student are on the first host alone."""
+
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (a full disk): end with code 1, or go on and try again at the next one.
+    Earlier checkpoints are intact either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,6 +363,10 @@ class RunConfig:
     require_fused: bool = False
     """Make a fall-back to a slower optimizer or kernel an error."""
 
+    allow_pickle: bool = False
+    """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
+    only."""
+
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     mapping: MappingConfig = field(default_factory=MappingConfig)
@@ -347,6 +374,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
 
     def __post_init__(self) -> None:
@@ -434,3 +462,32 @@ class ExportConfig:
 
     tag: str = "newest"
     """Which checkpoint, like step-00000100; newest: the newest complete one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCheckConfig:
+    hostfile: str
+    """DeepSpeed hostfile (`worker-1 slots=8`) of the hosts to check."""
+
+    shared: str | None = None
+    """Folder that all hosts should share (where runs are written); a file that the first host writes there must appear
+    on the others. Unset: not checked."""
+
+    master_port: int = 29500
+    """Port on the first host where the ranks will meet, as in `deepspeed --master_port`."""
+
+    ssh_port: int | None = None
+    """Port of the hosts' ssh servers; unset: what ssh's own configuration says."""
+
+    seconds: float = 50.0
+    """Time limit of the whole check."""
+
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.master_port < 65536, "master_port", self.master_port, "must be in 1..65535")
+        require(self.ssh_port is None or 0 < self.ssh_port < 65536, "ssh_port", self.ssh_port, "must be in 1..65535")
+        require(self.seconds >= 5, "seconds", self.seconds, "must be at least 5")
+        if self.shared is not None:
+            require(self.shared.startswith("/"), "shared", self.shared, "must be an absolute path")

@@ -2,75 +2,95 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine import banner, runtime
+from engine import banner, run_lock, runtime
 from engine.assemble import build_module, flops_per_token, load_teacher, open_corpus, parameters_of, start_engine
-from engine.checkpoint import Checkpointer
+from engine.checkpoint import Checkpointer, Chosen
+from engine.collectives import from_rank_zero
 from engine.config import RunConfig
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
-from engine.export import export_checkpoint
+from engine.errors import RunFailure
+from engine.export import export_checkpoint, export_live
 from engine.held_out import HeldOutLosses
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import History, Monitor
 from engine.optim import ChosenOptimizer
 from engine.plan import Plan, describe_for_export, identity, make_plan
 from engine.run_dir import RunDir, as_yaml, step_tag
-from engine.trainer import Outcome, Trainee, Trainer
+from engine.run_lock import RunLock
+from engine.trainee import Trainee
+from engine.trainer import Outcome, Trainer
 
 
 def distill(config: RunConfig) -> int:
     """Runs or continues the distillation; returns the exit code."""
-    plan = make_plan(config)
     run_dir = RunDir(Path(config.output_dir))
-    checkpointer = Checkpointer(
-        run_dir=run_dir,
-        execution=plan.execution,
-        identity=identity(plan),
-        export={},
-        keep=config.train.keep,
-        is_rank_zero=runtime.launcher_rank() == 0,
-    )
-    tag = checkpointer.choose(config.resume)
+    run_dir.require_no_patterns()
+    plan = make_plan(config)
     loader = open_corpus(plan)
-    if checkpointer.is_rank_zero and not config.dry_run:
-        run_dir.write_settings(config, ds_config=plan.execution.resolved, tokenizer=plan.tokenizer)
-    here = runtime.start(config.seed)
-    code = Job(plan, run_dir, checkpointer, here, loader).run(tag)
-    torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
-    return code
+    writes = runtime.launcher_rank() == 0 and not config.dry_run
+    with run_lock.held(run_dir.root, wanted=writes) as lock:
+        here = runtime.start(config.seed)
+        checkpointer = Checkpointer(
+            run_dir=run_dir,
+            execution=plan.execution,
+            here=here,
+            identity=identity(plan),
+            keep=config.train.keep,
+            storage=config.checkpoint.storage,
+            on_error=config.checkpoint.on_error,
+        )
+        chosen = checkpointer.choose(config.resume, set_aside=not config.dry_run)
+        code = Job(plan, run_dir, checkpointer, here, loader, lock).run(chosen)
+        torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
+        return code
 
 
 class Job:
     """One start of a run on this rank."""
 
     def __init__(
-        self, plan: Plan, run_dir: RunDir, checkpointer: Checkpointer, here: runtime.Runtime, loader: CorpusLoader
+        self,
+        plan: Plan,
+        run_dir: RunDir,
+        checkpointer: Checkpointer,
+        here: runtime.Runtime,
+        loader: CorpusLoader,
+        lock: RunLock | None,
     ) -> None:
         self.plan, self.run_dir, self.checkpointer, self.here, self.loader = plan, run_dir, checkpointer, here, loader
+        self.lock = lock
         self.config = plan.config
 
-    def run(self, tag: str | None) -> int:
-        plan = self.plan
-        if self.here.is_rank_zero and not self.config.dry_run:
-            self._tidy(tag)
+    def run(self, chosen: Chosen | None) -> int:
+        plan, tag = self.plan, None if chosen is None else chosen.tag
+        if not self.config.dry_run:
+            from_rank_zero(
+                lambda: self.run_dir.write_settings(
+                    self.config, ds_config=plan.execution.resolved, tokenizer=plan.tokenizer
+                )
+            )
+            self._tidy(chosen)
         teacher = load_teacher(plan, plan.losses.wanted_teacher, self.here.device)
-        module, chosen = build_module(plan, self.here.device)
+        module, optimizer = build_module(plan, self.here.device)
         self.checkpointer = replace(self.checkpointer, export=describe_for_export(plan, module.student.config))
         if self.here.is_rank_zero:
-            print(self._banner(teacher, module, chosen, tag), flush=True)
+            print(self._banner(teacher, module, optimizer, chosen), flush=True)
         if self.config.dry_run:
             return 0
         monitor = self._open_monitor(flops_per_token(plan, teacher, module))
-        ds_engine = start_engine(module, chosen, self.config.train, plan.execution)
-        step = self.checkpointer.load(ds_engine, tag)["step"] if tag is not None else 0
+        ds_engine = start_engine(module, optimizer, self.config.train, plan.execution)
+        step = self.checkpointer.load(ds_engine, chosen)["step"] if chosen is not None else 0
         trainee = Trainee(
             ds_engine,
+            train=self.config.train,
             term_names=plan.losses.term_names,
             coefficients=plan.losses.coefficients,
             observed_names=plan.losses.observed_names,
@@ -103,27 +123,38 @@ class Job:
             monitor.close()
         return outcome.exit_code
 
-    def _tidy(self, tag: str | None) -> None:
-        """Puts what earlier starts left out of the way."""
-        for name in self.checkpointer.clean():
-            print(f"removed {name}: an unfinished checkpoint")
-        for name in self.checkpointer.set_aside_after(tag) if tag is not None else ():
-            print(f"renamed {name} to superseded-{name}: the run continues from {tag}")
-        for path in self.run_dir.set_aside_logs() if tag is None else ():
-            print(f"renamed {path.name} to superseded-{path.name}: the run starts anew")
+    def _tidy(self, chosen: Chosen | None) -> None:
+        """Puts what earlier starts left out of the way, and says so."""
+        tag = None if chosen is None else chosen.tag
+        said = list(() if chosen is None else chosen.notes)
+        if self.lock is not None and self.lock.taken_from is not None:
+            said.append(f"took over the run directory from {self.lock.taken_from}, which is gone")
+        if self.checkpointer.is_keeper:
+            said += [f"removed {name}: an unfinished checkpoint" for name in self.checkpointer.clean()]
+            for name in self.checkpointer.set_aside_after(tag) if tag is not None else ():
+                said.append(f"renamed {name} to superseded-{name}: the run continues from {tag}")
+        if self.here.is_rank_zero:
+            for path in self.run_dir.set_aside_logs() if tag is None else ():
+                said.append(f"renamed {path.name} to superseded-{path.name}: the run starts anew")
+            if said:
+                print("\n".join(said), flush=True)
 
-    def _banner(self, teacher: FrozenTeacher, module: DistilModule, chosen: ChosenOptimizer, tag: str | None) -> str:
-        optimizer = chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else "")
+    def _banner(
+        self, teacher: FrozenTeacher, module: DistilModule, optimizer: ChosenOptimizer, chosen: Chosen | None
+    ) -> str:
+        start = "fresh"
+        if chosen is not None:
+            start = f"continues from {chosen.tag}" + (f", {chosen.conversion}" if chosen.conversion else "")
         return banner.start(
             self.plan,
             teacher=teacher,
             student_parameters=parameters_of(module.student),
             projection_parameters=parameters_of(module.projections),
             student_unpadded=module.unpadded,
-            optimizer=optimizer,
+            optimizer=optimizer.name + (f"; {optimizer.why_not_faster}" if optimizer.why_not_faster else ""),
             epoch_sequences=self.loader.order.slots,
             device=f"{self.here.device}, {self.here.threads} threads",
-            start=f"continues from {tag}" if tag else "fresh",
+            start=start,
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -147,6 +178,10 @@ class Job:
 
     def _finish(self, outcome: Outcome, trainer: Trainer, monitor: Monitor) -> None:
         """Exports and says how it ended (rank 0). What diverged has said so already."""
+        if outcome is Outcome.DONE and self.checkpointer.storage == "local":
+            module = trainer.trainees[0].ds_engine.module
+            description = {**self.checkpointer.export, "step": trainer.step}
+            export_live(self.run_dir, module, description, self.run_dir.student)
         if not self.here.is_rank_zero or outcome is Outcome.DIVERGED:
             return
         monitor.end_progress()
@@ -154,7 +189,8 @@ class Job:
             monitor.write_record("run", status="preempted", step=trainer.step, signal=trainer.stop.signal)
             monitor.say(f"stopped by a signal after step {trainer.step}; the same command continues from there")
             return
-        export_checkpoint(self.run_dir, step_tag(trainer.step), self.run_dir.student)
+        if self.checkpointer.storage == "shared":
+            self._export(step_tag(trainer.step))
         history = monitor.history
         if not history.steps:  # records.jsonl was removed from a finished run
             monitor.say(f"finished before; student {self.run_dir.student}")
@@ -172,6 +208,15 @@ class Job:
             **self._facts(),
         )
         monitor.say("\n" + self._closing_table(history))
+
+    def _export(self, tag: str) -> None:
+        try:
+            export_checkpoint(self.run_dir, tag, self.run_dir.student)
+        except RunFailure as error:
+            raise RunFailure(
+                f"{error}. Training is done and checkpoint {tag} is complete: make room, then start the same command "
+                f"again, or python launch/export.py --run {shlex.quote(str(self.run_dir.root))}"
+            ) from None
 
     def _closing_table(self, history: History) -> str:
         first, last, peak = history.first, history.last, history.peak_memory_gib

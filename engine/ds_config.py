@@ -59,6 +59,9 @@ OWNED_ELSEWHERE = {
     "wandb": "engine/monitor.py owns the logs",
     "csv_monitor": "records.jsonl holds the same numbers",
 }
+CHECKPOINT_KEYS = frozenset(["tag_validation", "parallel_write"])
+"""Of the section `checkpoint`. Storage is checkpoint.storage's, universal checkpoints are made and loaded as needed,
+and other writers (asynchronous ones) would be hashed before they have written."""
 OFFLOAD_NEEDS_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 AUTO_MICRO_BATCH_LIMIT = 64
 """`train_micro_batch_size_per_gpu: "auto"` takes the largest divisor of a rank's share up to this many sequences."""
@@ -109,6 +112,12 @@ def load_ds_config(path: Path) -> dict[str, Any]:
             close = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise UserError(f"{path}: unknown key {key!r}{hint} (DeepSpeed would ignore it silently)")
+    section = ds.get("checkpoint", {})
+    if not isinstance(section, dict) or not section.keys() <= CHECKPOINT_KEYS:
+        raise UserError(
+            f"{path}: checkpoint={section!r}: only {' and '.join(sorted(CHECKPOINT_KEYS))} may be set there; "
+            "checkpoint.storage of the run configuration says where shards are kept"
+        )
     return ds
 
 

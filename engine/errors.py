@@ -1,5 +1,10 @@
-"""The one exception for mistakes a user can repair: printed as one line, exit code 2, no traceback."""
+"""Errors that are printed as one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """Bad configuration or input. The message names the key, file or line, the value, and the remedy."""
+    """Bad configuration or input; exit code 2. The message names the key, file or line, the value, and the remedy."""
+
+
+class RunFailure(RuntimeError):
+    """Something around a running job failed (a disk, a device's memory); exit code 1. The message says what is kept,
+    and what to do."""

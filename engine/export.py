@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from engine.checkpoint import EXPORT_FILE
+from engine.checkpoint import EXPORT_FILE, is_sound, read_marker
+from engine.checkpoint_files import problems_of
 from engine.config import ExportConfig
-from engine.errors import UserError
+from engine.errors import RunFailure, UserError
 from engine.models.hub import init_arguments, model_class, quiet
 from engine.run_dir import COMPLETE, RunDir
 
@@ -30,12 +33,14 @@ PROJECTIONS_FILE = "projections.safetensors"
 def export_run(config: ExportConfig) -> Path:
     """Writes the student of a complete checkpoint. Raises UserError when there is none."""
     run_dir = RunDir(Path(config.run))
+    run_dir.require_no_patterns()
     tags = run_dir.complete_tags()
     if not tags:
         raise UserError(f"run={config.run!r}: no complete checkpoint under {run_dir.checkpoints}")
     tag = tags[-1] if config.tag == "newest" else config.tag
     if tag not in tags:
         raise UserError(f"tag={config.tag!r}: no complete checkpoint of that name; complete ones: {', '.join(tags)}")
+    _check_files(run_dir, tag)
     head = _description(run_dir, tag)["head"]
     usual = run_dir.model if head in TASK_HEADS else run_dir.student
     target = Path(config.to).resolve() if config.to is not None else usual
@@ -49,6 +54,24 @@ def export_run(config: ExportConfig) -> Path:
     loader = TASK_HEADS.get(head, "AutoModel")
     print(f"model of {tag} written to {target}; load it with {loader}.from_pretrained({str(target)!r})")
     return target
+
+
+def _check_files(run_dir: RunDir, tag: str) -> None:
+    """Raises UserError when a file of the checkpoint is not what its marker says, or lies on another host."""
+    marker = read_marker(run_dir.checkpoints / tag / COMPLETE)
+    problems = problems_of(run_dir.checkpoints / tag, marker["files"]) if is_sound(marker) else ["unreadable COMPLETE"]
+    if problems:
+        raise UserError(
+            f"tag={tag!r}: {'; '.join(problems[:4])}; name another checkpoint with --tag: "
+            f"{', '.join(run_dir.complete_tags())}"
+        )
+    shards = len(list((run_dir.checkpoints / tag).glob("*optim_states.pt")))
+    if marker["zero_stage"] > 0 and shards < marker["world_size"]:
+        raise UserError(
+            f"tag={tag!r}: holds the shards of {shards} of {marker['world_size']} ranks; with checkpoint.storage=local "
+            f"the others are on other hosts: copy them into {run_dir.checkpoints / tag}, or use the student that the "
+            "end of training exports"
+        )
 
 
 def _is_export(folder: Path) -> bool:
@@ -77,20 +100,48 @@ def write_model(
     tokenizer: Path,
     target: Path,
 ) -> None:
-    """A Hugging Face folder with model card; `tokenizer`: a folder, which may be missing. Never half written."""
+    """A Hugging Face folder with model card; `tokenizer`: a folder, which may be missing. Never half written. Raises
+    RunFailure."""
     pending = target.with_name(target.name + ".part")  # a sibling, renamed at the end
     shutil.rmtree(pending, ignore_errors=True)
-    pending.mkdir(parents=True)
-    with quiet():
-        model.save_pretrained(pending)
-    if projections:
-        save_file(projections, pending / PROJECTIONS_FILE)
-    if tokenizer.is_dir():
-        shutil.copytree(tokenizer, pending, dirs_exist_ok=True)
-    (pending / "README.md").write_text(model_card(description), encoding="utf-8")
-    if target.exists():
-        shutil.rmtree(target)
-    pending.rename(target)
+    try:
+        pending.mkdir(parents=True)
+        with quiet():
+            model.save_pretrained(pending)
+        if projections:
+            save_file(projections, pending / PROJECTIONS_FILE)
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, pending, dirs_exist_ok=True)
+        (pending / "README.md").write_text(model_card(description), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        pending.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(pending, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise RunFailure(f"{target} cannot be written: {reason}") from None
+
+
+def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any], target: Path) -> None:
+    """Collective. The model in training, for checkpoints that are spread over the disks of several hosts. Rank 0
+    writes."""
+    state = live_state(module)
+    if torch.distributed.get_rank() == 0:
+        student, projections = split_state(state)
+        write_model(rebuild_student(description, student), description, projections, run_dir.tokenizer, target)
+
+
+def live_state(module: nn.Module, *, trained: bool = True) -> dict[str, torch.Tensor]:
+    """Collective. The module's state in fp32 on the CPU: the optimizer's master weights where there are any (`trained`:
+    inside an engine)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full: dict[int, torch.Tensor] = {}
+    for parameter in module.parameters():
+        master = safe_get_full_fp32_param(parameter) if trained else None
+        full[id(parameter)] = (parameter if master is None else master).detach().float().cpu().clone()
+    state = module.state_dict(keep_vars=True)
+    return {name: full.get(id(tensor), tensor.detach().cpu()) for name, tensor in state.items()}
 
 
 def load_full_state(checkpoints: Path, tag: str) -> dict[str, torch.Tensor]:

@@ -3,14 +3,17 @@
 PyTorch guards the build of an extension (DeepSpeed compiles its CPU operators at their first use) with a file `lock`
 that its holder creates and removes. A holder that is killed leaves it, and then every later start waits for it without
 an end and without a word: torch/utils/file_baton.py of PyTorch 2.13 has neither an owner nor a time limit.
-A holder keeps the file open, though, which /proc shows.
+A holder keeps the file open, though, which /proc shows; where it is in another container, only the kernel's answer to
+who asks for a lease of the file does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -36,8 +39,9 @@ def build_root() -> Path:
 def remove_stale(root: Path) -> list[Path]:
     """Removes the stale locks below `root`, as deep as PyTorch puts them, and returns their paths.
 
-    A lock is stale when no process of this host has it open; on a network file system, only after nothing in its folder
-    has changed for `QUIET_S` seconds. Locks of other users are left alone. Safe when several ranks call it at once.
+    A lock is stale when no process of this machine has it open; on a network file system, only after nothing in its
+    folder has changed for `QUIET_S` seconds. Locks of other users are left alone. Safe when several ranks call it at
+    once.
     """
     if not sys.platform.startswith("linux"):
         return []
@@ -49,7 +53,7 @@ def _remove_if_stale(lock: Path) -> bool:
     try:
         # Of two ranks that find it stale, the slower one must not remove the lock that the faster one has just taken.
         with _alone_in(lock.parent):
-            if lock.stat().st_uid != os.getuid() or lock.resolve() in _open_files():
+            if lock.stat().st_uid != os.getuid() or lock.resolve() in _open_files() or _lease_is_refused(lock):
                 return False
             if _on_network(lock) and time.time() - _last_change(lock.parent) < QUIET_S:
                 return False
@@ -81,6 +85,20 @@ def _open_files() -> Iterator[Path]:
                 yield Path(os.readlink(descriptor))
             except OSError:
                 continue
+
+
+def _lease_is_refused(path: Path) -> bool:
+    """Whether anyone on this machine has the file open, be it in another container, whose processes /proc hides.
+    False, too, where the file system knows no leases."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored; the usual SIGIO would end us
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(descriptor)  # which gives the lease back
+    return False
 
 
 def _last_change(folder: Path) -> float:

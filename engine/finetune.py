@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
-from engine import finetune_banner, runtime
+from engine import finetune_banner, run_lock, runtime
+from engine.collectives import from_rank_zero
 from engine.data.encoded_task import EncodedTask, encode_task
 from engine.data.squad_decode import write_predictions
 from engine.data.submission import write_submission
 from engine.errors import UserError
+from engine.event_file import EventFile
 from engine.finetune_plan import FinetunePlan, PlannedTask, Unit, make_finetune_plan
 from engine.finetune_unit import (
     Earlier,
@@ -41,14 +42,17 @@ from engine.trainer import Outcome
 
 def finetune(config: FinetuneConfig) -> int:
     """Runs or continues all fine-tunings; returns the exit code."""
+    RunDir(Path(config.output_dir)).require_no_patterns()
     plan = make_finetune_plan(config)
-    earlier = {unit.folder: look_back(plan, unit) for unit in plan.units}
-    if runtime.launcher_rank() == 0 and not config.dry_run:
-        RunDir(Path(config.output_dir)).write_settings(config)
-    here = runtime.start(config.task.seeds[0])
-    outcome = FinetuneJob(plan, earlier, here).run()
-    torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
-    return outcome.exit_code
+    root = Path(config.output_dir)
+    with run_lock.held(root, wanted=runtime.launcher_rank() == 0 and not config.dry_run):
+        here = runtime.start(config.task.seeds[0])
+        earlier = {unit.folder: look_back(plan, unit, here) for unit in plan.units}
+        if not config.dry_run:
+            from_rank_zero(lambda: RunDir(root).write_settings(config))
+        outcome = FinetuneJob(plan, earlier, here).run()
+        torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
+        return outcome.exit_code
 
 
 class FinetuneJob:
@@ -102,9 +106,9 @@ class FinetuneJob:
         if self.config.require_fused and chosen.why_not_faster:
             raise UserError(f"require_fused=true, but {chosen.why_not_faster}")
         unfinished = [
-            f"{unit.name} from {found.tag}"
+            f"{unit.name} from {checkpoint.tag}"
             for unit in self.plan.units
-            if (found := self.earlier[unit.folder]).tag is not None
+            if (checkpoint := self.earlier[unit.folder].chosen) is not None
         ]
         return finetune_banner.start(
             self.plan,
@@ -124,8 +128,8 @@ class FinetuneJob:
             if stopping(self.agreement, self.stop):
                 return False
             self._say(f"\n{unit.name}  (fine-tuning {self.plan.units.index(unit) + 1} of {len(self.plan.units)})")
-            tag = self.earlier[unit.folder].tag
-            run = UnitRun(self.plan, unit, tag, here=self.here, agreement=self.agreement, stop=self.stop)
+            chosen = self.earlier[unit.folder].chosen
+            run = UnitRun(self.plan, unit, chosen, here=self.here, agreement=self.agreement, stop=self.stop)
             result = run.run(encoded, teacher)
             if result is None:
                 return False
@@ -233,12 +237,11 @@ class FinetuneJob:
     def _write_tensorboard(self, scores: Sequence[TaskScore]) -> None:
         folder = self.root / "tensorboard"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, which had the same scores or fewer
-        with SummaryWriter(str(folder)) as writer:
-            writer.add_text("config", f"```yaml\n{as_yaml(self.config)}\n```", 0)
-            for score in scores:
-                writer.add_scalar(f"score/{score.task}", score.score, 0)
-            for name, value in averages(scores).items():
-                writer.add_scalar(f"average/{name}", value, 0)
+        file = EventFile(folder, tell=self._say)
+        file.texts({"config": f"```yaml\n{as_yaml(self.config)}\n```"}, 0)
+        points = {f"score/{score.task}": score.score for score in scores}
+        file.scalars(points | {f"average/{name}": value for name, value in averages(scores).items()}, 0)
+        file.close()
 
     def _where(self, scores: Sequence[TaskScore]) -> str:
         lines = [f"model          {self.root / score.task / 'model'}" for score in scores]

@@ -160,6 +160,7 @@ def _folder_names(point: Point) -> list[str]:
 
 def make_finetune_plan(config: FinetuneConfig) -> FinetunePlan:
     """Reads configuration files, tokenizers and task files, and checks them against each other. Raises UserError."""
+    hub.allow_pickle(config.allow_pickle)
     names, absent = resolve_names(config.task.names, config.task)
     if config.teacher.path is not None and len(names) > 1 and "{task}" not in config.teacher.path:
         raise UserError(
@@ -356,7 +357,8 @@ def _idle_settings(config: FinetuneConfig) -> list[str]:
 def unit_identity(plan: FinetunePlan, unit: Unit) -> dict[str, Any]:
     """What must be the same when a fine-tuning is continued, or its result taken over."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(plan.unit_config(unit))))
-    for name in ("output_dir", "resume", "deepspeed_config", "dry_run", "require_fused", "train", "kernels"):
+    how = ("output_dir", "resume", "deepspeed_config", "dry_run", "require_fused", "allow_pickle", "train", "kernels")
+    for name in how:
         settings.pop(name)
     for name in ("path", "attention", "activation_checkpointing"):
         settings["model"].pop(name)

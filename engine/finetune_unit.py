@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from engine import runtime
-from engine.checkpoint import Checkpointer, changed_keys
+from engine.checkpoint import Checkpointer, Chosen, changed_keys
+from engine.collectives import from_rank_zero
 from engine.data.batch import Counts
 from engine.data.encoded_task import EncodedTask
 from engine.errors import UserError
@@ -39,42 +39,48 @@ class Earlier:
 
     result: dict[str, Any] | None
     """Its `result` record, when it was finished."""
-    tag: str | None
+    chosen: Chosen | None
     """The checkpoint to continue from, when it was not."""
 
 
-def look_back(plan: FinetunePlan, unit: Unit) -> Earlier:
-    """Raises UserError when what is there was computed differently, or must not be there (resume=never)."""
+def look_back(plan: FinetunePlan, unit: Unit, here: Runtime) -> Earlier:
+    """Collective. Raises UserError when what is there was computed differently, or must not be there (resume=never)."""
+    checkpointer = _checkpointer(plan, unit, here)
+    result = from_rank_zero(lambda: _earlier_result(plan, unit, checkpointer))
+    if result is not None or plan.config.resume == "never":
+        return Earlier(result, None)
+    return Earlier(None, checkpointer.choose("auto", set_aside=not plan.config.dry_run))
+
+
+def _earlier_result(plan: FinetunePlan, unit: Unit, checkpointer: Checkpointer) -> dict[str, Any] | None:
     run_dir = RunDir(unit.folder)
     records = read_records(run_dir.records) if run_dir.records.is_file() else []
-    checkpointer = _checkpointer(plan, unit)
     if plan.config.resume == "never":
         if records or run_dir.complete_tags():
             raise UserError(
                 f"resume='never', but {unit.folder} holds a fine-tuning; name another output_dir, remove that folder, "
                 "or write resume=auto"
             )
-        return Earlier(None, None)
+        return None
     result = final_result(records)
     if result is None:
-        return Earlier(None, checkpointer.choose("auto"))
+        return None
     changes = changed_keys(result["identity"], checkpointer.identity)
     if changes:
         raise UserError(
             f"{unit.folder} holds a fine-tuning that was computed differently ({'; '.join(changes)}). Restore these "
             "values, name another output_dir, or remove that folder"
         )
-    return Earlier(result, None)
+    return result
 
 
-def _checkpointer(plan: FinetunePlan, unit: Unit) -> Checkpointer:
+def _checkpointer(plan: FinetunePlan, unit: Unit, here: Runtime) -> Checkpointer:
     return Checkpointer(
         run_dir=RunDir(unit.folder),
         execution=plan.executions[unit.at.batch],
+        here=here,
         identity=unit_identity(plan, unit),
-        export={},
         keep=1,
-        is_rank_zero=runtime.launcher_rank() == 0,
     )
 
 
@@ -128,9 +134,17 @@ class UnitRun:
     """One start of a unit on this rank."""
 
     def __init__(
-        self, plan: FinetunePlan, unit: Unit, tag: str | None, *, here: Runtime, agreement: Agreement, stop: StopRequest
+        self,
+        plan: FinetunePlan,
+        unit: Unit,
+        chosen: Chosen | None,
+        *,
+        here: Runtime,
+        agreement: Agreement,
+        stop: StopRequest,
     ) -> None:
-        self.plan, self.unit, self.tag = plan, unit, tag
+        self.plan, self.unit, self.chosen = plan, unit, chosen
+        self.tag = None if chosen is None else chosen.tag
         self.here, self.agreement, self.stop = here, agreement, stop
         self.run_dir = RunDir(unit.folder)
         self.execution = plan.executions[unit.at.batch]
@@ -139,7 +153,7 @@ class UnitRun:
     def run(self, task: EncodedTask, teacher: FrozenTeacher | None) -> dict[str, Any] | None:
         """Collective. The result record (with `score` None after a divergence), or None when it was preempted."""
         plan, unit = self.plan, self.unit
-        checkpointer = _checkpointer(plan, unit)
+        checkpointer = _checkpointer(plan, unit, self.here)
         if self.here.is_rank_zero:
             self._tidy(checkpointer)
             self.run_dir.write_settings(self.unit_config, ds_config=self.execution.resolved, tokenizer=plan.tokenizer)
@@ -170,7 +184,7 @@ class UnitRun:
                 seed=unit.seed,
                 monitor=monitor,
                 checkpointer=checkpointer,
-                tag=self.tag,
+                chosen=self.chosen,
                 teacher=teacher,
                 patience=plan.config.task.patience,
                 eval_every=plan.config.task.eval_every,
@@ -186,6 +200,8 @@ class UnitRun:
 
     def _tidy(self, checkpointer: Checkpointer) -> None:
         """Puts what earlier starts left out of the way."""
+        for note in () if self.chosen is None else self.chosen.notes:
+            print(note)
         for name in checkpointer.clean():
             print(f"removed {name}: an unfinished checkpoint")
         for path in self.run_dir.set_aside_logs() if self.tag is None else ():
@@ -271,8 +287,11 @@ class UnitRun:
             "epochs": at.epochs,
             "seed": self.unit.seed,
         }
-        with SummaryWriter(str(self.run_dir.tensorboard)) as writer:
-            writer.add_hparams(values, {"hparam/score": score}, run_name=".")
+        try:
+            with SummaryWriter(str(self.run_dir.tensorboard)) as writer:
+                writer.add_hparams(values, {"hparam/score": score}, run_name=".")
+        except OSError as error:  # a full disk; the result is what counts
+            print(f"warning: {self.run_dir.tensorboard} cannot be written ({error.strerror})", flush=True)
 
 
 def remove_checkpoints(run_dir: RunDir) -> None:

@@ -10,7 +10,8 @@ import torch
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.runtime import Agreement
-from engine.trainer import Teacher, Trainee
+from engine.trainee import Trainee
+from engine.trainer import Teacher
 
 
 @dataclass

@@ -67,7 +67,10 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Reads configuration files, manifest and tokenizer, and checks them against each other. Raises UserError."""
+    hub.allow_pickle(config.allow_pickle)
     execution = plan_execution(config.deepspeed_config, config.train, config.optim)
+    if config.checkpoint.storage == "local":
+        execution.resolved.setdefault("checkpoint", {})["use_node_local_storage"] = True
     if config.student.fused_layer_norm:
         require_fused_layer_norm()
     teacher_config = hub.load_config(config.teacher.path, key="teacher.path")

@@ -20,9 +20,11 @@ from typing import Any
 import psutil
 import torch
 
-from engine import runtime
+from engine import run_lock, runtime
 from engine.assemble import load_teacher, open_corpus
+from engine.collectives import from_rank_zero
 from engine.data.loader import CorpusLoader
+from engine.data.shard_check import ShardCheck
 from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
 from engine.monitor import open_records, peak_memory_gib
 from engine.plan import Plan
@@ -43,12 +45,14 @@ def proxy(config: ProxyJobConfig) -> int:
     began = psutil.Process().create_time()  # starting Python and importing are part of what a proxy costs
     plan = make_proxy_plan(config)
     run_dir = RunDir(Path(config.output_dir))
-    if runtime.launcher_rank() == 0 and not config.dry_run:
-        run_dir.write_settings(config, ds_config=plan.base.execution.resolved, tokenizer=plan.base.tokenizer)
-    here = runtime.start(config.seed)
-    code = ProxyJob(plan, run_dir, here, began).run()
-    torch.distributed.destroy_process_group()
-    return code
+    writes = runtime.launcher_rank() == 0 and not config.dry_run
+    with run_lock.held(run_dir.root, wanted=writes):
+        if writes:
+            run_dir.write_settings(config, ds_config=plan.base.execution.resolved, tokenizer=plan.base.tokenizer)
+        here = runtime.start(config.seed)
+        code = ProxyJob(plan, run_dir, here, began).run()
+        torch.distributed.destroy_process_group()
+        return code
 
 
 class ProxyJob:
@@ -72,6 +76,8 @@ class ProxyJob:
         """By genome and seed; with those of earlier starts that can be compared."""
         self._earlier_cohorts: dict[str, float] = {}
         """Seconds by phase of the cohorts of this start that are done; without what all cohorts share."""
+        self._shard_check: ShardCheck | None = None
+        """All cohorts read one corpus."""
         self._records: RecordWriter | None = None
 
     def run(self) -> int:
@@ -91,13 +97,14 @@ class ProxyJob:
 
     def _earlier_results(self) -> dict[tuple[str, int], Result]:
         """Read by rank 0 and told to all: the file may be on its host alone."""
-        box: list[dict[tuple[str, int], Result]] = [{}]
-        if self.here.is_rank_zero and self.config.resume == "auto":
+
+        def read() -> dict[tuple[str, int], Result]:
+            if self.config.resume != "auto":
+                return {}
             found = earlier_results(self.run_dir.records, self.plan.fingerprint)
-            box = [{pair: result for pair, result in found.items() if not self._lacks_student(pair, result)}]
-        if self.here.world_size > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
+            return {pair: result for pair, result in found.items() if not self._lacks_student(pair, result)}
+
+        return from_rank_zero(read)
 
     def _lacks_student(self, pair: tuple[str, int], result: Result) -> bool:
         """Whether the student of an earlier start is wanted now, and was not kept."""
@@ -193,7 +200,8 @@ class ProxyJob:
         """Distils the genomes side by side, scores and records each. False when told to stop."""
         base = replace(self.plan.base, config=replace(self.plan.base.config, seed=seed))
         with self._phase("load"):
-            loader = open_corpus(base)
+            loader = open_corpus(base, self._shard_check)
+            self._shard_check = loader.check
             tokens = self._tokens(loader, evaluator)
             if isinstance(teacher, CachedTeacher):
                 batches = (micro for step in range(self.config.proxy.steps) for micro in loader.step(step).micro)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from engine.assemble import build_module, flops_per_token, initial_student, start_engine
 from engine.data.batch import Batch
-from engine.export import rebuild_student, write_model
+from engine.export import live_state, rebuild_student, write_model
 from engine.models.capture import inputs_of
 from engine.models.compact_embedding import whole_vocabulary
 from engine.monitor import Monitor
@@ -24,7 +24,7 @@ from engine.run_dir import RunDir, as_yaml
 from engine.runtime import Runtime
 from engine.task_run import release
 from engine.teacher_cache import AnyTeacher
-from engine.trainer import Trainee
+from engine.trainee import Trainee
 
 
 @dataclass
@@ -77,14 +77,7 @@ class Member:
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """Collective. The student's weights in fp32 on the CPU: the optimizer's master copy where there is one."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        full: dict[int, torch.Tensor] = {}
-        for parameter in self.student.parameters():
-            master = safe_get_full_fp32_param(parameter) if self.trainee is not None else None
-            full[id(parameter)] = (parameter if master is None else master).detach().float().cpu().clone()
-        state = self.student.state_dict(keep_vars=True)
-        weights = {name: full.get(id(tensor), tensor.detach().cpu()) for name, tensor in state.items()}
+        weights = live_state(self.student, trained=self.trainee is not None)
         return whole_vocabulary(self.student, weights)
 
     def release(self) -> None:
@@ -135,6 +128,7 @@ def build_member(
     )
     trainee = Trainee(
         start_engine(module, chosen, plan.config.train, plan.execution),
+        train=plan.config.train,
         term_names=plan.losses.term_names,
         coefficients=plan.losses.coefficients,
         observed_names=plan.losses.observed_names,

@@ -146,6 +146,10 @@ class ProxySettings:
     require_fused: bool = False
     """Make a fall-back to a slower optimizer or kernel an error."""
 
+    allow_pickle: bool = False
+    """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
+    only."""
+
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: ProxyStudentConfig = field(default_factory=lambda: ProxyStudentConfig(init=PROXY_INIT))
     loss: LossConfig = field(default_factory=LossConfig)

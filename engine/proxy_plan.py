@@ -111,6 +111,7 @@ def run_config(config: ProxyJobConfig) -> RunConfig:
         seed=config.seed,
         deepspeed_config=deepspeed_file(config.deepspeed_config),
         require_fused=config.require_fused,
+        allow_pickle=config.allow_pickle,
         teacher=config.teacher,
         student=config.student,
         loss=config.loss,

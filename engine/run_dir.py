@@ -79,6 +79,15 @@ class RunDir:
         """Where a fine-tuning exports to; `student` is a distillation's."""
         return self.root / "model"
 
+    def require_no_patterns(self) -> None:
+        """Raises UserError for a name under which DeepSpeed would not find its own checkpoints: it looks by pattern."""
+        found = [character for character in "*?[" if character in str(self.root)]
+        if found:
+            raise UserError(
+                f"run directory {str(self.root)!r}: DeepSpeed cannot find checkpoints below a folder with "
+                f"{' '.join(found)} in its name; name (or move it to) another"
+            )
+
     def write_settings(
         self, config: Any, *, ds_config: dict[str, Any] | None = None, tokenizer: Tokenizer | None = None
     ) -> None:

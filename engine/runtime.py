@@ -13,7 +13,7 @@ from types import FrameType
 
 import torch
 
-from engine import allocator, extension_locks, rank_environment
+from engine import allocator, extension_locks, rank_environment, rendezvous, watchdog
 from engine.data.batch import Counts
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -47,6 +47,8 @@ class Runtime:
     rank: int
     world_size: int
     local_rank: int
+    local_size: int
+    """Ranks on this host."""
     device: torch.device
     threads: int
 
@@ -75,8 +77,8 @@ def _unlink_shared_buffers(local_rank: int) -> None:
 def start(seed: int) -> Runtime:
     """Joins the distributed group of the launcher (or a group of one when started with plain `python`).
 
-    Raises UserError when srun or mpirun started several ranks and it is not known where they meet.
-    """
+    Raises UserError when srun or mpirun started several ranks and it is not known where they meet, or, on several
+    hosts, when any rank has found an error or does not arrive."""
     rank_environment.complete(os.environ)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes every accelerator and warns
@@ -85,7 +87,9 @@ def start(seed: int) -> Runtime:
         _use_free_port()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "1")):
         os.environ.setdefault(name, value)
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])  # torchrun's name comes first
+    watchdog.start_guard()
     on_gpu = uses_gpu()
     if not on_gpu:
         allocator.keep_freed_memory()
@@ -103,7 +107,17 @@ def start(seed: int) -> Runtime:
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     for lock in extension_locks.remove_stale(extension_locks.build_root()):
         print(f"removed {lock}: whoever built this extension is gone, and every start would wait for it", flush=True)
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    backend = "nccl" if on_gpu else "gloo"
+    if rendezvous.is_needed():
+        rendezvous.agree(None)
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore("group", rendezvous.store()),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     if not on_gpu:
         _unlink_shared_buffers(local_rank)
     torch.manual_seed(seed)
@@ -111,6 +125,7 @@ def start(seed: int) -> Runtime:
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         local_rank=local_rank,
+        local_size=local_size,
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
         threads=torch.get_num_threads(),
     )

@@ -233,6 +233,10 @@ class FinetuneConfig:
     require_fused: bool = False
     """Make a fall-back to a slower optimizer or kernel an error."""
 
+    allow_pickle: bool = False
+    """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
+    only."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     teacher: TaskTeacherConfig = field(default_factory=TaskTeacherConfig)

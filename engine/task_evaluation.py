@@ -17,7 +17,7 @@ from engine.data.squad_decode import decode, squad_metrics
 from engine.data.task_loader import evaluation_batches
 from engine.metrics import score_task, task_score
 from engine.runtime import Runtime
-from engine.trainer import Trainee
+from engine.trainee import Trainee
 
 Outputs = npt.NDArray[Any] | dict[str, str]
 """Of a split in the order of its rows: (n, labels) logits or (n, 1) predictions; question id -> answer of a span."""

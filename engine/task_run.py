@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from engine.assemble import choose_optimizer, start_engine
-from engine.checkpoint import Checkpointer
+from engine.checkpoint import Checkpointer, Chosen
 from engine.config import OptimConfig, TrainConfig
 from engine.data.encoded_task import EncodedTask
 from engine.data.task_loader import TaskLoader, steps_for
@@ -18,7 +18,8 @@ from engine.monitor import Monitor
 from engine.runtime import Agreement, Runtime, StopRequest
 from engine.task_evaluation import TaskEvaluation
 from engine.task_module import TaskModule
-from engine.trainer import Outcome, Teacher, Trainee, Trainer
+from engine.trainee import Trainee
+from engine.trainer import Outcome, Teacher, Trainer
 
 
 @dataclass(frozen=True)
@@ -75,24 +76,27 @@ def train_on_task(
     seed: int,
     monitor: Monitor,
     checkpointer: Checkpointer | None = None,
-    tag: str | None = None,
+    chosen: Chosen | None = None,
     teacher: Teacher | None = None,
     patience: int | None = None,
     eval_every: int | None = None,
     require_fused: bool = False,
 ) -> TaskResult:
-    """Trains from the module's weights, or from checkpoint `tag`, to the end (or until `stop`). Collective.
+    """Trains from the module's weights, or from the checkpoint `chosen`, to the end (or until `stop`). Collective.
 
     execution: resolved for train.global_batch. seed: order of the rows and dropout. The module is trained in place and
     cannot be trained again; everything that DeepSpeed holds of it is given back. With patience, the score is that of
     the best evaluation, whose weights a checkpointer keeps. The caller closes the monitor.
     """
-    chosen = choose_optimizer(module, optim, train, execution, runtime.device, require_fused=require_fused)
-    ds_engine = start_engine(module, chosen, train, execution)
+    optimizer = choose_optimizer(module, optim, train, execution, runtime.device, require_fused=require_fused)
+    ds_engine = start_engine(module, optimizer, train, execution)
     try:
-        state = checkpointer.load(ds_engine, tag) if checkpointer is not None and tag is not None else {"step": 0}
+        state: dict[str, Any] = {"step": 0}
+        if checkpointer is not None and chosen is not None:
+            state = checkpointer.load(ds_engine, chosen)
         trainee = Trainee(
             ds_engine,
+            train=train,
             term_names=module.term_names,
             coefficients=module.coefficients,
             observed_names=module.observed_names,
@@ -109,7 +113,7 @@ def train_on_task(
             every=eval_every,
             patience=patience,
         )
-        if tag is not None:
+        if chosen is not None:
             evaluation.restore(state)
         trainer = Trainer(
             train=train,
@@ -132,7 +136,7 @@ def train_on_task(
             steps_run=trainer.step,
             score=evaluation.best.score if done else None,
             metrics=evaluation.best.metrics if done else {},
-            optimizer=chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else ""),
+            optimizer=optimizer.name + (f"; {optimizer.why_not_faster}" if optimizer.why_not_faster else ""),
         )
     finally:
         release(ds_engine)

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from engine.append import AppendFile
 from engine.assemble import load_teacher
 from engine.config import ATTENTION_MAPPED, HIDDEN_MAPPED
 from engine.data.batch import Batch
@@ -211,8 +213,9 @@ class _Writer:
             break
         _, whole, end = _read_index(self._index_path)
         self._index.truncate(whole)  # a torn line
-        self._data = self._data_path.open("ab")
-        self._data.truncate(end)
+        # unbuffered: what a full disk has refused must not come up again when they are closed
+        self._lines, self._data = AppendFile(self._index_path), AppendFile(self._data_path)
+        os.truncate(self._data_path, end)
         self._end = end
 
     def append(
@@ -227,10 +230,9 @@ class _Writer:
         at = self._end
         for tensor in tensors:
             raw = tensor.reshape(-1).view(torch.uint8).numpy()
-            self._data.write(memoryview(raw))  # type: ignore[arg-type]
-            self._data.write(bytes(-len(raw) % ALIGNED))
+            self._data.append(memoryview(raw))  # type: ignore[arg-type]
+            self._data.append(bytes(-len(raw) % ALIGNED))
             self._end += len(raw) + -len(raw) % ALIGNED
-        self._data.flush()
         line = {
             "batch": key,
             "at": at,
@@ -240,12 +242,12 @@ class _Writer:
             "pieces": [[p.kind, p.layer, p.heads, p.width] for p in pieces],
             "scaling": scaling,
         }
-        self._index.write(json.dumps(line) + "\n")
-        self._index.flush()
+        self._lines.append(f"{json.dumps(line)}\n".encode())
         return Entry(self._data_path, at, (rows[0], rows[1]), lengths, pieces, dict(scaling))
 
     def close(self) -> None:
         self._data.close()
+        self._lines.close()
         self._index.close()
 
 

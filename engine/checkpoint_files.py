@@ -1,0 +1,132 @@
+"""The files of a sharded checkpoint: written, flushed and hashed as DeepSpeed hands them over, and compared at
+resume."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    size: int
+    """Bytes."""
+    sha256: str
+
+    @classmethod
+    def of(cls, data: bytes) -> FileFacts:
+        return cls(len(data), hashlib.sha256(data).hexdigest())
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Hashed:
+    """A file that hashes what goes through it: what the disk has made of it is compared with what was meant."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest, self._size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self._size += len(view)
+        self._file.write(view)
+        return len(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def facts(self) -> FileFacts:
+        return FileFacts(self._size, self._digest.hexdigest())
+
+
+class CheckedFiles:
+    """Takes the place of DeepSpeed's checkpoint engine while a checkpoint is written.
+
+    DeepSpeed's own raises in the middle of collective work when a disk is full, and the other ranks wait for ever. This
+    one remembers the error, so that all ranks come to the end, where they can agree that the checkpoint is none.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.written: dict[str, FileFacts] = {}
+        """Of this rank, by name."""
+        self.errors: list[str] = []
+
+    @contextmanager
+    def in_place_of(self, ds_engine: Any) -> Iterator[None]:
+        """Also of the recovery scripts that DeepSpeed copies beside the checkpoints, at every one of them."""
+        copy_scripts = ds_engine._copy_recovery_script
+        ds_engine.checkpoint_engine = self
+        ds_engine._copy_recovery_script = lambda path: self._remembered(lambda: copy_scripts(path), "recovery scripts")
+        try:
+            yield
+        finally:
+            ds_engine.checkpoint_engine = self._inner
+            del ds_engine._copy_recovery_script
+
+    def _remembered(self, action: Any, what: str) -> None:
+        try:
+            action()
+        except (OSError, RuntimeError) as error:  # torch.save turns some of the system's errors into RuntimeError
+            self.errors.append(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._remembered(lambda: self._write(state_dict, Path(path)), path)
+
+    def _write(self, state_dict: Any, path: Path) -> None:
+        with path.open("wb") as file:
+            hashed = _Hashed(file)
+            torch.save(state_dict, hashed)
+            file.flush()
+            os.fsync(file.fileno())
+        self.written[path.name] = hashed.facts
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._remembered(lambda: os.makedirs(path, exist_ok=exist_ok), path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def problem_of(path: Path, facts: dict[str, Any]) -> str | None:
+    """What is wrong with a file, against the size and sha256 that it should have; None when nothing is."""
+    try:
+        size = path.stat().st_size
+        if size != facts["size"]:
+            return f"{path.name} has {size} bytes instead of {facts['size']}"
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None if digest.hexdigest() == facts["sha256"] else f"{path.name} has changed (its sha256 is another)"
+
+
+def problems_of(folder: Path, files: dict[str, dict[str, Any]], *, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the `part`-th of `parts` shares of the files."""
+    names: Sequence[str] = sorted(files)[part::parts]
+    return [problem for name in names if (problem := problem_of(folder / name, files[name])) is not None]
+
+
+def remove_folder(folder: Path, marker: str) -> None:
+    """Without a moment in which a half-removed folder looks whole."""
+    with contextlib.suppress(OSError):
+        (folder / marker).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,186 @@
+"""Continuing with other ranks or another ZeRO stage, through DeepSpeed's universal checkpoints.
+
+A universal checkpoint holds each parameter's fp32 weight and optimizer state whole. DeepSpeed's converter writes it,
+and its loader cuts it for the ranks that are there. The two layouts that it writes, of stages 1 and 2 and of stage 3,
+are not the ones that the other loader reads (DeepSpeed 0.19.8); `_relay` writes one as the other."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.collectives import from_rank_zero, gathered
+from engine.ds_config import Execution
+from engine.errors import UserError
+
+PREFIX = "universal-"
+"""Of the folder of a conversion, beside the checkpoint; it is removed once loaded."""
+INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+"""In the client state of every checkpoint: the converter wants it for stages 1 and 2."""
+_STATES = ("fp32", "exp_avg", "exp_avg_sq")
+_MODEL_FILE = {False: "mp_rank_00_model_states.pt", True: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
+"""By whether the weights are sharded (stage 3)."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    tag: str
+    saved_stage: int
+    saved_ranks: int
+    stage: int
+    ranks: int
+
+    def __str__(self) -> str:
+        return (
+            f"written by {self.saved_ranks} rank(s) under ZeRO-{self.saved_stage}, converted for {self.ranks} under "
+            f"ZeRO-{self.stage}"
+        )
+
+
+def plan_conversion(tag: str, saved: dict[str, Any], execution: Execution, storage: str) -> Conversion | None:
+    """What must be done to continue from checkpoint `tag`, whose marker says `saved`; None when it loads as it is.
+    Raises UserError for what cannot be continued."""
+    facts = execution.facts
+    if saved["precision"] != facts["precision"]:
+        raise UserError(
+            f"cannot continue {tag}: it was written in {saved['precision']} and this start has {facts['precision']}; "
+            "start with the same precision (ranks, ZeRO stages 1 to 3, micro batch and accumulation may change)"
+        )
+    stages = (saved["zero_stage"], facts["zero_stage"])
+    if stages[0] == stages[1] and (saved["world_size"] == facts["world_size"] or stages[0] == 0):
+        return None  # stage 0 has everything on every rank
+    if 0 in stages:
+        raise UserError(
+            f"cannot continue {tag}: it was written under ZeRO-{stages[0]} and this start has ZeRO-{stages[1]}; stages "
+            "1, 2 and 3 can follow each other, 0 only itself"
+        )
+    if storage == "local":
+        raise UserError(
+            f"cannot continue {tag} with other ranks or another ZeRO stage: with checkpoint.storage=local its shards "
+            "are on several hosts. Copy them into one shared output_dir, and set checkpoint.storage=shared"
+        )
+    return Conversion(tag, stages[0], saved["world_size"], stages[1], facts["world_size"])
+
+
+def load(ds_engine: Any, checkpoints: Path, conversion: Conversion, *, is_rank_zero: bool) -> dict[str, Any]:
+    """Collective. Converts the checkpoint into a folder beside it, loads that, and removes it; returns the client
+    state. Raises UserError when there is no room for it."""
+    target = checkpoints / f"{PREFIX}{conversion.tag}"
+    from_rank_zero(lambda: _convert(checkpoints / conversion.tag, target, conversion))
+    try:
+        with _universal(ds_engine), _kept_hyperparameters(ds_engine):
+            _, client_state = ds_engine.load_checkpoint(str(checkpoints), tag=target.name)
+        _own_step_counts(ds_engine.optimizer.optimizer)
+    finally:
+        gathered(None)  # all have read it
+        if is_rank_zero:
+            shutil.rmtree(target, ignore_errors=True)
+    return dict(client_state)
+
+
+@contextmanager
+def _universal(ds_engine: Any) -> Iterator[None]:
+    config = ds_engine._config
+    config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        config.load_universal_checkpoint = False
+
+
+@contextmanager
+def _kept_hyperparameters(ds_engine: Any) -> Iterator[None]:
+    """DeepSpeed 0.19.8's stage 3 gives all parameter groups the settings of the first: biases would get weight decay.
+    They are those of the run configuration, which is the same; the learning rate is the schedule's."""
+    groups = ds_engine.optimizer.optimizer.param_groups
+    before = [{key: value for key, value in group.items() if key not in ("params", "lr", "step")} for group in groups]
+    yield
+    for group, settings in zip(groups, before, strict=True):
+        group.update(settings)
+
+
+def _own_step_counts(optimizer: torch.optim.Optimizer) -> None:
+    """The same loader gives all parameters one tensor as step count, which each of them would then increase."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+def _convert(source: Path, target: Path, conversion: Conversion) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    arguments = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,  # in this process: a pool would fork it
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars and steps
+            ds_to_universal.main(arguments)
+        if (conversion.saved_stage == 3) != (conversion.stage == 3):
+            _relay(target, to_stage_3=conversion.stage == 3)
+    except OSError as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise UserError(
+            f"{source}: cannot be converted for {conversion.ranks} rank(s) under ZeRO-{conversion.stage}: {error}. The "
+            f"conversion needs as much room beside it; or start as it was written ({conversion.saved_ranks} rank(s), "
+            f"ZeRO-{conversion.saved_stage})"
+        ) from None
+
+
+def _relay(folder: Path, *, to_stage_3: bool) -> None:
+    """Writes the universal checkpoint of stages 1 and 2 as that of stage 3, or the other way round.
+
+    Both hold the same numbers. Stage 3 keeps them flat, the step count in the common optimizer state, and a model file
+    for each rank; stages 1 and 2 keep them in their shapes, the step count with each parameter, and one model file."""
+    from deepspeed import __version__
+    from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
+
+    model_file = folder / _MODEL_FILE[not to_stage_3]
+    model = _read(model_file)
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    for other in folder.glob("*model_states.pt"):
+        if other != model_file:
+            other.unlink()
+    model_file.rename(folder / _MODEL_FILE[to_stage_3])
+    common_file = folder / "zero" / "optimizer_state.pt"
+    common = _read(common_file)
+    step: Any = None
+    if not to_stage_3:
+        step = common[OPTIMIZER_STATE_DICT]["state"][0]["step"]
+    for name, shape in shapes.items():
+        of_parameter = folder / "zero" / name
+        for state in _STATES:
+            file = of_parameter / f"{state}.pt"
+            held = _read(file)
+            tensor = held[PARAM] if isinstance(held, dict) else held
+            torch.save(tensor.reshape(-1) if to_stage_3 else {PARAM: tensor.reshape(shape)}, file)
+        if to_stage_3:
+            step = _read(of_parameter / "step.pt")
+            (of_parameter / "step.pt").unlink()
+        else:
+            torch.save(step, of_parameter / "step.pt")
+    common.setdefault(DS_VERSION, __version__)
+    if to_stage_3:
+        common[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, "param_groups": common[PARAM_GROUPS]}
+    torch.save(common, common_file)
+
+
+def _read(file: Path) -> Any:
+    # our own checkpoint: DeepSpeed writes it as a pickle with objects, which weights_only cannot read
+    return torch.load(file, map_location="cpu", weights_only=False)

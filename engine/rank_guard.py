@@ -1,0 +1,133 @@
+"""A small process beside each rank, for what the rank cannot do itself:
+
+- stop the rank when its launcher is gone, or whoever reads its output (an ssh session). A launcher that is killed (by
+  the kernel's out-of-memory killer, say) leaves its ranks running, with nobody to end them, and the next start refused;
+- end the rank when it is stopped or stuck so deeply that its own watchdog (engine/watchdog.py) does not act.
+
+    python -I -S rank_guard.py RANK_PID LAUNCHER_PIDS HEARTBEAT_FD     (started by engine/watchdog.py)
+
+Standard library only and no imports of ours: about 8 MiB, and it must not depend on what it watches.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import struct
+import sys
+import time
+
+HEARTBEAT = struct.Struct("=dd")
+"""In shared memory: time.monotonic() of the last beat, and the limit in seconds (0: not watched now). The clock is the
+same for all processes of a machine."""
+MARGIN_S = 10.0
+"""Beyond its limit: the rank's own watchdog comes first."""
+WAKES_WITHIN_S = 5.0
+"""A rank that was stopped (SIGSTOP) is continued, and has so long to write its stacks and end. Then faulthandler is
+made to write them (SIGABRT), also while something holds Python's lock, and then it is killed."""
+GRACE_S = 30.0
+"""For a checkpoint, once the launcher is gone."""
+POLL_S = 1.0
+
+
+class Process:
+    """Another process, by pid. Its end wakes `select.poll`, where the kernel has pidfds (Linux 5.3)."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._start = self._started()
+        try:
+            self.fd: int | None = os.pidfd_open(pid)
+        except OSError:
+            self.fd = None
+
+    def _started(self) -> str | None:
+        """Its start time, which tells it from a later process with the same number. None when it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else fields[19]
+
+    def gone(self) -> bool:
+        return self._start is None or self._started() != self._start
+
+    def send(self, number: int) -> None:
+        if not self.gone():
+            os.kill(self.pid, number)
+
+
+def overdue(heartbeat: mmap.mmap) -> bool:
+    last, limit = HEARTBEAT.unpack_from(heartbeat)
+    return limit > 0 and time.monotonic() > last + limit + MARGIN_S
+
+
+def say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        return  # whoever read our output is gone too
+
+
+def end_orphan(rank: Process) -> str:
+    """As a scheduler would: a rank that trains finishes its step and writes a checkpoint. Returns what was done."""
+    rank.send(signal.SIGTERM)
+    return "told to stop" if ends_within(rank, GRACE_S) else "told to stop and then killed"
+
+
+def ends_within(rank: Process, seconds: float) -> bool:
+    """Whether it ends by itself; else it is killed."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if rank.gone():
+            return True
+        time.sleep(0.1)
+    rank.send(signal.SIGKILL)
+    return False
+
+
+def end_stuck(rank: Process) -> None:
+    rank.send(signal.SIGCONT)
+    until = time.monotonic() + WAKES_WITHIN_S
+    while time.monotonic() < until and not rank.gone():
+        time.sleep(0.1)
+    rank.send(signal.SIGABRT)
+    ends_within(rank, WAKES_WITHIN_S)
+
+
+def main(rank: Process, launchers: list[Process], heartbeat: mmap.mmap) -> None:
+    poll = select.poll()
+    for process in (rank, *launchers):
+        if process.fd is not None:
+            poll.register(process.fd, select.POLLIN)
+    output = sys.stdout.fileno()
+    poll.register(output, 0)  # POLLERR and POLLHUP come unasked
+    while True:
+        events = dict(poll.poll(POLL_S * 1000))
+        if rank.gone():
+            return
+        if output in events:  # a pipe without a reader; a file or a terminal has none of these
+            told = end_orphan(rank)
+            say(f"nobody reads the output of rank process {rank.pid} any more; it was {told}")
+            return
+        dead = [process for process in launchers if process.gone()]
+        if dead:
+            time.sleep(0.5)  # an orderly end: the launcher has ended its ranks before itself
+            if not rank.gone():
+                told = end_orphan(rank)
+                say(f"the launcher (process {dead[0].pid}) is gone; its rank (process {rank.pid}) was {told}")
+            return
+        if overdue(heartbeat):
+            end_stuck(rank)
+            say(f"error: rank process {rank.pid} did not act on its time limit; it was continued, and then killed")
+            return
+
+
+if __name__ == "__main__":
+    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)  # sent to the whole group; this process ends with its rank
+    with mmap.mmap(int(sys.argv[3]), HEARTBEAT.size) as shared:
+        main(Process(int(sys.argv[1])), [Process(int(pid)) for pid in sys.argv[2].split(",") if pid], shared)

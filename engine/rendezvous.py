@@ -1,0 +1,98 @@
+"""Where the ranks of several hosts meet for the first time: nobody waits for a rank that has found an error.
+
+On one host the launcher ends all ranks as soon as one exits. On several hosts it does not: the ranks of the other hosts
+would wait for half an hour. So, before a process group is made, each rank says in a key-value store whether it is
+ready."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+from typing import Any
+
+from engine.errors import UserError
+
+ARRIVE_WITHIN = datetime.timedelta(minutes=10)
+"""For starting Python and reading configurations and tokenizers on the slowest host."""
+LEAVE_WITHIN = datetime.timedelta(seconds=15)
+
+_store: Any = None
+_failed = False
+
+
+def is_needed() -> bool:
+    """Whether this job has ranks on other hosts, as far as its environment says, or can be started again by torchrun,
+    whose store keeps what the ranks of the attempt before have said (PyTorch 2.13): gloo would connect to the dead."""
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return False  # it is not known where
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        return True
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    return local is not None and world > int(local)
+
+
+def store() -> Any:
+    """The store in which the ranks have met, for the process group. None before `agree`."""
+    return _store
+
+
+def agree(error: str | None) -> None:
+    """Collective, where it `is_needed`, once: returns when all ranks are ready.
+
+    error: what keeps this rank from going on. Raises UserError on every rank when any has one, or does not arrive.
+    """
+    global _store, _failed
+    from torch.distributed import DistStoreError, PrefixStore, rendezvous
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        met, _, _ = next(rendezvous("env://", timeout=ARRIVE_WITHIN))
+        _store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", met)
+        _store.set(f"ready/{rank}", f"{platform.node()}: {error}" if error else "")
+        errors = list(dict.fromkeys(filter(None, _wait_for_all(world))))
+    except (DistStoreError, RuntimeError, OSError) as failure:  # the store's own time limit, or its holder is gone
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            (error + "; also, " if error else "")
+            + f"rank {rank} on {platform.node()} could not meet the others at {where}: {_first_line(failure)}. Try "
+            "python launch/check_hosts.py"
+        ) from None
+    if errors:
+        _failed = True
+        raise UserError("; ".join(errors))
+
+
+def _wait_for_all(world: int) -> list[str]:
+    """What every rank has said, in the order of ranks; "" of one without an error."""
+    keys = [f"ready/{rank}" for rank in range(world)]
+    try:
+        _store.wait(keys, ARRIVE_WITHIN)
+    except RuntimeError:
+        missing = [rank for rank, key in enumerate(keys) if not _store.check([key])]
+        raise RuntimeError(f"ranks {missing} did not arrive within {ARRIVE_WITHIN}") from None
+    return [value.decode() for value in _store.multi_get(keys)]
+
+
+def has_failed() -> bool:
+    """Whether the ranks have met, and know the errors of all: rank 0 speaks for all, and each then calls `leave`."""
+    return _failed
+
+
+def leave() -> None:
+    """Collective, after an error of `agree`. Nobody leaves before rank 0 has spoken, since a launcher ends all ranks of
+    its host once one has left; and rank 0, which holds the store, not before the others know that."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with contextlib.suppress(RuntimeError):  # a time limit, or the others have gone already
+        if rank == 0:
+            _store.set("said", "")
+            _store.wait([f"left/{other}" for other in range(1, world)], LEAVE_WITHIN)
+        else:
+            _store.wait(["said"], LEAVE_WITHIN)
+            _store.set(f"left/{rank}", "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
