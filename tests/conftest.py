@@ -15,7 +15,7 @@ from launching import Run, write_ds_config
 from searching import SearchRun
 from tiny_world import TinyWorld, save_tiny_teacher, write_text
 
-pytest_plugins = ["postgres"]
+pytest_plugins = ["postgres", "small_disk"]
 
 if not torch.cuda.is_available():
     import_triton_interpreted()
@@ -32,6 +32,13 @@ PRECISION: dict[str, dict[str, Any]] = {
 }
 
 MakeRun = Callable[..., Run]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "MAPDISTILL_FAULTS" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; MAPDISTILL_FAULTS=20 runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import torch
@@ -53,25 +53,12 @@ class Run:
         launcher = str(Path(sys.executable).parent / "deepspeed")
         return [launcher, "--num_accelerators", str(self.ranks), "--master_port", str(free_port()), *script]
 
-    def start(self, *more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*more),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, *more: str, output: IO[str] | None = None) -> subprocess.Popen[str]:
+        """output: a file, for a start that says more than fits into a pipe that nobody reads."""
+        return spawn(self.command(*more), output)
 
     def finish(self, *more: str, expect: int = 0) -> str:
-        process = self.start(*more)
-        try:
-            output, _ = process.communicate(timeout=400)
-        finally:
-            kill_session(process)
-        assert process.returncode == expect, f"exit {process.returncode}, expected {expect}:\n{output[-6000:]}"
-        return output
+        return finished(self.start(*more), expect)
 
     def rank_pids(self, launcher_pid: int) -> list[int]:
         """Pids of the rank processes, in the order of their ranks."""
@@ -83,8 +70,8 @@ class Run:
                 found.append((int(local[0].partition("=")[2]), child.pid))
         return [pid for _, pid in sorted(found)]
 
-    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + 300
+    def wait_for_step(self, step: int, process: subprocess.Popen[str], *, within_s: float = 300) -> None:
+        deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             if any(r["step"] >= step for r in self.steps()):
                 return
@@ -112,6 +99,29 @@ class Run:
 
     def projections(self) -> dict[str, torch.Tensor]:
         return load_file(self.run_dir.student / "projections.safetensors")
+
+
+def spawn(argv: list[str], output: IO[str] | None = None) -> subprocess.Popen[str]:
+    """In a session of its own; stdout and stderr come together, through a pipe or into the file."""
+    return subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        env=environment(),
+        stdout=output or subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], expect: int) -> str:
+    """Waits for the end, which must have that exit code; returns the output."""
+    try:
+        output, _ = process.communicate(timeout=400)
+    finally:
+        kill_session(process)
+    assert process.returncode == expect, f"exit {process.returncode}, expected {expect}:\n{output[-6000:]}"
+    return output
 
 
 def kill_session(process: subprocess.Popen[str]) -> None:

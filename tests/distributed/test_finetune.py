@@ -27,6 +27,7 @@ from engine.finetune_plan import make_finetune_plan
 from engine.finetune_unit import look_back
 from engine.records import read_records
 from engine.run_dir import RunDir
+from engine.runtime import Runtime
 from engine.task_config import FinetuneConfig
 
 pytestmark = pytest.mark.launcher
@@ -167,7 +168,7 @@ def test_changed_settings_and_resume_never_are_refused(make_job: MakeJob) -> Non
         argv = ["--output_dir", str(run.output_dir), *run.argv, *words]
         plan = make_finetune_plan(parse_config(FinetuneConfig, argv, "test"))
         with pytest.raises(UserError) as error:
-            look_back(plan, plan.units[0])
+            look_back(plan, plan.units[0], Runtime(0, 1, 0, 1, torch.device("cpu"), 1))
         assert says in str(error.value)
     run.finish("--task.seeds", "[0, 1]", "--train.log_every", "7")  # one more seed: the first is kept
     assert (run.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes() == before

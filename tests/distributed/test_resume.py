@@ -141,15 +141,6 @@ def test_resume_by_name_sets_later_checkpoints_aside(make_run) -> None:
     assert "resume='never'" in run.finish("--resume", "never", expect=2)
 
 
-def test_another_world_size_is_refused_with_what_is_possible(make_run) -> None:
-    run = make_run("run", ranks=2, train__steps=4, train__save_every=2)
-    run.finish()
-    shutil.rmtree(run.run_dir.checkpoints / step_tag(4))
-    run.launcher = False
-    output = run.finish(expect=2)
-    assert "written with world_size=2 and this start has world_size=1" in output
-
-
 def test_only_the_newest_checkpoints_are_kept(make_run) -> None:
     run = make_run("run", launcher=False, train__steps=5, train__save_every=1, train__keep=2)
     run.finish()

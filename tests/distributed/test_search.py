@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 from launching import Run
 from postgres import Cluster
@@ -103,6 +104,7 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(make_search: MakeSear
     assert set(search.results().values()) == {1}
 
 
+@pytest.mark.faults
 def test_a_job_that_refuses_its_configuration_stops_the_search(make_search: MakeSearch) -> None:
     search = make_search("refused", trials=4, proxy__tasks="[SST-2, NoSuchTask]")
     output = search.finish(expect=2)
@@ -159,6 +161,7 @@ def test_halving_ends_the_worse_half_early_and_reports_how_well_that_went(make_s
     assert f"{len(stopped)} stopped early" in report
 
 
+@pytest.mark.faults
 def test_a_search_whose_jobs_all_run_out_of_time_gives_up(make_search: MakeSearch) -> None:
     search = make_search("late", sampler="random", trials=8, cohort=2, job_minutes=0.03, max_failures=4)
     output = search.finish(expect=1)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import optuna
 import psutil
+import pytest
 from searching import SearchRun, finish
 
 from ga.ledger import LOSSES
@@ -26,6 +27,7 @@ SEED = int(os.environ.get("MAPDISTILL_KILL_SEED", "0"))
 SPACE = 25
 
 
+@pytest.mark.faults
 def test_nothing_is_lost_or_run_twice_or_left_behind(make_search: Callable[..., SearchRun]) -> None:
     search = make_search("killed", sampler="exhaustive", trials=SPACE, cohort=3, confirm_top=0)
     rng = random.Random(SEED)
@@ -88,6 +90,7 @@ def losses_of(search: SearchRun, number: int) -> dict[str, int]:
         storage.close()
 
 
+@pytest.mark.faults
 def test_a_driver_killed_alone_leaves_its_job_to_the_next(make_search: Callable[..., SearchRun]) -> None:
     """The job ends by itself, what it has recorded counts, and is not run again."""
     search = make_search("orphaned", sampler="random", trials=4, cohort=4, confirm_top=0)

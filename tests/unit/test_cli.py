@@ -109,7 +109,16 @@ def test_configuration_docs_are_fresh() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["engine.config", "engine.ds_config", "engine.records", "engine.mapping", "engine.run_dir", "ga"]
+    "module",
+    [
+        "engine.config",
+        "engine.ds_config",
+        "engine.records",
+        "engine.mapping",
+        "engine.run_dir",
+        "engine.host_check",
+        "ga",
+    ],
 )
 def test_light_modules_import_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'deepspeed'}} & set(sys.modules)))"

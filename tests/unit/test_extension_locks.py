@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -61,6 +62,32 @@ def test_a_lock_goes_with_its_holder_and_not_before(
     assert baton.try_acquire()
     baton.release()
     assert extension_locks.remove_stale(tmp_path) == []
+
+
+def test_a_holder_in_another_container_counts(tmp_path: Path) -> None:
+    """Its process ids are hidden from us, but it shares the cache folder."""
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("no process namespaces here (they need root and util-linux)")
+    lock.touch()
+    check = f"""
+import sys
+from pathlib import Path
+from engine import extension_locks
+lock = Path({str(lock)!r})
+assert lock not in set(extension_locks._open_files()), "this test needs a holder that cannot be seen"
+print(extension_locks.remove_stale(lock.parent.parent))
+"""
+
+    def removed() -> str:
+        return subprocess.run([*apart, sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
+
+    with lock.open("rb"):  # by this process, which is outside
+        assert removed() == "[]\n"
+        assert lock.exists()
+    assert removed() == f"[{lock!r}]\n"
 
 
 def test_on_a_network_file_system_the_build_must_have_been_quiet(

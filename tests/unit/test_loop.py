@@ -74,6 +74,7 @@ def test_a_second_start_of_a_trial_gets_a_folder_of_its_own(loop: Loop) -> None:
     assert names == ["00012", "00012-2", "00012-3"]
 
 
+@pytest.mark.faults
 def test_a_storage_that_does_not_answer_for_a_while_is_waited_for(
     loop: Loop, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,11 +100,13 @@ def test_a_storage_that_does_not_answer_for_a_while_is_waited_for(
         loop.patiently(answer)
 
 
+@pytest.mark.faults
 def test_other_errors_of_the_storage_are_not_waited_for(loop: Loop) -> None:
     with pytest.raises(OperationalError):
         loop.patiently(lambda: create_engine("sqlite:////no/such/folder/x.db").connect())
 
 
+@pytest.mark.faults
 def test_a_driver_that_is_told_to_stop_does_not_wait_for_the_storage(loop: Loop) -> None:
     pytest.importorskip("psycopg", reason="psycopg is missing: pip install 'psycopg[binary]'")
     loop.stop = lambda: True

@@ -54,7 +54,7 @@ def test_scores_follow_from_the_pooled_features(tiny_world: TinyWorld, tmp_path:
     write_glue_sample(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_world.teacher)
     tasks = [load_task(name, TaskDataConfig(data_dir=str(tmp_path))) for name in ("SST-2", "MRPC", "STS-B", "MNLI")]
-    here = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), threads=1)
+    here = Runtime(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
     evaluator = ProbeEvaluator(tasks, tokenizer, longest=64, folds=folds, runtime=here)
     student = WordCounter(len(tokenizer))
     scores = evaluator(student)

@@ -51,7 +51,7 @@ here = runtime.start(0)
 assert (here.rank, here.world_size) == (runtime.launcher_rank(), runtime.launcher_world_size())
 number = torch.tensor([10.0 + here.rank])
 torch.distributed.all_reduce(number)
-print("seen", here.rank, here.world_size, here.local_rank, number.item(), flush=True)
+print(f"seen {here.rank} {here.world_size} {here.local_rank} {number.item()}\\n", end="", flush=True)
 torch.distributed.destroy_process_group()
 """
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from ga.slots import Launcher, Placement, Slot, free_port, is_this_machine, parse_hostfile, plan_slots
+from engine.hostfile import parse_hostfile
+from ga.slots import Launcher, Placement, Slot, free_port, is_this_machine, plan_slots
 
 FOUR_BY_EIGHT = {"worker-1": 8, "worker-2": 8, "worker-3": 8, "worker-4": 8}
 

@@ -120,6 +120,7 @@ def test_threads_of_one_storage_exclude_each_other(make_url: MakeUrl) -> None:
     assert most == 1
 
 
+@pytest.mark.faults
 def test_the_lock_is_free_when_its_holder_is_killed(holder: tuple[str, subprocess.Popen[str]]) -> None:
     url, process = holder
     threading.Timer(0.5, process.send_signal, [signal.SIGKILL]).start()
@@ -128,6 +129,7 @@ def test_the_lock_is_free_when_its_holder_is_killed(holder: tuple[str, subproces
     assert 0.3 < time.monotonic() - began < 20
 
 
+@pytest.mark.faults
 def test_the_lock_is_not_waited_for_forever(holder: tuple[str, subprocess.Popen[str]]) -> None:
     url, process = holder
     process.send_signal(signal.SIGSTOP)
@@ -241,6 +243,7 @@ def test_passwords_are_hidden(url: str, shown: str) -> None:
     assert hide_password(url) == shown
 
 
+@pytest.mark.faults
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     path.write_text("trials: 64\n" * 100)
@@ -270,6 +273,7 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.faults
 def test_a_folder_or_file_that_cannot_be_written(open_folder: Path) -> None:
     path = open_folder / "study.db"
     open_storage(f"sqlite:///{path}").close()
@@ -286,6 +290,7 @@ def test_a_folder_or_file_that_cannot_be_written(open_folder: Path) -> None:
     assert f"{open_folder}/below: Permission denied; name a file in a folder that can be written" in said
 
 
+@pytest.mark.faults
 def test_tables_of_another_optuna(make_url: MakeUrl) -> None:
     url = make_url("old")
     storage = open_storage(url)
@@ -312,6 +317,7 @@ except ValueError as error:
     assert said.endswith("; pip install 'mapdistill[postgresql]'\n")
 
 
+@pytest.mark.faults
 def test_servers_that_refuse(postgres: Cluster) -> None:
     good = postgres.url("good")
     password = PASSWORD.replace(" ", "%20")
@@ -353,6 +359,7 @@ def error_of(call: Callable[[], object]) -> Exception:
     raise AssertionError("nothing was raised")
 
 
+@pytest.mark.faults
 def test_a_server_that_restarts(postgres: Cluster) -> None:
     storage = open_storage(postgres.url("restarts"))
     study = optuna.create_study(storage=storage.optuna, study_name="one")
@@ -384,6 +391,7 @@ def test_a_server_that_restarts(postgres: Cluster) -> None:
     storage.close()
 
 
+@pytest.mark.faults
 def test_a_lock_whose_connection_is_ended(postgres: Cluster) -> None:
     url = postgres.url("ended")
     ours, others = open_storage(url), open_storage(url)
@@ -423,6 +431,7 @@ def test_the_lock_outlives_limits_of_the_server(postgres: Cluster) -> None:
     others.close()
 
 
+@pytest.mark.faults
 def test_a_locked_sqlite_file_is_transient_and_a_broken_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_it_says_what_it_will_write_and_stops_at_its_limit(tmp_path: Path, teach
     assert (small.hits, small.misses) == (2, 6)
 
 
+@pytest.mark.faults
 def test_a_torn_end_is_overwritten(tmp_path: Path, teacher_folder: Path) -> None:
     teacher, given = load(teacher_folder), batches(3)
     first = open_cache(teacher, tmp_path / "cache")
@@ -144,22 +145,30 @@ import torch
 torch.set_num_threads(1)
 from test_teacher_cache import batches, load, open_cache
 cache = open_cache(load(Path(sys.argv[1])), Path(sys.argv[2]))
-for number, batch in enumerate(batches(400)):
+step = int(sys.argv[4])  # one goes backwards, so that both have something to write
+for number, batch in enumerate(batches(400)[::step]):
     cache(batch)
     if number == 3:
         print("begun", flush=True)
+        sys.stdin.readline()  # until the other one has begun too: it would find everything done
 """
 
 
+@pytest.mark.faults
 def test_two_writers_and_a_kill_leave_whole_entries(tmp_path: Path, teacher_folder: Path) -> None:
     words = [sys.executable, "-c", WRITER, str(teacher_folder), str(tmp_path / "cache"), str(Path(__file__).parent)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    writers = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([*words, step], env=env, **pipes) for step in ("1", "-1")]  # type: ignore[call-overload]
     try:
         for writer in writers:
             assert writer.stdout is not None
             assert writer.stdout.readline() == "begun\n"
-        time.sleep(0.3)
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        time.sleep(0.1)
         writers[0].send_signal(signal.SIGKILL)
         writers[1].wait(timeout=200)
     finally:

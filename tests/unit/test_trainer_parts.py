@@ -20,6 +20,7 @@ from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.ds_config import FOLDER, resolve_execution
 from engine.kernels import exact
+from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.mapping import parse_mapping
 from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
@@ -28,34 +29,34 @@ from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import Interval, StepReport, format_seconds
 from engine.plan import make_plan
-from engine.trainer import LossWindow
 from ga.config_docs import field_docs
 
 CPU = torch.device("cpu")
 
 
 def test_window_averages_over_steps_and_micro_steps() -> None:
-    window = LossWindow(2, CPU)
+    window = LossWindow(2, CPU, length=2, grad_accum_steps=2)
     for step in (1, 2):
-        for micro in (1, 2):
+        for micro in (0, 1):
             value = torch.tensor(float(10 * step + micro))
-            window.add(value, torch.stack([value, 2 * value]), step=step, last_micro=micro == 2)
-    means, bad = window.reduce(ranks=1, grad_accum_steps=2)
-    assert means == [16.5, 16.5, 33.0]  # of 11, 12, 21, 22
-    assert bad is None
-    assert window.reduce(ranks=1, grad_accum_steps=2) == ([0.0, 0.0, 0.0], None)
+            window.add(value, torch.stack([value, 2 * value]), step=step, micro=micro)
+    assert window.reduce() == WindowReport([15.5, 15.5, 31.0], [], None)  # of 10, 11, 20, 21
+    assert window.reduce() == WindowReport([0.0, 0.0, 0.0], [], None)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_window_names_the_first_step_that_is_not_finite(poison: float) -> None:
-    window = LossWindow(1, CPU)
+def test_window_names_the_first_micro_step_that_is_not_finite(poison: float) -> None:
+    window = LossWindow(2, CPU, length=5, grad_accum_steps=2)
     for step in range(5, 10):
-        value = torch.tensor(poison if step in (7, 9) else 1.0)
-        window.add(torch.tensor(1.0), value.reshape(1), step=step, last_micro=True)
-    means, bad = window.reduce(ranks=1, grad_accum_steps=1)
-    assert bad == 7
-    assert not math.isfinite(means[1])
-    assert math.isfinite(means[0])
+        for micro in (0, 1):
+            value = torch.tensor(poison if (step, micro) in ((7, 1), (9, 0)) else 2.0)
+            window.add(torch.tensor(1.0), torch.stack([torch.tensor(1.0), value]), step=step, micro=micro)
+    report = window.reduce()
+    assert report.bad_steps == [7, 9]
+    assert report.first_bad == BadMicroStep(step=7, micro=1, rank=0, values=(2,))
+    assert report.means == [1.0, 1.0, 2.0], "of the values that are finite"
+    window.add(torch.tensor(1.0), torch.ones(2), step=10, micro=0)
+    assert window.reduce() == WindowReport([1.0, 1.0, 1.0], [], None), "the next window knows nothing of it"
 
 
 class HostReads(TorchDispatchMode):
@@ -94,14 +95,14 @@ def test_a_micro_step_reads_nothing_back_to_the_host(
     )
     inputs = loader.step(0)
     assert inputs.micro[0].attention_mask is not None
-    window = LossWindow(len(plan.losses.term_names) + len(plan.losses.observed_names), CPU)
+    window = LossWindow(len(plan.losses.term_names) + len(plan.losses.observed_names), CPU, length=1)
     with HostReads() as reads:
         total, terms = module(inputs.micro[0], teacher(inputs.micro[0]), inputs.local_counts)
         total.backward()
-        window.add(total, terms, step=1, last_micro=True)
+        window.add(total, terms, step=1, micro=0)
     assert reads.seen == []
     with HostReads() as reads:
-        window.reduce(ranks=1, grad_accum_steps=1)
+        total.item()
     assert reads.seen, "the counter counts"
 
 
@@ -113,7 +114,7 @@ def test_only_what_is_computed_is_compared_at_resume() -> None:
 
 def test_every_how_key_is_a_setting() -> None:
     known = set(field_docs(RunConfig))
-    for name in ("teacher", "student", "mapping", "loss", "data", "optim", "train", "kernels"):
+    for name in ("teacher", "student", "mapping", "loss", "data", "optim", "train", "checkpoint", "kernels"):
         section = type(getattr(RunConfig(), name))
         known |= {f"{name}.{key}" for key in field_docs(section)}
     assert known >= HOW_KEYS, HOW_KEYS - known

@@ -1,0 +1,100 @@
+"""Continuing with other ranks or another ZeRO stage: the curve of a run that never changed, and no sample skipped or
+repeated (the order of samples is a function of the step alone; tests/unit/test_loader.py)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from launching import Run
+
+from engine.run_dir import step_tag
+
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(1200)]
+
+K = 4
+FP32, SIXTEEN_BIT = 1e-6, 5e-3
+"""Largest relative gap of a loss: sums over other splits, in other orders."""
+EVERYTHING = "MAPDISTILL_FAULTS" in os.environ
+"""Every pair of stages with every change of ranks takes ten minutes; otherwise some of them."""
+STAGES, RANKS = (1, 2, 3), ((2, 1), (1, 2), (2, 3))
+CHANGES = [(a, b, r) for a in STAGES for b in STAGES for r in RANKS]
+if not EVERYTHING:
+    CHANGES = [(2, 1, (2, 3)), (2, 3, (2, 1)), (3, 3, (2, 3)), (3, 1, (2, 1))]
+
+
+def relative_gap(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+def settings(stage: int, ranks: int, precision: str = "fp32") -> dict[str, object]:
+    return {
+        "stage": stage,
+        "ranks": ranks,
+        "precision": precision,
+        "train__global_batch": 12,
+        "train__steps": 2 * K,
+        "train__save_every": K,
+        "train__schedule": "cosine",
+    }
+
+
+def continued(make_run, whole: Run, name: str, **changed: object) -> tuple[Run, str]:
+    """The run as it was after K steps, in another folder, continued with other settings."""
+    run = make_run(name, **changed)
+    shutil.copytree(whole.output_dir, run.output_dir)
+    shutil.rmtree(run.run_dir.checkpoints / step_tag(2 * K))
+    shutil.rmtree(run.run_dir.student)
+    return run, run.finish()
+
+
+@pytest.mark.parametrize("before", STAGES if EVERYTHING else (2, 3))
+def test_other_ranks_and_stages_continue_the_curve(make_run, before: int) -> None:
+    wholes: dict[int, Run] = {}
+    gaps = {}
+    for _, after, (old, new) in (change for change in CHANGES if change[0] == before):
+        if old not in wholes:
+            wholes[old] = make_run(f"whole {old}", **settings(before, old))
+            wholes[old].finish()
+        whole, name = wholes[old], f"ZeRO-{before} x {old} to ZeRO-{after} x {new}"
+        run, output = continued(make_run, whole, name, **settings(after, new))
+        assert f"written by {old} rank(s) under ZeRO-{before}, converted for {new} under ZeRO-{after}" in output
+        assert [r["step"] for r in run.steps()] == [*range(1, 2 * K + 1), *range(K + 1, 2 * K + 1)]
+        assert run.curve("lr") == whole.curve("lr")
+        norms = relative_gap(whole.curve("grad_norm"), run.curve("grad_norm"))
+        gaps[name] = relative_gap(whole.curve(), run.curve()), norms
+        assert not list(run.run_dir.checkpoints.glob("universal-*")), "the conversion was removed"
+        for key, weight in run.student().items():
+            assert float((whole.student()[key] - weight).abs().max()) < 1e-5
+    for name, (loss, norm) in gaps.items():
+        print(f"{name}: largest relative gap: loss {loss:.1e}, gradient norm {norm:.1e}")
+    assert max(loss for loss, _ in gaps.values()) < FP32
+    assert max(norm for _, norm in gaps.values()) < 10 * FP32
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bit_runs_too(make_run, precision: str) -> None:
+    whole = make_run("whole", **settings(1, 2, precision))
+    whole.finish()
+    run, _ = continued(make_run, whole, "other", **settings(3, 3, precision))
+    gap = relative_gap(whole.curve(), run.curve())
+    print(f"{precision}: ZeRO-1 x 2 to ZeRO-3 x 3: largest relative gap {gap:.1e}")
+    assert gap < SIXTEEN_BIT
+    assert run.curve("loss_scale") == whole.curve("loss_scale")
+
+
+def test_stage_0_takes_other_ranks_but_no_other_stage(make_run) -> None:
+    whole = make_run("whole", **settings(0, 1))
+    whole.finish()
+    run, output = continued(make_run, whole, "other", **settings(0, 2))
+    assert "continues from step-00000004" in output
+    assert relative_gap(whole.curve(), run.curve()) < FP32
+    refused = make_run("refused", launcher=False, **settings(2, 1))
+    shutil.copytree(whole.output_dir, refused.output_dir)
+    text = refused.finish(expect=2)
+    assert (
+        "written under ZeRO-0 and this start has ZeRO-2; stages 1, 2 and 3 can follow each other, 0 only itself" in text
+    )
+    assert refused.run_dir.newest_tag() == step_tag(2 * K), "nothing was touched"

@@ -1,0 +1,99 @@
+"""Injecting faults into real runs, and looking at what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+from launching import Run, kill_session
+
+from engine.checkpoint_files import problems_of
+from engine.run_dir import COMPLETE
+
+TIMES = int(os.environ.get("MAPDISTILL_FAULTS", "1"))
+"""How often each random fault is tried; docs/reliability.md reports 20."""
+
+
+def seed_of(name: str) -> random.Random:
+    """The random moments of a test: others in every run, and printed, so that one can be repeated."""
+    seed = int(os.environ.get("MAPDISTILL_FAULT_SEED", time.time_ns() % 1_000_000))
+    print(f"{name}: MAPDISTILL_FAULT_SEED={seed}")
+    return random.Random(f"{name} {seed}")
+
+
+def processes_of(session: int) -> list[psutil.Process]:
+    """Every living process of a launcher's session: launcher, ranks, their guards."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def assert_gone(session: int, within_s: float) -> None:
+    until = time.monotonic() + within_s
+    while left := processes_of(session):
+        if time.monotonic() > until:
+            raise AssertionError(f"still there after {within_s:g} s: {[(p.pid, p.cmdline()[-12:]) for p in left]}")
+        time.sleep(0.1)
+
+
+def assert_checkpoints_whole(run: Run) -> list[str]:
+    """Every folder that says it is complete must be; returns their names."""
+    tags = run.run_dir.complete_tags()
+    for tag in tags:
+        folder = run.run_dir.checkpoints / tag
+        marker = json.loads((folder / COMPLETE).read_text())
+        assert problems_of(folder, marker["files"]) == []
+    return tags
+
+
+def output_file(run: Run) -> Path:
+    return run.output_dir.with_name(f"{run.output_dir.name}.log")
+
+
+def start_again(run: Run, *more: str, damaged: str | None = None) -> subprocess.Popen[str]:
+    """Starts the run, waits until it trains, and checks that it goes on from its newest complete checkpoint, or from
+    one before `damaged`."""
+    newest = run.run_dir.newest_tag()
+    starts = len(run.records("run"))
+    with output_file(run).open("w") as output:
+        process = run.start(*more, output=output)
+    try:
+        until = time.monotonic() + 120
+        while len(run.records("run")) == starts:
+            assert process.poll() is None, output_file(run).read_text()[-4000:]
+            assert time.monotonic() < until, "the run did not start"
+            time.sleep(0.05)
+    except BaseException:
+        kill_session(process)
+        raise
+    resumed_from = run.records("run")[starts]["resumed_from"]
+    if damaged is None:
+        assert resumed_from == newest
+    else:
+        assert resumed_from < damaged
+    return process
+
+
+def end(run: Run, process: subprocess.Popen[str]) -> str:
+    """Ends what is left of a start; returns its output."""
+    kill_session(process)
+    process.wait()
+    return output_file(run).read_text()
+
+
+def send(pid: int, number: int) -> None:
+    """To a process that may have ended."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,106 @@
+"""SIGKILL at random moments, checkpoints being written all the time: no orphans, and the next start continues from the
+newest complete checkpoint, on the curve of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from faulting import TIMES, assert_checkpoints_whole, assert_gone, end, seed_of, send, start_again
+from launching import Run, kill_session
+
+pytestmark = [pytest.mark.faults, pytest.mark.launcher, pytest.mark.timeout(600 + 120 * TIMES)]
+
+ENDLESS = {"ranks": 2, "micro": 2, "train__steps": 100_000, "train__schedule": "constant", "train__save_every": 1}
+
+
+def victims(run: Run, launcher: int) -> dict[str, int]:
+    """Pids by what is killed. The launcher is two processes: `deepspeed`, and one that starts the ranks."""
+    first, second = run.rank_pids(launcher)
+    per_host = psutil.Process(first).ppid()
+    return {"rank 0": first, "rank 1": second, "launcher": launcher, "launcher of the host": per_host}
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.thorough), 3])
+def test_killed_at_random_moments(make_run, stage: int) -> None:
+    rng = seed_of(f"kills {stage}")
+    run = make_run("killed", stage=stage, **ENDLESS)
+    told = []
+    for turn in range(2 * TIMES):
+        process = start_again(run)
+        try:
+            time.sleep(rng.uniform(0, 3))
+            found = victims(run, process.pid)
+            name = rng.choice(sorted(found)[:2] if turn % 2 else sorted(found)[2:])
+            send(found[name], signal.SIGKILL)
+            assert_gone(process.pid, within_s=45)
+        finally:
+            output = end(run, process)
+        tags = assert_checkpoints_whole(run)
+        told.append(f"{name} at {tags[-1] if tags else 'the start'}")
+        if name.startswith("launcher"):
+            assert "is gone; its rank" in output
+            assert run.records("run")[-1]["status"] == "preempted", "a killed launcher costs no finished step"
+    print(f"stage {stage}: {len(told)} kills: {', '.join(told)}")
+    reached = run.steps()[-1]["step"]
+    assert reached > 2 * TIMES, "the run went on between the kills"
+
+    undisturbed = make_run("undisturbed", stage=stage, **ENDLESS)
+    process = start_again(undisturbed, "--train.save_every", "0")
+    try:
+        undisturbed.wait_for_step(reached, process)
+    finally:
+        end(undisturbed, process)
+    assert run.curve()[:reached] == undisturbed.curve()[:reached]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_preempted_at_random_moments(make_run, signum: int) -> None:
+    """A scheduler's grace time: the whole group is told, and 30 s later killed. Code 4, a complete checkpoint."""
+    rng = seed_of(f"preemption {signum}")
+    run = make_run("preempted", **{**ENDLESS, "train__save_every": 0})
+    for _ in range(max(1, TIMES // 2)):
+        process = start_again(run)
+        try:
+            time.sleep(rng.uniform(0.2, 2))
+            ranks = [psutil.Process(pid) for pid in run.rank_pids(process.pid)]
+            if signum == signal.SIGTERM:
+                os.killpg(process.pid, signum)
+            else:
+                send(rng.choice(ranks).pid, signum)
+            _, alive = psutil.wait_procs(ranks, timeout=30)
+            assert not alive, "30 s were not enough"
+            assert_gone(process.pid, within_s=10)
+        finally:
+            end(run, process)
+        last = run.records("run")[-1]
+        assert last["status"] == "preempted"
+        assert last["signal"] in (signum, None), "rank 0 knows its own signal only"
+        assert assert_checkpoints_whole(run)[-1] == f"step-{last['step']:08d}"
+
+
+def test_the_next_start_waits_for_the_ranks_of_a_killed_launcher(make_run) -> None:
+    """Started again at once: they are still writing their checkpoint, and it goes on from that."""
+    run = make_run("run", **{**ENDLESS, "train__save_every": 0})
+    process = start_again(run)
+    try:
+        run.wait_for_step(5, process)
+        send(process.pid, signal.SIGKILL)
+        again = run.start()
+        try:
+            until = time.monotonic() + 120
+            while not any(record["resumed_from"] for record in run.records("run") if "resumed_from" in record):
+                assert again.poll() is None, again.communicate()[0]
+                assert time.monotonic() < until
+                time.sleep(0.1)
+        finally:
+            kill_session(again)
+            again.communicate()
+    finally:
+        end(run, process)
+    started = [record for record in run.records("run") if record["status"] == "started"]
+    preempted = [record for record in run.records("run") if record["status"] == "preempted"]
+    assert started[1]["step"] == preempted[0]["step"] >= 5

@@ -1,0 +1,213 @@
+"""Several hosts (tests/hosts.py), and what goes wrong between them: through the real pdsh launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from faulting import TIMES, assert_checkpoints_whole, seed_of
+from hosts import LOGIN, Hosts, why_not
+from launching import Run, kill_session
+
+from engine.run_dir import step_tag
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.launcher,
+    pytest.mark.timeout(600 + 120 * TIMES),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+LIMIT_S = 10
+ENDLESS = {
+    "ranks": 2,
+    "micro": 2,
+    "train__steps": 100_000,
+    "train__schedule": "constant",
+    "train__save_every": 2,
+    "train__hang_timeout_s": LIMIT_S,
+}
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with Hosts(2) as hosts:
+        yield hosts
+
+
+def wait_for_step(run: Run, step: int, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 240
+    while not any(record["step"] >= step for record in run.steps()):
+        assert process.poll() is None, "ended early"
+        assert time.monotonic() < until, f"step {step} was not reached"
+        time.sleep(0.1)
+
+
+def assert_no_ranks(hosts: Hosts, names: tuple[str, ...], within_s: float) -> float:
+    """Seconds until no rank was left on these hosts."""
+    began = time.monotonic()
+    while left := [(name, p.pid) for name in names for p in hosts.ranks(name)]:
+        assert time.monotonic() < began + within_s, f"still there after {within_s:g} s: {left}"
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
+def launch(hosts: Hosts, run: Run, log: Path, *more: str) -> subprocess.Popen[str]:
+    """Its output goes to a file: a pipe that nobody reads would block the ranks."""
+    process = hosts.launch(run, *more)
+    assert process.stdout is not None
+    subprocess.Popen(["dd", f"of={log}", "status=none"], stdin=process.stdout, start_new_session=True)
+    return process
+
+
+def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
+    """As a power failure: no connection is closed. The ranks of the other host end within the limit, and leave stacks;
+    the next start continues."""
+    rng = seed_of("host killed")
+    run = make_run("run", stage=1, **ENDLESS)
+    took = []
+    for turn in range(max(1, TIMES)):
+        newest = run.run_dir.newest_tag()
+        starts = len(run.records("run"))
+        process = launch(hosts, run, tmp_path / "log")
+        try:
+            until = time.monotonic() + 120
+            while len(run.records("run")) == starts:
+                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                assert time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.1)
+            assert run.records("run")[starts]["resumed_from"] == newest
+            time.sleep(rng.uniform(0.5, 4))
+            victim = hosts.names[turn % 2]
+            hosts.kill(victim)
+            left = tuple(name for name in hosts.names if name != victim)
+            took.append(assert_no_ranks(hosts, left, within_s=LIMIT_S + 60))
+            assert_checkpoints_whole(run)
+        finally:
+            kill_session(process)
+            process.wait()
+            for name in hosts.names:
+                hosts.boot(name)
+    print(f"hosts killed: {len(took)}; the other host's rank ended after {', '.join(f'{s:.0f}' for s in took)} s")
+    assert run.run_dir.newest_tag() is not None
+
+
+def test_a_network_that_drops(make_run, hosts: Hosts, tmp_path: Path) -> None:
+    """Both hosts live, but not a packet passes: each rank ends itself, with its stacks."""
+    run = make_run("run", stage=1, **ENDLESS)
+    process = launch(hosts, run, tmp_path / "log")
+    try:
+        wait_for_step(run, 5, process)
+        hosts.disconnect("worker-2")
+        took = assert_no_ranks(hosts, hosts.names, within_s=LIMIT_S + 60)
+        print(f"network dropped: both ranks ended after {took:.0f} s at a limit of {LIMIT_S} s")
+    finally:
+        kill_session(process)
+        process.wait()
+        hosts.connect("worker-2")
+    stacks = {path.name.split("-rank-")[0][14:]: path for path in (run.output_dir / "hangs").iterdir()}
+    assert set(stacks) == {"worker-1", "worker-2"}
+    assert all("train_step" in path.read_text() for path in stacks.values())
+    assert assert_checkpoints_whole(run)
+
+
+def test_an_error_on_one_host_ends_all_at_once(make_run, hosts: Hosts, tiny_world) -> None:
+    """The corpus is on disks of the hosts, and worker-2 has none: nobody waits for half an hour."""
+    shutil.copytree(tiny_world.corpus, hosts.disk("worker-1") / "corpus")
+    run = make_run("run", stage=1, data__path=hosts.local / "corpus", **ENDLESS)
+    began = time.monotonic()
+    output = hosts.finish(run, expect=2)
+    print(f"ended after {time.monotonic() - began:.0f} s")
+    errors = [line for line in output.splitlines() if "error:" in line]
+    assert len(errors) == 1, output
+    assert f"worker-2: {hosts.local / 'corpus'}: no such folder" in errors[0]
+    assert_no_ranks(hosts, hosts.names, within_s=10)
+    shutil.rmtree(hosts.disk("worker-1") / "corpus")
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.thorough), 3])
+def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int) -> None:
+    settings = {"ranks": 2, "stage": stage, "micro": 2, "train__steps": 8, "train__save_every": 4, "train__keep": 2}
+    shared = make_run("shared", **settings)
+    shared.finish()  # one host, two ranks
+
+    run = make_run("local", checkpoint__storage="local", **settings)
+    shutil.rmtree(run.output_dir, ignore_errors=True)
+    run.output_dir = hosts.local / f"run {stage}"
+    hosts.finish(run)
+    seen = {name: hosts.disk(name) / f"run {stage}" for name in hosts.names}
+    shards = {name: {p.name for p in (seen[name] / "checkpoints" / step_tag(8)).glob("*optim*")} for name in seen}
+    assert shards["worker-1"] == {"zero_pp_rank_0_mp_rank_00_optim_states.pt"}
+    assert shards["worker-2"] == {"zero_pp_rank_1_mp_rank_00_optim_states.pt"}
+    assert (seen["worker-1"] / "student" / "model.safetensors").is_file()
+    assert {p.name for p in seen["worker-2"].iterdir()} == {"checkpoints"}
+    whole = Run(seen["worker-1"])
+    assert whole.curve() == pytest.approx(shared.curve(), rel=1e-5)
+
+    for name in hosts.names:  # as if killed after step 4
+        shutil.rmtree(seen[name] / "checkpoints" / step_tag(8))
+    output = hosts.finish(run)
+    assert "continues from step-00000004" in output
+    assert whole.curve() == pytest.approx(shared.curve(), rel=1e-5)
+
+    # one host lacks a file of the newest: the one before is used by both
+    for name in hosts.names:
+        assert (seen[name] / "checkpoints" / step_tag(8)).is_dir()
+    (seen["worker-2"] / "checkpoints" / step_tag(8) / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    output = hosts.finish(run)
+    assert "step-00000008 is damaged: worker-2: zero_pp_rank_1_mp_rank_00_optim_states.pt is missing" in output
+    assert "continues from step-00000004" in output
+
+    # a new disk in one host: nothing to continue from, and which host lacks what is said
+    shutil.rmtree(seen["worker-2"])
+    output = hosts.finish(run, expect=2)
+    assert "worker-2 has nothing of it" in output
+    assert (seen["worker-1"] / "checkpoints" / step_tag(8)).is_dir(), "what the other host has is left alone"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGTERM to deepspeed",
+        pytest.param("SIGTERM to its group", marks=pytest.mark.thorough),
+        pytest.param("login host killed", marks=pytest.mark.thorough),
+    ],
+)
+def test_the_launcher_is_stopped_or_lost(make_run, hosts: Hosts, tmp_path: Path, how: str) -> None:
+    """The launcher runs on a third host. Told to stop, it tells the hosts, and all ranks write a checkpoint; killed,
+    its ssh connections break, and the ranks notice and do the same."""
+    run = make_run("run", stage=1, **{**ENDLESS, "train__save_every": 50})
+    process = launch(hosts, run, tmp_path / "log")
+    try:
+        wait_for_step(run, 60, process)
+        if how == "login host killed":
+            hosts.kill(LOGIN)
+        elif how == "SIGTERM to deepspeed":
+            running = hosts.processes(LOGIN)
+            deepspeed = next(p for p in running if any(word.endswith("bin/deepspeed") for word in p.cmdline()))
+            deepspeed.terminate()
+        else:
+            os.killpg(process.pid, signal.SIGTERM)
+        took = assert_no_ranks(hosts, hosts.names, within_s=60)
+    finally:
+        kill_session(process)
+        process.wait()
+        hosts.boot(LOGIN)
+    last = run.records("run")[-1]
+    print(f"{how}: ranks gone after {took:.1f} s; {last['status']}, newest {run.run_dir.newest_tag()}")
+    assert assert_checkpoints_whole(run)
+    assert last["status"] == "preempted"
+    assert run.run_dir.newest_tag() == step_tag(last["step"])
+
+
+def test_nothing_is_left(hosts: Hosts) -> None:
+    for name in hosts.names:
+        assert not hosts.ranks(name)
+        assert not [p for p in hosts.processes(name) if p.status() != psutil.STATUS_ZOMBIE and "python" in p.name()]

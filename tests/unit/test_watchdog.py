@@ -1,0 +1,62 @@
+"""What ends a process that hangs; whole jobs are in tests/faults."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine import rank_guard
+
+HANG = """
+import ctypes, sys, time
+from pathlib import Path
+from engine import rank_guard, watchdog
+
+def stuck_here():
+    {how}
+
+with watchdog.armed(1.0, Path(sys.argv[1]), lambda path: print("reported", path.name, flush=True)):
+    until = time.monotonic() + 2.5
+    while time.monotonic() < until:  # longer than the limit, but something is finished all the time
+        watchdog.beat()
+        time.sleep(0.1)
+    print("worked", flush=True)
+    stuck_here()
+"""
+
+
+def hang(tmp_path: Path, how: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    began = time.monotonic()
+    command = [sys.executable, "-c", HANG.format(how=how), str(tmp_path / "stacks" / "rank.txt")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60), time.monotonic() - began
+
+
+def test_a_hanging_thread_is_ended_with_its_stacks(tmp_path: Path) -> None:
+    process, took = hang(tmp_path, "time.sleep(1000)")
+    assert process.returncode == 1
+    assert process.stdout.split("\n")[:2] == ["worked", "reported rank.txt"]
+    assert "in stuck_here" in (tmp_path / "stacks" / "rank.txt").read_text()
+    assert "in stuck_here" in process.stderr
+    assert took > 3.3
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the guard process is for Linux")
+def test_one_that_holds_pythons_lock_is_ended_by_its_guard(tmp_path: Path) -> None:
+    """Nothing of Python runs in it any more: PyDLL keeps the lock during the call."""
+    process, took = hang(tmp_path, "ctypes.PyDLL(None).sleep(1000)")
+    assert process.returncode == -signal.SIGABRT
+    assert "in stuck_here" in process.stderr
+    assert "did not act on its time limit" in process.stderr
+    assert took > 1 + rank_guard.MARGIN_S
+
+
+def test_no_limit_means_no_watch(tmp_path: Path) -> None:
+    code = HANG.replace("1.0", "0").format(how="time.sleep(1.5)")
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
+    assert process.returncode == 0
