@@ -28,6 +28,7 @@ from transformers import AutoModel
 from engine import runtime
 from engine.assemble import initial_student, open_corpus
 from engine.cli import parse_config
+from engine.models import hub
 from engine.plan import make_plan
 from engine.proxy_config import ProxyJobConfig
 from engine.proxy_plan import run_config
@@ -70,7 +71,7 @@ def main() -> None:
     settings = args.settings or ["--config", "examples/proxy.yaml"]
     plan = make_plan(run_config(parse_config(ProxyJobConfig, ["--genomes", '["uniform"]', *settings], "prior")))
     runtime.start(plan.config.seed)
-    teacher = AutoModel.from_pretrained(plan.config.teacher.path)
+    teacher = AutoModel.from_pretrained(plan.config.teacher.path, trust_remote_code=False, **hub.safely())
     student = initial_student(plan, with_mlm_head=False).base_model
     batch = open_corpus(plan).step(0).micro[0]
     ids, mask = batch.input_ids, batch.attention_mask

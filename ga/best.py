@@ -24,6 +24,7 @@ def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConf
     return RunConfig(
         output_dir=str(config.root / "best"),
         seed=config.seed,
+        allow_pickle=config.allow_pickle,
         teacher=config.teacher,
         student=StudentConfig(**{one.name: getattr(config.student, one.name) for one in fields(StudentConfig)}),
         mapping=MappingConfig(hidden=hidden, attention=attention or None),

@@ -97,6 +97,7 @@ def render() -> str:
     parts += script("python launch/prepare_data.py", config.PrepareConfig())
     parts.append(table("Each entry of `sources`", config.SourceConfig(path="")))
     parts += script("python launch/export.py", config.ExportConfig(run=""))
+    parts += script("python launch/check_hosts.py", config.HostCheckConfig(hostfile=""))
     return "\n".join(parts)
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.hostfile import parse_hostfile
 from engine.proxy_config import ProxyJobConfig
 from engine.run_dir import RunDir, as_yaml
 from ga.launcher import LOG, Job, command, environment
 from ga.logs import JobReport, read_job
-from ga.slots import Launcher, Placement, free_port, parse_hostfile, plan_slots
+from ga.slots import Launcher, Placement, free_port, plan_slots
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "launch" / "proxy.py"

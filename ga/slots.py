@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from engine.errors import UserError
@@ -18,7 +17,6 @@ Launcher = Literal["pdsh", "openmpi", "slurm"]
 
 LOCAL = "localhost"
 _LOOPBACK = (LOCAL, "127.0.0.1", "::1")
-_HOST_LINE = re.compile(r"^(\S+)\s+slots=(\d+)(?:\s.*)?$")
 
 _recent_ports: deque[int] = deque(maxlen=4096)
 _port_lock = threading.Lock()
@@ -67,35 +65,6 @@ class Placement:
 
     def __str__(self) -> str:
         return f"{LOCAL}:{','.join(map(str, self.slots[0].devices))}" if self.is_local else "@".join(self.hosts)
-
-
-def parse_hostfile(path: Path) -> dict[str, int]:
-    """host -> number of slots, in the order of the file (DeepSpeed's format: `worker-1 slots=8`, # comments).
-
-    Raises UserError naming file and line for what DeepSpeed would refuse, and for a host without slots.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hostfile={str(path)!r} cannot be read: {error}") from None
-    hosts: dict[str, int] = {}
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
-            continue
-        match = _HOST_LINE.match(line)
-        if match is None:
-            raise UserError(f"{path}, line {number}: {line!r} is not a host; write HOST slots=N, e.g. worker-1 slots=8")
-        host, slots = match.group(1), int(match.group(2))
-        if host in hosts:
-            raise UserError(f"{path}, line {number}: host {host!r} is there twice; give each host one line")
-        if set(host) & set("@:,"):  # they mean something else in --include
-            raise UserError(f"{path}, line {number}: host {host!r} is no plain name; give it one in ~/.ssh/config")
-        if slots < 1:
-            raise UserError(f"{path}, line {number}: {line!r} has no slot; write slots=1 or more, or remove the line")
-        hosts[host] = slots
-    if not hosts:
-        raise UserError(f"{path} names no host; write one line for each, e.g. worker-1 slots=8")
-    return hosts
 
 
 def is_this_machine(host: str) -> bool:
