@@ -8,11 +8,13 @@ import random
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 from launching import Run, kill_session
 
 from engine.checkpoint_files import problems_of
+from engine.records import read_records
 from engine.run_dir import COMPLETE
 
 TIMES = int(os.environ.get("MAPDISTILL_FAULTS", "1"))
@@ -60,27 +62,32 @@ def output_file(run: Run) -> Path:
     return run.output_dir.with_name(f"{run.output_dir.name}.log")
 
 
+def wait_for_start(output: Path, process: subprocess.Popen[str], *, within_s: float = 120) -> dict[str, Any]:
+    """The `started` record of the start that writes to `output`, once it is there. Not from records.jsonl: a start
+    without a checkpoint renames that of the start before."""
+    until = time.monotonic() + within_s
+    while True:
+        records = read_records(output) if output.is_file() else []
+        for record in records:
+            if record["kind"] == "run" and record["status"] == "started":
+                return record
+        assert process.poll() is None, output.read_text()[-4000:]
+        assert time.monotonic() < until, output.read_text()[-4000:]
+        time.sleep(0.05)
+
+
 def start_again(run: Run, *more: str, damaged: str | None = None) -> subprocess.Popen[str]:
     """Starts the run, waits until it trains, and checks that it goes on from its newest complete checkpoint, or from
     one before `damaged`."""
     newest = run.run_dir.newest_tag()
-    starts = len(run.records("run"))
     with output_file(run).open("w") as output:
         process = run.start(*more, output=output)
     try:
-        until = time.monotonic() + 120
-        while len(run.records("run")) == starts:
-            assert process.poll() is None, output_file(run).read_text()[-4000:]
-            assert time.monotonic() < until, "the run did not start"
-            time.sleep(0.05)
+        resumed_from = wait_for_start(output_file(run), process)["resumed_from"]
+        assert resumed_from == newest if damaged is None else resumed_from < damaged
     except BaseException:
         kill_session(process)
         raise
-    resumed_from = run.records("run")[starts]["resumed_from"]
-    if damaged is None:
-        assert resumed_from == newest
-    else:
-        assert resumed_from < damaged
     return process
 
 

@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from faulting import TIMES, assert_checkpoints_whole, seed_of
+from faulting import TIMES, assert_checkpoints_whole, seed_of, wait_for_start
 from hosts import LOGIN, Hosts, why_not
 from launching import Run, kill_session
 
@@ -75,15 +74,10 @@ def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
     took = []
     for turn in range(max(1, TIMES)):
         newest = run.run_dir.newest_tag()
-        starts = len(run.records("run"))
-        process = launch(hosts, run, tmp_path / "log")
+        log = tmp_path / f"log {turn}"
+        process = launch(hosts, run, log)
         try:
-            until = time.monotonic() + 120
-            while len(run.records("run")) == starts:
-                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-                assert time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
-                time.sleep(0.1)
-            assert run.records("run")[starts]["resumed_from"] == newest
+            assert wait_for_start(log, process)["resumed_from"] == newest
             time.sleep(rng.uniform(0.5, 4))
             victim = hosts.names[turn % 2]
             hosts.kill(victim)
@@ -114,7 +108,8 @@ def test_a_network_that_drops(make_run, hosts: Hosts, tmp_path: Path) -> None:
         hosts.connect("worker-2")
     stacks = {path.name.split("-rank-")[0][14:]: path for path in (run.output_dir / "hangs").iterdir()}
     assert set(stacks) == {"worker-1", "worker-2"}
-    assert all("train_step" in path.read_text() for path in stacks.values())
+    # in a step, or at the checkpoint after it
+    assert all("trainer.py" in path.read_text() for path in stacks.values())
     assert assert_checkpoints_whole(run)
 
 
@@ -208,6 +203,8 @@ def test_the_launcher_is_stopped_or_lost(make_run, hosts: Hosts, tmp_path: Path,
 
 
 def test_nothing_is_left(hosts: Hosts) -> None:
-    for name in hosts.names:
-        assert not hosts.ranks(name)
-        assert not [p for p in hosts.processes(name) if p.status() != psutil.STATUS_ZOMBIE and "python" in p.name()]
+    """Not only ranks: the launcher's process on a host, and guards, end soon after them."""
+    until = time.monotonic() + 10
+    while left := [(n, p.pid, p.cmdline()) for n in hosts.names for p in hosts.processes(n) if "python" in p.name()]:
+        assert time.monotonic() < until, left
+        time.sleep(0.2)
