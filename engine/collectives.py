@@ -1,8 +1,9 @@
-"""Small exchanges of Python objects between ranks: what one of them has read or met, all of them must act on."""
+"""Small exchanges between ranks, of numbers and Python objects: what one of them has read or met, all of them must act
+on. They go over gloo, so that no device is waited for. Before a process group exists a rank is alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,25 +12,48 @@ from engine.errors import UserError
 
 T = TypeVar("T")
 
+_gloo: tuple[Any, Any] | None = None
+"""The default group for which a gloo group was made, and that."""
 
-def _alone() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+
+def alone() -> bool:
+    dist = torch.distributed
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def _group() -> Any:
+    """Collective at its first call: the gloo group of all ranks."""
+    global _gloo
+    dist = torch.distributed
+    if dist.get_backend() == "gloo":
+        return None  # the default group
+    if _gloo is None or _gloo[0] is not dist.group.WORLD:
+        _gloo = (dist.group.WORLD, dist.new_group(backend="gloo"))
+    return _gloo[1]
+
+
+def summed(numbers: Sequence[float]) -> list[float]:
+    """Collective. The sums over all ranks, in float64."""
+    if alone():
+        return [float(number) for number in numbers]
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    torch.distributed.all_reduce(sums, group=_group())
+    return sums.tolist()
 
 
 def gathered(value: T) -> list[T]:
-    """Collective. The value of every rank, in their order."""
-    dist = torch.distributed
-    if _alone():
+    """Collective. The value of every rank, in their order. Tensors in it must lie on the CPU."""
+    if alone():
         return [value]
-    box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value)
+    box: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(box, value, group=_group())
     return box
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:
     """Collective. What rank 0 makes: its host alone may have the files. Raises its UserError on every rank."""
     dist = torch.distributed
-    if _alone():
+    if alone():
         return make()
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -37,7 +61,7 @@ def from_rank_zero(make: Callable[[], T]) -> T:
             box[0] = make()
         except UserError as error:
             box[1] = str(error)
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_group())
     if box[1] is not None:
         raise UserError(box[1])
     made: T = box[0]

@@ -99,18 +99,16 @@ class Job:
             monitor=monitor,
             checkpointer=self.checkpointer,
         )
-        agreement = runtime.Agreement()
         trainer = Trainer(
             train=self.config.train,
             seed=self.config.seed,
             execution=plan.execution,
             runtime=self.here,
-            agreement=agreement,
             stop=runtime.StopRequest(),  # not before: until here a signal may simply end the process
             trainees=[trainee],
             teacher=teacher,
             loader=self.loader,
-            evaluation=HeldOutLosses(trainee, teacher, self.loader, agreement, every=self.config.train.eval_every),
+            evaluation=HeldOutLosses(trainee, teacher, self.loader, every=self.config.train.eval_every),
             step=step,
         )
         monitor.write_record(

@@ -25,7 +25,6 @@ from engine.finetune_unit import (
     relative_link,
     remove_checkpoints,
     score_of,
-    stopping,
 )
 from engine.models.task_model import load_task_model
 from engine.models.teacher import FrozenTeacher
@@ -72,7 +71,6 @@ class FinetuneJob:
         records = open_records(self.root / "records.jsonl") if self.here.is_rank_zero else None
         if records is not None:
             records.write("run", status="started", tasks=[t.name for t in self.plan.tasks], **self._facts())
-        self.agreement = runtime.Agreement()
         self.stop = runtime.StopRequest()  # not before: until here a signal may simply end the process
         scores: list[TaskScore] = []
         failed: list[str] = []
@@ -125,11 +123,11 @@ class FinetuneJob:
             return True
         encoded, teacher = self._encode(task), self._load_teacher(task)
         for unit in pending:
-            if stopping(self.agreement, self.stop):
+            if self.stop.requested_anywhere():
                 return False
             self._say(f"\n{unit.name}  (fine-tuning {self.plan.units.index(unit) + 1} of {len(self.plan.units)})")
             chosen = self.earlier[unit.folder].chosen
-            run = UnitRun(self.plan, unit, chosen, here=self.here, agreement=self.agreement, stop=self.stop)
+            run = UnitRun(self.plan, unit, chosen, here=self.here, stop=self.stop)
             result = run.run(encoded, teacher)
             if result is None:
                 return False

@@ -13,7 +13,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import Checkpointer, Chosen, changed_keys
 from engine.collectives import from_rank_zero
-from engine.data.batch import Counts
 from engine.data.encoded_task import EncodedTask
 from engine.errors import UserError
 from engine.export import export_checkpoint
@@ -26,7 +25,7 @@ from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor
 from engine.records import final_result, read_records
 from engine.run_dir import RunDir, as_yaml, step_tag
-from engine.runtime import Agreement, Runtime, StopRequest
+from engine.runtime import Runtime, StopRequest
 from engine.score_table import UnitScore
 from engine.task_module import TaskModule
 from engine.task_run import TaskResult, train_on_task
@@ -140,12 +139,11 @@ class UnitRun:
         chosen: Chosen | None,
         *,
         here: Runtime,
-        agreement: Agreement,
         stop: StopRequest,
     ) -> None:
         self.plan, self.unit, self.chosen = plan, unit, chosen
         self.tag = None if chosen is None else chosen.tag
-        self.here, self.agreement, self.stop = here, agreement, stop
+        self.here, self.stop = here, stop
         self.run_dir = RunDir(unit.folder)
         self.execution = plan.executions[unit.at.batch]
         self.unit_config = plan.unit_config(unit)
@@ -179,7 +177,6 @@ class UnitRun:
                 optim=plan.config.optim,
                 execution=self.execution,
                 runtime=self.here,
-                agreement=self.agreement,
                 stop=self.stop,
                 seed=unit.seed,
                 monitor=monitor,
@@ -298,11 +295,6 @@ def remove_checkpoints(run_dir: RunDir) -> None:
     """Of a unit whose result is written."""
     shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
     shutil.rmtree(run_dir.tokenizer, ignore_errors=True)  # the model's folder has it
-
-
-def stopping(agreement: Agreement, stop: StopRequest) -> bool:
-    """Whether any rank was told to stop between two units. Collective."""
-    return agreement.reduce(Counts(), stop.requested)[1]
 
 
 def relative_link(link: Path, target: Path) -> None:

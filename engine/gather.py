@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from engine.collectives import alone, gathered
+
 
 def gather_rows(values: torch.Tensor, rows: torch.Tensor, *, total: int) -> torch.Tensor:
     """Collective. (total, ...) in the order of the rows, on every rank.
@@ -13,12 +15,9 @@ def gather_rows(values: torch.Tensor, rows: torch.Tensor, *, total: int) -> torc
     """
     real = rows >= 0
     values, rows = values[real.to(values.device)], rows[real]
-    world = torch.distributed.get_world_size()
-    if world > 1:
-        shares: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * world
-        torch.distributed.all_gather_object(shares, (values.cpu(), rows.cpu()))
-        held = [share for share in shares if share is not None]
-        values, rows = torch.cat([share[0] for share in held]), torch.cat([share[1] for share in held])
+    if not alone():
+        shares = gathered((values.cpu(), rows.cpu()))
+        values, rows = torch.cat([share[0] for share in shares]), torch.cat([share[1] for share in shares])
     assert len(rows) == total == len(torch.unique(rows)), f"{len(rows)} of {total} rows were gathered"
     ordered = torch.empty_like(values)
     ordered[rows.to(values.device)] = values

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from engine.collectives import summed
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
-from engine.runtime import Agreement
 from engine.trainee import Trainee
 from engine.trainer import Teacher
 
@@ -21,7 +21,6 @@ class HeldOutLosses:
     trainee: Trainee
     teacher: Teacher
     loader: CorpusLoader
-    agreement: Agreement
     every: int
     enough: bool = False
 
@@ -37,7 +36,7 @@ class HeldOutLosses:
         batches = list(self.loader.evaluation(self.trainee.execution.micro_batch_size))
         if not batches:
             return False
-        counts, _ = self.agreement.reduce(sum((batch.counts for batch in batches), Counts()), False)
+        counts = Counts(*summed(sum((batch.counts for batch in batches), Counts()).as_list()))
         count = len(self.trainee.term_names)
         sums = torch.zeros(count + 1, device=device)
         ds_engine.eval()

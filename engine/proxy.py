@@ -22,7 +22,7 @@ import torch
 
 from engine import run_lock, runtime
 from engine.assemble import load_teacher, open_corpus
-from engine.collectives import from_rank_zero
+from engine.collectives import from_rank_zero, gathered
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck
 from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
@@ -63,7 +63,7 @@ class ProxyJob:
         self.config = plan.config
         self.seeds = range(self.config.seed, self.config.seed + self.config.proxy.repeats)
         self.names = {genome.key: genome.given for genome in plan.genomes}
-        self.agreement, self.stop = runtime.Agreement(), runtime.StopRequest()
+        self.stop = runtime.StopRequest()
         self.wall: dict[str, float] = {}
         """Seconds by phase, over all cohorts of this start; a second counts for one phase."""
         self._inner_s = 0.0
@@ -180,7 +180,7 @@ class ProxyJob:
 
     def _build_evaluator(self) -> Evaluator:
         scratch = self.run_dir.root / "students" / ".scored"
-        return build_evaluator(self.plan, self.here, self.agreement, self.stop, scratch)
+        return build_evaluator(self.plan, self.here, self.stop, scratch)
 
     def _teacher(self, genomes: Mapping[str, Genome]) -> AnyTeacher | None:
         """As deep as the deepest layer that any of the genomes needs; with a cache, as deep as any could need. None
@@ -240,11 +240,7 @@ class ProxyJob:
         for step in range(self.config.proxy.steps):
             met += [micro.input_ids.flatten() for micro in loader.step(step).micro]
         tokens = torch.unique(torch.cat(met))
-        if self.here.world_size > 1:
-            box: list[Any] = [None] * self.here.world_size
-            torch.distributed.all_gather_object(box, tokens)
-            tokens = torch.unique(torch.cat(box))
-        return tokens
+        return torch.unique(torch.cat(gathered(tokens)))
 
     def _train(
         self,
@@ -264,7 +260,6 @@ class ProxyJob:
             seed=seed,
             execution=base.execution,
             runtime=self.here,
-            agreement=self.agreement,
             stop=self.stop,
             trainees=trainees,
             teacher=teacher,

@@ -26,7 +26,7 @@ from engine.monitor import Monitor
 from engine.plan import plan_execution
 from engine.probe import ProbeFeatures, in_threads, needs_training_rows, pool, probe_outputs
 from engine.proxy_plan import ProxyPlan
-from engine.runtime import Agreement, Runtime, StopRequest
+from engine.runtime import Runtime, StopRequest
 from engine.task_module import TaskModule
 from engine.task_run import task_train_config, train_on_task
 from engine.trainer import Outcome
@@ -204,12 +204,10 @@ class Stopped(Exception):
 class FinetuneEvaluator:
     """Fine-tunes a copy of the student on each task, with the settings of the `proxy` section; tokenised once."""
 
-    def __init__(
-        self, plan: ProxyPlan, runtime: Runtime, agreement: Agreement, stop: StopRequest, scratch: Path
-    ) -> None:
+    def __init__(self, plan: ProxyPlan, runtime: Runtime, stop: StopRequest, scratch: Path) -> None:
         """scratch: a folder that all ranks see; a student lies there while it is scored."""
         self._plan, self._runtime, self._scratch = plan, runtime, scratch
-        self._agreement, self._stop = agreement, stop
+        self._stop = stop
         self.tokens = torch.empty(0, dtype=torch.int64)  # a copy with the whole vocabulary is fine-tuned
         longest = longest_input(plan.base.student_config)
         self._tasks = []
@@ -254,7 +252,6 @@ class FinetuneEvaluator:
             optim=config.optim,
             execution=execution,
             runtime=self._runtime,
-            agreement=self._agreement,
             stop=self._stop,
             seed=seed,
             monitor=monitor,
@@ -267,11 +264,9 @@ class FinetuneEvaluator:
         return result.metrics
 
 
-def build_evaluator(
-    plan: ProxyPlan, runtime: Runtime, agreement: Agreement, stop: StopRequest, scratch: Path
-) -> Evaluator:
+def build_evaluator(plan: ProxyPlan, runtime: Runtime, stop: StopRequest, scratch: Path) -> Evaluator:
     if plan.config.proxy.evaluator == "finetune":
-        return FinetuneEvaluator(plan, runtime, agreement, stop, scratch)
+        return FinetuneEvaluator(plan, runtime, stop, scratch)
     longest = longest_input(plan.base.student_config) or plan.base.seq_len
     folds = plan.config.proxy.folds
     return ProbeEvaluator(plan.tasks, plan.base.tokenizer, longest=longest, folds=folds, runtime=runtime)

@@ -61,6 +61,12 @@ def complete(environ: MutableMapping[str, str]) -> None:
         )
 
 
+def local_size(environ: Mapping[str, str]) -> int | None:
+    """Ranks on this host. None where it is not known."""
+    said = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")  # torchrun's name comes first
+    return int(said) if said else None
+
+
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list: `node03` of `node[03-05,9],other1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)

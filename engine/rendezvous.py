@@ -12,6 +12,7 @@ import os
 import platform
 from typing import Any
 
+from engine import rank_environment
 from engine.errors import UserError
 
 ARRIVE_WITHIN = datetime.timedelta(minutes=10)
@@ -30,8 +31,8 @@ def is_needed() -> bool:
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         return True
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
-    return local is not None and world > int(local)
+    local = rank_environment.local_size(os.environ)
+    return local is not None and world > local
 
 
 def store() -> Any:

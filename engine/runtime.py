@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 
 from engine import allocator, extension_locks, rank_environment, rendezvous, watchdog
-from engine.data.batch import Counts
+from engine.collectives import summed
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -88,7 +88,7 @@ def start(seed: int) -> Runtime:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "1")):
         os.environ.setdefault(name, value)
     local_rank = int(os.environ["LOCAL_RANK"])
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])  # torchrun's name comes first
+    local_size = rank_environment.local_size(os.environ) or 1
     watchdog.start_guard()
     on_gpu = uses_gpu()
     if not on_gpu:
@@ -152,22 +152,6 @@ class StopRequest:
     def requested(self) -> bool:
         return self.signal is not None
 
-
-class Agreement:
-    """What all ranks must agree on before a step: the counts of the global batch, and whether anyone was told to stop.
-
-    One small all-reduce of host numbers over a gloo group of its own, so that no device is waited for.
-    """
-
-    def __init__(self) -> None:
-        dist = torch.distributed
-        self._alone = dist.get_world_size() == 1
-        self._group = None if self._alone or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-    def reduce(self, local: Counts, stop: bool) -> tuple[Counts, bool]:
-        if self._alone:
-            return local, stop
-        numbers = torch.tensor([*local.as_list(), float(stop)], dtype=torch.float64)
-        torch.distributed.all_reduce(numbers, group=self._group)
-        *counts, stops = numbers.tolist()
-        return Counts(*counts), stops > 0
+    def requested_anywhere(self) -> bool:
+        """Collective. Whether any rank was told to stop."""
+        return summed([self.requested])[0] > 0

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.collectives import gathered
 from engine.data.encoded_task import EncodedTask
 from engine.data.squad import SquadSplit, Windows
 from engine.data.squad_decode import decode, squad_metrics
@@ -164,9 +165,6 @@ def _outputs(
             if row >= 0:
                 found[row] = values[: lengths[row]].copy() if spans else values
     model.train()
-    if runtime.world_size > 1:
-        shares: list[Any] = [None] * runtime.world_size
-        torch.distributed.all_gather_object(shares, found)
-        found = {row: values for share in shares for row, values in share.items()}
+    found = {row: values for share in gathered(found) for row, values in share.items()}
     assert len(found) == len(encoded), f"{name}: {len(found)} of {len(encoded)} rows came back"
     return [found[row] for row in range(len(encoded))]

@@ -15,7 +15,7 @@ from engine.data.encoded_task import EncodedTask
 from engine.data.task_loader import TaskLoader, steps_for
 from engine.ds_config import Execution
 from engine.monitor import Monitor
-from engine.runtime import Agreement, Runtime, StopRequest
+from engine.runtime import Runtime, StopRequest
 from engine.task_evaluation import TaskEvaluation
 from engine.task_module import TaskModule
 from engine.trainee import Trainee
@@ -71,7 +71,6 @@ def train_on_task(
     optim: OptimConfig,
     execution: Execution,
     runtime: Runtime,
-    agreement: Agreement,
     stop: StopRequest,
     seed: int,
     monitor: Monitor,
@@ -120,7 +119,6 @@ def train_on_task(
             seed=seed,
             execution=execution,
             runtime=runtime,
-            agreement=agreement,
             stop=stop,
             trainees=[trainee],
             teacher=teacher,

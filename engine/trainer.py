@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine import watchdog
+from engine.collectives import summed
 from engine.config import TrainConfig
 from engine.data.batch import Batch, Counts
 from engine.data.loader import StepBatches
@@ -21,7 +22,7 @@ from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
 from engine.loss_window import BadMicroStep
 from engine.models.features import Features
 from engine.monitor import Interval
-from engine.runtime import Agreement, Runtime, StopRequest, seed_micro_step
+from engine.runtime import Runtime, StopRequest, seed_micro_step
 from engine.timing import PhaseTimer
 from engine.trainee import Trainee
 
@@ -77,7 +78,6 @@ class Trainer:
     seed: int
     execution: Execution
     runtime: Runtime
-    agreement: Agreement
     stop: StopRequest
     trainees: Sequence[Trainee]
     teacher: Teacher | None
@@ -136,7 +136,8 @@ class Trainer:
 
     def train_step(self, inputs: StepBatches) -> bool:
         """One optimizer step of every model; returns whether any rank was told to stop before it."""
-        counts, stopping = self.agreement.reduce(inputs.local_counts, self.stop.requested)
+        *sums, stops = summed([*inputs.local_counts.as_list(), self.stop.requested])
+        counts, stopping = Counts(*sums), stops > 0
         self._interval_counts = self._interval_counts + counts
         per_micro = counts.scaled(1.0 / (self.runtime.world_size * self.execution.grad_accum_steps))
         live = self.live

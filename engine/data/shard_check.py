@@ -8,13 +8,12 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from engine.collectives import alone, gathered, summed
 from engine.data.manifest import Manifest, ShardEntry
 from engine.data.shards import AGAIN, check_size
 from engine.errors import UserError
+from engine.rank_environment import local_size
 
 SETTLE_S = 3.0
 """A start waits so long for the check: a tenth of what it takes anyway, and at 1 GB/s and rank 3 GB are verified before
@@ -30,12 +29,7 @@ def share_of_this_host(environ: Mapping[str, str] = os.environ) -> tuple[int, in
     """(part, parts) for ShardCheck. The ranks of a host check every shard once, together; another host may have a copy
     of its own."""
     part = int(environ.get("LOCAL_RANK", "0"))
-    return part, max(int(environ.get("LOCAL_SIZE", "1")), part + 1)
-
-
-def _world() -> int:
-    """Ranks that have met."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return part, max(local_size(environ) or 1, part + 1)
 
 
 class ShardCheck:
@@ -48,7 +42,6 @@ class ShardCheck:
         self._problem: UserError | None = None
         self._over = False
         """Whether every rank has found its shards to be whole, which all of them know."""
-        self._group: Any = None
         self._until = time.monotonic() + SETTLE_S
         self._thread = threading.Thread(target=self._run, name="shard-check", daemon=True)
         self._thread.start()
@@ -60,26 +53,18 @@ class ShardCheck:
 
     def before_step(self, step: int) -> None:
         """Raises what was found meanwhile; every rank calls it before each step."""
-        if not self._over and (_world() == 1 or step % AGREE_EVERY == 0):
+        if not self._over and (alone() or step % AGREE_EVERY == 0):
             self._over = not self.agree()
 
     def agree(self) -> bool:
         """Whether the check is still going on. Raises UserError, naming the file, once a shard was found that is not as
         recorded. Collective where the ranks have met: all of them raise what one has found."""
         going_on, found = self._thread.is_alive(), self._problem
-        if _world() > 1:
-            if self._group is None and torch.distributed.get_backend() != "gloo":
-                self._group = torch.distributed.new_group(backend="gloo")  # no device is waited for
-            flags = torch.tensor([going_on, found is not None], dtype=torch.int32)
-            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
-            going_on, any_found = flags.bool().tolist()
-            if any_found:
-                texts: list[str | None] = [None] * _world()
-                torch.distributed.all_gather_object(texts, None if found is None else str(found), group=self._group)
-                found = UserError(next(text for text in texts if text is not None))
-        if found is not None:
-            raise found
-        return going_on
+        still_on, any_found = summed([going_on, found is not None])
+        if any_found:
+            texts = gathered(None if found is None else str(found))
+            raise UserError(next(text for text in texts if text is not None))
+        return still_on > 0
 
     def _run(self) -> None:
         try:

@@ -288,7 +288,7 @@ def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
     task = encode_task(data, tokenizer, seq_len=64)
     train = task_train_config(len(task.train), epochs=2, lr=3e-3, batch=8)
     execution = plan_execution(ds_config, train, OptimConfig())
-    agreement, stop = runtime.Agreement(), runtime.StopRequest()
+    stop = runtime.StopRequest()
     results = []
     for seed in map(int, seeds.split()):
         student = load_task_model(model, key="model.path", spec=data.spec, dropout=0.1, seed=seed, backend="sdpa")
@@ -299,7 +299,7 @@ def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
         )  # fmt: skip
         found = train_on_task(
             module=module, task=task, train=train, optim=OptimConfig(), execution=execution, runtime=here,
-            agreement=agreement, stop=stop, seed=seed, monitor=monitor,
+            stop=stop, seed=seed, monitor=monitor,
         )  # fmt: skip
         weight = student.classifier.weight
         held = getattr(weight, "ds_tensor", weight).detach().double()

@@ -150,6 +150,7 @@ def test_every_shard_is_checked_once_by_the_ranks_of_a_host(corpus: Path) -> Non
 def test_the_share_of_a_host() -> None:
     assert share_of_this_host({}) == (0, 1)
     assert share_of_this_host({"LOCAL_RANK": "3", "LOCAL_SIZE": "8"}) == (3, 8)
+    assert share_of_this_host({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}) == (1, 4), "torchrun"
     assert share_of_this_host({"LOCAL_RANK": "2"}) == (2, 3)  # nobody said how many there are
 
 
