@@ -18,11 +18,12 @@ from typing import Any, TypeVar, get_type_hints
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from engine import rank_environment, rendezvous
-from engine.config import ExportConfig, HostCheckConfig, PrepareConfig, RunConfig
+from engine.config import RunConfig
 from engine.errors import RunFailure, UserError
 from engine.exit_codes import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED
 from engine.proxy_config import ProxyJobConfig
 from engine.task_config import FinetuneConfig
+from engine.tool_config import ExportConfig, HostCheckConfig, PrepareConfig
 
 RANK_ZERO_SPEAKS_WITHIN_S = 20.0
 

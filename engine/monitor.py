@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import resource
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from engine.data.batch import Counts
 from engine.event_file import EventFile
+from engine.history import History
 from engine.loss_window import BadMicroStep
-from engine.records import RecordWriter, read_records
+from engine.records import RecordWriter
+from engine.step_report import StepReport
 
 TFLOPS_NOTE = (
     "Achieved TFLOP/s of all ranks: real tokens per second times the FLOPs of a token: the teacher's forward plus "
@@ -34,56 +32,6 @@ ETA_AFTER_STEPS = 20
 """The first steps allocate, compile and warm caches; the time left is estimated without them."""
 
 
-@dataclass(frozen=True)
-class Interval:
-    """What one log interval has in common for all models that are trained side by side."""
-
-    step: int
-    """Its last step."""
-    counts: Counts
-    """Of the whole interval, over all ranks."""
-    phases: dict[str, float]
-    """Seconds by phase on this rank."""
-    wait_s: float
-    """Seconds that this rank has waited for data since the start."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Means over a log interval."""
-
-    interval: Interval
-    total: float
-    terms: dict[str, float]
-    """Raw value of each term."""
-    observed: dict[str, float]
-    """The same of what the losses report beside their terms."""
-    coefficients: dict[str, float]
-    lr: float
-    grad_norm: float | None
-    loss_scale: float | None
-    skipped_steps: int
-
-    @property
-    def step(self) -> int:
-        return self.interval.step
-
-    @property
-    def rho(self) -> dict[str, float]:
-        """|A_s - A_t| / |A_t| of the attention scores of each pair of layers (root mean squares): how far the student
-        still is, and how many digits of the loss can be trusted (docs/losses.md)."""
-        pairs = (name.partition("/")[2] for name in self.observed if name.startswith("attention_target/"))
-        squares = {pair: (self.terms[f"attention/{pair}"], self.observed[f"attention_target/{pair}"]) for pair in pairs}
-        return {pair: math.sqrt(max(d, 0.0) / t) for pair, (d, t) in squares.items() if t > 0}
-
-    def by_loss(self) -> dict[str, float]:
-        """Weighted contribution of each loss to the total: hidden, attention, embedding …"""
-        sums: dict[str, float] = defaultdict(float)
-        for name, value in self.terms.items():
-            sums[name.partition("/")[0]] += self.coefficients[name] * value
-        return dict(sums)
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """Peak of this rank: device memory on a GPU, resident memory of the process on a CPU."""
     if device.type == "cuda":
@@ -95,58 +43,6 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-@dataclass
-class History:
-    """What the step records of a run say, those of earlier starts included. Rank 0 only."""
-
-    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Step records by step; of a step that was run twice, the later one."""
-    held_out: dict[str, Any] | None = None
-    """The last held-out losses: step, total, terms."""
-
-    @classmethod
-    def read(cls, path: Path, until: int) -> History:
-        """Of the steps up to `until`: later ones belong to a future that is run again."""
-        history = cls()
-        for record in read_records(path) if path.is_file() else ():
-            if record["kind"] == "step" and record["step"] <= until:
-                history.add(record)
-        return history
-
-    def add(self, record: dict[str, Any]) -> None:
-        if "held_out" in record:
-            self.held_out = {"step": record["step"], **record["held_out"]}
-        elif "total" in record:
-            self.steps[record["step"]] = record
-
-    @property
-    def first(self) -> dict[str, Any]:
-        return self.steps[min(self.steps)]
-
-    @property
-    def last(self) -> dict[str, Any]:
-        return self.steps[max(self.steps)]
-
-    @property
-    def peak_memory_gib(self) -> float:
-        return max(float(record["peak_memory_gib"]) for record in self.steps.values())
-
-    @property
-    def seconds_by_phase(self) -> dict[str, float]:
-        """Seconds of the training time by phase, on rank 0."""
-        sums: dict[str, float] = defaultdict(float)
-        for record in self.steps.values():
-            for phase, share in record["time_share"].items():
-                sums[phase] += share * record["seconds"]
-        return dict(sums)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Mean over the training time; checkpoints and evaluations are left out."""
-        seconds = sum(record["seconds"] for record in self.steps.values())
-        return float(sum(record["tokens"] for record in self.steps.values()) / seconds)
 
 
 def open_records(path: Path, *, echo: bool = True, tell: Callable[[str], None] | None = None) -> RecordWriter:

@@ -16,8 +16,9 @@ from engine.ds_config import Execution
 from engine.errors import RunFailure
 from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.models.features import Features
-from engine.monitor import Interval, Monitor, StepReport
+from engine.monitor import Monitor
 from engine.runtime import Runtime
+from engine.step_report import Interval, StepReport
 from engine.timing import PhaseTimer
 
 SequenceIds = Callable[[BadMicroStep], list[int]]

@@ -21,8 +21,8 @@ from engine.errors import RunFailure
 from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
 from engine.loss_window import BadMicroStep
 from engine.models.features import Features
-from engine.monitor import Interval
 from engine.runtime import Runtime, StopRequest, seed_micro_step
+from engine.step_report import Interval
 from engine.timing import PhaseTimer
 from engine.trainee import Trainee
 

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from engine import config, proxy_config, task_config
+from engine import config, proxy_config, task_config, tool_config
 from ga.config import SearchConfig
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -19,8 +19,8 @@ AS_PROXY = "As for `launch/proxy.py`."
 INTRO = """\
 # Configuration
 
-Generated from `engine/config.py`, `engine/task_config.py`, `engine/proxy_config.py` and `ga/config.py` by `make docs`;
-do not edit.
+Generated from `engine/config.py`, `engine/task_config.py`, `engine/proxy_config.py`, `engine/tool_config.py` and
+`ga/config.py` by `make docs`; do not edit.
 
 Every script takes `--config FILE.yaml` and any field as `--section.field value`; the command line wins over the file.
 `--help` lists the fields, `--print_config` prints the resolved file. A mistake names key, value and remedy, and exits
@@ -94,10 +94,10 @@ def render() -> str:
     parts += script("deepspeed launch/proxy.py", proxy_config.ProxyJobConfig(genomes=["uniform"]), proxy)
     search = dict.fromkeys(("teacher", "student", "loss", "data", "optim", "train", "task", "proxy"), AS_PROXY)
     parts += script("python launch/search.py", SearchConfig(), search)
-    parts += script("python launch/prepare_data.py", config.PrepareConfig())
-    parts.append(table("Each entry of `sources`", config.SourceConfig(path="")))
-    parts += script("python launch/export.py", config.ExportConfig(run=""))
-    parts += script("python launch/check_hosts.py", config.HostCheckConfig(hostfile=""))
+    parts += script("python launch/prepare_data.py", tool_config.PrepareConfig())
+    parts.append(table("Each entry of `sources`", tool_config.SourceConfig(path="")))
+    parts += script("python launch/export.py", tool_config.ExportConfig(run=""))
+    parts += script("python launch/check_hosts.py", tool_config.HostCheckConfig(hostfile=""))
     return "\n".join(parts)
 
 

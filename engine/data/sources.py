@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.config import SourceConfig
 from engine.data.compression import BUFFER, COMPRESSIONS
 from engine.data.formats import (
     KINDS,
@@ -21,6 +20,7 @@ from engine.data.formats import (
     saved_dataset_column,
 )
 from engine.errors import UserError
+from engine.tool_config import SourceConfig
 
 _SHOWN_BAD_LINES = 5
 

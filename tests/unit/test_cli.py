@@ -12,8 +12,9 @@ import pytest
 
 from engine import cli
 from engine.cli import parse_config
-from engine.config import PrepareConfig, RunConfig
+from engine.config import RunConfig
 from engine.errors import UserError
+from engine.tool_config import PrepareConfig
 from ga import config_docs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from tiny_world import TinyWorld, write_text
 
-from engine.config import PrepareConfig, SourceConfig
 from engine.data.corpus import prepare
 from engine.data.manifest import Manifest, load_manifest
 from engine.data.shard_check import ShardCheck, share_of_this_host
 from engine.errors import UserError
+from engine.tool_config import PrepareConfig, SourceConfig
 
 pytestmark = pytest.mark.faults
 

@@ -27,8 +27,9 @@ from engine.models.projections import Projections
 from engine.models.shape import ModelShape
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.monitor import Interval, StepReport, format_seconds
+from engine.monitor import format_seconds
 from engine.plan import make_plan
+from engine.step_report import Interval, StepReport
 from ga.config_docs import field_docs
 
 CPU = torch.device("cpu")

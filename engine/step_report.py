@@ -1,0 +1,59 @@
+"""What is known of a log interval: the input of everything that a user sees of it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from engine.data.batch import Counts
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What one log interval has in common for all models that are trained side by side."""
+
+    step: int
+    """Its last step."""
+    counts: Counts
+    """Of the whole interval, over all ranks."""
+    phases: dict[str, float]
+    """Seconds by phase on this rank."""
+    wait_s: float
+    """Seconds that this rank has waited for data since the start."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Means over a log interval."""
+
+    interval: Interval
+    total: float
+    terms: dict[str, float]
+    """Raw value of each term."""
+    observed: dict[str, float]
+    """The same of what the losses report beside their terms."""
+    coefficients: dict[str, float]
+    lr: float
+    grad_norm: float | None
+    loss_scale: float | None
+    skipped_steps: int
+
+    @property
+    def step(self) -> int:
+        return self.interval.step
+
+    @property
+    def rho(self) -> dict[str, float]:
+        """|A_s - A_t| / |A_t| of the attention scores of each pair of layers (root mean squares): how far the student
+        still is, and how many digits of the loss can be trusted (docs/losses.md)."""
+        pairs = (name.partition("/")[2] for name in self.observed if name.startswith("attention_target/"))
+        squares = {pair: (self.terms[f"attention/{pair}"], self.observed[f"attention_target/{pair}"]) for pair in pairs}
+        return {pair: math.sqrt(max(d, 0.0) / t) for pair, (d, t) in squares.items() if t > 0}
+
+    def by_loss(self) -> dict[str, float]:
+        """Weighted contribution of each loss to the total: hidden, attention, embedding …"""
+        sums: dict[str, float] = defaultdict(float)
+        for name, value in self.terms.items():
+            sums[name.partition("/")[0]] += self.coefficients[name] * value
+        return dict(sums)

@@ -1,0 +1,119 @@
+"""What the scripts beside training take: preparing a corpus, exporting a student, checking hosts. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    path: str
+    """Text file (.txt, .gz, .xz, .zst), JSON lines (.jsonl, also compressed), Parquet file, a folder of these, a folder
+    saved by `datasets`, or a hub data set name."""
+
+    weight: float = 1.0
+    """Passes over this source an epoch: 2 shows each sequence twice, 0.5 half of them (the other half next time)."""
+
+    field: str = "text"
+    """Column that holds the text (JSON lines, Parquet, data sets)."""
+
+    split: str = "train"
+    """Split of a data set."""
+
+    name: str | None = None
+    """Configuration name of a hub data set."""
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, "sources.weight", self.weight, "must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Where the text comes from."""
+
+    output_dir: str = "data/corpus"
+    """Folder for the shards and manifest.json."""
+
+    tokenizer: str = "models/all-MiniLM-L6-v2"
+    """Folder or hub name of the tokenizer: the teacher's."""
+
+    seq_len: int = 128
+    """Tokens per sequence, special tokens included."""
+
+    pack: Literal["contiguous", "document"] = "contiguous"
+    """contiguous: a sequence goes on into the next document, with a separator between; document: it ends with it."""
+
+    unit: Literal["sentence", "paragraph", "token"] = "sentence"
+    """What is never cut (unless longer than a whole sequence): sentences or paragraphs; token: cut anywhere, so that
+    contiguous sequences are full."""
+
+    short_seq_prob: float = 0.0
+    """Share of sequences that aim at a random shorter length, not below min_tokens (BERT's pre-training: 0.1)."""
+
+    min_tokens: int = 8
+    """Sequences with fewer text tokens are dropped."""
+
+    shard_mb: int = 4
+    """Text per shard, in MB: the unit of parallel work, of restart, and of memory."""
+
+    workers: int | None = None
+    """Processes that tokenise; unset: one per core."""
+
+    on_bad_line: Literal["error", "skip"] = "error"
+    """What to do with a line that is not UTF-8, not JSON, without the field, or too long: stop and name it, or skip
+    and count it."""
+
+    seed: int = 0
+    """Seed of the short sequences."""
+
+    def __post_init__(self) -> None:
+        require(self.seq_len >= 8, "seq_len", self.seq_len, "must be at least 8 tokens")
+        require(0.0 <= self.short_seq_prob <= 1.0, "short_seq_prob", self.short_seq_prob, "must be in [0, 1]")
+        require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "must be at least 1")
+        require(self.min_tokens >= 1, "min_tokens", self.min_tokens, "must be at least 1")
+        require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    run: str
+    """Run directory that launch/distill.py wrote."""
+
+    to: str | None = None
+    """Folder to write; unset: `student` inside the run directory."""
+
+    tag: str = "newest"
+    """Which checkpoint, like step-00000100; newest: the newest complete one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCheckConfig:
+    hostfile: str
+    """DeepSpeed hostfile (`worker-1 slots=8`) of the hosts to check."""
+
+    shared: str | None = None
+    """Folder that all hosts should share (where runs are written); a file that the first host writes there must appear
+    on the others. Unset: not checked."""
+
+    master_port: int = 29500
+    """Port on the first host where the ranks will meet, as in `deepspeed --master_port`."""
+
+    ssh_port: int | None = None
+    """Port of the hosts' ssh servers; unset: what ssh's own configuration says."""
+
+    seconds: float = 50.0
+    """Time limit of the whole check."""
+
+    json: bool = False
+    """Print one JSON object in place of the table."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.master_port < 65536, "master_port", self.master_port, "must be in 1..65535")
+        require(self.ssh_port is None or 0 < self.ssh_port < 65536, "ssh_port", self.ssh_port, "must be in 1..65535")
+        require(self.seconds >= 5, "seconds", self.seconds, "must be at least 5")
+        if self.shared is not None:
+            require(self.shared.startswith("/"), "shared", self.shared, "must be an absolute path")
