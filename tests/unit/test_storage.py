@@ -414,18 +414,23 @@ def test_the_lock_outlives_limits_of_the_server(postgres: Cluster) -> None:
     url = postgres.url("limits")
     with postgres.connect("limits") as admin:
         for limit in ("statement_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout"):
-            admin.execute(f"ALTER DATABASE limits SET {limit} = '200ms'")
+            admin.execute(f"ALTER DATABASE limits SET {limit} = '1s'")
     ours, others = open_storage(url), open_storage(url)
     with ours.lock():
         waiter = threading.Thread(target=lambda: others.lock(30).__enter__())
         waiter.start()
-        time.sleep(0.6)
+        with postgres.connect("postgres") as watcher:
+
+            def locks() -> int:
+                asked = "SELECT count(*) FROM pg_locks WHERE (classid::int8 << 32) + objid::int8 = %s"
+                return watcher.execute(asked, [LOCK_KEY]).fetchone()[0]
+
+            until = time.monotonic() + 30
+            while locks() < 2:  # the waiter has yet to connect
+                assert time.monotonic() < until
+            time.sleep(2.5)
+            assert locks() == 2, "one holds, one waits"
         assert waiter.is_alive()
-        with postgres.connect("limits") as watcher:
-            locks = watcher.execute(
-                "SELECT count(*) FROM pg_locks WHERE (classid::int8 << 32) + objid::int8 = %s", [LOCK_KEY]
-            ).fetchone()
-        assert locks == (2,)  # one holds, one waits
     waiter.join(20)
     ours.close()
     others.close()
