@@ -272,20 +272,9 @@ class Monitor:
         if goes_on:
             self.say(f"warning: {why}; training goes on, and the next checkpoint is tried as usual")
 
-    def out_of_memory(
-        self, step: int, *, rank: int, micro: int, shape: tuple[int, ...], sequences: list[int], why: str
-    ) -> None:
-        """On the rank that has run out of it."""
-        self._write_from_any_rank(
-            "error",
-            status="out_of_memory",
-            step=step,
-            rank=rank,
-            micro=micro,
-            shape=list(shape),
-            sequences=sequences[:MOST_SEQUENCES],
-            why=why,
-        )
+    def out_of_memory(self, step: int, *, rank: int, why: str, **facts: Any) -> None:
+        """On the rank that has run out of it. facts: of the micro step, when it was in one."""
+        self._write_from_any_rank("error", status="out_of_memory", step=step, rank=rank, why=why, **facts)
 
     def hang(self, step: int, *, limit_s: float, rank: int, stacks: Path) -> None:
         """On the watchdog's thread, just before the process ends."""

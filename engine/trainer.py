@@ -21,6 +21,7 @@ from engine.errors import RunFailure
 from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
 from engine.loss_window import BadMicroStep
 from engine.models.features import Features
+from engine.monitor import MOST_SEQUENCES
 from engine.runtime import Runtime, StopRequest, seed_micro_step
 from engine.step_report import Interval
 from engine.timing import PhaseTimer
@@ -88,6 +89,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self._timer = PhaseTimer(self.runtime.device)
         self._interval_counts = Counts()
+        self._in_micro_step: tuple[int, Batch] | None = None
+        """Its number within the step, and its batch."""
 
     @property
     def live(self) -> list[Trainee]:
@@ -99,7 +102,8 @@ class Trainer:
         or when no model is left in training."""
         for trainee in self.trainees:
             trainee.monitor.begin(self.step)
-        with watchdog.armed(self.train.hang_timeout_s, self._stack_file(), self._report_hang):
+        armed = watchdog.armed(self.train.hang_timeout_s, self._stack_file(), self._report_hang)
+        with armed, self._memory_watched():
             return self._loop()
 
     def _loop(self) -> Outcome:
@@ -143,25 +147,26 @@ class Trainer:
         live = self.live
         self.step += 1
         for i, micro in enumerate(inputs.micro):
-            with self._memory_watched(micro, i):
-                batch = micro.to(self.runtime.device)
-                features = None
-                if self.teacher is not None:
-                    with self._timer.phase("teacher"):
-                        features = self.teacher(batch)
-                for trainee in live:
-                    # the same dropout alone and in a cohort
-                    seed_micro_step(self.seed, self.step, i + 1, self.runtime.rank)
-                    trainee.micro_step(
-                        batch,
-                        features,
-                        per_micro,
-                        last_user=trainee is live[-1],
-                        step=self.step,
-                        micro=i,
-                        logged=self.step % self.train.log_every == 0,
-                    )
+            self._in_micro_step = i, micro
+            batch = micro.to(self.runtime.device)
+            features = None
+            if self.teacher is not None:
+                with self._timer.phase("teacher"):
+                    features = self.teacher(batch)
+            for trainee in live:
+                # the same dropout alone and in a cohort
+                seed_micro_step(self.seed, self.step, i + 1, self.runtime.rank)
+                trainee.micro_step(
+                    batch,
+                    features,
+                    per_micro,
+                    last_user=trainee is live[-1],
+                    step=self.step,
+                    micro=i,
+                    logged=self.step % self.train.log_every == 0,
+                )
             watchdog.beat()
+        self._in_micro_step = None
         return stopping
 
     def log(self) -> None:
@@ -195,26 +200,24 @@ class Trainer:
         self.trainees[0].monitor.hang(self.step, limit_s=limit, rank=self.runtime.rank, stacks=stacks)
 
     @contextmanager
-    def _memory_watched(self, batch: Batch, micro: int) -> Iterator[None]:
-        """Says what did not fit when a micro step runs out of memory: a record, and one line instead of a traceback."""
+    def _memory_watched(self) -> Iterator[None]:
+        """Says what did not fit when memory runs out: a record, and one line instead of a traceback."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU has no class
             if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
                 raise
             rank, why = self.runtime.rank, (str(error).splitlines() or [type(error).__name__])[0][:200]
-            shape = tuple(batch.input_ids.shape)
-            self.trainees[0].monitor.out_of_memory(
-                self.step,
-                rank=rank,
-                micro=micro,
-                shape=shape,
-                sequences=self.loader.sequence_ids(self.step - 1, micro, rank),
-                why=why,
-            )
+            where, facts = f"after step {self.step}", {}
+            if self._in_micro_step is not None:
+                micro, batch = self._in_micro_step
+                shape, sequences = list(batch.input_ids.shape), self.loader.sequence_ids(self.step - 1, micro, rank)
+                where = f"in step {self.step}"
+                facts = {"micro": micro, "shape": shape, "sequences": sequences[:MOST_SEQUENCES]}
+            self.trainees[0].monitor.out_of_memory(self.step, rank=rank, why=why, **facts)
             raise RunFailure(
-                f"out of memory in step {self.step} on rank {rank} ({platform.node()}), at a micro batch of "
-                f"{shape[0]} x {shape[1]} tokens ({why}). A smaller train_micro_batch_size_per_gpu, "
+                f"out of memory {where} on rank {rank} ({platform.node()}), at micro batches of "
+                f"{self.execution.micro_batch_size} sequences ({why}). A smaller train_micro_batch_size_per_gpu, "
                 "student.activation_checkpointing, ZeRO or offload need less; checkpoints are intact, and "
                 "the micro batch may change at resume"
             ) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulting import assert_gone, end, start_again
+from launching import Run
 from safetensors.torch import load_file, save_file
 from tiny_world import save_tiny_teacher, write_text
 
@@ -112,24 +113,39 @@ def test_more_bad_batches_than_allowed_end_the_run(make_run, poison: Poison) -> 
     assert "more than train.skip_bad_steps=1 of them" in output
 
 
-def test_no_memory_left(make_run) -> None:
-    """The address space of the rank is limited to a little more than it has: the activations of a huge micro batch do
-    not fit, and the allocator says so."""
-    rows = 1 << 18
-    run = make_run("run", launcher=False, stage=0, train__global_batch=rows, train__steps=1000, micro=rows)
+def without_memory(run: Run, limit: int) -> str:
+    """Starts it, limits the address space of the rank to `limit` bytes more than it has, and returns its output."""
     process = start_again(run)
     try:
         used = int((Path("/proc") / str(process.pid) / "statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(process.pid, resource.RLIMIT_AS, (used + (700 << 20), used + (700 << 20)))
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (used + limit, used + limit))
         process.wait(timeout=100)
         assert_gone(process.pid, within_s=10)
     finally:
         output = end(run, process)
     assert process.returncode == 1, output[-3000:]
+    assert "train_micro_batch_size_per_gpu" in output
+    assert "Traceback" not in output
+    return output
+
+
+def test_no_memory_for_a_micro_step(make_run) -> None:
+    """Room for the batches; the activations do not fit, and the allocator says so."""
+    rows = 1 << 18
+    run = make_run("run", launcher=False, stage=0, train__global_batch=rows, train__steps=1000, micro=rows)
+    output = without_memory(run, 3 << 30)
     error = run.records("error")[-1]
     assert (error["status"], error["step"]) == ("out_of_memory", 1)
     assert error["shape"] == [rows, 16]
     assert len(error["sequences"]) == 1024, "the first of them"
     assert "out of memory in step 1 on rank 0" in output
-    assert "train_micro_batch_size_per_gpu" in output
-    assert "Traceback" not in output
+
+
+def test_no_memory_for_the_batches(make_run) -> None:
+    """They are made in a thread of their own."""
+    rows = 1 << 20
+    run = make_run("run", launcher=False, stage=0, train__global_batch=rows, train__steps=1000, micro=rows)
+    output = without_memory(run, 300 << 20)
+    error = run.records("error")[-1]
+    assert (error["status"], error["step"]) == ("out_of_memory", 0)
+    assert "out of memory after step 0 on rank 0" in output
