@@ -163,7 +163,8 @@ class Checkpointer:
             problems = [f"{folder / COMPLETE} is unreadable"] if self.is_keeper else []
         else:
             where = f"{host}: " if local else ""
-            problems = [where + problem for problem in problems_of(folder, seen["files"], part=part, parts=parts)]
+            files = {name: seen["files"][name] for name in (seen["on_this_host"] if local else seen["files"])}
+            problems = [where + problem for problem in problems_of(folder, files, part=part, parts=parts)]
             if local and self.here.rank not in seen["ranks"]:
                 problems.append(f"{host} keeps ranks {seen['ranks']} and runs rank {self.here.rank} now")
         return [problem for found in gathered(problems) for problem in found]
@@ -222,8 +223,7 @@ class Checkpointer:
         told = gathered((platform.node(), self.here.rank, files.written, files.errors))
         errors = [f"{host}: {error}" for host, _, _, found in told for error in found]
         if not errors:
-            mine = [one for one in told if self.storage == "shared" or one[0] == platform.node()]
-            errors = [error for error in gathered(self._complete(folder, step, mine)) if error]
+            errors = [error for error in gathered(self._complete(folder, step, told)) if error]
         if errors:
             if self.is_keeper:
                 remove_folder(folder, COMPLETE)
@@ -237,16 +237,20 @@ class Checkpointer:
         return folder
 
     def _complete(self, folder: Path, step: int, told: list[tuple[str, int, dict[str, FileFacts], Any]]) -> str | None:
-        """Writes what makes the checkpoint complete, on keepers; returns what went wrong."""
+        """Writes what makes the checkpoint complete, on keepers; returns what went wrong. Every host's marker lists the
+        files of all, so that those of several disks can be brought together in one folder, and be checked there."""
         if not self.is_keeper:
             return None
         description = json.dumps({**self.export, "step": step}, indent=1).encode()
-        written = {name: facts for _, _, files, _ in told for name, facts in files.items()}
-        written[EXPORT_FILE] = FileFacts.of(description)
+        mine = [one for one in told if self.storage == "shared" or one[0] == platform.node()]
+        on_this_host = {name: facts for _, _, files, _ in mine for name, facts in files.items()}
+        on_this_host[EXPORT_FILE] = FileFacts.of(description)
+        written = {name: facts for _, _, files, _ in told for name, facts in files.items()} | on_this_host
         marker = {
             "step": step,
             **self.execution.facts,
-            "ranks": [rank for _, rank, _, _ in told],
+            "ranks": [rank for _, rank, _, _ in mine],
+            "on_this_host": sorted(on_this_host),
             "files": {name: facts.as_json() for name, facts in written.items()},
             "identity": self.identity,
         }

@@ -177,6 +177,11 @@ def resolve_execution(train: TrainConfig, optim: OptimConfig, path: Path, world_
     bf16, fp16 = _enabled(ds, "bf16", source), _enabled(ds, "fp16", source)
     if bf16 and fp16:
         raise UserError(f"{source}: bf16 and fp16 are both enabled; choose one")
+    if bf16 and train.skip_bad_steps and not ds["bf16"].get("check_grad_overflow", True):
+        raise UserError(
+            f"{source}: bf16.check_grad_overflow=false with train.skip_bad_steps={train.skip_bad_steps}: DeepSpeed "
+            "would not see the steps that are to be left out; remove that key"
+        )
     zero = ds.setdefault("zero_optimization", {"stage": 0})
     if not isinstance(zero, dict):
         raise UserError(f'{source}: zero_optimization={zero!r} must be an object like {{"stage": 1}}')

@@ -59,19 +59,23 @@ def export_run(config: ExportConfig) -> Path:
 def _check_files(run_dir: RunDir, tag: str) -> None:
     """Raises UserError when a file of the checkpoint is not what its marker says, or lies on another host."""
     marker = read_marker(run_dir.checkpoints / tag / COMPLETE)
-    problems = problems_of(run_dir.checkpoints / tag, marker["files"]) if is_sound(marker) else ["unreadable COMPLETE"]
-    if problems:
+    folder = run_dir.checkpoints / tag
+    problems = problems_of(folder, marker["files"]) if is_sound(marker) else [f"{COMPLETE} is unreadable"]
+    if not problems:
+        return
+    shown = "; ".join(problems[:4])
+    if is_sound(marker) and len(marker["ranks"]) < marker["world_size"] and not _lost_here(folder, marker):
         raise UserError(
-            f"tag={tag!r}: {'; '.join(problems[:4])}; name another checkpoint with --tag: "
-            f"{', '.join(run_dir.complete_tags())}"
+            f"tag={tag!r}: holds the shards of {len(marker['ranks'])} of {marker['world_size']} ranks ({shown}); with "
+            f"checkpoint.storage=local the others are on other hosts: copy them into {folder}, or use the student that "
+            "the end of training exports"
         )
-    shards = len(list((run_dir.checkpoints / tag).glob("*optim_states.pt")))
-    if marker["zero_stage"] > 0 and shards < marker["world_size"]:
-        raise UserError(
-            f"tag={tag!r}: holds the shards of {shards} of {marker['world_size']} ranks; with checkpoint.storage=local "
-            f"the others are on other hosts: copy them into {run_dir.checkpoints / tag}, or use the student that the "
-            "end of training exports"
-        )
+    raise UserError(f"tag={tag!r}: {shown}; name another checkpoint with --tag: {', '.join(run_dir.complete_tags())}")
+
+
+def _lost_here(folder: Path, marker: dict[str, Any]) -> list[str]:
+    """What is wrong with the files that this host wrote itself."""
+    return problems_of(folder, {name: marker["files"][name] for name in marker["on_this_host"]})
 
 
 def _is_export(folder: Path) -> bool:

@@ -230,9 +230,7 @@ class Monitor:
         """Losses were not finite in `bad_steps`. skipped: how many steps this start has left out for that; None when it
         ends here. `terms`, `sequences`: of the first micro step of them, by name and by number in the corpus."""
         steps = f"step {first.step}" if len(bad_steps) == 1 else f"{len(bad_steps)} steps from {first.step} on"
-        what = f"the loss is not finite in {steps} (terms: {', '.join(terms) or 'total only'}; rank {first.rank}, " + (
-            f"sequences {', '.join(map(str, sequences[:8]))}{' …' if len(sequences) > 8 else ''})"
-        )
+        what = f"the loss is not finite in {steps} ({_in_micro_step(terms, first, sequences)})"
         fields: dict[str, Any] = {
             "step": first.step,
             "terms": terms,
@@ -245,7 +243,8 @@ class Monitor:
         }
         if skipped is None:
             limit = f"; more than train.skip_bad_steps={may_skip} of them" if may_skip else ""
-            self._say_diverged(what + limit, **fields)
+            more = ", or train.skip_bad_steps when single batches are to blame"
+            self._say_diverged(what + limit, more, **fields)
             return
         self.write_record("error", status="skipped", skipped=skipped, **fields)
         self.say(f"warning: {what}; left out ({skipped} of at most {may_skip})")
@@ -253,17 +252,21 @@ class Monitor:
     def diverged_weights(self, step: int) -> None:
         self._say_diverged(f"weights are not finite after step {step}", step=step, terms=["weights"])
 
-    def diverged_scale(self, step: int, terms: list[str]) -> None:
-        where = f" (terms that are not finite: {', '.join(terms)})" if terms else ""
-        self._say_diverged(
-            f"gradients overflow fp16 at the smallest loss scale in step {step}{where}", step=step, terms=terms
-        )
+    def diverged_scale(self, step: int, terms: list[str], first: BadMicroStep | None, sequences: list[int]) -> None:
+        """first: the first micro step whose loss was not finite, with its terms and sequences; None where the losses
+        were, and gradients alone overflowed."""
+        where, facts = "", {}
+        if first is not None:
+            where = f" ({_in_micro_step(terms, first, sequences)})"
+            facts = {"rank": first.rank, "micro": first.micro, "sequences": sequences[:MOST_SEQUENCES]}
+        what = f"gradients overflow fp16 at the smallest loss scale in step {step}{where}"
+        self._say_diverged(what, "; bf16 has a wider range", step=step, terms=terms, **facts)
 
-    def _say_diverged(self, what: str, **fields: Any) -> None:
+    def _say_diverged(self, what: str, more: str = "", **fields: Any) -> None:
         self.write_record("error", status="diverged", **fields)
         self.say(
             f"error: {what}. Complete checkpoints, if any, are untouched. Try a lower learning rate or more warm-up in "
-            "another output_dir, or train.skip_bad_steps when single batches are to blame"
+            f"another output_dir{more}"
         )
 
     def checkpoint_failed(self, step: int, why: str, *, goes_on: bool) -> None:
@@ -311,6 +314,11 @@ class Monitor:
             self._curves.close()
         if self.records is not None:
             self.records.close()
+
+
+def _in_micro_step(terms: list[str], at: BadMicroStep, sequences: list[int]) -> str:
+    shown = f"{', '.join(map(str, sequences[:8]))}{' …' if len(sequences) > 8 else ''}"
+    return f"terms: {', '.join(terms) or 'total only'}; rank {at.rank}, sequences {shown}"
 
 
 class _Silent:

@@ -77,6 +77,7 @@ class Trainee:
         step: int,
         micro: int,
         logged: bool,
+        ids: SequenceIds,
     ) -> None:
         """One forward and backward; the last micro step of a step also updates the weights. micro: its number, from 0.
         last_user: nobody else needs the features, so their memory may serve the backward pass."""
@@ -90,7 +91,7 @@ class Trainee:
         with self._timer.phase("optimizer"), ExitStack() as stack:
             if last_micro and self._has_bare_gradients and not self._gradients_are_usable(logged):
                 stack.enter_context(_without_update(self.ds_engine))
-            self._step(step)
+            self._step(step, ids)
 
     @property
     def _has_bare_gradients(self) -> bool:
@@ -106,15 +107,15 @@ class Trainee:
         self._grad_norm = torch.nn.utils.get_total_norm(gradients)
         return not self._may_skip or bool(torch.isfinite(self._grad_norm))
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int, ids: SequenceIds) -> None:
         try:
             self.ds_engine.step()  # updates the weights on the last micro step only
         except Exception as error:  # DeepSpeed has no class for it; every rank raises it in the same step
             if "loss scale already at minimum" not in str(error):
                 raise
             self.diverged = True
-            window = self._window.reduce()
-            self.monitor.diverged_scale(step, terms=self._names(window.first_bad))
+            first = self._window.reduce().first_bad
+            self.monitor.diverged_scale(step, self._names(first), first, [] if first is None else ids(first))
 
     def _names(self, bad: BadMicroStep | None) -> list[str]:
         """The terms among the values that were not finite."""

@@ -164,6 +164,7 @@ class Trainer:
                     step=self.step,
                     micro=i,
                     logged=self.step % self.train.log_every == 0,
+                    ids=self._sequence_ids,
                 )
             watchdog.beat()
         self._in_micro_step = None

@@ -62,7 +62,7 @@ def output_file(run: Run) -> Path:
     return run.output_dir.with_name(f"{run.output_dir.name}.log")
 
 
-def wait_for_start(output: Path, process: subprocess.Popen[str], *, within_s: float = 120) -> dict[str, Any]:
+def wait_for_start(output: Path, process: subprocess.Popen[str], *, within_s: float = 400) -> dict[str, Any]:
     """The `started` record of the start that writes to `output`, once it is there. Not from records.jsonl: a start
     without a checkpoint renames that of the start before."""
     until = time.monotonic() + within_s

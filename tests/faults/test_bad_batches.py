@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulting import assert_gone, end, start_again
-from launching import Run
+from launching import Run, write_ds_config
 from safetensors.torch import load_file, save_file
 from tiny_world import save_tiny_teacher, write_text
 
@@ -90,10 +90,21 @@ def test_a_bad_batch_is_named_with_losses_layers_and_sequences(make_run, poison:
 
 @pytest.mark.launcher
 @pytest.mark.parametrize(
-    ("stage", "ranks"), [(0, 1), (3, 2), *(pytest.param(stage, 2, marks=pytest.mark.thorough) for stage in (0, 1))]
+    ("stage", "ranks", "precision"),
+    [
+        (0, 1, "fp32"),
+        (3, 2, "fp32"),
+        (0, 1, "bf16"),
+        (1, 1, "bf16"),
+        pytest.param(0, 2, "fp32", marks=pytest.mark.thorough),
+        pytest.param(1, 2, "fp32", marks=pytest.mark.thorough),
+        pytest.param(2, 2, "bf16", marks=pytest.mark.thorough),
+        pytest.param(3, 2, "bf16", marks=pytest.mark.thorough),
+    ],
 )
-def test_bad_batches_are_left_out_up_to_a_cap(make_run, poison: Poison, stage: int, ranks: int) -> None:
-    run = make_run("run", ranks=ranks, launcher=ranks > 1, stage=stage, **settings(poison, train__skip_bad_steps=20))
+def test_bad_batches_are_left_out_up_to_a_cap(make_run, poison: Poison, stage: int, ranks: int, precision: str) -> None:
+    several = {"ranks": ranks, "launcher": ranks > 1}
+    run = make_run("run", stage=stage, precision=precision, **several, **settings(poison, train__skip_bad_steps=20))
     output = run.finish()
     skipped = [record for record in run.records("error") if record["status"] == "skipped"]
     assert skipped
@@ -111,6 +122,20 @@ def test_more_bad_batches_than_allowed_end_the_run(make_run, poison: Poison) -> 
     output = run.finish(expect=3)
     assert [record["status"] for record in run.records("error")] == ["skipped", "diverged"]
     assert "more than train.skip_bad_steps=1 of them" in output
+
+
+def test_an_overflow_at_the_smallest_loss_scale_names_its_batch(make_run, poison: Poison, tmp_path: Path) -> None:
+    fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 0, "min_loss_scale": 1, "hysteresis": 1}
+    ds = write_ds_config(tmp_path / "fp16", train_micro_batch_size_per_gpu=2, zero_optimization={"stage": 1}, fp16=fp16)
+    run = make_run("run", launcher=False, **settings(poison))
+    output = run.finish("--deepspeed_config", str(ds), expect=3)
+    error = run.records("error")[-1]
+    assert error["status"] == "diverged"
+    assert poison.bad & set(error["sequences"])
+    assert "embedding" in error["terms"]
+    assert f"gradients overflow fp16 at the smallest loss scale in step {error['step']} (terms: " in output
+    assert f"rank 0, sequences {error['sequences'][0]}" in output
+    assert not run.run_dir.complete_tags()
 
 
 def without_memory(run: Run, limit: int) -> str:
@@ -131,9 +156,9 @@ def without_memory(run: Run, limit: int) -> str:
 
 def test_no_memory_for_a_micro_step(make_run) -> None:
     """Room for the batches; the activations do not fit, and the allocator says so."""
-    rows = 1 << 18
+    rows = 1 << 16
     run = make_run("run", launcher=False, stage=0, train__global_batch=rows, train__steps=1000, micro=rows)
-    output = without_memory(run, 3 << 30)
+    output = without_memory(run, 700 << 20)
     error = run.records("error")[-1]
     assert (error["status"], error["step"]) == ("out_of_memory", 1)
     assert error["shape"] == [rows, 16]

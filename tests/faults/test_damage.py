@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from faulting import TIMES, assert_checkpoints_whole, end, output_file, seed_of,
 from launching import Run
 from small_disk import mounted
 
-from engine.checkpoint import Checkpointer
+from engine.checkpoint import Checkpointer, _seal
 from engine.ds_config import Execution
+from engine.elastic import plan_conversion
 from engine.errors import UserError
 from engine.run_dir import COMPLETE, RunDir, step_tag
 from engine.runtime import Runtime
@@ -107,6 +109,23 @@ def test_all_damaged_or_the_named_one_is_an_error(make_run, finished, tmp_path) 
     with pytest.raises(UserError, match=r"no checkpoint in .* can be continued") as caught:
         checkpointer.choose("auto")
     assert "zero_pp_rank_1_mp_rank_00_optim_states.pt is missing" in str(caught.value)
+
+
+@pytest.mark.launcher
+def test_ranks_on_other_hosts_than_before_are_refused(make_run, finished, tmp_path) -> None:
+    """With checkpoint.storage=local the shards are where their ranks were."""
+    folder = tmp_path / "copy"
+    shutil.copytree(a_finished_run(make_run, finished).output_dir, folder)
+    for tag in (step_tag(2), step_tag(4), step_tag(6)):
+        marker = {**json.loads((folder / "checkpoints" / tag / COMPLETE).read_text()), "ranks": [1]}
+        marker["sha256"] = _seal(marker)
+        (folder / "checkpoints" / tag / COMPLETE).write_text(json.dumps(marker))
+    local = replace(checkpointer_of(folder), storage="local")
+    with pytest.raises(UserError, match=r"keeps ranks \[1\] and runs rank 0 now"):
+        local.choose("auto", set_aside=False)
+    other = replace(local.execution, world_size=1)
+    with pytest.raises(UserError, match="Copy them into one shared output_dir"):
+        plan_conversion(step_tag(6), marker, other, "local")
 
 
 @pytest.mark.launcher

@@ -31,7 +31,7 @@ def test_a_stopped_rank_ends_the_job_with_stacks(make_run, rank: int) -> None:
     print(f"rank {rank} stopped: job ended after {took:.1f} s at a limit of {LIMIT_S} s")
     stacks = sorted((run.output_dir / "hangs").iterdir())
     assert [path.stem[-1] for path in stacks] == ["0", "1"], output[-3000:]
-    assert all("train_step" in path.read_text() for path in stacks)
+    assert all("trainer.py" in path.read_text() for path in stacks), "in a step, or at the log or checkpoint after it"
     hangs = [record for record in run.records("error") if record["status"] == "hang"]
     assert {record["rank"] for record in hangs} == {0, 1}
     assert all(record["limit_s"] == LIMIT_S for record in hangs)
@@ -46,8 +46,8 @@ def test_a_stopped_rank_ends_the_job_with_stacks(make_run, rank: int) -> None:
 
 def test_slow_work_that_goes_on_is_no_hang(make_run) -> None:
     """The limit is on one micro step, evaluation batch or checkpoint, and not on the whole."""
-    run = make_run("slow", launcher=False, train__hang_timeout_s=1.5, train__steps=300, train__save_every=10)
-    began = time.monotonic()
+    run = make_run("slow", launcher=False, train__hang_timeout_s=5, train__steps=600, train__save_every=10)
     run.finish()
-    assert time.monotonic() - began > 1.5
     assert not run.records("error")
+    stamps = [path.stat().st_mtime for path in (run.run_dir.config, run.run_dir.student / "model.safetensors")]
+    assert stamps[1] - stamps[0] > 5, "in all it took longer than the limit"

@@ -74,6 +74,8 @@ def test_preempted_at_random_moments(make_run, signum: int) -> None:
             _, alive = psutil.wait_procs(ranks, timeout=30)
             assert not alive, "30 s were not enough"
             assert_gone(process.pid, within_s=10)
+            if signum == signal.SIGUSR1:  # told to stop itself, the launcher reports a code of its own
+                assert process.wait() == 4
         finally:
             end(run, process)
         last = run.records("run")[-1]

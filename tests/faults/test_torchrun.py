@@ -1,4 +1,4 @@
-"""PyTorch's elastic agent as launcher: it starts the ranks that are left again, and they continue."""
+"""PyTorch's elastic agent as launcher: it starts all ranks again once one has died, and they continue."""
 
 from __future__ import annotations
 

@@ -6,18 +6,22 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from faulting import TIMES, assert_checkpoints_whole, seed_of, wait_for_start
 from hosts import LOGIN, Hosts, why_not
-from launching import Run, kill_session
+from launching import Run, finished, kill_session, spawn
+from safetensors.torch import load_file
 
 from engine.run_dir import step_tag
 
 pytestmark = [
+    pytest.mark.multinode,
     pytest.mark.faults,
     pytest.mark.launcher,
     pytest.mark.timeout(600 + 120 * TIMES),
@@ -66,6 +70,10 @@ def launch(hosts: Hosts, run: Run, log: Path, *more: str) -> subprocess.Popen[st
     return process
 
 
+def export(run: Run, expect: int = 0) -> str:
+    return finished(spawn([sys.executable, "launch/export.py", "--run", str(run.output_dir)]), expect)
+
+
 def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
     """As a power failure: no connection is closed. The ranks of the other host end within the limit, and leave stacks;
     the next start continues."""
@@ -78,19 +86,32 @@ def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
         process = launch(hosts, run, log)
         try:
             assert wait_for_start(log, process)["resumed_from"] == newest
+            if newest is None:
+                wait_for_step(run, 3, process)  # there is a checkpoint then
             time.sleep(rng.uniform(0.5, 4))
             victim = hosts.names[turn % 2]
             hosts.kill(victim)
             left = tuple(name for name in hosts.names if name != victim)
             took.append(assert_no_ranks(hosts, left, within_s=LIMIT_S + 60))
-            assert_checkpoints_whole(run)
+            assert assert_checkpoints_whole(run)
+            stacks = list((run.output_dir / "hangs").glob(f"step-*-{left[0]}-rank-*.txt"))
+            assert stacks, "the rank that is left has written its stacks"
+            for path in stacks:
+                path.unlink()
         finally:
             kill_session(process)
             process.wait()
             for name in hosts.names:
                 hosts.boot(name)
+    newest = run.run_dir.newest_tag()
+    process = launch(hosts, run, tmp_path / "log at last")
+    try:
+        assert wait_for_start(tmp_path / "log at last", process)["resumed_from"] == newest
+    finally:
+        kill_session(process)
+        process.wait()
+    assert_no_ranks(hosts, hosts.names, within_s=60)
     print(f"hosts killed: {len(took)}; the other host's rank ended after {', '.join(f'{s:.0f}' for s in took)} s")
-    assert run.run_dir.newest_tag() is not None
 
 
 def test_a_network_that_drops(make_run, hosts: Hosts, tmp_path: Path) -> None:
@@ -160,6 +181,24 @@ def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int) -> 
     assert "step-00000008 is damaged: worker-2: zero_pp_rank_1_mp_rank_00_optim_states.pt is missing" in output
     assert "continues from step-00000004" in output
 
+    # the disks of all hosts brought together: one folder on shared storage, exported and continued as such
+    together = make_run("together", **settings)
+    newest = together.run_dir.checkpoints / step_tag(8)
+    shutil.copytree(seen["worker-1"], together.output_dir, ignore=shutil.ignore_patterns("student", "damaged-*"))
+    output = export(together, expect=2)
+    assert "holds the shards of 1 of 2 ranks" in output
+    for step in (4, 8):
+        folder = seen["worker-2"] / "checkpoints" / step_tag(step)
+        shutil.copytree(folder, together.run_dir.checkpoints / step_tag(step), dirs_exist_ok=True)
+    export(together)
+    for key, weight in load_file(together.output_dir / "student" / "model.safetensors").items():
+        assert torch.equal(weight, whole.student()[key])
+    (newest / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"nonsense")
+    output = together.finish()
+    assert "step-00000008 is damaged: zero_pp_rank_0_mp_rank_00_optim_states.pt has 8 bytes" in output
+    assert "continues from step-00000004" in output
+    assert together.curve() == pytest.approx(shared.curve(), rel=1e-5)
+
     # a new disk in one host: nothing to continue from, and which host lacks what is said
     shutil.rmtree(seen["worker-2"])
     output = hosts.finish(run, expect=2)
@@ -200,6 +239,29 @@ def test_the_launcher_is_stopped_or_lost(make_run, hosts: Hosts, tmp_path: Path,
     assert assert_checkpoints_whole(run)
     assert last["status"] == "preempted"
     assert run.run_dir.newest_tag() == step_tag(last["step"])
+
+
+def test_pdsh_outlives_a_killed_deepspeed_command(make_run, hosts: Hosts, tmp_path: Path) -> None:
+    """Nothing tells pdsh, so the job trains on; without pdsh it stops, with a checkpoint."""
+    run = make_run("run", stage=1, **{**ENDLESS, "train__save_every": 50})
+    process = launch(hosts, run, tmp_path / "log")
+    try:
+        wait_for_step(run, 10, process)
+        words = {p: p.cmdline() for p in hosts.processes(LOGIN)}
+        pdsh = next(p for p, found in words.items() if "pdsh" in Path(found[0]).name)
+        next(p for p, found in words.items() if any(word.endswith("bin/deepspeed") for word in found)).kill()
+        step = run.steps()[-1]["step"]
+        time.sleep(5)
+        assert run.steps()[-1]["step"] > step
+        pdsh.kill()
+        took = assert_no_ranks(hosts, hosts.names, within_s=60)
+    finally:
+        kill_session(process)
+        process.wait()
+    print(f"pdsh killed: ranks gone after {took:.1f} s")
+    last = run.records("run")[-1]
+    assert last["status"] == "preempted"
+    assert assert_checkpoints_whole(run)[-1] == step_tag(last["step"])
 
 
 def test_nothing_is_left(hosts: Hosts) -> None:
