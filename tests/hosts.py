@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ read -r _ || exit 0
 _SWITCH = "ip link add name hub type bridge && ip link set hub up && echo ready && exec >/dev/null && read -r _"
 
 
-def _which(program: str) -> str | None:
+def which(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{_SBIN}")
 
 
@@ -62,11 +63,11 @@ def why_not() -> str | None:
     """Why no hosts can be made here; None where they can."""
     if os.geteuid() != 0:
         return "hosts of network namespaces need root"
-    missing = [program for program in NEEDED if _which(program) is None]
+    missing = [program for program in NEEDED if which(program) is None]
     if missing:
         return f"{', '.join(missing)} missing (apt-get install iproute2 util-linux openssh-server openssh-client pdsh)"
     trial = "ip link add name hub type bridge && ip link add name one type veth peer name two && mount -t tmpfs t /run"
-    words = [str(_which("unshare")), "--pid", "--fork", *_NAMESPACES, "sh", "-c", trial]
+    words = [str(which("unshare")), "--pid", "--fork", *_NAMESPACES, "sh", "-c", trial]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, env=_env())
     return None if done.returncode == 0 else f"namespaces cannot be made here: {done.stderr.strip()}"
 
@@ -175,7 +176,7 @@ class Hosts:
             self._ip(new, "link", "set", INTERFACE, "up")
         if host != LOGIN and not self._sshd(host):
             self._check(
-                host, [str(_which("sshd")), "-f", f"{self.root}/sshd_config", "-E", f"{self.root}/sshd_{host}.log"]
+                host, [str(which("sshd")), "-f", f"{self.root}/sshd_config", "-E", f"{self.root}/sshd_{host}.log"]
             )
 
     def stop_ssh(self, host: str) -> None:
@@ -255,6 +256,14 @@ class Hosts:
         listener = {process.pid for process in self._sshd(host)}
         return [p for p in _in_namespace(_namespace(init)) if p.pid not in {init, *listener}]
 
+    def assert_idle(self, within_s: float = 20) -> None:
+        """Nothing runs in any host of the hostfile; sessions of sshd may take a moment to end."""
+        until = time.monotonic() + within_s
+        while left := [(name, p.pid, p.name()) for name in self.names for p in self.processes(name)]:
+            if time.monotonic() > until:
+                raise AssertionError(f"still there after {within_s:g} s: {left}")
+            time.sleep(0.1)
+
     def signal(self, process: subprocess.Popen[str], number: signal.Signals) -> None:
         """To the process group that `start` has made, as a scheduler would. The program that entered the host for them
         is left out: its exit code is to be theirs."""
@@ -294,7 +303,7 @@ class Hosts:
         return found
 
     def _inside(self, host: str, argv: Sequence[str], cwd: Path) -> list[str]:
-        enter = [str(_which("nsenter")), "--target", str(self._running[host].init)]
+        enter = [str(which("nsenter")), "--target", str(self._running[host].init)]
         return [*enter, "--net", "--uts", "--ipc", "--mount", "--pid", "--", "env", "-C", str(cwd), *argv]
 
     def _check(self, host: str, argv: Sequence[str]) -> None:
@@ -303,12 +312,12 @@ class Hosts:
             raise RuntimeError(f"{shlex.join(argv)} on {host}: exit {done.returncode}\n{done.stdout}")
 
     def _ip(self, where: _Host, *words: str) -> None:
-        command = [str(_which("nsenter")), "--target", str(where.init), "--net", "--", str(_which("ip")), *words]
+        command = [str(which("nsenter")), "--target", str(where.init), "--net", "--", str(which("ip")), *words]
         subprocess.run(command, check=True, capture_output=True, timeout=30)
 
     def _hold(self, script: str, arguments: Sequence[str], *namespaces: str) -> _Host:
         """A process that keeps new namespaces alive until its standard input ends, which our end does too."""
-        words = [str(_which("unshare")), "--pid", "--fork", "--kill-child", *namespaces, "--", "bash", "-c", script]
+        words = [str(which("unshare")), "--pid", "--fork", "--kill-child", *namespaces, "--", "bash", "-c", script]
         holder = subprocess.Popen(
             [*words, "init", *arguments],
             env=_env(),
@@ -330,7 +339,7 @@ class Hosts:
         for folder in ("bin", "disks", "local"):
             (self.root / folder).mkdir()
         for key in ("host_key", "user_key"):
-            words = [str(_which("ssh-keygen")), "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(self.root / key)]
+            words = [str(which("ssh-keygen")), "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(self.root / key)]
             subprocess.run(words, check=True, capture_output=True)
         texts = {
             "known_hosts": f"* {(self.root / 'host_key.pub').read_text()}",
@@ -355,7 +364,7 @@ class Hosts:
                 ClientAliveInterval 5
                 ClientAliveCountMax 2
                 """,
-            "bin/ssh": f'#!/bin/sh\nexec {_which("ssh")} -F {self.root}/ssh_config "$@"\n',
+            "bin/ssh": f'#!/bin/sh\nexec {which("ssh")} -F {self.root}/ssh_config "$@"\n',
             "hostfile": "".join(f"{name} slots={self._slots}\n" for name in self.names),
         }
         for name, text in texts.items():

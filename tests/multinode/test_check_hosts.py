@@ -48,7 +48,7 @@ def test_everything_right(two_hosts: Hosts) -> None:
     assert answer["all_reduce"]["error"] is None
     assert 0.01 < answer["all_reduce"]["gbit_per_s"] < 1000
     assert not list(two_hosts.root.glob(".check_hosts*"))
-    assert two_hosts.processes("worker-1") == two_hosts.processes("worker-2") == []
+    two_hosts.assert_idle()
 
 
 def test_sshd_down_host_down_port_taken_and_folder_not_shared(two_hosts: Hosts) -> None:

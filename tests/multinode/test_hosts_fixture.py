@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hosts import Hosts
+from hosts import Hosts, which
 from launching import ROOT, environment
 
 pytestmark = pytest.mark.multinode
@@ -25,8 +25,9 @@ def test_hosts_are_apart_and_leave_nothing(two_hosts: Hosts) -> None:
         assert int(processes) < 10, "it sees no processes but its own"
         assert len((two_hosts.disk(host) / "who").read_text().splitlines()) == 1
     sleeper = two_hosts.start("worker-2", ["sleep", "1000"])
-    time.sleep(0.5)
-    assert [p.name() for p in two_hosts.processes("worker-2")] == ["sleep"]
+    until = time.monotonic() + 20
+    while [p.name() for p in two_hosts.processes("worker-2")] != ["sleep"]:
+        assert time.monotonic() < until
     two_hosts.kill("worker-2")
     assert sleeper.wait(10) != 0
     try_ssh = ["ssh", "-o", "ConnectTimeout=1", "worker-2", "hostname"]
@@ -51,7 +52,7 @@ def test_hosts_are_apart_and_leave_nothing(two_hosts: Hosts) -> None:
 def test_nothing_outlives_its_maker(two_hosts: Hosts, number: signal.Signals) -> None:
     code = """
 import signal, time
-from hosts import Hosts
+from hosts import Hosts, which
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with Hosts(1) as hosts:
     hosts.start("worker-1", ["sleep", "54321"])
@@ -74,6 +75,6 @@ with Hosts(1) as hosts:
     with Hosts(1):
         assert not Path(root).exists()
     assert two_hosts.root.exists(), "a living maker's folder is left alone"
-    bridges = subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True, check=True).stdout
+    bridges = subprocess.run([str(which("ip")), "-brief", "link"], capture_output=True, text=True, check=True).stdout
     assert "hub" not in bridges
     assert "to-worker" not in bridges

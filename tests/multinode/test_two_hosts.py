@@ -66,10 +66,6 @@ def go_back(run: Run, step: int) -> None:
     assert run.run_dir.newest_tag() == step_tag(step)
 
 
-def left_over(hosts: Hosts) -> list[list[str]]:
-    return [process.cmdline() for host in hosts.names for process in hosts.processes(host)]
-
-
 def test_two_hosts_give_the_run_of_one_host(make_run, two_hosts: Hosts) -> None:
     """ZeRO 1, 2 and 3 through pdsh, continued through OpenMPI, against one host with two ranks."""
     one = make_run("one host", ranks=2, **SETTINGS)
@@ -89,7 +85,7 @@ def test_two_hosts_give_the_run_of_one_host(make_run, two_hosts: Hosts) -> None:
         assert started == set(two_hosts.names)
         printed = [record for line in outputs[stage].splitlines() if (record := parse_record(line)) is not None]
         assert [r["step"] for r in printed if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6], "printed by one rank only"
-    assert left_over(two_hosts) == []
+    two_hosts.assert_idle()
 
     # mpirun starts the script itself; engine/rank_environment.py tells the ranks who they are and where to meet
     launcher = "openmpi" if shutil.which("mpirun") else "pdsh"
@@ -97,6 +93,6 @@ def test_two_hosts_give_the_run_of_one_host(make_run, two_hosts: Hosts) -> None:
     assert f"continues from {step_tag(3)}" in two_hosts.finish(runs[3], launcher=launcher)
     check_files(runs[3], starts=2)
     assert relative_gap(one.curve(), runs[3].curve()) < FP32
-    assert left_over(two_hosts) == []
+    two_hosts.assert_idle()
     if launcher != "openmpi":
         pytest.skip("all passed, but continued with pdsh: no mpirun (apt-get install openmpi-bin)")

@@ -20,8 +20,8 @@ from engine import rank_guard, watchdog
 def stuck_here():
     {how}
 
-with watchdog.armed(1.0, Path(sys.argv[1]), lambda path: print("reported", path.name, flush=True)):
-    until = time.monotonic() + 2.5
+with watchdog.armed(3.0, Path(sys.argv[1]), lambda path: print("reported", path.name, flush=True)):
+    until = time.monotonic() + 4.5
     while time.monotonic() < until:  # longer than the limit, but something is finished all the time
         watchdog.beat()
         time.sleep(0.1)
@@ -42,7 +42,7 @@ def test_a_hanging_thread_is_ended_with_its_stacks(tmp_path: Path) -> None:
     assert process.stdout.split("\n")[:2] == ["worked", "reported rank.txt"]
     assert "in stuck_here" in (tmp_path / "stacks" / "rank.txt").read_text()
     assert "in stuck_here" in process.stderr
-    assert took > 3.3
+    assert took > 7
 
 
 @pytest.mark.faults
@@ -53,10 +53,10 @@ def test_one_that_holds_pythons_lock_is_ended_by_its_guard(tmp_path: Path) -> No
     assert process.returncode == -signal.SIGABRT
     assert "in stuck_here" in process.stderr
     assert "did not act on its time limit" in process.stderr
-    assert took > 1 + rank_guard.MARGIN_S
+    assert took > 7 + rank_guard.MARGIN_S
 
 
 def test_no_limit_means_no_watch(tmp_path: Path) -> None:
-    code = HANG.replace("1.0", "0").format(how="time.sleep(1.5)")
+    code = HANG.replace("3.0", "0").format(how="time.sleep(1.5)")
     process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
     assert process.returncode == 0
