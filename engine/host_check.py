@@ -153,6 +153,7 @@ class HostCheck:
         if model is None:
             return
         base = model.clock_ahead_s
+        with_gpus = any(verdict.facts["gpus"] for verdict in self._reached())
         for verdict in self._reached():
             facts = verdict.facts
             if not facts["has_cwd"]:
@@ -175,8 +176,11 @@ class HostCheck:
                         f"{package} {here}, but {there} on {model.host}; {sys.executable} -m pip install "
                         f"{package}=={there}"
                     )
-            if 0 < facts["gpus"] < verdict.slots:
-                verdict.wrong.append(f"slots={verdict.slots}, but it has {facts['gpus']} GPUs; correct the hostfile")
+            if with_gpus and facts["gpus"] < verdict.slots:
+                verdict.wrong.append(
+                    f"slots={verdict.slots}, but it has {facts['gpus']} GPUs; correct the hostfile, or put "
+                    "DS_ACCELERATOR=cpu into .deepspeed_env to train on processors"
+                )
             verdict.clock_ahead_s -= base
             if abs(verdict.clock_ahead_s) > CLOCK_S:
                 verdict.doubtful.append(
@@ -228,9 +232,15 @@ class HostCheck:
         answer = self._ask(first, "listen", port=wanted)
         if not answer["taken"]:
             return wanted
-        port = int(self._ask(first, "listen", port=0)["port"])
+        port = self._free_port(first)
         first.wrong.append(f"port {wanted} is taken; give --master_port {port}, or end who has it (`ss -ltnp`)")
         return port
+
+    def _free_port(self, first: Verdict) -> int:
+        answer = self._ask(first, "listen", port=0)
+        if answer["taken"]:
+            raise HostError("it cannot listen at any port", "look at its limits on open files (`ulimit -n`)")
+        return int(answer["port"])
 
     def _names(self) -> None:
         """Without an interface named, gloo listens at the address that the host's own name has on the host itself."""
@@ -297,8 +307,13 @@ class HostCheck:
         assert first.address is not None
         backend = "nccl" if all(verdict.facts["gpus"] for verdict in verdicts) else "gloo"
         answers: dict[str, dict[str, Any]] = {}
-        port = self._ask(first, "listen", port=0)["port"]
-        self._ask(first, "hang_up")
+        try:
+            port = self._free_port(first)
+            self._ask(first, "hang_up")
+        except HostError as gone:
+            first.facts = {}
+            first.wrong.append(f"{gone.what}; {gone.remedy}")
+            return
         limit = max(1.0, self._left(ALL_REDUCE_S) - 2.0)  # so that an agent can say that it waited in vain
 
         def reduce(verdict: Verdict) -> None:
@@ -326,7 +341,11 @@ def _only_name(verdict: Verdict) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    """Also for what is no address, as sshd says UNKNOWN of a connection through a proxy command."""
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return True
 
 
 def _interface_of(verdict: Verdict, address: str | None) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 
+_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 _HOST_LINE = re.compile(r"^(\S+)\s+slots=(\d+)(?:\s.*)?$")
 
 
@@ -31,7 +32,7 @@ def parse_hostfile(path: Path) -> dict[str, int]:
         host, slots = match.group(1), int(match.group(2))
         if host in hosts:
             raise UserError(f"{path}, line {number}: host {host!r} is there twice; give each host one line")
-        if set(host) & set("@:,"):  # they mean something else in --include
+        if host.startswith("-") or set(host) & set("@:,"):  # an option of ssh; they mean something else in --include
             raise UserError(f"{path}, line {number}: host {host!r} is no plain name; give it one in ~/.ssh/config")
         if slots < 1:
             raise UserError(f"{path}, line {number}: {line!r} has no slot; write slots=1 or more, or remove the line")
@@ -52,9 +53,13 @@ def rank_exports(environ: Mapping[str, str], cwd: Path) -> dict[str, str]:
         path = folder / name
         if not path.is_file():
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{os.fspath(path)} cannot be read: {error}; write it as UTF-8 text") from None
+        for number, line in enumerate(lines, start=1):
             key, equals, value = line.partition("=")
-            if not equals:
+            if not equals or not _NAME.match(key.strip()):
                 raise UserError(
                     f"{os.fspath(path)}, line {number}: {line!r} is not NAME=value; remove it (empty lines too)"
                 )

@@ -38,6 +38,7 @@ def test_hostfile(tmp_path: Path) -> None:
         ("worker-1 slots=4\n\nworker-1 slots=4\n", r"line 3: host 'worker-1' is there twice"),
         ("worker-1 slots=0\n", r"line 1: .* has no slot"),
         ("me@worker-1 slots=2\n", r"line 1: host 'me@worker-1' is no plain name"),
+        ("-worker slots=1\n", r"line 1: host '-worker' is no plain name"),
         ("# nobody\n", r"names no host"),
     ],
 )
