@@ -3,9 +3,12 @@ what it says."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from engine.files import sync_folder, write_whole
 from engine.run_dir import COMPLETE, RunDir, step_tag, tag_step
 from engine.runtime import Runtime
 
+SEEN_WITHIN_S = 40.0
+"""Longer than an NFS client keeps what it knows of a folder (acdirmin, 30 s)."""
 EXPORT_FILE = "export.json"
 """Inside a checkpoint: what launch/export.py needs to rebuild the student without the training world."""
 
@@ -105,7 +110,8 @@ class Checkpointer:
 
     def choose(self, resume: str, *, set_aside: bool = True) -> Chosen | None:
         """Collective. The newest checkpoint whose files are what its marker says, or None for a fresh start. Damaged
-        ones are renamed to damaged-… when `set_aside`. Raises UserError when there is none to continue from."""
+        ones that are newer are renamed to damaged-… when `set_aside`. Raises UserError when there is none to continue
+        from, and then leaves all as they are: a scheduler's next start must not begin anew."""
         markers = self._markers()
         tags = sorted(markers, key=tag_step)
         if resume == "never":
@@ -120,24 +126,29 @@ class Checkpointer:
                 known = ", ".join(tags) or "none"
                 raise UserError(f"resume={resume!r}: no complete checkpoint of that name; complete ones: {known}")
             tags = [resume]
-        notes: list[str] = []
+        damaged: dict[str, str] = {}
         for tag in reversed(tags):
             problems = self._problems(tag, markers[tag])
             if not problems:
                 conversion = self._check(tag, next(marker for marker in markers[tag].values() if marker is not None))
+                notes = [
+                    note + (self._set_aside(bad) if set_aside and None not in markers[bad].values() else "")
+                    for bad, note in damaged.items()
+                ]
                 return Chosen(tag, conversion, tuple(notes))
             shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-            notes.append(f"{tag} is damaged: {shown}")
-            if set_aside and resume == "auto" and None not in markers[tag].values():
-                if self.is_keeper:
-                    self._rename(tag, f"damaged-{tag}")
-                notes[-1] += f"; it is now damaged-{tag}"
-        if notes:
+            damaged[tag] = f"{tag} is damaged: {shown}"
+        if damaged:
             raise UserError(
-                f"no checkpoint in {self.run_dir.checkpoints} can be continued: {'. '.join(notes)}. Restore the "
-                f"files (and the names), or remove {self.run_dir.checkpoints} to start anew"
+                f"no checkpoint in {self.run_dir.checkpoints} can be continued: {'. '.join(damaged.values())}. Restore "
+                f"the files, or remove {self.run_dir.checkpoints} to start anew"
             )
         return None
+
+    def _set_aside(self, tag: str) -> str:
+        if self.is_keeper:
+            self._rename(tag, f"damaged-{tag}")
+        return f"; it is now damaged-{tag}"
 
     def _markers(self) -> dict[str, dict[str, dict[str, Any] | None]]:
         """Collective. By tag and host, what COMPLETE says (an empty object when it cannot be read); None on a host that
@@ -254,6 +265,13 @@ class Checkpointer:
             "files": {name: facts.as_json() for name, facts in written.items()},
             "identity": self.identity,
         }
+        if self.storage == "shared":
+            unseen = _not_seen(folder, {name: facts for _, _, files, _ in told for name, facts in files.items()})
+            if unseen:
+                return (
+                    f"{platform.node()}: {', '.join(unseen[:4])}, which other ranks wrote, cannot be seen here: the "
+                    "hosts do not share output_dir. Name a folder that they share, or set checkpoint.storage=local"
+                )
         try:
             write_whole(folder / EXPORT_FILE, description)
             sync_folder(folder.parent)
@@ -280,6 +298,26 @@ class Checkpointer:
         if path is None:
             raise UserError(f"{self.run_dir.checkpoints / chosen.tag}: DeepSpeed could not load this checkpoint")
         return dict(client_state)
+
+
+def _not_seen(folder: Path, written: dict[str, FileFacts]) -> list[str]:
+    """The files that do not come into sight in their full size. Network file systems show those of other hosts late."""
+    until = time.monotonic() + SEEN_WITHIN_S
+    while True:
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # makes NFS ask its server again
+        sizes = {name: _size(folder / name) for name in written}
+        unseen = [name for name, facts in written.items() if sizes[name] != facts.size]
+        if not unseen or time.monotonic() > until:
+            return unseen
+        time.sleep(0.5)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def read_marker(marker: Path) -> dict[str, Any]:

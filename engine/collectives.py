@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import RunFailure, UserError
 
 T = TypeVar("T")
 
@@ -51,18 +51,21 @@ def gathered(value: T) -> list[T]:
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:
-    """Collective. What rank 0 makes: its host alone may have the files. Raises its UserError on every rank."""
+    """Collective. What rank 0 makes: its host alone may have the files. Raises its UserError on every rank; after
+    any other error of it, RunFailure on the others, which must not wait for ever."""
     dist = torch.distributed
     if alone():
         return make()
     box: list[Any] = [None, None]
+    met: Exception | None = None
     if dist.get_rank() == 0:
         try:
             box[0] = make()
-        except UserError as error:
-            box[1] = str(error)
+        except Exception as error:
+            met = error
+            box[1] = error if isinstance(error, UserError) else RunFailure(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(box, src=0, group=_group())
     if box[1] is not None:
-        raise UserError(box[1])
+        raise met or box[1]
     made: T = box[0]
     return made

@@ -117,6 +117,8 @@ class Job:
         )
         try:
             outcome = trainer.run()
+            if outcome is Outcome.DONE and not self.loader.finish_check():
+                monitor.say("the corpus was not compared with its checksums to the end: training was over before")
             self._finish(outcome, trainer, monitor)
         finally:
             monitor.close()

@@ -76,14 +76,12 @@ def load(ds_engine: Any, checkpoints: Path, conversion: Conversion, *, is_rank_z
     state. Raises UserError when there is no room for it."""
     target = checkpoints / f"{PREFIX}{conversion.tag}"
     from_rank_zero(lambda: _convert(checkpoints / conversion.tag, target, conversion))
-    try:
-        with _universal(ds_engine), _kept_hyperparameters(ds_engine):
-            _, client_state = ds_engine.load_checkpoint(str(checkpoints), tag=target.name)
-        _own_step_counts(ds_engine.optimizer.optimizer)
-    finally:
-        gathered(None)  # all have read it
-        if is_rank_zero:
-            shutil.rmtree(target, ignore_errors=True)
+    with _universal(ds_engine), _kept_hyperparameters(ds_engine):
+        _, client_state = ds_engine.load_checkpoint(str(checkpoints), tag=target.name)
+    _own_step_counts(ds_engine.optimizer.optimizer)
+    gathered(None)  # all have read it
+    if is_rank_zero:
+        shutil.rmtree(target, ignore_errors=True)
     return dict(client_state)
 
 
@@ -109,10 +107,13 @@ def _kept_hyperparameters(ds_engine: Any) -> Iterator[None]:
 
 
 def _own_step_counts(optimizer: torch.optim.Optimizer) -> None:
-    """The same loader gives all parameters one tensor as step count, which each of them would then increase."""
+    """The same loader gives all parameters one tensor as step count, which each of them would then increase; and on the
+    CPU, where fused kernels of a GPU do not look."""
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
+            device = state["exp_avg"].device if on_device else state["step"].device
+            state["step"] = state["step"].to(device, copy=True)
 
 
 def _convert(source: Path, target: Path, conversion: Conversion) -> None:
@@ -134,12 +135,12 @@ def _convert(source: Path, target: Path, conversion: Conversion) -> None:
             ds_to_universal.main(arguments)
         if (conversion.saved_stage == 3) != (conversion.stage == 3):
             _relay(target, to_stage_3=conversion.stage == 3)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         shutil.rmtree(target, ignore_errors=True)
         raise UserError(
-            f"{source}: cannot be converted for {conversion.ranks} rank(s) under ZeRO-{conversion.stage}: {error}. The "
-            f"conversion needs as much room beside it; or start as it was written ({conversion.saved_ranks} rank(s), "
-            f"ZeRO-{conversion.saved_stage})"
+            f"{source}: cannot be converted for {conversion.ranks} rank(s) under ZeRO-{conversion.stage}: "
+            f"{_first_line(error)}. The conversion needs as much room beside it; or start as it was written "
+            f"({conversion.saved_ranks} rank(s), ZeRO-{conversion.saved_stage})"
         ) from None
 
 
@@ -179,6 +180,10 @@ def _relay(folder: Path, *, to_stage_3: bool) -> None:
     if to_stage_3:
         common[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, "param_groups": common[PARAM_GROUPS]}
     torch.save(common, common_file)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read(file: Path) -> Any:

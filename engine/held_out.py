@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from engine import watchdog
 from engine.collectives import summed
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
@@ -44,6 +45,7 @@ class HeldOutLosses:
             for batch in (cpu.to(device) for cpu in batches):
                 total, terms = ds_engine(batch, self.teacher(batch), counts)
                 sums += torch.cat([total.float().reshape(1), terms[:count]])
+                watchdog.beat()
         ds_engine.train()
         if self.trainee.runtime.world_size > 1:
             torch.distributed.all_reduce(sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import resource
 import sys
@@ -282,14 +283,14 @@ class Monitor:
     def hang(self, step: int, *, limit_s: float, rank: int, stacks: Path) -> None:
         """On the watchdog's thread, just before the process ends."""
         host = platform.node()
-        self._write_from_any_rank(
-            "error", status="hang", step=step, rank=rank, host=host, limit_s=limit_s, stacks=str(stacks)
-        )
         print(
             f"error: rank {rank} on {host} has finished nothing for {limit_s:g} s after step {step} "
             f"(train.hang_timeout_s); its stacks are in {stacks}",
             file=sys.stderr,
             flush=True,
+        )
+        self._write_from_any_rank(
+            "error", status="hang", step=step, rank=rank, host=host, limit_s=limit_s, stacks=str(stacks)
         )
 
     def _write_from_any_rank(self, kind: str, **fields: Any) -> None:
@@ -297,9 +298,11 @@ class Monitor:
         if self.records is not None:
             self.write_record(kind, **fields)
             return
-        records = open_records(self._records_path)
-        records.write(kind, **self._labels, **fields)
-        records.close()
+        with contextlib.suppress(OSError):  # what it has to say is on stderr too
+            self.folder.mkdir(parents=True, exist_ok=True)  # on a disk of this host's own
+            records = open_records(self._records_path)
+            records.write(kind, **self._labels, **fields)
+            records.close()
 
     def end_progress(self) -> None:
         """Leaves the bar where it is; what is said from now on comes under it."""

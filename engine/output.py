@@ -1,15 +1,18 @@
-"""Standard output that may lose its reader: an ssh session that breaks, a `| head` that has seen enough."""
+"""Standard output that may lose its reader (an ssh session or a terminal that goes, a `| head` that has seen enough),
+or lead to a disk that is full."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import IO, Any
 
 
 class Surviving:
-    """A text stream that turns silent when nobody reads it any more, instead of ending the job with BrokenPipeError in
-    the middle of a step. The rank's guard process notices the same, and tells it to stop (engine/rank_guard.py)."""
+    """A text stream that turns silent when nobody reads it any more, instead of ending the job in the middle of a step;
+    the rank's guard process notices the same, and tells it to stop (engine/rank_guard.py). What a full disk has no room
+    for is lost."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -17,18 +20,20 @@ class Surviving:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._turn_silent()
+        except OSError as error:
+            self._lost(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._turn_silent()
+        except OSError as error:
+            self._lost(error)
 
-    def _turn_silent(self) -> None:
-        """What is still in buffers goes there too, and so does what native code writes."""
+    def _lost(self, error: OSError) -> None:
+        """Without a reader, what is still in buffers goes nowhere, and so does what native code writes."""
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            return
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())
         os.close(nothing)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from engine import watchdog
 from engine.data.batch import Batch
 from engine.data.encoded_task import EncodedTask, encode_task
 from engine.data.encoding import Encoded
@@ -124,6 +125,7 @@ class ProbeEvaluator:
         features = self._features(student)
         metrics: dict[str, dict[str, float]] = {}
         for task in self._tasks:
+            watchdog.beat()
             parts = {
                 part.split: ProbeFeatures(features[part.first], None if part.second is None else features[part.second])
                 for part in self._parts
@@ -156,6 +158,7 @@ class ProbeEvaluator:
                 on_device = batch.to(device)
                 pooled.append(pool(student.hidden(on_device), on_device.attention_mask))
                 rows.append(batch.rows)
+                watchdog.beat()
         return gather_rows(torch.cat(pooled), torch.cat(rows), total=len(self._encoded)).cpu()
 
 
@@ -180,7 +183,9 @@ def _cross_validated(task: TaskData, parts: Mapping[str, ProbeFeatures], folds: 
     def held_out(k: int) -> np.ndarray[Any, Any]:
         rest = fold != k
         dev = {"held out": rows(~rest)}
-        return probe_outputs(task.spec, rows(rest), labels[rest.numpy()], dev)["held out"]
+        outputs = probe_outputs(task.spec, rows(rest), labels[rest.numpy()], dev)["held out"]
+        watchdog.beat()
+        return outputs
 
     found = in_threads(held_out, range(folds))
     outputs = np.zeros((len(labels), *found[0].shape[1:]), found[0].dtype)

@@ -24,7 +24,7 @@ from engine.rank_guard import GRACE_S
 FILE = "run.lock"
 BEAT_S = 3.0
 """Seconds between two signs of life."""
-QUIET_S = 4 * BEAT_S
+QUIET_S = 10 * BEAT_S
 """A holder on another machine that gives none for so long is gone."""
 
 ENDS_WITHIN_S = GRACE_S + 10.0
@@ -65,6 +65,7 @@ class RunLock:
             os.pwrite(self._file.fileno(), line, 0)  # never shorter than before: the number of beats only grows
             if self._beats == 0:
                 os.ftruncate(self._file.fileno(), len(line))
+            os.fdatasync(self._file.fileno())  # a client of NFS would keep it to itself for half a minute
 
     def _keep_alive(self) -> None:
         while not self._released.wait(BEAT_S):

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine import watchdog
 from engine.collectives import gathered
 from engine.data.encoded_task import EncodedTask
 from engine.data.squad import SquadSplit, Windows
@@ -164,6 +165,7 @@ def _outputs(
         for row, values in zip(batch.rows.tolist(), logits, strict=True):
             if row >= 0:
                 found[row] = values[: lengths[row]].copy() if spans else values
+        watchdog.beat()
     model.train()
     found = {row: values for share in gathered(found) for row, values in share.items()}
     assert len(found) == len(encoded), f"{name}: {len(found)} of {len(encoded)} rows came back"

@@ -117,7 +117,9 @@ class Trainer:
                     self.log()
                 if self.evaluation is not None and self.live and self.evaluation.due(self.step, last=last):
                     with self._pause():
+                        watchdog.beat()
                         saving |= self.evaluation(self.step)
+                        watchdog.beat()
                 if saving or self._seen_enough():
                     self.save(needed=last or stopping or self._seen_enough())
                 if not self.live:
@@ -206,7 +208,8 @@ class Trainer:
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU has no class
-            if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
+            is_it = isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+            if not is_it or isinstance(error, RunFailure):
                 raise
             rank, why = self.runtime.rank, (str(error).splitlines() or [type(error).__name__])[0][:200]
             where, facts = f"after step {self.step}", {}

@@ -142,6 +142,10 @@ class CorpusLoader:
                     self.check.before_step(batches.step)
                 yield batches
 
+    def finish_check(self) -> bool:
+        """Collective. Whether the corpus was found to be whole by now; raises what was found of late."""
+        return self.check is None or not self.check.agree()
+
     def _waited(self, seconds: float) -> None:
         self.wait_s += seconds
 

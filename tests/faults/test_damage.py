@@ -106,9 +106,10 @@ def test_all_damaged_or_the_named_one_is_an_error(make_run, finished, tmp_path) 
     for step in (2, 6):
         remove(folder / "checkpoints" / step_tag(step) / "zero_pp_rank_1_mp_rank_00_optim_states.pt", rng)
     checkpointer = checkpointer_of(folder)
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be continued") as caught:
-        checkpointer.choose("auto")
-    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt is missing" in str(caught.value)
+    for _ in range(2):  # a scheduler's next start must not begin anew
+        with pytest.raises(UserError, match=r"no checkpoint in .* can be continued") as caught:
+            checkpointer.choose("auto")
+        assert "zero_pp_rank_1_mp_rank_00_optim_states.pt is missing" in str(caught.value)
 
 
 @pytest.mark.launcher
@@ -214,3 +215,20 @@ def test_a_full_disk_on_one_of_two_ranks_hangs_nobody(make_run) -> None:
         print(f"ended {time.monotonic() - began:.0f} s after its start")
         assert "could not be written" in output
         assert assert_checkpoints_whole(run)
+
+
+def test_no_room_for_a_conversion_is_one_line(make_run) -> None:
+    """The disk holds the checkpoint, and not a second one beside it."""
+    settings = {"launcher": False, "train__steps": 2, "train__save_every": 2}
+    run = make_run("run", stage=1, **settings)
+    other = make_run("other", stage=2, **settings)
+    other.output_dir = run.output_dir
+    with mounted(run.run_dir.checkpoints, "240k"):
+        run.finish()
+        tags = assert_checkpoints_whole(run)
+        output = other.finish(expect=2)
+        errors = [line for line in output.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1
+        assert "The conversion needs as much room beside it" in errors[0]
+        assert "Traceback" not in output
+        assert {path.name for path in run.run_dir.checkpoints.iterdir() if path.is_dir()} == set(tags)

@@ -206,6 +206,17 @@ def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int) -> 
     assert (seen["worker-1"] / "checkpoints" / step_tag(8)).is_dir(), "what the other host has is left alone"
 
 
+@pytest.mark.thorough
+def test_hosts_that_do_not_share_the_run_directory(make_run, hosts: Hosts) -> None:
+    """The commonest mistake: found at the first checkpoint, and not at the end."""
+    run = make_run("unshared", ranks=2, stage=1, micro=2, train__steps=8, train__save_every=2)
+    run.output_dir = hosts.local / "unshared"
+    output = hosts.finish(run, expect=1)
+    assert "the hosts do not share output_dir" in output
+    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in output
+    assert not Run(hosts.disk("worker-1") / "unshared").run_dir.complete_tags()
+
+
 @pytest.mark.parametrize(
     "how",
     [

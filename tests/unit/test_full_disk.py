@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from engine.append import AppendFile
 from engine.errors import RunFailure
 from engine.event_file import EventFile
 from engine.export import write_model
+from engine.monitor import Monitor
 from engine.records import RecordWriter, final_result, parse_record, read_records
 
 pytestmark = pytest.mark.faults
@@ -200,3 +203,30 @@ def test_a_teacher_cache_without_room_costs_passes_and_not_the_job(small_disk: M
         assert_same(teacher(batch), again(batch))
     again.close()
     assert (again.hits, again.misses) == (2, 4)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_to_a_full_disk_is_lost_and_nothing_else() -> None:
+    code = (
+        "import sys; from engine.output import survive_lost_readers; survive_lost_readers(); print('lost', flush=True);"
+        "print('more' * 10_000, flush=True); print('end', file=sys.stderr)"
+    )
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.stderr == "end\n"
+
+
+def test_a_rank_without_a_run_directory_of_its_own_can_say_what_ended_it(tmp_path: Path) -> None:
+    """On another host, with checkpoint.storage=local, before its first checkpoint."""
+    monitor = Monitor(
+        active=False,
+        tensorboard=tmp_path / "run" / "tensorboard",
+        records=tmp_path / "run" / "records.jsonl",
+        steps=1,
+        flops_per_token=1.0,
+        device=torch.device("cpu"),
+        config_text="",
+    )
+    monitor.out_of_memory(0, rank=3, why="why")
+    (record,) = read_records(tmp_path / "run" / "records.jsonl")
+    assert (record["status"], record["rank"]) == ("out_of_memory", 3)

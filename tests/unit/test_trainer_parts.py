@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertForMaskedLM, BertModel
 
 from engine.banner import closing_table, estimate_memory, mapping_table
-from engine.checkpoint import HOW_KEYS, changed_keys, flatten
+from engine.checkpoint import HOW_KEYS, _not_seen, changed_keys, flatten
+from engine.checkpoint_files import FileFacts
 from engine.cli import parse_config
 from engine.config import OptimConfig, RunConfig, TrainConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.ds_config import FOLDER, resolve_execution
+from engine.elastic import _own_step_counts
 from engine.kernels import exact
 from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.mapping import parse_mapping
@@ -200,3 +203,27 @@ def test_time_left(seconds: float, text: str) -> None:
 
 def test_defaults_are_a_valid_run() -> None:
     assert RunConfig().train == TrainConfig()
+
+
+def test_step_counts_of_a_conversion_are_where_fused_kernels_look() -> None:
+    """DeepSpeed's loader leaves one tensor on the CPU for all; the device `meta` stands for a GPU here."""
+    weights = [torch.zeros(2, device="meta", requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.AdamW(weights)
+    step = torch.tensor(7.0)
+    for weight in weights:
+        optimizer.state[weight] = {"step": step, "exp_avg": torch.zeros_like(weight)}
+    _own_step_counts(optimizer)
+    steps = [state["step"] for state in optimizer.state.values()]
+    assert [int(one) for one in steps] == [7, 7]
+    assert steps[0] is not steps[1]
+    optimizer.param_groups[0]["fused"] = True
+    _own_step_counts(optimizer)
+    assert {state["step"].device.type for state in optimizer.state.values()} == {"meta"}
+
+
+def test_files_of_other_hosts_that_cannot_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.checkpoint.SEEN_WITHIN_S", 0.0)
+    (tmp_path / "whole").write_bytes(b"abc")
+    (tmp_path / "cut").write_bytes(b"a")
+    facts = FileFacts.of(b"abc")
+    assert _not_seen(tmp_path, {"whole": facts, "cut": facts, "missing": facts}) == ["cut", "missing"]

@@ -60,3 +60,40 @@ def test_no_limit_means_no_watch(tmp_path: Path) -> None:
     code = HANG.replace("3.0", "0").format(how="time.sleep(1.5)")
     process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
     assert process.returncode == 0
+
+
+EVALUATION = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace as Some
+
+import torch
+from engine import watchdog
+from engine.data.batch import Counts
+from engine.held_out import HeldOutLosses
+
+class Engine:
+    def eval(self): pass
+    def train(self): pass
+    def __call__(self, batch, features, counts):
+        time.sleep(0.4)
+        return torch.tensor(1.0), torch.tensor([1.0])
+
+batch = Some(counts=Counts(sequences=1))
+batch.to = lambda device: batch
+monitor = Some(held_out=lambda step, total, terms: print("total", total, flush=True))
+runtime = Some(device=torch.device("cpu"), world_size=1)
+execution = Some(micro_batch_size=1)
+trainee = Some(ds_engine=Engine(), runtime=runtime, execution=execution, term_names=("one",), monitor=monitor)
+loader = Some(evaluation=lambda size: [batch] * 10)
+with watchdog.armed(2.0, Path(sys.argv[1]), lambda path: print("reported", flush=True)):
+    HeldOutLosses(trainee, lambda batch: None, loader, every=1)(1)
+"""
+
+
+def test_a_long_evaluation_is_no_hang(tmp_path: Path) -> None:
+    """4 s of batches of 0.4 s, at a limit of 2 s."""
+    command = [sys.executable, "-c", EVALUATION, str(tmp_path / "stacks")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "total 10.0\n"
