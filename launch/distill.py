@@ -1,8 +1,7 @@
 """deepspeed launch/distill.py --config examples/quickstart.yaml"""
 
-import sys
-
 from engine.cli import distill_main
+from engine.rank_exit import run_rank
 
 if __name__ == "__main__":
-    sys.exit(distill_main())
+    run_rank(distill_main)

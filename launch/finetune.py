@@ -1,8 +1,7 @@
 """deepspeed launch/finetune.py --config examples/finetune.yaml"""
 
-import sys
-
 from engine.cli import finetune_main
+from engine.rank_exit import run_rank
 
 if __name__ == "__main__":
-    sys.exit(finetune_main())
+    run_rank(finetune_main)

@@ -1,8 +1,7 @@
 """deepspeed launch/proxy.py --config examples/proxy.yaml --genomes uniform last 0-3-6"""
 
-import sys
-
 from engine.cli import proxy_main
+from engine.rank_exit import run_rank
 
 if __name__ == "__main__":
-    sys.exit(proxy_main())
+    run_rank(proxy_main)

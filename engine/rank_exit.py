@@ -1,0 +1,36 @@
+"""How the process of a rank ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from engine.exit_codes import EXIT_CRASH
+
+
+def run_rank(main: Callable[[], int]) -> NoReturn:
+    """Runs `main` and ends this process with its code, without taking Python's interpreter down.
+
+    A thread of Gloo lets go of a collective's tensors some time after the collective has returned, and needs Python's
+    lock for that. When it asks while the interpreter is being taken down, Python 3.11 to 3.13 end the thread, which C++
+    answers with "terminate called without an active exception": a rank whose work is done and right ends with SIGABRT,
+    and the launcher kills the others (2 of 25 runs on two busy cores; github.com/pytorch/pytorch/issues/190489).
+    `destroy_process_group` does not join those threads, since DeepSpeed keeps references to the groups.
+    """
+    try:
+        code = main()
+    except SystemExit:  # --help: no rank has been started
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = EXIT_CRASH
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            continue  # whoever read it is gone
+    os._exit(code)
