@@ -14,9 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulting import assert_checkpoints_whole, assert_gone, end, seed_of, send, start_again
+from faulting import (
+    assert_checkpoints_whole,
+    assert_gone,
+    end,
+    output_file,
+    processes_of,
+    seed_of,
+    send,
+    start_again,
+)
 from launching import Run, write_ds_config
 from small_disk import SmallDisk, mounted
+
+from engine.records import read_records
 
 MINUTES = float(os.environ.get("MAPDISTILL_SOAK_MINUTES", "0"))
 pytestmark = [
@@ -26,6 +37,7 @@ pytestmark = [
     pytest.mark.timeout(60 * MINUTES + 1200),
 ]
 HANG_S = 10
+ENDS_WITHIN_S = HANG_S + 60
 LARGEST_GAP = 1e-5
 """Relative, of a loss after thousands of steps: other ranks and stages add in another order, and that grows."""
 
@@ -37,30 +49,31 @@ class Soak:
         self.run, self.disk, self.rng = run, disk, rng
         self.starts = 0
         self.tried: collections.Counter[str] = collections.Counter()
-        self.faults: dict[str, Callable[[int], str]] = {
+        self.faults: dict[str, Callable[[int], str | None]] = {
             "rank killed": self.kill_rank,
-            "launcher killed": lambda launcher: self.signal(launcher, signal.SIGKILL),
+            "launcher killed": lambda launcher: send(launcher, signal.SIGKILL),
             "group told to stop": self.preempt,
             "rank stopped": self.stop_rank,
             "disk full": self.fill_disk,
         }
+        """Each is given the launcher's pid, and returns the status that the run will have recorded, if any."""
 
-    def kill_rank(self, launcher: int) -> str:
-        return self.signal(self.rng.choice(self.run.rank_pids(launcher)), signal.SIGKILL)
+    def kill_rank(self, launcher: int) -> None:
+        send(self.rng.choice(self.run.rank_pids(launcher)), signal.SIGKILL)
 
-    def stop_rank(self, launcher: int) -> str:
-        return self.signal(self.rng.choice(self.run.rank_pids(launcher)), signal.SIGSTOP)
-
-    def signal(self, pid: int, number: int) -> str:
-        send(pid, number)
-        return "gone"
+    def stop_rank(self, launcher: int) -> None:
+        send(self.rng.choice(self.run.rank_pids(launcher)), signal.SIGSTOP)
 
     def preempt(self, launcher: int) -> str:
         os.killpg(launcher, signal.SIGTERM)
         return "preempted"
 
     def fill_disk(self, launcher: int) -> str:
-        self.disk.fill()
+        """Until the run ends: one that was about to remove an old checkpoint has room for all that follow."""
+        until = time.monotonic() + ENDS_WITHIN_S
+        while processes_of(launcher) and time.monotonic() < until:
+            self.disk.fill()
+            time.sleep(0.05)
         return "checkpoint_failed"
 
     def damage_newest(self) -> str | None:
@@ -89,13 +102,13 @@ class Soak:
             if not self.run.run_dir.complete_tags():
                 self.run.wait_for_step(11, process)
             time.sleep(self.rng.uniform(0.5, 5))
-            began = self.faults[name](process.pid)
-            assert_gone(process.pid, within_s=HANG_S + 60)
+            last = self.faults[name](process.pid)
+            assert_gone(process.pid, within_s=ENDS_WITHIN_S)
         finally:
             end(self.run, process)
             self.disk.free()
-        if began == "preempted":
-            assert self.run.records("run")[-1]["status"] == "preempted"
+        said = [record.get("status") for record in read_records(output_file(self.run))]
+        assert last is None or last in said, f"{name}: {said}"
         self.tried[name] += 1
         assert assert_checkpoints_whole(self.run), "there is always one to continue from"
 
