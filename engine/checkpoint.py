@@ -3,6 +3,7 @@ what it says."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -158,7 +159,13 @@ class Checkpointer:
             found = {
                 tag: read_marker(self.run_dir.checkpoints / tag / COMPLETE) for tag in self.run_dir.complete_tags()
             }
-        hosts = {host: tags for host, tags in gathered((platform.node(), found)) if tags is not None}
+        keepers = [(host, tags) for host, tags in gathered((platform.node(), found)) if tags is not None]
+        hosts = dict(keepers)
+        if len(hosts) < len(keepers):
+            raise UserError(
+                f"checkpoint.storage=local tells hosts apart by name, and several are named "
+                f"{collections.Counter(host for host, _ in keepers).most_common(1)[0][0]}; give each its own (hostname)"
+            )
         return {tag: {host: hosts[host].get(tag) for host in hosts} for tag in set().union(*hosts.values())}
 
     def _problems(self, tag: str, markers: dict[str, dict[str, Any] | None]) -> list[str]:
@@ -187,7 +194,7 @@ class Checkpointer:
                 f"cannot continue {tag} in {self.run_dir.root}: the run was changed in what it computes "
                 f"({'; '.join(changes)}). Restore these values, or name another output_dir"
             )
-        return elastic.plan_conversion(tag, saved, self.execution, self.storage)
+        return elastic.plan_conversion(tag, saved=saved, execution=self.execution, storage=self.storage)
 
     def _rename(self, tag: str, name: str) -> None:
         target = self.run_dir.checkpoints / name
@@ -296,7 +303,10 @@ class Checkpointer:
             )
         path, client_state = ds_engine.load_checkpoint(str(self.run_dir.checkpoints), tag=chosen.tag)
         if path is None:
-            raise UserError(f"{self.run_dir.checkpoints / chosen.tag}: DeepSpeed could not load this checkpoint")
+            raise UserError(
+                f"{self.run_dir.checkpoints / chosen.tag}: DeepSpeed finds no checkpoint there, though its files are "
+                "whole; go back to another one with resume=step-…"
+            )
         return dict(client_state)
 
 

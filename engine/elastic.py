@@ -46,7 +46,7 @@ class Conversion:
         )
 
 
-def plan_conversion(tag: str, saved: dict[str, Any], execution: Execution, storage: str) -> Conversion | None:
+def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, storage: str) -> Conversion | None:
     """What must be done to continue from checkpoint `tag`, whose marker says `saved`; None when it loads as it is.
     Raises UserError for what cannot be continued."""
     facts = execution.facts

@@ -152,9 +152,7 @@ class UnitRun:
         """Collective. The result record (with `score` None after a divergence), or None when it was preempted."""
         plan, unit = self.plan, self.unit
         checkpointer = _checkpointer(plan, unit, self.here)
-        if self.here.is_rank_zero:
-            self._tidy(checkpointer)
-            self.run_dir.write_settings(self.unit_config, ds_config=self.execution.resolved, tokenizer=plan.tokenizer)
+        from_rank_zero(lambda: self._begin_folder(checkpointer))
         module = task_module(plan, unit)
         train = plan.train_config(unit, len(task.train))
         monitor = Monitor(
@@ -195,14 +193,15 @@ class UnitRun:
         finally:
             monitor.close()
 
-    def _tidy(self, checkpointer: Checkpointer) -> None:
-        """Puts what earlier starts left out of the way."""
+    def _begin_folder(self, checkpointer: Checkpointer) -> None:
+        """Puts what earlier starts left out of the way, and writes the settings. For rank 0."""
         for note in () if self.chosen is None else self.chosen.notes:
             print(note)
         for name in checkpointer.clean():
             print(f"removed {name}: an unfinished checkpoint")
         for path in self.run_dir.set_aside_logs() if self.tag is None else ():
             print(f"renamed {path} to superseded-{path.name}: this fine-tuning starts anew")
+        self.run_dir.write_settings(self.unit_config, ds_config=self.execution.resolved, tokenizer=self.plan.tokenizer)
 
     def _flops_per_token(self, module: TaskModule, teacher: FrozenTeacher | None, task: EncodedTask) -> float:
         """See TFLOPS_NOTE of engine/monitor.py, at the mean length of a row. A head on the first token (and the pooler)

@@ -91,8 +91,8 @@ class RunDir:
     def write_settings(
         self, config: Any, *, ds_config: dict[str, Any] | None = None, tokenizer: Tokenizer | None = None
     ) -> None:
-        """Makes the folder and writes the resolved configuration, and what else is given. Rank 0 only, before the ranks
-        meet: an error here ends them all. Raises UserError."""
+        """Makes the folder and writes the resolved configuration, and what else is given. For rank 0, through
+        collectives.from_rank_zero where others wait for it. Raises UserError."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.config.write_text(as_yaml(config), encoding="utf-8")
@@ -101,7 +101,10 @@ class RunDir:
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.tokenizer)
         except OSError as error:
-            raise UserError(f"output_dir={str(self.root)!r} cannot be written: {error}") from None
+            raise UserError(
+                f"output_dir={str(self.root)!r} cannot be written: {error}; make room or get the permission there, or "
+                "name another folder"
+            ) from None
 
     def set_aside_logs(self) -> list[Path]:
         """Renames records and TensorBoard events of an earlier run in this folder to superseded-…, so that its result

@@ -99,7 +99,10 @@ def acquire(folder: Path) -> RunLock:
         # not in append mode, in which Linux ignores the position of a pwrite
         file = os.fdopen(os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
     except OSError as error:
-        raise UserError(f"output_dir={str(folder)!r} cannot be written: {error}") from None
+        raise UserError(
+            f"output_dir={str(folder)!r} cannot be written: {error}; make room or get the permission there, or name "
+            "another folder"
+        ) from None
     try:
         return _take(folder, file)
     except BaseException:

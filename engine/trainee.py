@@ -186,7 +186,7 @@ class Trainee:
             self.monitor.checkpoint_failed(step, str(error), goes_on=goes_on)
             if not goes_on:
                 raise RunFailure(
-                    f"{error}. Earlier checkpoints are intact; the same command continues from them"
+                    f"{error}. Earlier checkpoints are intact; mend that, and the same command continues from them"
                 ) from None
         else:
             self.monitor.checkpoint(step, folder)

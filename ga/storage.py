@@ -10,6 +10,7 @@ import random
 import re
 import socket
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from engine.errors import UserError
 LOCK_TIMEOUT_S = 300.0
 BUSY_TIMEOUT_S = 60.0
 """How long SQLite waits for another process's transaction."""
+QUIET_S = 2.0
+"""How long of that without a word, when a search starts."""
 
 LOCK_KEY = int.from_bytes(hashlib.sha256(b"mapdistill: the lock of a search").digest()[:8], "big", signed=True)
 """Of the advisory lock; PostgreSQL keeps those of each database apart."""
@@ -135,7 +138,7 @@ def transient(error: BaseException) -> bool:
         return False
     reason = cause.orig
     if isinstance(reason, sqlite3.Error):
-        return getattr(reason, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        return _is_locked(reason)
     state = getattr(reason, "sqlstate", None)
     if state is not None:
         return state in PASSING_STATES or state.startswith("08")
@@ -195,7 +198,7 @@ def _open_sqlite(url: URL, shown: str, *, existing: bool) -> SearchStorage:
         if not os.access(path.parent, os.W_OK):
             raise _refuse(shown, f"folder {path.parent} cannot be written", "name a file in one that can")
         with lock.hold(LOCK_TIMEOUT_S):
-            _check_writable(path)
+            _check_writable(path, shown)
             rdb = _rdb_storage(
                 url.set(database=str(path)), shown, connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False}
             )
@@ -205,16 +208,35 @@ def _open_sqlite(url: URL, shown: str, *, existing: bool) -> SearchStorage:
         ) from None
     except DatabaseErrors as error:
         remedy = "name another file"
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+        if _is_locked(error):
+            remedy = f"another process has it locked: end that (`fuser {path}` names it), and the same command goes on"
+        elif _sqlite_code(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             remedy = f"make it writable (chmod u+w {path}), or name another file"
         raise _refuse(shown, explain(error), remedy) from None
     return SearchStorage(rdb, lock, shown_url=shown)
 
 
-def _check_writable(path: Path) -> None:
-    """Raises sqlite3.Error. Without it a read-only database would open well, and fail at the first trial."""
-    with contextlib.closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
+def _sqlite_code(error: BaseException) -> int:
+    """SQLite's primary result code; 0 when it is not SQLite's error."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _is_locked(error: BaseException) -> bool:
+    return _sqlite_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _check_writable(path: Path, shown: str) -> None:
+    """Waits until nobody else has the file locked. Raises sqlite3.Error. Without it a read-only database would open
+    well, and fail at the first trial."""
+    with contextlib.closing(sqlite3.connect(path, timeout=QUIET_S, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if not _is_locked(error):
+                raise
+            print(f"search.storage={shown} is locked; waiting for {BUSY_TIMEOUT_S:g} s", file=sys.stderr, flush=True)
+            connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000:.0f}")
+            connection.execute("BEGIN IMMEDIATE")
         connection.execute("PRAGMA user_version = 1")  # of a read-only file SQLite lets a transaction begin
         connection.execute("ROLLBACK")
 

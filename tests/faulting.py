@@ -58,6 +58,11 @@ def assert_checkpoints_whole(run: Run) -> list[str]:
     return tags
 
 
+def unfinished_checkpoints(run: Run) -> int:
+    """How many a kill has left half written; the next start removes them."""
+    return len([f for f in run.run_dir.checkpoints.glob("step-*") if f.name not in run.run_dir.complete_tags()])
+
+
 def output_file(run: Run) -> Path:
     return run.output_dir.with_name(f"{run.output_dir.name}.log")
 
@@ -77,14 +82,14 @@ def wait_for_start(output: Path, process: subprocess.Popen[str], *, within_s: fl
 
 
 def start_again(run: Run, *more: str, damaged: str | None = None) -> subprocess.Popen[str]:
-    """Starts the run, waits until it trains, and checks that it goes on from its newest complete checkpoint, or from
-    one before `damaged`."""
-    newest = run.run_dir.newest_tag()
+    """Starts the run, waits until it trains, and checks that it goes on from its newest complete checkpoint that is not
+    `damaged`."""
+    whole = [tag for tag in run.run_dir.complete_tags() if tag != damaged]
+    expected = whole[-1] if whole else None
     with output_file(run).open("w") as output:
         process = run.start(*more, output=output)
     try:
-        resumed_from = wait_for_start(output_file(run), process)["resumed_from"]
-        assert resumed_from == newest if damaged is None else resumed_from < damaged
+        assert wait_for_start(output_file(run), process)["resumed_from"] == expected
     except BaseException:
         kill_session(process)
         raise

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +89,8 @@ class _Host:
 class Hosts:
     """`with Hosts(2) as hosts`: worker-1 and worker-2 with sshd, and the host `login` with the launcher."""
 
-    def __init__(self, count: int, *, slots: int = 1) -> None:
+    def __init__(self, count: int) -> None:
         self.names = tuple(f"worker-{i}" for i in range(1, count + 1))
-        self._slots = slots
         self._running: dict[str, _Host] = {}
         self._switch: _Host | None = None
 
@@ -128,6 +127,10 @@ class Hosts:
     @property
     def hostfile(self) -> Path:
         return self.root / "hostfile"
+
+    def write_hostfile(self, *, slots: int) -> None:
+        """slots: ranks of each host."""
+        self.hostfile.write_text("".join(f"{name} slots={slots}\n" for name in self.names))
 
     @property
     def local(self) -> Path:
@@ -228,14 +231,12 @@ class Hosts:
             kill_session(process)
         return subprocess.CompletedProcess(list(argv), process.returncode, output)
 
-    def launch(
-        self, run: Run, *more: str, launcher: str = "pdsh", flags: Iterable[str] = (), host: str = LOGIN
-    ) -> subprocess.Popen[str]:
-        """Starts the run's script on all hosts of the hostfile through `deepspeed`, which runs on `host`."""
+    def launch(self, run: Run, *more: str, launcher: str = "pdsh") -> subprocess.Popen[str]:
+        """Starts the run's script on all hosts of the hostfile through `deepspeed`, which runs on `login`."""
         deepspeed = run.command(*more)
         script = deepspeed[deepspeed.index(f"launch/{run.script}") :]
         port = str(free_port())
-        where = ["--hostfile", str(self.hostfile), "--launcher", launcher, *flags, "--master_port", port]
+        where = ["--hostfile", str(self.hostfile), "--launcher", launcher, "--master_port", port]
         env = {}
         if (
             launcher == "openmpi"
@@ -244,11 +245,11 @@ class Hosts:
             meeting = f"MASTER_ADDR={self.address(self.names[0])}\nMASTER_PORT={port}\n"
             exports.write_text(self.exports.read_text() + meeting)
             env = {"DS_ENV_FILE": str(exports), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        return self.start(host, [str(Path(sys.executable).with_name("deepspeed")), *where, *script], env=env)
+        return self.start(LOGIN, [str(Path(sys.executable).with_name("deepspeed")), *where, *script], env=env)
 
-    def finish(self, run: Run, *more: str, launcher: str = "pdsh", flags: Iterable[str] = (), expect: int = 0) -> str:
+    def finish(self, run: Run, *more: str, launcher: str = "pdsh", expect: int = 0) -> str:
         """`launch`, waited for; nothing of it may be left on any host."""
-        return finished(self.launch(run, *more, launcher=launcher, flags=flags), expect)
+        return finished(self.launch(run, *more, launcher=launcher), expect)
 
     def processes(self, host: str) -> list[psutil.Process]:
         """What runs in the host, but for its process 1 and its sshd's listener."""
@@ -263,14 +264,6 @@ class Hosts:
             if time.monotonic() > until:
                 raise AssertionError(f"still there after {within_s:g} s: {left}")
             time.sleep(0.1)
-
-    def signal(self, process: subprocess.Popen[str], number: signal.Signals) -> None:
-        """To the process group that `start` has made, as a scheduler would. The program that entered the host for them
-        is left out: its exit code is to be theirs."""
-        for one in psutil.process_iter():
-            with suppress(OSError, psutil.NoSuchProcess):
-                if os.getpgid(one.pid) == process.pid != one.pid:
-                    one.send_signal(number)
 
     def ranks(self, host: str) -> list[psutil.Process]:
         """Python processes in the host that run a script of launch/."""
@@ -365,10 +358,10 @@ class Hosts:
                 ClientAliveCountMax 2
                 """,
             "bin/ssh": f'#!/bin/sh\nexec {which("ssh")} -F {self.root}/ssh_config "$@"\n',
-            "hostfile": "".join(f"{name} slots={self._slots}\n" for name in self.names),
         }
         for name, text in texts.items():
             (self.root / name).write_text(text)
+        self.write_hostfile(slots=1)
         (self.root / "bin" / "ssh").chmod(0o755)
         wanted = ("PATH", "PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
         exported = {name: value for name, value in self.env.items() if name in wanted}

@@ -75,8 +75,14 @@ def settings(poison: Poison, **more: object) -> dict[str, object]:
 
 
 @pytest.mark.launcher
-def test_a_bad_batch_is_named_with_losses_layers_and_sequences(make_run, poison: Poison) -> None:
-    run = make_run("run", ranks=2, stage=1, **settings(poison))
+@pytest.mark.parametrize(
+    ("stage", "ranks", "precision"),
+    [(0, 1, "fp32"), (1, 2, "fp32"), pytest.param(2, 2, "bf16", marks=pytest.mark.thorough), (3, 2, "bf16")],
+)
+def test_a_bad_batch_is_named_with_losses_layers_and_sequences(
+    make_run, poison: Poison, stage: int, ranks: int, precision: str
+) -> None:
+    run = make_run("run", ranks=ranks, launcher=ranks > 1, stage=stage, precision=precision, **settings(poison))
     output = run.finish(expect=3)
     error = run.records("error")[-1]
     assert error["status"] == "diverged"

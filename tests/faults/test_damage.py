@@ -126,7 +126,7 @@ def test_ranks_on_other_hosts_than_before_are_refused(make_run, finished, tmp_pa
         local.choose("auto", set_aside=False)
     other = replace(local.execution, world_size=1)
     with pytest.raises(UserError, match="Copy them into one shared output_dir"):
-        plan_conversion(step_tag(6), marker, other, "local")
+        plan_conversion(step_tag(6), saved=marker, execution=other, storage="local")
 
 
 @pytest.mark.launcher

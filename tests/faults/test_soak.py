@@ -116,6 +116,7 @@ class Soak:
 def test_soak(make_run, tmp_path: Path) -> None:
     rng = seed_of("soak")
     settings = {
+        "micro": 2,
         "train__global_batch": 12,
         "train__steps": 1_000_000,
         "train__schedule": "constant",

@@ -97,5 +97,14 @@ def test_links_and_named_files_exist() -> None:
             assert (ROOT / name).exists(), f"{document.name}: {name}"
 
 
+def test_the_table_of_faults_names_tests_that_are_marked() -> None:
+    """`pytest -m faults` must reproduce each row."""
+    table = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")]
+    named = {name for line in table[2:] for name in re.findall(r"`(tests/[\w./]+\.py)`", line)}
+    assert len(named) > 10
+    for name in named:
+        assert "pytest.mark.faults" in (ROOT / name).read_text(), name
+
+
 def test_there_are_commands_to_test() -> None:
     assert {word for command in LAUNCHED for word in command.split() if word.startswith("launch/")} == set(BANNER_SAYS)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulting import TIMES, assert_checkpoints_whole, seed_of, wait_for_start
+from faulting import TIMES, assert_checkpoints_whole, seed_of, unfinished_checkpoints, wait_for_start
 from hosts import LOGIN, Hosts, why_not
 from launching import Run, finished, kill_session, spawn
 from safetensors.torch import load_file
@@ -79,7 +79,7 @@ def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
     the next start continues."""
     rng = seed_of("host killed")
     run = make_run("run", stage=1, **ENDLESS)
-    took = []
+    took, torn = [], 0
     for turn in range(max(1, TIMES)):
         newest = run.run_dir.newest_tag()
         log = tmp_path / f"log {turn}"
@@ -94,6 +94,7 @@ def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
             left = tuple(name for name in hosts.names if name != victim)
             took.append(assert_no_ranks(hosts, left, within_s=LIMIT_S + 60))
             assert assert_checkpoints_whole(run)
+            torn += unfinished_checkpoints(run)
             stacks = list((run.output_dir / "hangs").glob(f"step-*-{left[0]}-rank-*.txt"))
             assert stacks, "the rank that is left has written its stacks"
             for path in stacks:
@@ -111,7 +112,10 @@ def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
         kill_session(process)
         process.wait()
     assert_no_ranks(hosts, hosts.names, within_s=60)
-    print(f"hosts killed: {len(took)}; the other host's rank ended after {', '.join(f'{s:.0f}' for s in took)} s")
+    print(
+        f"hosts killed: {len(took)}, {torn} of them while a checkpoint was written; the other host's rank ended after"
+    )
+    print(f"{', '.join(f'{seconds:.0f}' for seconds in took)} s at a limit of {LIMIT_S} s")
 
 
 def test_a_network_that_drops(make_run, hosts: Hosts, tmp_path: Path) -> None:
@@ -148,20 +152,37 @@ def test_an_error_on_one_host_ends_all_at_once(make_run, hosts: Hosts, tiny_worl
     shutil.rmtree(hosts.disk("worker-1") / "corpus")
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.thorough), 3])
-def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int) -> None:
-    settings = {"ranks": 2, "stage": stage, "micro": 2, "train__steps": 8, "train__save_every": 4, "train__keep": 2}
+def optimizer_shard(rank: int) -> str:
+    return f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture
+def slots(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[int]:
+    """Ranks of each host."""
+    hosts.write_hostfile(slots=request.param)
+    yield request.param
+    hosts.write_hostfile(slots=1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "slots"),
+    [pytest.param(1, 1, marks=pytest.mark.thorough), pytest.param(3, 1, marks=pytest.mark.thorough), (3, 2)],
+    indirect=["slots"],
+)
+def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int, slots: int) -> None:
+    ranks = 2 * slots
+    settings = {"ranks": ranks, "stage": stage, "micro": 2, "train__steps": 8, "train__save_every": 4, "train__keep": 2}
     shared = make_run("shared", **settings)
-    shared.finish()  # one host, two ranks
+    shared.finish()  # one host, as many ranks
 
     run = make_run("local", checkpoint__storage="local", **settings)
     shutil.rmtree(run.output_dir, ignore_errors=True)
-    run.output_dir = hosts.local / f"run {stage}"
+    run.output_dir = hosts.local / f"run {stage} {slots}"
     hosts.finish(run)
-    seen = {name: hosts.disk(name) / f"run {stage}" for name in hosts.names}
+    seen = {name: hosts.disk(name) / run.output_dir.name for name in hosts.names}
     shards = {name: {p.name for p in (seen[name] / "checkpoints" / step_tag(8)).glob("*optim*")} for name in seen}
-    assert shards["worker-1"] == {"zero_pp_rank_0_mp_rank_00_optim_states.pt"}
-    assert shards["worker-2"] == {"zero_pp_rank_1_mp_rank_00_optim_states.pt"}
+    assert shards["worker-1"] == {optimizer_shard(rank) for rank in range(slots)}
+    assert shards["worker-2"] == {optimizer_shard(rank) for rank in range(slots, ranks)}
     assert (seen["worker-1"] / "student" / "model.safetensors").is_file()
     assert {p.name for p in seen["worker-2"].iterdir()} == {"checkpoints"}
     whole = Run(seen["worker-1"])
@@ -176,9 +197,9 @@ def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int) -> 
     # one host lacks a file of the newest: the one before is used by both
     for name in hosts.names:
         assert (seen[name] / "checkpoints" / step_tag(8)).is_dir()
-    (seen["worker-2"] / "checkpoints" / step_tag(8) / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    (seen["worker-2"] / "checkpoints" / step_tag(8) / optimizer_shard(ranks - 1)).unlink()
     output = hosts.finish(run)
-    assert "step-00000008 is damaged: worker-2: zero_pp_rank_1_mp_rank_00_optim_states.pt is missing" in output
+    assert f"step-00000008 is damaged: worker-2: {optimizer_shard(ranks - 1)} is missing" in output
     assert "continues from step-00000004" in output
 
     # the disks of all hosts brought together: one folder on shared storage, exported and continued as such
@@ -186,16 +207,16 @@ def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int) -> 
     newest = together.run_dir.checkpoints / step_tag(8)
     shutil.copytree(seen["worker-1"], together.output_dir, ignore=shutil.ignore_patterns("student", "damaged-*"))
     output = export(together, expect=2)
-    assert "holds the shards of 1 of 2 ranks" in output
+    assert f"holds the shards of {slots} of {ranks} ranks" in output
     for step in (4, 8):
         folder = seen["worker-2"] / "checkpoints" / step_tag(step)
         shutil.copytree(folder, together.run_dir.checkpoints / step_tag(step), dirs_exist_ok=True)
     export(together)
     for key, weight in load_file(together.output_dir / "student" / "model.safetensors").items():
         assert torch.equal(weight, whole.student()[key])
-    (newest / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"nonsense")
+    (newest / optimizer_shard(0)).write_bytes(b"nonsense")
     output = together.finish()
-    assert "step-00000008 is damaged: zero_pp_rank_0_mp_rank_00_optim_states.pt has 8 bytes" in output
+    assert f"step-00000008 is damaged: {optimizer_shard(0)} has 8 bytes" in output
     assert "continues from step-00000004" in output
     assert together.curve() == pytest.approx(shared.curve(), rel=1e-5)
 
@@ -204,6 +225,18 @@ def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int) -> 
     output = hosts.finish(run, expect=2)
     assert "worker-2 has nothing of it" in output
     assert (seen["worker-1"] / "checkpoints" / step_tag(8)).is_dir(), "what the other host has is left alone"
+
+
+@pytest.mark.thorough
+def test_hosts_of_one_name_with_disks_of_their_own(make_run, hosts: Hosts) -> None:
+    run = make_run("run", ranks=2, stage=1, train__steps=2, checkpoint__storage="local")
+    hosts.run("worker-2", ["hostname", "worker-1"])
+    try:
+        output = hosts.finish(run, expect=2)
+    finally:
+        hosts.run("worker-2", ["hostname", "worker-2"])
+    assert "several are named worker-1; give each its own (hostname)" in output
+    assert not run.run_dir.complete_tags()
 
 
 @pytest.mark.thorough

@@ -44,6 +44,7 @@ def run(program: str, *argv: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.faults
 def test_a_thread_that_asks_late_for_pythons_lock(tmp_path: Path) -> None:
     """With `sys.exit(main())`, rank 1 ends with SIGABRT: "terminate called without an active exception"."""
     ranks = [run(PAIR, str(rank), str(tmp_path / "store")) for rank in (0, 1)]

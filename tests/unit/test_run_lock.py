@@ -16,6 +16,8 @@ import pytest
 from engine import run_lock
 from engine.errors import UserError
 
+pytestmark = pytest.mark.faults
+
 
 def test_a_second_holder_is_refused_until_the_first_releases(tmp_path: Path) -> None:
     first = run_lock.acquire(tmp_path / "new" / "run")

@@ -463,6 +463,32 @@ def test_a_locked_sqlite_file_is_transient_and_a_broken_one_is_not(
     storage.close()
 
 
+@pytest.mark.faults
+def test_a_sqlite_file_that_is_locked_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Waited for, and said; after a minute the error names no other file, in which a search would begin anew."""
+    path = tmp_path / "study.db"
+    url = f"sqlite:///{path}"
+    open_storage(url).close()
+    monkeypatch.setattr("ga.storage.QUIET_S", 0.1)
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(1, lambda: other.execute("ROLLBACK"))
+    release.start()
+    open_storage(url).close()
+    release.join()
+    assert capsys.readouterr().err == f"search.storage={url} is locked; waiting for 60 s\n"
+
+    monkeypatch.setattr("ga.storage.BUSY_TIMEOUT_S", 0.2)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(UserError, match="database is locked; another process has it locked: end that") as caught:
+        open_storage(url)
+    other.close()
+    assert "name another" not in str(caught.value)
+    open_storage(url).close()
+
+
 @pytest.mark.parametrize(
     "error", [KeyError("x"), UserError("x"), OSError(111, "Connection refused"), ValueError("locked")]
 )
