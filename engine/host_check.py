@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import os
+import resource
 import secrets
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.aligned import labelled
 from engine.host_agent import COMPARED
-from engine.host_link import HostError, HostLink
+from engine.host_link import HostError, HostLink, close_all
 from engine.hostfile import parse_hostfile, rank_exports
 from engine.tool_config import HostCheckConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSED_ON = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")
 """Beginnings of the variables that DeepSpeed passes on to other hosts by itself."""
+FACTS_S = 20.0
+"""ssh's own limit on connecting, and the start of Python from a slow disk."""
 ANSWER_S = 10.0
-ALL_REDUCE_S = 25.0
 CLOCK_S = 2.0
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -71,6 +74,9 @@ class Report:
 
 def check_hosts(config: HostCheckConfig) -> bool:
     """Prints the report; whether a job would run. Raises UserError for a hostfile or .deepspeed_env with a mistake."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # a kernel may refuse its own hard limit; hosts for which it is too low say so
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a host takes three, and 1024 is usual
     report = HostCheck(config, parse_hostfile(Path(config.hostfile)), ranks_environment(os.environ)).run()
     if config.json:
         print(json.dumps({"ok": report.ok, **asdict(report)}, indent=1))
@@ -99,13 +105,13 @@ class HostCheck:
 
     def run(self) -> Report:
         start = time.monotonic()
-        with ThreadPoolExecutor(len(self._verdicts)) as self._pool, ExitStack() as stack:
-            for host in self._verdicts:
-                link = HostLink(host, env=self._env, ssh_port=self._config.ssh_port)
-                stack.callback(link.close)
-                self._links[host] = link
-            for stage in (self._look, self._compare, self._meet, self._names, self._share, self._all_reduce):
-                stage()
+        with ThreadPoolExecutor(len(self._verdicts)) as self._pool:
+            try:
+                self._connect()
+                for stage in (self._look, self._compare, self._meet, self._names, self._share, self._all_reduce):
+                    stage()
+            finally:
+                close_all(self._links.values())
         self._report.seconds = time.monotonic() - start
         return self._report
 
@@ -117,7 +123,9 @@ class HostCheck:
         return (verdict for verdict in self._verdicts.values() if verdict.facts)
 
     def _left(self, most_s: float) -> float:
-        return min(most_s, self._deadline - time.monotonic())
+        """Seconds. `most_s` is for the usual --seconds, and grows with them."""
+        longer = max(1.0, self._config.seconds / HostCheckConfig.seconds)
+        return min(most_s * longer, self._deadline - time.monotonic())
 
     def _ask(self, verdict: Verdict, do: str, *, most_s: float = ANSWER_S, **arguments: Any) -> dict[str, Any]:
         return self._links[verdict.host].ask(do, within_s=self._left(most_s), **arguments)
@@ -134,18 +142,24 @@ class HostCheck:
 
         list(self._pool.map(guarded, verdicts))
 
+    def _connect(self) -> None:
+        for host, verdict in self._verdicts.items():
+            try:
+                self._links[host] = HostLink(host, env=self._env, ssh_port=self._config.ssh_port)
+            except HostError as error:
+                verdict.wrong.append(f"{error.what}; {error.remedy}")
+
     def _look(self) -> None:
         """ssh, and what each host says of itself."""
 
         def ask(verdict: Verdict) -> None:
-            most_s = 20.0  # ssh's own limit on connecting, and the start of Python from a slow disk
-            verdict.facts = self._ask(verdict, "facts", most_s=most_s, root=str(ROOT), cwd=str(Path.cwd()))
+            verdict.facts = self._ask(verdict, "facts", most_s=FACTS_S, root=str(ROOT), cwd=str(Path.cwd()))
             offset, _ = self._links[verdict.host].clock_offset(within_s=self._left(ANSWER_S))
             verdict.clock_ahead_s = offset
             known = [a for a in (verdict.facts["reached_at"], *verdict.facts["addresses"]) if a]
             verdict.address = next((address for address in known if not _is_loopback(address)), None)
 
-        self._each(ask, list(self._verdicts.values()))
+        self._each(ask, [verdict for verdict in self._verdicts.values() if verdict.host in self._links])
 
     def _compare(self) -> None:
         """With the first host that was reached."""
@@ -197,12 +211,17 @@ class HostCheck:
             first.wrong.append("`hostname -I`, which DeepSpeed asks for its address, says nothing; give --master_addr")
             told = first.address
         others = [verdict for verdict in self._reached() if verdict is not first]
+        tried = [address for address in dict.fromkeys((told, first.address)) if address is not None]
+        came_from: list[str] = []
 
         def visit(verdict: Verdict) -> None:
             failed: dict[str, str] = {}
-            for address in dict.fromkeys(a for a in (told, first.address) if a is not None):
+            for address in tried:
                 answer = self._ask(verdict, "visit", address=address, port=port, timeout_s=5.0)
                 if answer["error"] is None and answer["name"] == first.facts["name"]:
+                    came_from.append(answer["from"])
+                    # ssh may have come through another network, which the ranks do not use
+                    first.address, verdict.address = address, answer["from"]
                     verdict.interface = _interface_of(verdict, answer["from"])
                     if failed:
                         verdict.wrong.append(
@@ -218,8 +237,7 @@ class HostCheck:
             port = self._listen(first)
             self._each(visit, others)
             self._ask(first, "hang_up")
-            toward = next((verdict.address for verdict in others if verdict.address), None)
-            own = self._ask(first, "route", address=toward)["from"] if toward else first.address
+            own = self._ask(first, "route", address=came_from[0])["from"] if came_from else first.address
         except HostError as error:
             first.facts = {}
             first.wrong.append(f"{error.what}; {error.remedy}")
@@ -304,7 +322,6 @@ class HostCheck:
         if len(verdicts) < 2 or any(len(v.wrong) > (1 if repaired and _only_name(v) else 0) for v in verdicts):
             return
         first = self._first
-        assert first.address is not None
         backend = "nccl" if all(verdict.facts["gpus"] for verdict in verdicts) else "gloo"
         answers: dict[str, dict[str, Any]] = {}
         try:
@@ -314,18 +331,18 @@ class HostCheck:
             first.facts = {}
             first.wrong.append(f"{gone.what}; {gone.remedy}")
             return
-        limit = max(1.0, self._left(ALL_REDUCE_S) - 2.0)  # so that an agent can say that it waited in vain
+        limit = max(1.0, self._left(math.inf) - 2.0)  # so that an agent can say that it waited in vain
 
         def reduce(verdict: Verdict) -> None:
             rank = {
                 "RANK": str(verdicts.index(verdict)),
                 "WORLD_SIZE": str(len(verdicts)),
-                "MASTER_ADDR": str(first.address),
+                "MASTER_ADDR": str(first.address),  # where the others have met it
                 "MASTER_PORT": str(port),
                 **self._report.settings,
             }
-            most = {"most_s": limit + ANSWER_S, "timeout_s": limit}
-            answers[verdict.host] = self._ask(verdict, "all_reduce", root=str(ROOT), env=rank, backend=backend, **most)
+            arguments = {"root": str(ROOT), "env": rank, "backend": backend, "timeout_s": limit}
+            answers[verdict.host] = self._ask(verdict, "all_reduce", most_s=math.inf, **arguments)
 
         self._each(reduce, verdicts)
         failed = {host: answer["error"] for host, answer in answers.items() if answer["error"] is not None}
@@ -365,7 +382,10 @@ def table(report: Report) -> str:
     if not done:
         said = "not tried: one host" if len(report.hosts) == 1 else "not tried: first repair what is WRONG above"
     elif done["error"] is not None:
-        said = f"{done['backend']} FAILED ({done['error']}); look at firewalls, and set {INTERFACE} in .deepspeed_env"
+        said = (
+            f"{done['backend']} FAILED ({done['error']}); look at firewalls, set {INTERFACE} in .deepspeed_env, and "
+            "give more --seconds where Python and torch start slowly"
+        )
     else:
         said = (
             f"{done['backend']}, one rank a host: {done['latency_ms']:.2f} ms for 4 bytes, {done['gbit_per_s']:.2f} "

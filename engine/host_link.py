@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine import host_agent
 from engine.errors import UserError
 
 CONNECT_S = 8
+CLOSE_S = 1.0
 _SAID_BY_SSH = {
     "permission denied": "ssh asks for a password: put your public key there (`ssh-copy-id {host}`)",
     "host key verification failed": "its key is not known here: run `ssh {host}` once by hand and compare the key",
@@ -41,10 +42,10 @@ class HostError(Exception):
 
 
 class HostLink:
-    """One ssh connection to an agent. `close` must be called in the end."""
+    """One ssh connection to an agent. `close_all` must be called in the end."""
 
     def __init__(self, host: str, *, env: Mapping[str, str], ssh_port: int | None) -> None:
-        """env: for the agent and what it starts; as DeepSpeed's launcher would pass it on."""
+        """env: for the agent and what it starts; as DeepSpeed's launcher would pass it on. Raises HostError."""
         assert not host.startswith("-")
         self.host = host
         source = inspect.getsource(host_agent)
@@ -56,15 +57,21 @@ class HostLink:
             raise UserError(
                 "there is no ssh in PATH, which launchers and this check reach other hosts with; install it"
             )
-        self._ssh = subprocess.Popen(
-            [*words, host, shlex.join(program)],  # the remote shell splits this text
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C is for the check, which then closes its links
-        )
+        try:
+            self._ssh = subprocess.Popen(
+                [*words, host, shlex.join(program)],  # the remote shell splits this text
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C is for the check, which then closes its links
+            )
+        except OSError as error:
+            raise HostError(
+                f"ssh cannot be started here ({error})",
+                "raise this machine's limits on open files (3 a host) and processes (`ulimit -Hn`, `ulimit -u`)",
+            ) from error
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._complaints: list[str] = []
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_out, self._read_err)]
@@ -119,13 +126,25 @@ class HostLink:
             best = min(best, (now - (sent + received) / 2, (received - sent) / 2), key=lambda one: one[1])
         return best
 
-    def close(self) -> None:
-        """Ends ssh, and with it the agent."""
+    def _hang_up(self) -> None:
+        """The agent ends when it has read this, and ssh then."""
         assert self._ssh.stdin is not None
         with contextlib.suppress(OSError):
             self._ssh.stdin.close()
+
+    def _end(self, *, within_s: float) -> None:
         try:
-            self._ssh.wait(timeout=1)
+            self._ssh.wait(timeout=within_s)
         except subprocess.TimeoutExpired:
             self._ssh.kill()
             self._ssh.wait()
+
+
+def close_all(links: Iterable[HostLink]) -> None:
+    """Ends each ssh, and with it the agent. They have CLOSE_S together, however many hang."""
+    links = list(links)
+    for link in links:
+        link._hang_up()
+    until = time.monotonic() + CLOSE_S
+    for link in links:
+        link._end(within_s=max(0.0, until - time.monotonic()))

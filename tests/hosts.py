@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +45,8 @@ mount --bind "$3" "$4"
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir /run/sshd
-echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6
+no_ipv6=/proc/sys/net/ipv6/conf/all/disable_ipv6
+[ ! -e "$no_ipv6" ] || echo 1 >"$no_ipv6"
 ip link set lo up
 echo ready
 exec >/dev/null 2>&1
@@ -117,12 +118,14 @@ class Hosts:
         self.close()
 
     def close(self) -> None:
-        for name in list(self._running):
-            self.kill(name)
-        if self._switch is not None:
-            _end(self._switch)
-            self._switch = None
-        shutil.rmtree(self.root, ignore_errors=True)
+        """Removes all, the last named first; where one of these fails, the others are done all the same."""
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, self.root, ignore_errors=True)
+            if self._switch is not None:
+                stack.callback(_end, self._switch)
+            for name in self._running:
+                stack.callback(self.kill, name)
+        self._switch = None
 
     @property
     def hostfile(self) -> Path:
@@ -191,10 +194,11 @@ class Hosts:
     def kill(self, host: str) -> None:
         """SIGKILL to everything in the host, as a power failure: nobody is told, no connection is closed."""
         assert self._switch is not None
-        # first the cable, or the kernel would still send the dying sockets' last words
-        with suppress(subprocess.CalledProcessError):
-            self._ip(self._switch, "link", "delete", self._port(host))
-        _end(self._running.pop(host))
+        with ExitStack() as stack:
+            stack.callback(_end, self._running.pop(host))
+            # first the cable, or the kernel would still send the dying sockets' last words
+            with suppress(subprocess.CalledProcessError):
+                self._ip(self._switch, "link", "delete", self._port(host))
 
     def disconnect(self, host: str) -> None:
         assert self._switch is not None
@@ -384,13 +388,13 @@ def _in_namespace(wanted: str) -> list[psutil.Process]:
 
 def _end(host: _Host) -> None:
     """Process 1 takes its whole process namespace with it, and that its network."""
-    with suppress(ProcessLookupError):
-        os.kill(host.init, signal.SIGKILL)
-    host.holder.wait(30)
     assert host.holder.stdin is not None
     assert host.holder.stdout is not None
-    host.holder.stdin.close()
-    host.holder.stdout.close()
+    with host.holder.stdin, host.holder.stdout:
+        if host.holder.poll() is None:  # else another process may have the number of its child by now
+            with suppress(ProcessLookupError):
+                os.kill(host.init, signal.SIGKILL)
+        host.holder.wait(30)
 
 
 def _remove_left_over() -> None:

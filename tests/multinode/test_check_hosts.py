@@ -51,6 +51,25 @@ def test_everything_right(two_hosts: Hosts) -> None:
     two_hosts.assert_idle()
 
 
+def test_ssh_over_a_network_of_its_own(two_hosts: Hosts) -> None:
+    """`login` knows worker-1, then worker-2, by an address that leads nowhere from the other worker."""
+
+    def ip(host: str, *words: str) -> None:
+        done = two_hosts.run(host, ["ip", *words])
+        assert done.returncode == 0, done.stdout
+
+    for number, name in enumerate(two_hosts.names, start=1):
+        ip(name, "address", "add", f"10.88.0.{number}/32", "dev", "lo")
+        ip("login", "route", "add", f"10.88.0.{number}", "via", two_hosts.address(name))
+        two_hosts.resolve("login", name, f"10.88.0.{number}")
+        answer = json.loads(check(two_hosts, "--json", expect=0))
+        assert answer["hosts"][number - 1]["facts"]["reached_at"] == f"10.88.0.{number}"
+        assert [(h["address"], h["interface"], h["doubtful"]) for h in answer["hosts"]] == [
+            ("10.77.0.1", INTERFACE, []),
+            ("10.77.0.2", INTERFACE, []),
+        ]
+
+
 def test_sshd_down_host_down_port_taken_and_folder_not_shared(two_hosts: Hosts) -> None:
     """Four mistakes that are found before any rank is started."""
     output = check(two_hosts, "--shared", str(two_hosts.local), expect=2)

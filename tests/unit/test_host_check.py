@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from launching import free_port
+from launching import ROOT, free_port
 
 from engine.errors import UserError
 from engine.host_agent import COMPARED, _addresses, _interfaces
-from engine.host_check import PASSED_ON, HostCheck, table
+from engine.host_check import ANSWER_S, PASSED_ON, HostCheck, table
+from engine.host_link import CLOSE_S, HostLink, close_all
 from engine.hostfile import parse_hostfile, rank_exports
 from engine.tool_config import HostCheckConfig
 
@@ -25,21 +30,26 @@ done | sh -c "$command"
 """
 
 
-@pytest.fixture
-def local_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ssh: str) -> None:
     program = tmp_path / "bin" / "ssh"
     program.parent.mkdir()
-    program.write_text(SSH)
+    program.write_text(ssh)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
 
 
-def check(tmp_path: Path, hosts: dict[str, int]) -> HostCheck:
+@pytest.fixture
+def local_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch, SSH)
+
+
+def check(tmp_path: Path, hosts: dict[str, int], *, seconds: float = HostCheckConfig.seconds) -> HostCheck:
     path = tmp_path / "hostfile"
     path.write_text("".join(f"{name} slots={slots}\n" for name, slots in hosts.items()))
     chosen = [name for name, found in _interfaces().items() if set(found) & set(_addresses())]
     env = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "GLOO_SOCKET_IFNAME": ",".join(chosen)}
-    return HostCheck(HostCheckConfig(hostfile=str(path), master_port=free_port()), parse_hostfile(path), env)
+    config = HostCheckConfig(hostfile=str(path), master_port=free_port(), seconds=seconds)
+    return HostCheck(config, parse_hostfile(path), env)
 
 
 def facts(gpus: int) -> dict[str, object]:
@@ -97,6 +107,50 @@ def test_a_first_host_that_goes_before_the_all_reduce(
     assert not report.ok
     assert report.hosts[0].interface is not None, "it was there until then"
     assert "the connection was closed" in table(report)
+
+
+def test_more_seconds_lengthen_every_stage(tmp_path: Path) -> None:
+    """And the all-reduce has all that is left of them, at the address where the others came."""
+    whole = check(tmp_path, {"one": 8, "two": 8}, seconds=200)
+    assert whole._left(ANSWER_S) == 4 * ANSWER_S
+    asked = []
+
+    def ask(verdict, do, **arguments):
+        asked.append((do, arguments))
+        return {"error": None, "taken": False, "port": 1}
+
+    whole._ask = ask
+    whole._each = lambda ask, verdicts: [ask(verdict) for verdict in verdicts]
+    for verdict in whole._report.hosts:
+        verdict.facts, verdict.address = facts(0), f"at-{verdict.host}"
+    whole._all_reduce()
+    ranks = [arguments for do, arguments in asked if do == "all_reduce"]
+    assert [rank["timeout_s"] for rank in ranks] == pytest.approx([198, 198], abs=2)
+    assert [rank["env"]["MASTER_ADDR"] for rank in ranks] == ["at-one", "at-one"]
+
+
+def test_hosts_that_hang_are_left_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch, "#!/bin/sh\nexec sleep 60\n")
+    links = [HostLink(f"host-{i}", env={}, ssh_port=None) for i in range(6)]
+    began = time.monotonic()
+    close_all(links)
+    assert CLOSE_S <= time.monotonic() - began < 4 * CLOSE_S
+
+
+@pytest.mark.parametrize(("limit", "enough"), [("-Sn", True), ("-n", False)])
+def test_more_hosts_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, enough: bool) -> None:
+    """The soft limit is raised; under a hard one the hosts for which it is too low say so."""
+    stand_in(tmp_path, monkeypatch, "#!/bin/sh\nexit 255\n")
+    (tmp_path / "hostfile").write_text("".join(f"host-{i} slots=1\n" for i in range(12)))
+    command = shlex.join([sys.executable, "launch/check_hosts.py", "--hostfile", str(tmp_path / "hostfile")])
+    words = ["bash", "-c", f"ulimit {limit} 24; exec {command}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("host-")]
+    assert len(lines) == 12
+    full = [line for line in lines if "ssh cannot be started here ([Errno 24] Too many open files" in line]
+    assert len(full) == 0 if enough else 1 < len(full) < 12
+    assert sum("the connection was closed" in line for line in lines) == 12 - len(full)
 
 
 def test_bad_lines_of_the_environment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
