@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from engine.cli import parse_config, run_main
 from engine.errors import UserError
+from engine.output import survive_lost_readers
 from ga.config import SearchConfig
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -16,6 +17,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 def search_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
+        survive_lost_readers()  # or a driver whose terminal is gone would leave its jobs
         words = sys.argv[1:] if argv is None else argv
         config = parse_config(SearchConfig, words, "Search the layer mapping with proxy jobs.")
         from ga.search import search

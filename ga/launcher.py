@@ -130,7 +130,8 @@ class Job:
         """Starts `words` in `cwd` with the environment variables `added`; output goes to job_dir/output.log.
 
         cmd.txt is there before the job is. The log of an earlier start in the same directory is kept under
-        superseded-output.log. Raises UserError when the command cannot be started.
+        superseded-output.log. Raises UserError when the command cannot be started, and OSError when the
+        directory cannot be written.
         """
         job_dir = job_dir.resolve()
         job_dir.mkdir(parents=True, exist_ok=True)

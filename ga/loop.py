@@ -120,7 +120,7 @@ class Loop:
         try:
             self.patiently(lambda: self.ledger.begin(claims, folder))
             self.pool.start(placement, job)
-        except UserError:
+        except (UserError, OSError):
             self.patiently(lambda: self.ledger.release(claims))
             raise
         self._claims[folder.resolve()] = claims

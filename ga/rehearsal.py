@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from ga.progress import format_duration
 from ga.proposals import SearchSource
 from ga.slots import Placement, free_port
 
-MEASURED, COST = "measured", "cost.json"
+MEASURED, COST, LOCK = "measured", "cost.json", "driver.lock"
 LOOK_EVERY_S = 0.2
 
 
@@ -120,11 +122,57 @@ def first_genomes(source: SearchSource, count: int) -> list[str]:
     return list(dict.fromkeys(source.proposal(source.study.ask()).genome for _ in range(count)))
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other drivers out of the measured job's folder, until the end of the block or of this process, where the
+    file system has flock. Raises UserError when another one is in there."""
+    with (folder / LOCK).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another --dry_run is measuring in {folder}; wait until it has ended, stop it, or name another "
+                "output_dir"
+            ) from None
+        except OSError:  # no flock here: nothing tells one driver of another
+            pass
+        yield
+
+
+def end_lost_measurement(config: SearchConfig) -> None:
+    """Ends the job of a --dry_run that was killed. That of a living one is left alone; another --dry_run raises
+    UserError then."""
+    folder = config.root / MEASURED
+    if not folder.is_dir():
+        return
+    try:
+        with _alone_in(folder):
+            end_lost_job(folder)
+    except UserError:
+        if config.dry_run:
+            raise
+
+
 def measure(
     config: SearchConfig, facts: ProxyFacts, pool: JobPool, genomes: Sequence[str], *, stop: Callable[[], bool]
 ) -> float | None:
-    """Seconds that a job of these genomes takes; None when told to stop. Raises UserError when it fails."""
+    """Seconds that a job of these genomes takes; None when told to stop. Raises UserError when it fails, or another
+    driver is measuring."""
     folder = config.root / MEASURED
+    folder.mkdir(exist_ok=True)
+    with _alone_in(folder):
+        return _measure_in(folder, config, facts, pool, genomes, stop=stop)
+
+
+def _measure_in(
+    folder: Path,
+    config: SearchConfig,
+    facts: ProxyFacts,
+    pool: JobPool,
+    genomes: Sequence[str],
+    *,
+    stop: Callable[[], bool],
+) -> float | None:
     key = [facts.fingerprint, config.seed, config.proxy.repeats, list(genomes)]
     cost = _read_cost(folder)
     if cost is not None and cost["of"] == key:

@@ -20,13 +20,12 @@ from ga.finale import publish
 from ga.genome import Space
 from ga.history import ranked, read_history
 from ga.jobs import JobPool, find_placements
-from ga.launcher import end_lost_job
 from ga.ledger import Ledger, known_evaluations
 from ga.loop import GivenUp, Interrupted, Loop
 from ga.preflight import ProxyFacts, ask_proxy
 from ga.progress import status_text
 from ga.proposals import ConfirmationSource, SearchSource
-from ga.rehearsal import MEASURED, describe_search, measured_evaluations, rehearse
+from ga.rehearsal import describe_search, end_lost_measurement, measured_evaluations, rehearse
 from ga.show import Show
 from ga.stop import StopSignals
 from ga.storage import SearchStorage, open_storage
@@ -45,7 +44,7 @@ def search(config: SearchConfig) -> int:
         config.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir!r} cannot be made: {error}") from None
-    end_lost_job(config.root / MEASURED)
+    end_lost_measurement(config)
     pool = JobPool(
         find_placements(
             hostfile=config.hostfile,

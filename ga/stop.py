@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import sys
 from types import FrameType, TracebackType
 
 from engine.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from ga.jobs import JobPool
 
+_STDERR = 2
+
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGHUP ask for an orderly end; a second one kills the jobs."""
+    """Ctrl-C, SIGTERM and SIGHUP ask for an orderly end; a second one kills the jobs, but for SIGHUP: a terminal that
+    goes often sends two."""
 
     def __init__(self, pool: JobPool) -> None:
         self._pool = pool
@@ -29,12 +33,13 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._first is not None:
+        if self._first is None:
+            self._first = number
+            if self._pool.running:
+                with contextlib.suppress(OSError):  # it would be raised wherever the driver is just now
+                    os.write(_STDERR, b"stopping: jobs are told to end; once more to kill them\n")
+        elif number != signal.SIGHUP:
             self._pool.kill()
-            return
-        self._first = number
-        if self._pool.running:
-            print("stopping: jobs are told to end; once more to kill them", file=sys.stderr, flush=True)
 
     @property
     def requested(self) -> bool:

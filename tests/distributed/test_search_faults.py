@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import select
 import sqlite3
+import subprocess
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launching import ROOT, environment
 from searching import SearchRun, finish
 from small_disk import SmallDisk
 
+from engine.exit_codes import EXIT_PREEMPTED
 from ga.storage import open_storage
 
 MakeSearch = Callable[..., SearchRun]
@@ -53,6 +60,35 @@ def test_a_full_disk_of_the_driver_and_of_the_database(
     assert {one.outcome for one in found} == {"ok"}
     assert set(search.results().values()) == {1}, "a genome was run twice"
     assert not search.job_processes()
+
+
+@pytest.mark.launcher
+def test_a_terminal_that_goes_ends_the_search_in_order(make_search: MakeSearch) -> None:
+    """As when an ssh session is lost: the kernel sends SIGHUP, and whatever is written from then on is EIO."""
+    search = make_search("hung up", sampler="random", trials=4, cohort=2, confirm_top=0)
+    ours, theirs = os.openpty()
+    driver = subprocess.Popen(
+        search.command(),
+        cwd=ROOT,
+        env=environment(),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    trials = search.output_dir / "trials"
+    while not (trials.exists() and list(trials.glob("*/output.log"))):
+        assert driver.poll() is None
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 1 << 16)  # or the driver would wait for its terminal
+    os.close(ours)
+    try:
+        assert driver.wait(120) == EXIT_PREEMPTED
+        assert not search.job_processes()
+    finally:
+        driver.kill()
 
 
 def test_a_database_that_is_none_or_of_another_optuna(make_search: MakeSearch, tmp_path: Path) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 import pytest
+from small_disk import SmallDisk
 from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError
 
 from engine.errors import UserError
+from engine.run_dir import as_yaml
 from ga.config import SearchConfig, SearchSection
 from ga.drivers import Driver, Drivers
 from ga.genome import Space
 from ga.jobs import JobPool, find_placements
-from ga.ledger import Claim, Ledger
+from ga.launcher import COMMAND
+from ga.ledger import FOLDER, OWNER, Claim, Ledger
 from ga.logs import JobReport, Outcome
 from ga.loop import GivenUp, Interrupted, Loop
 from ga.proposals import SearchSource
@@ -72,6 +77,30 @@ def test_a_second_start_of_a_trial_gets_a_folder_of_its_own(loop: Loop) -> None:
         folder.mkdir(parents=True)
         names.append(folder.name)
     assert names == ["00012", "00012-2", "00012-3"]
+
+
+@pytest.mark.faults
+def test_a_job_without_room_on_the_disk_leaves_its_trials_open(
+    loop: Loop, small_disk: Callable[[int], SmallDisk]
+) -> None:
+    """There is room for its configuration, and none for its command."""
+    disk = small_disk(1)
+    loop.folders = disk.folder / "trials"
+    filler = disk.folder / "filler"
+    disk.fill()
+    claims = loop.ledger.claim(2)
+    job = loop.config.job(output_dir=str(loop.folders / "00000"), genomes=[claim.genome for claim in claims])
+    pages = -(-len(as_yaml(job)) // 4096)
+    os.truncate(filler, filler.stat().st_size - 4096 * pages)
+    with pytest.raises(OSError, match="No space left on device"):
+        loop._start_job(loop.pool.placements[0], claims)
+    folder = loop.folders / "00000"
+    assert (folder / "config.yaml").stat().st_size > 0
+    assert (folder / COMMAND).read_text() == ""
+    for trial in loop.ledger._trials():
+        assert (trial.system_attrs[OWNER], trial.system_attrs[FOLDER]) == ("", "")
+    disk.free()
+    assert loop.ledger.claim(2) == claims
 
 
 @pytest.mark.faults
