@@ -19,7 +19,7 @@ from engine.data.masking import IGNORE, MaskingTables, mask_tokens
 from engine.data.order import TrainingOrder
 from engine.data.prefetch import prefetched
 from engine.data.shard_check import ShardCheck
-from engine.data.shards import SequenceStore
+from engine.data.shards import AGAIN, SequenceStore
 from engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ class CorpusLoader:
     depend neither on the number of ranks nor on the micro batch.
 
     Raises UserError when the corpus is not finished, of another tokenizer or length, or too small; and when a shard is
-    first used that is missing or torn. check: of the same corpus; what it finds is raised in place of a step, on every
-    rank.
+    used that is missing or torn, or gives what is no sequence. check: of the same corpus; what it finds, and what any
+    rank cannot make a step of until then, is raised in place of a step, on every rank.
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class CorpusLoader:
             )
         if 0 < eval_sequences < world:
             raise UserError(f"data.eval_sequences={eval_sequences}: give 0 or at least one for each of {world} ranks")
-        self._store = SequenceStore(Path(path), self.manifest)
+        self._folder = Path(path)
+        self._store = SequenceStore(self._folder, self.manifest)
         sizes = [source.sequences for source in self.manifest.sources]
         weights = [source.weight for source in self.manifest.sources]
         held_out = held_out_counts(sizes, weights, eval_sequences)
@@ -137,9 +138,15 @@ class CorpusLoader:
     def steps(self, start: int) -> Generator[StepBatches, None, None]:
         """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
         with closing(prefetched(self.step, start, name="corpus-loader", waited=self._waited)) as made:
-            for batches in made:
+            while True:
+                try:
+                    batches = next(made)
+                except UserError as error:
+                    if self.check is not None:
+                        self.check.before_step(error)
+                    raise
                 if self.check is not None:
-                    self.check.before_step(batches.step)
+                    self.check.before_step()
                 yield batches
 
     def finish_check(self) -> bool:
@@ -165,9 +172,13 @@ class CorpusLoader:
         sequences = self._store.rows(rows)
         lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
         length = int(lengths.max())
+        if lengths.min() < 1 or length > self.manifest.seq_len:
+            raise self._damage(rows, (lengths < 1) | (lengths > self.manifest.seq_len))
         ids = np.full((len(sequences), length), self._pad_id, dtype=np.int64)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = sequence
+        if ids.min() < 0 or ids.max() >= self.manifest.vocab_size:
+            raise self._damage(rows, ((ids < 0) | (ids >= self.manifest.vocab_size)).any(1))
         mask = None if (lengths == length).all() else (np.arange(length) < lengths[:, None]).astype(np.int64)
         labels = None
         if self._tables is not None:
@@ -189,6 +200,16 @@ class CorpusLoader:
             lengths=tuple(lengths.tolist()),
         )
         return batch.pinned() if self._pin_memory else batch
+
+    def _damage(self, rows: Ints, bad: npt.NDArray[np.bool_]) -> UserError:
+        """bad: which of the rows hold what the tokenizer cannot have given. The model would fail without a name."""
+        row, shards = int(rows[bad][0]), self.manifest.shards
+        shard = int(np.searchsorted(np.cumsum([entry.sequences for entry in shards]), row, side="right"))
+        return UserError(
+            f"{self._folder / shards[shard].file}: sequence {row} of the corpus has no tokens, more than seq_len="
+            f"{self.manifest.seq_len}, or ids from vocab_size={self.manifest.vocab_size} on: the file or the manifest "
+            f"is damaged; copy both again, or delete the file and {AGAIN}"
+        )
 
 
 def held_out_counts(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[int]:

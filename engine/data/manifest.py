@@ -111,11 +111,28 @@ def load_manifest(path: str | Path) -> Manifest:
         del values["totals"]
         values["sources"] = [SourceEntry(**entry) for entry in values["sources"]]
         values["shards"] = [ShardEntry(**entry) for entry in values["shards"]]
-        return Manifest(**values)
+        manifest = Manifest(**values)
+        _check_sums(file, manifest)
+        return manifest
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{file}: unreadable ({type(error).__name__}: {error}); run {COMMAND} again") from error
+
+
+def _check_sums(file: Path, manifest: Manifest) -> None:
+    """Raises UserError where a source does not have what its shards have together: a number was changed, and batches
+    would be asked for sequences that are not there."""
+    for name in ("sequences", "tokens"):
+        sums = [0] * len(manifest.sources)
+        for shard in manifest.shards:
+            sums[shard.source] += getattr(shard, name)
+        for number, (source, found) in enumerate(zip(manifest.sources, sums, strict=True)):
+            if getattr(source, name) != found:
+                raise UserError(
+                    f"{file}: sources[{number}] ({source.path}) has {name}={getattr(source, name)}, but its shards "
+                    f"have {found} together; copy it again, or run {COMMAND} again"
+                )
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

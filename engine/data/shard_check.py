@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.collectives import alone, gathered, summed
+from engine.collectives import gathered, summed
 from engine.data.manifest import Manifest, ShardEntry
 from engine.data.shards import AGAIN, check_size
 from engine.errors import UserError
@@ -20,9 +20,6 @@ SETTLE_S = 3.0
 anything else is done. What is left goes on while the job trains, so that no start grows with its corpus."""
 NICE = 10
 """Of the thread after that: it then uses what the training leaves over."""
-AGREE_EVERY = 10
-"""Steps after which the ranks tell each other. One that raised alone would let the others fail in the middle of a
-collective, with a traceback and a code of their own."""
 
 
 def share_of_this_host(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -51,9 +48,12 @@ class ShardCheck:
         self._thread.join(max(0.0, self._until - time.monotonic()))
         self.agree()
 
-    def before_step(self, step: int) -> None:
-        """Raises what was found meanwhile; every rank calls it before each step."""
-        if not self._over and (alone() or step % AGREE_EVERY == 0):
+    def before_step(self, met: UserError | None = None) -> None:
+        """Raises what was found meanwhile; every rank calls it before each step, and they tell each other: one that
+        raised alone would let the others fail in the middle of a collective, with a traceback and a code of their own.
+        met: what this rank cannot make the step of; not raised once the check is over."""
+        self._problem = self._problem or met
+        if not self._over:
             self._over = not self.agree()
 
     def agree(self) -> bool:

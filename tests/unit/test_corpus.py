@@ -360,10 +360,28 @@ def test_manifest_errors(tmp_path, reference):
         ("[]", "unreadable"),
         (json.dumps({k: v for k, v in good.items() if k != "seq_len"}), "unreadable"),
         (json.dumps({**good, "version": 99}), "format 99"),
+        (json.dumps({**good, "shards": [{**good["shards"][0], "source": 7}]}), "unreadable"),
     ]:
         (tmp_path / MANIFEST).write_text(text)
         with pytest.raises(UserError, match=what):
             load_manifest(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["sequences", "tokens"])
+@pytest.mark.parametrize("where", ["sources", "shards"])
+def test_a_wrong_digit_in_the_manifest_is_named(tmp_path, reference, name, where):
+    values = json.loads((reference / MANIFEST).read_text())
+    (source,), right = values["sources"], values["totals"][name]
+    values[where][0][name] += 100
+    (tmp_path / MANIFEST).write_text(json.dumps(values))
+    told, added = (right + 100, right) if where == "sources" else (right, right + 100)
+    with pytest.raises(UserError) as error:
+        load_manifest(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path / MANIFEST}: sources[0] ({source['path']}) has {name}={told}, but its shards have {added} "
+        "together; copy it again, or run python launch/prepare_data.py again"
+    )
 
 
 @pytest.mark.faults

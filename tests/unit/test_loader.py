@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +236,35 @@ def test_an_error_in_the_thread_reaches_the_consumer(home, make, tmp_path):
     with pytest.raises(UserError, match=r"shard-\d+\.arrow: unreadable shard"):
         next(stream)
     assert threading.active_count() == before
+
+
+def overwritten(path: Path, old: np.ndarray, new: np.ndarray) -> None:
+    data = path.read_bytes()
+    assert data.count(old.tobytes()) == 1
+    path.write_bytes(data.replace(old.tobytes(), new.astype(old.dtype).tobytes()))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", ["ids", "offsets"])
+def test_damage_that_is_no_sequence_names_the_shard(home, make, rows, tmp_path, damage):
+    """Of the same size and still Arrow: without a check of the checksums, or before it comes there."""
+    path = tmp_path / "corpus"
+    shutil.copytree(home / "corpus", path)
+    first = load_manifest(path).sources[0].sequences
+    of_second = rows[first:]
+    shard = path / load_manifest(path).shards[-1].file
+    if damage == "ids":
+        ids = np.array(of_second[1], np.uint16)
+        overwritten(shard, ids, np.where(np.arange(len(ids)) == 3, 65_535, ids))
+    else:
+        ends = np.cumsum([len(row) for row in of_second]).astype(np.int32)
+        overwritten(shard, ends, np.where(np.arange(len(ends)) == 1, ends[-1], ends))
+    loader = make(path=path, eval_sequences=0, mlm_probability=0.15)
+    said = rf"{re.escape(str(shard))}: sequence ({first + 1}|{first + 2}) of the corpus has no tokens, more than "
+    with pytest.raises(UserError, match=said):
+        list(takewhile(lambda batches: batches.step < 1000, loader.steps(0)))
+    with pytest.raises(UserError, match=said):
+        list(make(path=path, eval_sequences=len(rows) - 2).evaluation(4))
 
 
 def test_opening_reads_no_shard(home, make, tmp_path):

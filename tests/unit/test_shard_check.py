@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_world import TinyWorld, write_text
 
 from engine.data.corpus import prepare
 from engine.data.manifest import Manifest, load_manifest
 from engine.data.shard_check import ShardCheck, share_of_this_host
+from engine.data.shards import SequenceStore
 from engine.errors import UserError
 from engine.tool_config import PrepareConfig, SourceConfig
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.faults
 
 
@@ -163,14 +168,74 @@ def test_a_start_does_not_wait_for_a_slow_disk(corpus: Path, monkeypatch: pytest
     began = time.monotonic()
     check.settle()
     assert time.monotonic() - began < 0.6
-    for step in range(20):
-        check.before_step(step)
+    for _ in range(20):
+        check.before_step()
     pipe.write_text("other bytes")
     with pytest.raises(UserError, match=r"shard-00003\.arrow: its bytes have changed"):
         steps_until_it_is_found(check)
 
 
 def steps_until_it_is_found(check: ShardCheck) -> None:
-    for step in range(1000):
-        check.before_step(step)
+    for _ in range(1000):
+        check.before_step()
         time.sleep(0.02)
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoTokenizer
+from engine.data.loader import CorpusLoader
+from engine.data.manifest import load_manifest
+from engine.data.shard_check import ShardCheck
+from engine.errors import UserError
+
+rank, corpus, tokenizer, store = int(sys.argv[1]), *sys.argv[2:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+loader = CorpusLoader(
+    corpus,
+    tokenizer=AutoTokenizer.from_pretrained(tokenizer),
+    eval_sequences=0,
+    seed=0,
+    global_batch=2,
+    micro_batch=1,
+    rank=rank,
+    world=2,
+    check=ShardCheck(Path(corpus), load_manifest(corpus), part=rank, parts=2),
+)
+try:
+    for batches in loader.steps(0):
+        assert batches.step < loader.order.slots
+except UserError as error:
+    print(f"after step {batches.step}: {error}")
+"""
+
+
+def test_damage_that_training_meets_before_the_check_is_told_to_all_ranks(
+    corpus: Path, tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    """Each rank's check is still busy with a pipe, where one of them reads ids that are none."""
+    manifest = load_manifest(corpus)
+    slow = [replace(manifest.shards[0], file=f"pipe-{rank}", sequences=0, tokens=0, size=0) for rank in range(2)]
+    for entry in slow:
+        os.mkfifo(corpus / entry.file)
+    damaged = corpus / "shard-00002.arrow"
+    ids = np.array(SequenceStore(corpus, manifest).rows([manifest.sequences - 1])[0])
+    data = damaged.read_bytes()
+    damaged.write_bytes(data.replace(ids.tobytes(), np.full_like(ids, 60_000).tobytes()))
+    replace(manifest, shards=[*slow, *manifest.shards]).write(corpus)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(corpus), str(tiny_world.teacher), str(tmp_path / "store")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert said[0] == said[1]
+    assert f": {damaged}: sequence " in said[0]
+    assert [rank.returncode for rank in ranks] == [0, 0]
