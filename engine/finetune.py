@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from engine import finetune_banner, run_lock, runtime
+from engine import finetune_banner, run_lock, runtime, watchdog
 from engine.collectives import from_rank_zero
+from engine.config import TrainConfig
 from engine.data.encoded_task import EncodedTask, encode_task
 from engine.data.squad_decode import write_predictions
 from engine.data.submission import write_submission
@@ -28,7 +30,7 @@ from engine.finetune_unit import (
 )
 from engine.models.task_model import load_task_model
 from engine.models.teacher import FrozenTeacher
-from engine.monitor import open_records
+from engine.monitor import Monitor, open_records
 from engine.optim import build_optimizer
 from engine.run_dir import RunDir, as_yaml
 from engine.runtime import Runtime
@@ -186,7 +188,18 @@ class FinetuneJob:
 
     def _predict(self, unit: Unit) -> None:
         """Writes the predictions of a finished fine-tuning for its dev and test splits. Collective."""
-        torch.distributed.barrier()  # rank 0 may still be writing the model
+        encoded = self._encode(unit.task)  # outside the watch: a long text gives no sign of life
+        with self._predicting_watched(unit):
+            torch.distributed.barrier()  # rank 0 may still be writing the model
+            self._predict_splits(unit, encoded)
+
+    def _predicting_watched(self, unit: Unit) -> AbstractContextManager[None]:
+        """A rank that hangs inside ends as one that hangs in training does."""
+        steps, limit_s = self.results[unit.folder]["steps_run"], TrainConfig.hang_timeout_s
+        monitor = Monitor.silent(RunDir(unit.folder), steps=steps, device=self.here.device)
+        return monitor.hangs_watched("predictions", step=lambda: steps, rank=self.here.rank, limit_s=limit_s)
+
+    def _predict_splits(self, unit: Unit, encoded: EncodedTask) -> None:
         task, folder = unit.task, RunDir(unit.folder).model
         if not folder.is_dir():
             self._say(f"no predictions for {task.name}: {folder} was removed; remove {unit.folder} to train it again")
@@ -204,7 +217,6 @@ class FinetuneJob:
         )
         student.to(self.here.device)  # type: ignore[arg-type]
         module = TaskModule(student, kind=spec.kind, unpadded=self.config.kernels.unpadded)
-        encoded = self._encode(task)
         for name, split in encoded.splits.items():
             outputs = predict_split(module, encoded, name, runtime=self.here, batch_size=2 * execution.micro_batch_size)
             if not self.here.is_rank_zero or outputs is None:
@@ -216,6 +228,7 @@ class FinetuneJob:
                 write_predictions(target / f"{spec.name}.json", outputs)
             else:
                 write_submission(target, spec, name, split.ids, outputs)
+            watchdog.beat()
 
     def _facts(self) -> dict[str, Any]:
         execution = next(iter(self.plan.executions.values()))

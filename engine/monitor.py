@@ -8,17 +8,19 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from engine import watchdog
 from engine.event_file import EventFile
 from engine.history import History
 from engine.loss_window import BadMicroStep
 from engine.records import RecordWriter
+from engine.run_dir import RunDir
 from engine.step_report import StepReport
 
 TFLOPS_NOTE = (
@@ -85,10 +87,27 @@ class Monitor:
         self._records_path = records
         self._wait_s = 0.0
 
-    @property
-    def folder(self) -> Path:
-        """The run directory that its records are in."""
-        return self._records_path.parent
+    @classmethod
+    def silent(cls, run_dir: RunDir, *, steps: int, device: torch.device) -> Monitor:
+        """For work within a job that shows nothing of it, but for what ends the job: that is recorded on every rank."""
+        return cls(
+            active=False,
+            tensorboard=run_dir.tensorboard,
+            records=run_dir.records,
+            steps=steps,
+            flops_per_token=0.0,
+            device=device,
+            config_text="",
+        )
+
+    def hangs_watched(
+        self, name: str, *, step: Callable[[], int], rank: int, limit_s: float
+    ) -> AbstractContextManager[None]:
+        """A rank that hangs inside is ended (engine/watchdog.py), with a record and its stacks in hangs/. name: of
+        that file's beginning. step: the one that was begun last."""
+        host = platform.node()
+        stacks = self._records_path.parent / "hangs" / f"{name}-{host}-rank-{rank:05d}.txt"
+        return watchdog.armed(limit_s, stacks, lambda: self._hang(step(), limit_s, rank=rank, host=host, stacks=stacks))
 
     def begin(self, step: int) -> None:
         self._start_step = step
@@ -280,9 +299,8 @@ class Monitor:
         """On the rank that has run out of it. facts: of the micro step, when it was in one."""
         self._write_from_any_rank("error", status="out_of_memory", step=step, rank=rank, why=why, **facts)
 
-    def hang(self, step: int, *, limit_s: float, rank: int, stacks: Path) -> None:
+    def _hang(self, step: int, limit_s: float, *, rank: int, host: str, stacks: Path) -> None:
         """On the watchdog's thread, just before the process ends."""
-        host = platform.node()
         print(
             f"error: rank {rank} on {host} has finished nothing for {limit_s:g} s after step {step} "
             f"(train.hang_timeout_s); its stacks are in {stacks}",
@@ -299,7 +317,7 @@ class Monitor:
             self.write_record(kind, **fields)
             return
         with contextlib.suppress(OSError):  # what it has to say is on stderr too
-            self.folder.mkdir(parents=True, exist_ok=True)  # on a disk of this host's own
+            self._records_path.parent.mkdir(parents=True, exist_ok=True)  # on a disk of this host's own
             records = open_records(self._records_path)
             records.write(kind, **self._labels, **fields)
             records.close()

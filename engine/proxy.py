@@ -12,7 +12,7 @@ import operator
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from typing import Any
 import psutil
 import torch
 
-from engine import run_lock, runtime
+from engine import run_lock, runtime, watchdog
 from engine.assemble import load_teacher, open_corpus
 from engine.collectives import from_rank_zero, gathered
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck
 from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
-from engine.monitor import open_records, peak_memory_gib
+from engine.monitor import Monitor, open_records, peak_memory_gib
 from engine.plan import Plan
 from engine.proxy_cohort import IntermediateScores, Member, build_member
 from engine.proxy_config import ProxyJobConfig
@@ -223,8 +223,9 @@ class ProxyJob:
         try:
             if not self._train(members, base, seed, teacher, loader, score):
                 return False
-            for member in members:
-                self._finish(member, seed, score, len(members))
+            with self._scoring_watched(seed):
+                for member in members:
+                    self._finish(member, seed, score, len(members))
             return True
         except Stopped:
             return False
@@ -270,6 +271,12 @@ class ProxyJob:
         )
         with self._phase("train"):
             return trainer.run() is not Outcome.PREEMPTED
+
+    def _scoring_watched(self, seed: int) -> AbstractContextManager[None]:
+        """A rank that hangs inside ends as one that hangs in training does."""
+        steps, limit_s = self.config.proxy.steps, self.plan.base.config.train.hang_timeout_s
+        monitor = Monitor.silent(self.run_dir, steps=steps, device=self.here.device)
+        return monitor.hangs_watched(f"scores-seed{seed}", step=lambda: steps, rank=self.here.rank, limit_s=limit_s)
 
     def _score(self, evaluator: Evaluator, member: Member) -> Scores:
         """Collective."""
@@ -320,7 +327,9 @@ class ProxyJob:
                 wall |= history.seconds_by_phase
         if self.config.proxy.keep_students:
             folder = self._student_folder(genome.key, seed)
+            watchdog.beat()
             member.save(folder)
+            watchdog.beat()
             result["student"] = str(folder)
         result["wall_s"] = wall
         self.results[genome.key, seed] = result

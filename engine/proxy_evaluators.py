@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from engine.monitor import Monitor
 from engine.plan import plan_execution
 from engine.probe import ProbeFeatures, in_threads, needs_training_rows, pool, probe_outputs
 from engine.proxy_plan import ProxyPlan
+from engine.run_dir import RunDir
 from engine.runtime import Runtime, StopRequest
 from engine.task_module import TaskModule
 from engine.task_run import task_train_config, train_on_task
@@ -222,6 +222,7 @@ class FinetuneEvaluator:
 
     def __call__(self, student: Student) -> Scores:
         student.save(self._scratch)
+        watchdog.beat()
         metrics = {task.spec.name: self._fine_tune(task, student.seed) for task in self._tasks}
         torch.distributed.barrier()
         if self._runtime.is_rank_zero:
@@ -240,16 +241,6 @@ class FinetuneEvaluator:
             seed=seed,
             backend=self._plan.base.student_attention.name,
         )
-        nowhere = Path(os.devnull)
-        monitor = Monitor(
-            active=False,
-            tensorboard=nowhere,
-            records=nowhere,
-            steps=train.steps,
-            flops_per_token=0.0,
-            device=self._runtime.device,
-            config_text="",
-        )
         result = train_on_task(
             module=TaskModule(model, kind=task.spec.kind, unpadded=config.kernels.unpadded),
             task=task,
@@ -259,7 +250,7 @@ class FinetuneEvaluator:
             runtime=self._runtime,
             stop=self._stop,
             seed=seed,
-            monitor=monitor,
+            monitor=Monitor.silent(RunDir(Path(config.output_dir)), steps=train.steps, device=self._runtime.device),
             eval_every=train.steps,
         )
         if result.outcome is Outcome.PREEMPTED:

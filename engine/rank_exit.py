@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from engine import watchdog
 from engine.exit_codes import EXIT_CRASH
 
 
 def run_rank(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and ends this process with its code, without taking Python's interpreter down.
+    """Starts the guard of this rank (engine/watchdog.py), runs `main` and ends this process with its code, without
+    taking Python's interpreter down: other than daemon threads are not waited for.
 
     A thread of Gloo lets go of a collective's tensors some time after the collective has returned, and needs Python's
     lock for that. When it asks while the interpreter is being taken down, Python 3.11 to 3.13 end the thread, which C++
@@ -20,6 +22,10 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
     and the launcher kills the others (2 of 25 runs on two busy cores; github.com/pytorch/pytorch/issues/190489).
     `destroy_process_group` does not join those threads, since DeepSpeed keeps references to the groups.
     """
+    watchdog.start_guard()
+    if watchdog.came_too_late():
+        print("error: the launcher of this rank is gone; start again", file=sys.stderr, flush=True)
+        os._exit(EXIT_CRASH)
     try:
         code = main()
     except SystemExit:  # --help: no rank has been started
@@ -28,9 +34,6 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
         sys.excepthook(*sys.exc_info())
         code = EXIT_CRASH
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            continue  # whoever read it is gone
+    sys.stdout.flush()  # they raise nothing: see engine/output.py
+    sys.stderr.flush()
     os._exit(code)

@@ -22,6 +22,9 @@ import time
 HEARTBEAT = struct.Struct("=dd")
 """In shared memory: time.monotonic() of the last beat, and the limit in seconds (0: not watched now). The clock is the
 same for all processes of a machine."""
+LOOK = struct.Struct("=d")
+"""Behind it: when the guard last looked; 0: there is none."""
+SHARED_BYTES = HEARTBEAT.size + LOOK.size
 MARGIN_S = 10.0
 """Beyond its limit: the rank's own watchdog comes first."""
 WAKES_WITHIN_S = 5.0
@@ -30,6 +33,20 @@ made to write them (SIGABRT), also while something holds Python's lock, and then
 GRACE_S = 30.0
 """For a checkpoint, once the launcher is gone."""
 POLL_S = 1.0
+PAUSED_S = 5.0
+"""A guard that could not look for so long was stopped together with its rank (Ctrl-Z, a scheduler's suspend, a machine
+that slept), which is no hang."""
+
+
+def started(pid: int) -> str | None:
+    """The start time of a process, which tells it from a later one with the same number. None when it is gone; one that
+    nobody has waited for is."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 class Process:
@@ -37,23 +54,14 @@ class Process:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._start = self._started()
+        self._start = started(pid)
         try:
             self.fd: int | None = os.pidfd_open(pid)
         except OSError:
             self.fd = None
 
-    def _started(self) -> str | None:
-        """Its start time, which tells it from a later process with the same number. None when it is gone."""
-        try:
-            with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as file:
-                fields = file.read().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else fields[19]
-
     def gone(self) -> bool:
-        return self._start is None or self._started() != self._start
+        return self._start is None or started(self.pid) != self._start
 
     def send(self, number: int) -> None:
         if not self.gone():
@@ -63,6 +71,15 @@ class Process:
 def overdue(heartbeat: mmap.mmap) -> bool:
     last, limit = HEARTBEAT.unpack_from(heartbeat)
     return limit > 0 and time.monotonic() > last + limit + MARGIN_S
+
+
+def look(heartbeat: mmap.mmap) -> None:
+    """The guard is here and looks. After a pause, time begins anew for the rank too."""
+    (before,) = LOOK.unpack_from(heartbeat, HEARTBEAT.size)
+    now = time.monotonic()
+    if before and now - before > PAUSED_S:
+        LOOK.pack_into(heartbeat, 0, now)  # first: the rank reads them the other way round
+    LOOK.pack_into(heartbeat, HEARTBEAT.size, now)
 
 
 def say(text: str) -> None:
@@ -107,6 +124,7 @@ def main(rank: Process, launchers: list[Process], heartbeat: mmap.mmap) -> None:
     poll.register(output, 0)  # POLLERR and POLLHUP come unasked
     while True:
         events = dict(poll.poll(POLL_S * 1000))
+        look(heartbeat)
         if rank.gone():
             return
         if output in events:  # a pipe without a reader; a file or a terminal has none of these
@@ -129,5 +147,5 @@ def main(rank: Process, launchers: list[Process], heartbeat: mmap.mmap) -> None:
 if __name__ == "__main__":
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)  # sent to the whole group; this process ends with its rank
-    with mmap.mmap(int(sys.argv[3]), HEARTBEAT.size) as shared:
+    with mmap.mmap(int(sys.argv[3]), SHARED_BYTES) as shared:
         main(Process(int(sys.argv[1])), [Process(int(pid)) for pid in sys.argv[2].split(",") if pid], shared)

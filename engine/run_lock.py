@@ -19,14 +19,15 @@ from typing import IO, Any
 
 from engine import watchdog
 from engine.errors import UserError
-from engine.rank_guard import GRACE_S
+from engine.rank_guard import GRACE_S, started
 
 FILE = "run.lock"
 BEAT_S = 3.0
 """Seconds between two signs of life."""
 QUIET_S = 10 * BEAT_S
-"""A holder on another machine that gives none for so long is gone."""
-
+"""A holder that gives none for so long is gone, where no flock says so."""
+LOOKS = 30
+"""How often that is looked for."""
 ENDS_WITHIN_S = GRACE_S + 10.0
 """A holder whose launcher is gone is ended by its guard (engine/rank_guard.py)."""
 
@@ -52,7 +53,7 @@ class RunLock:
             "host": platform.node(),
             "pid": os.getpid(),
             "machine": machine(),
-            "launchers": watchdog.launcher_pids(),
+            "launchers": [(launcher.pid, started(launcher.pid)) for launcher in watchdog.launchers()],
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._write()
@@ -115,11 +116,8 @@ def _take(folder: Path, file: IO[bytes]) -> RunLock:
     holder = _read(folder)
     if holder is None:
         return RunLock(file, None)
-    same_machine = holder.get("machine") == machine()
-    if not (same_machine and has_flock):  # else the flock has proved that it is gone
-        still_there = _process_lives(holder) if same_machine else _gives_signs_of_life(folder, holder)
-        if still_there:
-            raise _refusal(folder, holder)
+    if not (has_flock and holder.get("machine") == machine()) and _gives_signs_of_life(folder, holder):
+        raise _refusal(folder, holder)  # else the flock has proved that it is gone, or its silence
     return RunLock(file, f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}")
 
 
@@ -143,7 +141,7 @@ def _flock(folder: Path, file: IO[bytes]) -> bool:
 def _is_ending(holder: dict[str, Any] | None) -> bool:
     if holder is None or holder.get("machine") != machine():
         return False
-    return any(not Path(f"/proc/{pid}").exists() for pid in holder.get("launchers", ()))
+    return any(started(pid) != since for pid, since in holder.get("launchers", ()))
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -162,15 +160,10 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) else {"host": "an unknown host"}
 
 
-def _process_lives(holder: dict[str, Any]) -> bool:
-    pid = holder.get("pid")
-    return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
-
-
 def _gives_signs_of_life(folder: Path, before: dict[str, Any]) -> bool:
-    until = time.monotonic() + QUIET_S
-    while time.monotonic() < until:
-        time.sleep(BEAT_S / 3)
+    """Looks many times, and not for some time: a file system that stands still shows nothing new for long."""
+    for _ in range(LOOKS):
+        time.sleep(QUIET_S / LOOKS)
         if _read(folder) != before:
             return True
     return False

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any, Protocol
 
 from engine import watchdog
@@ -102,8 +101,13 @@ class Trainer:
         or when no model is left in training."""
         for trainee in self.trainees:
             trainee.monitor.begin(self.step)
-        armed = watchdog.armed(self.train.hang_timeout_s, self._stack_file(), self._report_hang)
-        with armed, self._memory_watched():
+        hangs_watched = self.trainees[0].monitor.hangs_watched(
+            f"step-{self.step:08d}",
+            step=lambda: self.step,
+            rank=self.runtime.rank,
+            limit_s=self.train.hang_timeout_s,
+        )
+        with hangs_watched, self._memory_watched():
             return self._loop()
 
     def _loop(self) -> Outcome:
@@ -113,9 +117,10 @@ class Trainer:
                 stopping = self.train_step(next(batches))
                 last = self.step == self.train.steps
                 saving = last or stopping or bool(self.train.save_every and self.step % self.train.save_every == 0)
-                if self.step % self.train.log_every == 0 or saving:
+                evaluating = self.evaluation is not None and self.evaluation.due(self.step, last=last)
+                if self.step % self.train.log_every == 0 or saving or evaluating:  # losses are looked at first
                     self.log()
-                if self.evaluation is not None and self.live and self.evaluation.due(self.step, last=last):
+                if self.evaluation is not None and evaluating and self.live:
                     with self._pause():
                         watchdog.beat()
                         saving |= self.evaluation(self.step)
@@ -192,15 +197,6 @@ class Trainer:
 
     def _sequence_ids(self, bad: BadMicroStep) -> list[int]:
         return self.loader.sequence_ids(bad.step - 1, bad.micro, bad.rank)  # the loader counts steps from 0
-
-    def _stack_file(self) -> Path:
-        folder = self.trainees[0].monitor.folder / "hangs"
-        return folder / f"step-{self.step:08d}-{platform.node()}-rank-{self.runtime.rank:05d}.txt"
-
-    def _report_hang(self, stacks: Path) -> None:
-        """On the watchdog's thread, while this one hangs."""
-        limit = self.train.hang_timeout_s
-        self.trainees[0].monitor.hang(self.step, limit_s=limit, rank=self.runtime.rank, stacks=stacks)
 
     @contextmanager
     def _memory_watched(self) -> Iterator[None]:

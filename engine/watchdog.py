@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import mmap
 import os
 import subprocess
@@ -27,39 +28,69 @@ from engine import output, rank_guard
 from engine.exit_codes import EXIT_CRASH
 
 LAUNCHERS = ("deepspeed", "torchrun")
-LAUNCHER_MODULES = ("deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run")
+LAUNCHER_MODULES = (
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+)
 
 _heartbeat: mmap.mmap | None = None
 _limit_s = 0.0
 
 
-def launcher_pids() -> list[int]:
-    """The launchers above this process, nearest first. Empty for a rank that a user, srun or mpirun started."""
+@functools.cache
+def launchers() -> tuple[psutil.Process, ...]:
+    """The launchers above this process when it was asked first, nearest first. None for a rank that a user, srun or
+    mpirun started."""
     found = []
     with contextlib.suppress(psutil.Error):
         for parent in psutil.Process().parents():
             words = parent.cmdline()
             is_script = any(Path(word).name in LAUNCHERS for word in words[:2])
             if is_script or any(module in words[:4] for module in LAUNCHER_MODULES):
-                found.append(parent.pid)
-    return found
+                found.append(parent)
+    return tuple(found)
+
+
+def came_too_late() -> bool:
+    """Whether DeepSpeed's launcher, or its part on this host, was gone before this process could see it: nobody would
+    end the rank, or wait for it. For the start of a rank."""
+    if not any(word.startswith("--local_rank=") for word in sys.argv):
+        return False
+    try:
+        top = launchers()[-1] if launchers() else psutil.Process()
+        return (not launchers() or "deepspeed.launcher.launch" in top.cmdline()) and _is_adopted(top)
+    except psutil.Error:
+        return True  # it has ended just now
+
+
+def _is_adopted(process: psutil.Process) -> bool:
+    """Whether it has lost the parent that started it in its own process group and session: who adopts it is process 1,
+    or of another session."""
+    parent = process.ppid()
+    with contextlib.suppress(ProcessLookupError):
+        is_leader = os.getpgid(process.pid) == process.pid  # started apart: by sshd, an init of a container, a user
+        return not is_leader and (parent == 1 or os.getsid(parent) != os.getsid(process.pid))
+    return True
 
 
 def start_guard() -> None:
-    """Starts the guard process of this rank (Linux only), which ends with it."""
+    """Starts the guard process of this rank (Linux only), which ends with it. As early as possible: it can only watch
+    over launchers that are still there."""
     global _heartbeat
     if _heartbeat is not None:
         return
     output.survive_lost_readers()
     faulthandler.enable(sys.stderr.fileno())  # for the guard's SIGABRT, and for crashes in native code
     with tempfile.TemporaryFile() as file:
-        file.truncate(rank_guard.HEARTBEAT.size)
-        _heartbeat = mmap.mmap(file.fileno(), rank_guard.HEARTBEAT.size)
+        file.truncate(rank_guard.SHARED_BYTES)
+        _heartbeat = mmap.mmap(file.fileno(), rank_guard.SHARED_BYTES)
         if not sys.platform.startswith("linux"):
             return
-        launchers = ",".join(map(str, launcher_pids()))
+        pids = ",".join(str(launcher.pid) for launcher in launchers())
         subprocess.Popen(
-            [sys.executable, "-I", "-S", rank_guard.__file__, str(os.getpid()), launchers, str(file.fileno())],
+            [sys.executable, "-I", "-S", rank_guard.__file__, str(os.getpid()), pids, str(file.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[file.fileno()],
         )
@@ -72,10 +103,10 @@ def beat() -> None:
 
 
 @contextmanager
-def armed(limit_s: float, dump: Path, report: Callable[[Path], None]) -> Iterator[None]:
+def armed(limit_s: float, dump: Path, report: Callable[[], None]) -> Iterator[None]:
     """While inside, a rank that does not `beat` for `limit_s` seconds (0: no limit) is ended with code 1.
 
-    dump: the file for the stacks. report: called on this rank before its end, with that file; may fail.
+    dump: the file for the stacks. report: called on this rank before its end, after them; may fail.
     """
     global _limit_s
     if limit_s <= 0:
@@ -95,10 +126,12 @@ def armed(limit_s: float, dump: Path, report: Callable[[Path], None]) -> Iterato
 
 
 class _Watch(threading.Thread):
-    def __init__(self, limit_s: float, dump: Path, report: Callable[[Path], None]) -> None:
+    def __init__(self, limit_s: float, dump: Path, report: Callable[[], None]) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._limit_s, self._dump, self._report = limit_s, dump, report
         self._stopped = threading.Event()
+        self._last_pause = 0.0
+        """The guard's last look before it."""
 
     def stop(self) -> None:
         self._stopped.set()
@@ -107,12 +140,23 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         while True:
             assert _heartbeat is not None
+            if self._was_paused(_heartbeat):
+                beat()
             last, _ = rank_guard.HEARTBEAT.unpack_from(_heartbeat)
             left = last + self._limit_s - time.monotonic()
             if left <= 0:
                 self._end()
             if self._stopped.wait(min(left, self._limit_s / 4)):
                 return
+
+    def _was_paused(self, shared: mmap.mmap) -> bool:
+        """Whether the guard, too, has not run for a while, and this was not said of the same while before (a guard that
+        is gone never looks again)."""
+        (looked,) = rank_guard.LOOK.unpack_from(shared, rank_guard.HEARTBEAT.size)
+        if not looked or looked == self._last_pause or time.monotonic() - looked < rank_guard.PAUSED_S:
+            return False
+        self._last_pause = looked
+        return True
 
     def _end(self) -> None:
         with contextlib.suppress(OSError):
@@ -121,5 +165,5 @@ class _Watch(threading.Thread):
                 faulthandler.dump_traceback(file, all_threads=True)
         faulthandler.dump_traceback(sys.stderr.fileno(), all_threads=True)
         with contextlib.suppress(Exception):
-            self._report(self._dump)
+            self._report()
         os._exit(EXIT_CRASH)

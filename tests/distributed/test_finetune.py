@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from glue_sample import write_glue_sample
-from launching import ROOT, Run, environment, kill_session, write_ds_config
+from launching import ROOT, Run, environment, finished, kill_session, spawn, write_ds_config
 from safetensors.torch import load_file
 from squad_sample import write_squad_sample
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -223,6 +223,26 @@ def test_teacher_patience_and_export(make_job: MakeJob) -> None:
     rows = (run.output_dir.parent / "glue" / "RTE" / "dev.tsv").read_text().splitlines()[1:]
     right = sum(row.endswith(f"\t{label}") for row, label in zip(rows, labels, strict=True))
     assert right / len(rows) == pytest.approx(result_of(run)["tasks"]["RTE"]["score"])  # of the best weights
+
+
+@pytest.mark.faults
+def test_a_hang_while_predictions_are_written_leaves_stacks(make_job: MakeJob) -> None:
+    """The file of the predictions is a pipe that nobody reads. A user cannot set the limit, which is 600 s."""
+    run = make_job("hangs", "--task.epochs", "1", "--task.predict", "true")
+    (run.output_dir / "predictions" / "dev").mkdir(parents=True)
+    os.mkfifo(run.output_dir / "predictions" / "dev" / "RTE.tsv")
+    code = (
+        "from engine.config import TrainConfig; from engine.cli import finetune_main;"
+        "TrainConfig.hang_timeout_s = 5.0; finetune_main()"
+    )
+    output = finished(spawn([sys.executable, "-c", code, *run.command()[2:]]), 1)
+    assert "has finished nothing for 5 s" in output
+    unit = run.output_dir / "RTE" / "seed-0"
+    (stacks,) = (unit / "hangs").iterdir()
+    assert stacks.name.startswith("predictions-")
+    assert "write_submission" in stacks.read_text()
+    (error,) = unit_records(unit, "error")
+    assert (error["status"], error["rank"], error["stacks"]) == ("hang", 0, str(stacks))
 
 
 def test_squad_from_windows_to_answers(make_job: MakeJob, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def test_a_stopped_rank_ends_the_job_with_stacks(make_run, rank: int) -> None:
 
 def test_slow_work_that_goes_on_is_no_hang(make_run) -> None:
     """The limit is on one micro step, evaluation batch or checkpoint, and not on the whole."""
-    run = make_run("slow", launcher=False, train__hang_timeout_s=5, train__steps=600, train__save_every=10)
+    run = make_run("slow", launcher=False, train__hang_timeout_s=5, train__steps=1000, train__save_every=20)
     run.finish()
     assert not run.records("error")
-    stamps = [path.stat().st_mtime for path in (run.run_dir.config, run.run_dir.student / "model.safetensors")]
-    assert stamps[1] - stamps[0] > 5, "in all it took longer than the limit"
+    trained_s = sum(record["seconds"] for record in run.steps())
+    assert trained_s > 5, "in all it took longer than the limit"

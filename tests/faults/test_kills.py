@@ -14,6 +14,7 @@ from faulting import (
     assert_checkpoints_whole,
     assert_gone,
     end,
+    output_file,
     seed_of,
     send,
     start_again,
@@ -66,6 +67,29 @@ def test_killed_at_random_moments(make_run, stage: int) -> None:
     finally:
         end(undisturbed, process)
     assert run.curve()[:reached] == undisturbed.curve()[:reached]
+
+
+def test_launcher_killed_while_it_starts_the_ranks(make_run) -> None:
+    """Before a rank can see who started it: nobody else would end it, or let the next start in."""
+    rng = seed_of("early kills")
+    run = make_run("run", **ENDLESS)
+    told = []
+    for turn in range(max(2, TIMES)):
+        with output_file(run).open("w") as output:
+            process = run.start(output=output)
+        try:
+            time.sleep(rng.uniform(0.5, 12))
+            name, victim = "deepspeed", process.pid
+            for child in psutil.Process(process.pid).children() if turn % 2 else ():
+                if "deepspeed.launcher.launch" in child.cmdline():
+                    name, victim = "its process on the host", child.pid
+            send(victim, signal.SIGKILL)
+            assert_gone(process.pid, within_s=60)
+            told.append(name)
+        finally:
+            end(run, process)
+    print(f"{len(told)} early kills: {', '.join(told)}")
+    end(run, start_again(run))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])

@@ -14,8 +14,11 @@ from transformers import AutoTokenizer
 from engine.data.batch import Batch
 from engine.data.tasks import load_task
 from engine.metrics import score_task
+from engine.monitor import Monitor
 from engine.probe import ProbeFeatures, probe_outputs
 from engine.proxy_evaluators import ProbeEvaluator
+from engine.records import read_records
+from engine.run_dir import RunDir
 from engine.runtime import Runtime
 from engine.task_config import TaskDataConfig
 
@@ -87,3 +90,16 @@ def test_scores_follow_from_the_pooled_features(tiny_world: TinyWorld, tmp_path:
         logits = probe_outputs(sst.spec, ProbeFeatures(every[rest], None), labels[rest], one)["one"]
         right += int(logits.argmax() == labels[i])
     assert scores.metrics["SST-2"]["accuracy"] == pytest.approx(right / len(texts))
+
+
+@pytest.mark.faults
+def test_what_ends_a_silent_fine_tuning_is_in_the_jobs_folder(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "job")
+    monitor = Monitor.silent(run_dir, steps=9, device=torch.device("cpu"))
+    monitor.begin(0)
+    monitor.say("nothing of this")
+    monitor.close()
+    assert not run_dir.root.exists()
+    monitor.out_of_memory(4, rank=1, why="DefaultCPUAllocator: can't allocate memory")
+    (record,) = read_records(run_dir.records)
+    assert (record["status"], record["step"], record["rank"]) == ("out_of_memory", 4, 1)

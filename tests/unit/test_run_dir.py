@@ -25,10 +25,13 @@ def test_logs_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
         run.records.write_text(text)
         run.tensorboard.mkdir()
         (run.tensorboard / text).write_text("")
-        assert run.set_aside_logs() == [run.records, run.tensorboard]
+        moved = run.set_aside_logs()
+        assert [old for old, _ in moved] == [run.records, run.tensorboard]
     assert run.set_aside_logs() == []
-    assert (tmp_path / "superseded-records.jsonl").read_text() == "second"
-    assert [p.name for p in (tmp_path / "superseded-tensorboard").iterdir()] == ["second"]
+    assert (tmp_path / "superseded-records.jsonl").read_text() == "first"
+    assert (tmp_path / "superseded-2-records.jsonl").read_text() == "second"
+    assert [p.name for p in (tmp_path / "superseded-2-tensorboard").iterdir()] == ["second"]
+    assert [new.name for _, new in moved] == ["superseded-2-records.jsonl", "superseded-2-tensorboard"]
 
 
 @pytest.mark.parametrize("tag", ["latest", "step-1", "step-0000010x", "../step-00000100"])

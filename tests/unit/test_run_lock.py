@@ -6,15 +6,18 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from engine import run_lock
 from engine.errors import UserError
+from engine.rank_guard import started
 
 pytestmark = pytest.mark.faults
 
@@ -57,19 +60,51 @@ def test_another_machine_is_watched_for_signs_of_life(tmp_path: Path, monkeypatc
         run_lock.acquire(tmp_path)
 
 
-def test_where_there_is_no_flock_the_process_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_is_no_flock_signs_of_life_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_flock(*_: object) -> None:
         raise OSError(errno.ENOTSUP, "not supported")
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
-    with_pid = {"machine": run_lock.machine(), "beats": 0}
-    write_holder(tmp_path, **with_pid | {"pid": os.getpid()})
-    with pytest.raises(UserError, match="is writing there"):
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.1)
+    monkeypatch.setattr(run_lock, "QUIET_S", 0.6)
+    first = run_lock.acquire(tmp_path)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on .* is writing there"):
         run_lock.acquire(tmp_path)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    write_holder(tmp_path, **with_pid | {"pid": gone.pid})
+    first.release()
     run_lock.acquire(tmp_path).release()
+
+
+HOLDER = """
+import subprocess, sys, time
+from pathlib import Path
+import psutil
+from engine import run_lock, watchdog
+
+launcher = psutil.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+watchdog.launchers = lambda: (launcher,)
+run_lock.acquire(Path(sys.argv[1]))
+print(launcher.pid, flush=True)
+while launcher.status() != psutil.STATUS_ZOMBIE:
+    time.sleep(0.05)
+time.sleep(2)  # the rank's last checkpoint; nobody has waited for the launcher
+"""
+
+
+def test_a_start_waits_for_a_holder_whose_launcher_was_killed(tmp_path: Path) -> None:
+    """And for no other."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    launcher = int(holder.stdout.readline())
+    with pytest.raises(UserError, match=f"process {holder.pid} on .* is writing there"):
+        run_lock.acquire(tmp_path)
+    os.kill(launcher, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while started(launcher) is not None:
+        assert time.monotonic() < until
+    lock = run_lock.acquire(tmp_path)
+    assert lock.taken_from is not None
+    lock.release()
+    holder.communicate()
 
 
 def test_signs_of_life_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from engine import rank_guard, watchdog
 def stuck_here():
     {how}
 
-with watchdog.armed(3.0, Path(sys.argv[1]), lambda path: print("reported", path.name, flush=True)):
+with watchdog.armed(3.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
     until = time.monotonic() + 4.5
     while time.monotonic() < until:  # longer than the limit, but something is finished all the time
         watchdog.beat()
@@ -39,7 +40,7 @@ def hang(tmp_path: Path, how: str) -> tuple[subprocess.CompletedProcess[str], fl
 def test_a_hanging_thread_is_ended_with_its_stacks(tmp_path: Path) -> None:
     process, took = hang(tmp_path, "time.sleep(1000)")
     assert process.returncode == 1
-    assert process.stdout.split("\n")[:2] == ["worked", "reported rank.txt"]
+    assert process.stdout.split("\n")[:2] == ["worked", "reported"]
     assert "in stuck_here" in (tmp_path / "stacks" / "rank.txt").read_text()
     assert "in stuck_here" in process.stderr
     assert took > 7
@@ -54,6 +55,40 @@ def test_one_that_holds_pythons_lock_is_ended_by_its_guard(tmp_path: Path) -> No
     assert "in stuck_here" in process.stderr
     assert "did not act on its time limit" in process.stderr
     assert took > 7 + rank_guard.MARGIN_S
+
+
+PAUSED = """
+import sys, time
+from pathlib import Path
+from engine import watchdog
+
+def work(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        watchdog.beat()
+        time.sleep(0.05)
+
+with watchdog.armed(3.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
+    work(2)
+    print("go", flush=True)
+    time.sleep(9.5)  # in all; 8 of them stopped
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the guard process is for Linux")
+def test_a_job_that_was_stopped_as_a_whole_is_no_hang(tmp_path: Path) -> None:
+    """Ctrl-Z and `fg`, a scheduler's suspend, a machine that slept."""
+    command = [sys.executable, "-c", PAUSED, str(tmp_path / "stacks")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "go\n"
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(8)
+    os.killpg(process.pid, signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "done\n"
+    assert process.returncode == 0
 
 
 def test_no_limit_means_no_watch(tmp_path: Path) -> None:
@@ -86,7 +121,7 @@ runtime = Some(device=torch.device("cpu"), world_size=1)
 execution = Some(micro_batch_size=1)
 trainee = Some(ds_engine=Engine(), runtime=runtime, execution=execution, term_names=("one",), monitor=monitor)
 loader = Some(evaluation=lambda size: [batch] * 10)
-with watchdog.armed(2.0, Path(sys.argv[1]), lambda path: print("reported", flush=True)):
+with watchdog.armed(2.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
     HeldOutLosses(trainee, lambda batch: None, loader, every=1)(1)
 """
 
