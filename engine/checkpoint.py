@@ -16,7 +16,7 @@ from typing import Any
 
 from engine import elastic
 from engine.checkpoint_files import CheckedFiles, FileFacts, problems_of, remove_folder
-from engine.collectives import gathered
+from engine.collectives import from_rank_zero, gathered
 from engine.ds_config import Execution
 from engine.errors import UserError
 from engine.files import sync_folder, write_whole
@@ -52,6 +52,9 @@ HOW_KEYS = frozenset(
         "train.skip_bad_steps",
         "checkpoint.storage",
         "checkpoint.on_error",
+        # where they lie; what they hold is in the identity, as hashes
+        "teacher.path",
+        "data.path",
         "data.seq_len",
         "data.verify",
         "allow_pickle",
@@ -113,6 +116,7 @@ class Checkpointer:
         """Collective. The newest checkpoint whose files are what its marker says, or None for a fresh start. Damaged
         ones that are newer are renamed to damaged-… when `set_aside`. Raises UserError when there is none to continue
         from, and then leaves all as they are: a scheduler's next start must not begin anew."""
+        self._require_agreement()
         markers = self._markers()
         tags = sorted(markers, key=tag_step)
         if resume == "never":
@@ -129,9 +133,12 @@ class Checkpointer:
             tags = [resume]
         damaged: dict[str, str] = {}
         for tag in reversed(tags):
+            sound = next((marker for marker in markers[tag].values() if marker and is_sound(marker)), None)
+            conversion = None if sound is None else self._check(tag, sound)
             problems = self._problems(tag, markers[tag])
             if not problems:
-                conversion = self._check(tag, next(marker for marker in markers[tag].values() if marker is not None))
+                if self.storage == "local":
+                    self._require_own_shards(tag, markers[tag])
                 notes = [
                     note + (self._set_aside(bad) if set_aside and None not in markers[bad].values() else "")
                     for bad, note in damaged.items()
@@ -140,11 +147,29 @@ class Checkpointer:
             shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
             damaged[tag] = f"{tag} is damaged: {shown}"
         if damaged:
+            otherwise = f"remove {self.run_dir.checkpoints} to start anew"
+            if resume != "auto":
+                otherwise = (
+                    f"name another one ({', '.join(tag for tag in markers if tag != resume) or 'there is none'})"
+                )
             raise UserError(
                 f"no checkpoint in {self.run_dir.checkpoints} can be continued: {'. '.join(damaged.values())}. Restore "
-                f"the files, or remove {self.run_dir.checkpoints} to start anew"
+                f"the files, or {otherwise}"
             )
         return None
+
+    def _require_agreement(self) -> None:
+        """Collective. Raises UserError when some rank would compute something else: hosts may have models and corpora
+        on disks of their own, and different processors."""
+        mine = {**self.identity, **self.execution.facts, **self.execution.layout}
+        first = from_rank_zero(lambda: mine)
+        differing = {host: found for host, found in gathered((platform.node(), changed_keys(first, mine))) if found}
+        if differing:
+            raise UserError(
+                "ranks would not compute the same ("
+                + "; ".join(f"{host}: {', '.join(found[:4])}" for host, found in differing.items())
+                + "). Bring the same files to these hosts, or name the same deepspeed_config"
+            )
 
     def _set_aside(self, tag: str) -> str:
         if self.is_keeper:
@@ -183,9 +208,19 @@ class Checkpointer:
             where = f"{host}: " if local else ""
             files = {name: seen["files"][name] for name in (seen["on_this_host"] if local else seen["files"])}
             problems = [where + problem for problem in problems_of(folder, files, part=part, parts=parts)]
-            if local and self.here.rank not in seen["ranks"]:
-                problems.append(f"{host} keeps ranks {seen['ranks']} and runs rank {self.here.rank} now")
         return [problem for found in gathered(problems) for problem in found]
+
+    def _require_own_shards(self, tag: str, markers: dict[str, dict[str, Any] | None]) -> None:
+        """Collective. Raises UserError when hosts that keep shards to themselves run other ranks now."""
+        kept = (markers.get(platform.node()) or {}).get("ranks", ())
+        told = f"{platform.node()} keeps ranks {kept} and runs rank {self.here.rank} now"
+        misplaced = [text for text in gathered(told if self.here.rank not in kept else None) if text is not None]
+        if misplaced:
+            raise UserError(
+                f"cannot continue {tag}: with checkpoint.storage=local shards stay where they were written, but "
+                f"{'; '.join(misplaced[:4])}. Restore the order of the hosts, or copy all shards into one shared "
+                "output_dir and set checkpoint.storage=shared"
+            )
 
     def _check(self, tag: str, saved: dict[str, Any]) -> elastic.Conversion | None:
         changes = changed_keys(saved["identity"], self.identity)
@@ -267,11 +302,18 @@ class Checkpointer:
         marker = {
             "step": step,
             **self.execution.facts,
+            "layout": self.execution.layout,
             "ranks": [rank for _, rank, _, _ in mine],
             "on_this_host": sorted(on_this_host),
             "files": {name: facts.as_json() for name, facts in written.items()},
             "identity": self.identity,
         }
+        of_others = [name for name in written if name not in on_this_host]
+        if any((folder / name).exists() for name in of_others):
+            return (
+                f"{platform.node()}: {of_others[0]}, which another host wrote, is here too: the hosts share "
+                "output_dir. Set checkpoint.storage=shared"
+            )
         if self.storage == "shared":
             unseen = _not_seen(folder, {name: facts for _, _, files, _ in told for name, facts in files.items()})
             if unseen:

@@ -135,8 +135,8 @@ class Job:
             for name in self.checkpointer.set_aside_after(tag) if tag is not None else ():
                 said.append(f"renamed {name} to superseded-{name}: the run continues from {tag}")
         if self.here.is_rank_zero:
-            for path in self.run_dir.set_aside_logs() if tag is None else ():
-                said.append(f"renamed {path.name} to superseded-{path.name}: the run starts anew")
+            for old, new in self.run_dir.set_aside_logs() if tag is None else ():
+                said.append(f"renamed {old.name} to {new.name}: the run starts anew")
             if said:
                 print("\n".join(said), flush=True)
 

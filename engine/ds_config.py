@@ -63,6 +63,7 @@ CHECKPOINT_KEYS = frozenset(["tag_validation", "parallel_write"])
 """Of the section `checkpoint`. Storage is checkpoint.storage's, universal checkpoints are made and loaded as needed,
 and other writers (asynchronous ones) would be hashed before they have written."""
 OFFLOAD_NEEDS_STAGE = {"offload_optimizer": 1, "offload_param": 3}
+LAYOUT_KEYS = ("round_robin_gradients", "sub_group_size")
 AUTO_MICRO_BATCH_LIMIT = 64
 """`train_micro_batch_size_per_gpu: "auto"` takes the largest divisor of a rank's share up to this many sequences."""
 
@@ -86,6 +87,12 @@ class Execution:
     def facts(self) -> dict[str, Any]:
         """What shapes a sharded checkpoint, and what a record says of an execution."""
         return {"world_size": self.world_size, "zero_stage": self.zero_stage, "precision": self.precision}
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What, beside ranks and stage, decides which element lies where in a shard."""
+        zero = self.resolved.get("zero_optimization", {})
+        return {key: zero.get(key) for key in LAYOUT_KEYS}
 
 
 def default_config_name(*, has_gpu: bool, has_fast_bf16: bool) -> str:
@@ -136,7 +143,10 @@ def fill_auto(ds: dict[str, Any], owned: dict[str, object], source: str) -> None
 def _micro_batch(ds: dict[str, Any], global_batch: int, world_size: int, source: str) -> int:
     if global_batch % world_size:
         lower = max(world_size, global_batch // world_size * world_size)
-        raise UserError(f"train.global_batch={global_batch} is not divisible by {world_size} ranks; use e.g. {lower}")
+        raise UserError(
+            f"train.global_batch={global_batch} is not divisible by {world_size} ranks; use e.g. {lower}, or, to "
+            "continue a run, a number of ranks that divides it"
+        )
     share = global_batch // world_size
     value = ds.get("train_micro_batch_size_per_gpu", "auto")
     if value == "auto":
@@ -163,7 +173,13 @@ def _offloads(zero: dict[str, Any], name: str, stage: int, source: str) -> bool:
     section = zero.get(name) or {}
     if not isinstance(section, dict):
         raise UserError(f'{source}: zero_optimization.{name}={section!r} must be an object like {{"device": "cpu"}}')
-    active = bool(section.get("device", "none") != "none")
+    device = section.get("device", "none")
+    if device not in ("none", "cpu"):
+        raise UserError(
+            f"{source}: {name}.device={device!r} must be none or cpu: what lies on an NVMe disk would be missing in "
+            "checkpoints"
+        )
+    active = bool(device == "cpu")
     if active and stage < OFFLOAD_NEEDS_STAGE[name]:
         raise UserError(
             f"{source}: {name} needs ZeRO stage {OFFLOAD_NEEDS_STAGE[name]} or higher, this file has {stage}"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from engine.collectives import from_rank_zero, gathered
-from engine.ds_config import Execution
+from engine.ds_config import LAYOUT_KEYS, Execution
 from engine.errors import UserError
 
 PREFIX = "universal-"
@@ -56,7 +56,8 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, st
             "start with the same precision (ranks, ZeRO stages 1 to 3, micro batch and accumulation may change)"
         )
     stages = (saved["zero_stage"], facts["zero_stage"])
-    if stages[0] == stages[1] and (saved["world_size"] == facts["world_size"] or stages[0] == 0):
+    same_shards = saved["world_size"] == facts["world_size"] and saved["layout"] == execution.layout
+    if stages[0] == stages[1] and (same_shards or stages[0] == 0):
         return None  # stage 0 has everything on every rank
     if 0 in stages:
         raise UserError(
@@ -65,15 +66,16 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, st
         )
     if storage == "local":
         raise UserError(
-            f"cannot continue {tag} with other ranks or another ZeRO stage: with checkpoint.storage=local its shards "
-            "are on several hosts. Copy them into one shared output_dir, and set checkpoint.storage=shared"
+            f"cannot continue {tag} with other ranks, another ZeRO stage or other {' or '.join(LAYOUT_KEYS)}: with "
+            "checkpoint.storage=local its shards are on several hosts. Copy them into one shared output_dir, and set "
+            "checkpoint.storage=shared"
         )
     return Conversion(tag, stages[0], saved["world_size"], stages[1], facts["world_size"])
 
 
 def load(ds_engine: Any, checkpoints: Path, conversion: Conversion, *, is_rank_zero: bool) -> dict[str, Any]:
     """Collective. Converts the checkpoint into a folder beside it, loads that, and removes it; returns the client
-    state. Raises UserError when there is no room for it."""
+    state. Raises UserError when that cannot be done, for want of room above all."""
     target = checkpoints / f"{PREFIX}{conversion.tag}"
     from_rank_zero(lambda: _convert(checkpoints / conversion.tag, target, conversion))
     with _universal(ds_engine), _kept_hyperparameters(ds_engine):
@@ -108,12 +110,16 @@ def _kept_hyperparameters(ds_engine: Any) -> Iterator[None]:
 
 def _own_step_counts(optimizer: torch.optim.Optimizer) -> None:
     """The same loader gives all parameters one tensor as step count, which each of them would then increase; and on the
-    CPU, where fused kernels of a GPU do not look."""
+    CPU, where fused kernels of a GPU do not look. From a run with offload it is a plain number, which PyTorch's
+    optimizers do not take."""
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    of_torch = isinstance(optimizer, torch.optim.Adam)  # AdamW too
     for state in optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            device = state["exp_avg"].device if on_device else state["step"].device
-            state["step"] = state["step"].to(device, copy=True)
+        step = state.get("step")
+        if of_torch and isinstance(step, int | float):
+            step = torch.tensor(float(step))
+        if isinstance(step, torch.Tensor):
+            state["step"] = step.to(state["exp_avg"].device if on_device else step.device, copy=True)
 
 
 def _convert(source: Path, target: Path, conversion: Conversion) -> None:
@@ -133,15 +139,26 @@ def _convert(source: Path, target: Path, conversion: Conversion) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars and steps
             ds_to_universal.main(arguments)
+        (source.parent / "latest_universal").unlink(missing_ok=True)  # of the converter; nobody reads it
+        _require_states(source, target)
         if (conversion.saved_stage == 3) != (conversion.stage == 3):
             _relay(target, to_stage_3=conversion.stage == 3)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError, LookupError, ValueError, AssertionError) as error:  # a full disk is a RuntimeError
         shutil.rmtree(target, ignore_errors=True)
         raise UserError(
             f"{source}: cannot be converted for {conversion.ranks} rank(s) under ZeRO-{conversion.stage}: "
-            f"{_first_line(error)}. The conversion needs as much room beside it; or start as it was written "
-            f"({conversion.saved_ranks} rank(s), ZeRO-{conversion.saved_stage})"
+            f"{type(error).__name__}: {_first_line(error)}. A conversion needs up to three times as much room beside "
+            "the checkpoint, and one whose optimizer has made a step; or start as it was written "
+            f"({conversion.saved_ranks} rank(s), ZeRO-{conversion.saved_stage}, its {' and '.join(LAYOUT_KEYS)})"
         ) from None
+
+
+def _require_states(source: Path, target: Path) -> None:
+    """Raises ValueError for a parameter without optimizer state: the converter leaves it out, and rounds its weight."""
+    model = _read(next(iter(sorted(source.glob("*model_states.pt")))))
+    for name in (name for group in model["param_shapes"] for name in group):
+        if not (target / "zero" / name / "exp_avg.pt").is_file():
+            raise ValueError(f"it has no optimizer state of {name}")
 
 
 def _relay(folder: Path, *, to_stage_3: bool) -> None:

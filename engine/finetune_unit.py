@@ -199,8 +199,8 @@ class UnitRun:
             print(note)
         for name in checkpointer.clean():
             print(f"removed {name}: an unfinished checkpoint")
-        for path in self.run_dir.set_aside_logs() if self.tag is None else ():
-            print(f"renamed {path} to superseded-{path.name}: this fine-tuning starts anew")
+        for old, new in self.run_dir.set_aside_logs() if self.tag is None else ():
+            print(f"renamed {old} to {new.name}: this fine-tuning starts anew")
         self.run_dir.write_settings(self.unit_config, ds_config=self.execution.resolved, tokenizer=self.plan.tokenizer)
 
     def _flops_per_token(self, module: TaskModule, teacher: FrozenTeacher | None, task: EncodedTask) -> float:

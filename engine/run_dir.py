@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,15 +106,20 @@ class RunDir:
                 "name another folder"
             ) from None
 
-    def set_aside_logs(self) -> list[Path]:
+    def set_aside_logs(self) -> list[tuple[Path, Path]]:
         """Renames records and TensorBoard events of an earlier run in this folder to superseded-…, so that its result
-        is not taken for the next one's. Returns their old paths."""
-        moved = [path for path in (self.records, self.tensorboard) if path.exists()]
-        for path in moved:
+        is not taken for the next one's. Returns their old and new paths."""
+        moved = []
+        for path in (self.records, self.tensorboard):
+            if not path.exists():
+                continue
             target = path.with_name(f"superseded-{path.name}")
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.replace(target)
+            for number in itertools.count(2):
+                if not target.exists():
+                    break
+                target = path.with_name(f"superseded-{number}-{path.name}")
+            path.rename(target)
+            moved.append((path, target))
         return moved
 
     def complete_tags(self) -> list[str]:

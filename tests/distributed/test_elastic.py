@@ -75,15 +75,33 @@ def test_other_ranks_and_stages_continue_the_curve(make_run, before: int) -> Non
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_sixteen_bit_runs_too(make_run, precision: str) -> None:
-    whole = make_run("whole", **settings(1, 2, precision))
+def test_sixteen_bit_runs_too(make_run, precision: str, before: int, after: int) -> None:
+    """With a masked-LM head, whose weight is that of the embeddings."""
+    head = {"data__mlm_probability": 0.15, "loss__mlm": 1.0}
+    whole = make_run("whole", **settings(before, 2, precision), **head)
     whole.finish()
-    run, _ = continued(make_run, whole, "other", **settings(3, 3, precision))
+    run, _ = continued(make_run, whole, "other", **settings(after, 3, precision), **head)
     gap = relative_gap(whole.curve(), run.curve())
-    print(f"{precision}: ZeRO-1 x 2 to ZeRO-3 x 3: largest relative gap {gap:.1e}")
+    print(f"{precision}: ZeRO-{before} x 2 to ZeRO-{after} x 3: largest relative gap {gap:.1e}")
     assert gap < SIXTEEN_BIT
     assert run.curve("loss_scale") == whole.curve("loss_scale")
+    assert precision == "bf16" or len(set(run.curve("loss_scale"))) > 1, "the scale grows, so that a lost one is seen"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("stage", "other"), [(2, {"round_robin_gradients": True}), (3, {"sub_group_size": 500})])
+def test_another_layout_of_shards(make_run, stage: int, other: dict[str, object]) -> None:
+    """The same ranks and stage, but DeepSpeed puts the parameters into their shards in another order: as they are they
+    would load into each other's places."""
+    whole = make_run("whole", **settings(stage, 2))
+    whole.finish()
+    run, output = continued(make_run, whole, "other", zero=other, **settings(stage, 2))
+    assert f"converted for 2 under ZeRO-{stage}" in output
+    gap = relative_gap(whole.curve(), run.curve())
+    print(f"ZeRO-{stage} x 2, {other}: largest relative gap {gap:.1e}")
+    assert gap < FP32
 
 
 def test_stage_0_takes_other_ranks_but_no_other_stage(make_run) -> None:

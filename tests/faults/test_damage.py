@@ -229,6 +229,6 @@ def test_no_room_for_a_conversion_is_one_line(make_run) -> None:
         output = other.finish(expect=2)
         errors = [line for line in output.splitlines() if line.startswith("error:")]
         assert len(errors) == 1
-        assert "The conversion needs as much room beside it" in errors[0]
+        assert "up to three times as much room beside the checkpoint" in errors[0]
         assert "Traceback" not in output
         assert {path.name for path in run.run_dir.checkpoints.iterdir() if path.is_dir()} == set(tags)

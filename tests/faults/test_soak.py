@@ -132,7 +132,8 @@ def test_soak(make_run, tmp_path: Path) -> None:
         while time.monotonic() - began < 60 * MINUTES:
             run.ranks = rng.choice([1, 2, 2, 3])
             stage = rng.choice([1, 2, 3])
-            ds = write_ds_config(tmp_path / f"ds {stage}", zero_optimization={"stage": stage})
+            sections = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+            ds = write_ds_config(tmp_path / f"ds {stage}", **sections)
             run.argv[run.argv.index("--deepspeed_config") + 1] = str(ds)
             soak.turn()
             print(f"{time.monotonic() - began:.0f} s: step {run.steps()[-1]['step']}, {dict(soak.tried)}", flush=True)

@@ -16,7 +16,7 @@ import torch
 from faulting import TIMES, assert_checkpoints_whole, seed_of, unfinished_checkpoints, wait_for_start
 from hosts import LOGIN, Hosts, why_not
 from launching import Run, finished, kill_session, spawn
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.run_dir import step_tag
 
@@ -152,6 +152,23 @@ def test_an_error_on_one_host_ends_all_at_once(make_run, hosts: Hosts, tiny_worl
     shutil.rmtree(hosts.disk("worker-1") / "corpus")
 
 
+def test_hosts_with_other_models(make_run, hosts: Hosts, tiny_world) -> None:
+    """At the same path, on disks of their own: the ranks would train on different targets, and nothing would say so."""
+    for name in hosts.names:
+        shutil.copytree(tiny_world.teacher, hosts.disk(name) / "teacher")
+    weights = load_file(tiny_world.teacher / "model.safetensors")
+    weights["bert.embeddings.LayerNorm.bias"] += 1
+    save_file(weights, hosts.disk("worker-2") / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    run = make_run("run", stage=1, teacher__path=hosts.local / "teacher", **ENDLESS)
+    output = hosts.finish(run, expect=2)
+    errors = [line for line in output.splitlines() if "error:" in line]
+    assert len(errors) == 1, output
+    assert "ranks would not compute the same (worker-2: teacher.weights_sha256: " in errors[0]
+    assert not run.steps()
+    for name in hosts.names:
+        shutil.rmtree(hosts.disk(name) / "teacher")
+
+
 def optimizer_shard(rank: int) -> str:
     return f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
@@ -225,6 +242,15 @@ def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int, slo
     output = hosts.finish(run, expect=2)
     assert "worker-2 has nothing of it" in output
     assert (seen["worker-1"] / "checkpoints" / step_tag(8)).is_dir(), "what the other host has is left alone"
+
+
+@pytest.mark.thorough
+def test_storage_that_is_shared_and_called_local(make_run, hosts: Hosts) -> None:
+    """Each host would write over the files of the other."""
+    run = make_run("run", ranks=2, stage=1, micro=2, train__steps=8, train__save_every=2, checkpoint__storage="local")
+    output = hosts.finish(run, expect=1)
+    assert "the hosts share output_dir. Set checkpoint.storage=shared" in output
+    assert not run.run_dir.complete_tags()
 
 
 @pytest.mark.thorough
