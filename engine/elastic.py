@@ -64,6 +64,14 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, st
             f"cannot continue {tag}: it was written under ZeRO-{stages[0]} and this start has ZeRO-{stages[1]}; stages "
             "1, 2 and 3 can follow each other, 0 only itself"
         )
+    layouts = saved["layout"], execution.layout
+    if any(layout["round_robin_gradients"] and stage < 3 for layout, stage in zip(layouts, stages, strict=True)):
+        raise UserError(
+            f"cannot continue {tag}: zero_optimization.round_robin_gradients orders the shards in a way that DeepSpeed's "
+            "universal checkpoints do not know (the loss was wrong by a quarter). Start as it was written "
+            f"({saved['world_size']} rank(s), ZeRO-{stages[0]}, round_robin_gradients="
+            f"{bool(layouts[0]['round_robin_gradients'])})"
+        )
     if storage == "local":
         raise UserError(
             f"cannot continue {tag} with other ranks, another ZeRO stage or other {' or '.join(LAYOUT_KEYS)}: with "

@@ -162,8 +162,8 @@ def test_hosts_with_other_models(make_run, hosts: Hosts, tiny_world) -> None:
     run = make_run("run", stage=1, teacher__path=hosts.local / "teacher", **ENDLESS)
     output = hosts.finish(run, expect=2)
     errors = [line for line in output.splitlines() if "error:" in line]
-    assert len(errors) == 1, output
-    assert "ranks would not compute the same (worker-2: teacher.weights_sha256: " in errors[0]
+    assert errors
+    assert all("ranks would not compute the same (worker-2: teacher.weights_sha256: " in line for line in errors)
     assert not run.steps()
     for name in hosts.names:
         shutil.rmtree(hosts.disk(name) / "teacher")
