@@ -183,7 +183,7 @@ def slots(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.parametrize(
     ("stage", "slots"),
-    [pytest.param(1, 1, marks=pytest.mark.thorough), pytest.param(3, 1, marks=pytest.mark.thorough), (3, 2)],
+    [pytest.param(1, 1, marks=pytest.mark.thorough), (3, 1), pytest.param(3, 2, marks=pytest.mark.thorough)],
     indirect=["slots"],
 )
 def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int, slots: int) -> None:
