@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
-from launching import Run
+from launching import Run, write_ds_config
 
 from engine.run_dir import step_tag
 
@@ -101,6 +102,25 @@ def test_another_layout_of_shards(make_run) -> None:
     gap = relative_gap(whole.curve(), run.curve())
     print(f"ZeRO-3 x 2, another sub_group_size: largest relative gap {gap:.1e}")
     assert gap < FP32
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 3), (3, 1)])
+def test_an_optimizer_without_a_step_is_not_converted(make_run, tmp_path: Path, before: int, after: int) -> None:
+    """fp16 whose first steps all overflow: the converter would make a checkpoint of rounded weights, or a traceback."""
+    fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 60}
+    common = {"train__steps": 4, "train__save_every": 2, "launcher": False}
+    runs = [make_run(name, **common) for name in ("run", "other")]
+    for run, stage in zip(runs, (before, after), strict=True):
+        ds = write_ds_config(tmp_path / f"ds {stage} fp16", zero_optimization={"stage": stage}, fp16=fp16)
+        run.argv[run.argv.index("--deepspeed_config") + 1] = str(ds)
+    run, other = runs
+    run.finish()
+    other.output_dir = run.output_dir
+    errors = [line for line in other.finish(expect=2).splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "one whose optimizer has made a step" in errors[0]
+    assert not list(run.run_dir.checkpoints.glob("universal-*"))
 
 
 @pytest.mark.thorough

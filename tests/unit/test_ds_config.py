@@ -65,6 +65,7 @@ def test_accumulation_is_derived(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param='cpu' must be an object"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs ZeRO stage 3"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs ZeRO stage 1"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "'nvme' must be none or cpu"),
     ],
 )
 def test_conflicts_name_file_key_and_remedy(tmp_path: Path, ds: dict[str, Any], says: str) -> None:
@@ -75,7 +76,9 @@ def test_conflicts_name_file_key_and_remedy(tmp_path: Path, ds: dict[str, Any], 
 
 
 def test_global_batch_must_fit_the_ranks(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.global_batch=32 is not divisible by 3 ranks; use e.g. 30"):
+    with pytest.raises(
+        UserError, match=r"train.global_batch=32 is not divisible by 3 ranks; use e.g. 30, or, to continue a run"
+    ):
         resolve(run(32), write(tmp_path), 3)
 
 

@@ -221,6 +221,18 @@ def test_step_counts_of_a_conversion_are_where_fused_kernels_look() -> None:
     assert {state["step"].device.type for state in optimizer.state.values()} == {"meta"}
 
 
+def test_step_counts_of_a_run_with_offload_are_numbers() -> None:
+    """DeepSpeedCPUAdam counts so; PyTorch's optimizers would refuse to make the first step."""
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    zeros = {name: torch.zeros(2) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[weight] = {"step": 7, **zeros}
+    _own_step_counts(optimizer)
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert float(optimizer.state[weight]["step"]) == 8
+
+
 def test_files_of_other_hosts_that_cannot_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.checkpoint.SEEN_WITHIN_S", 0.0)
     (tmp_path / "whole").write_bytes(b"abc")
