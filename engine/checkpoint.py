@@ -77,6 +77,19 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return [f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
 
 
+def require_agreement(mine: dict[str, Any]) -> None:
+    """Collective. Raises UserError when some rank would compute something else: hosts may have models and corpora on
+    disks of their own, and different processors. mine: flat settings and hashes of inputs."""
+    first = from_rank_zero(lambda: mine)
+    differing = {host: found for host, found in gathered((platform.node(), changed_keys(first, mine))) if found}
+    if differing:
+        raise UserError(
+            "ranks would not compute the same ("
+            + "; ".join(f"{host}: {', '.join(found[:4])}" for host, found in differing.items())
+            + "). Bring the same files to these hosts, or name the same deepspeed_config"
+        )
+
+
 class CheckpointFailed(Exception):
     """A checkpoint could not be written, on any rank. Nothing of it is left."""
 
@@ -116,7 +129,7 @@ class Checkpointer:
         """Collective. The newest checkpoint whose files are what its marker says, or None for a fresh start. Damaged
         ones that are newer are renamed to damaged-… when `set_aside`. Raises UserError when there is none to continue
         from, and then leaves all as they are: a scheduler's next start must not begin anew."""
-        self._require_agreement()
+        require_agreement({**self.identity, **self.execution.facts, **self.execution.layout})
         markers = self._markers()
         tags = sorted(markers, key=tag_step)
         if resume == "never":
@@ -157,19 +170,6 @@ class Checkpointer:
                 f"the files, or {otherwise}"
             )
         return None
-
-    def _require_agreement(self) -> None:
-        """Collective. Raises UserError when some rank would compute something else: hosts may have models and corpora
-        on disks of their own, and different processors."""
-        mine = {**self.identity, **self.execution.facts, **self.execution.layout}
-        first = from_rank_zero(lambda: mine)
-        differing = {host: found for host, found in gathered((platform.node(), changed_keys(first, mine))) if found}
-        if differing:
-            raise UserError(
-                "ranks would not compute the same ("
-                + "; ".join(f"{host}: {', '.join(found[:4])}" for host, found in differing.items())
-                + "). Bring the same files to these hosts, or name the same deepspeed_config"
-            )
 
     def _set_aside(self, tag: str) -> str:
         if self.is_keeper:

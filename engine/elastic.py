@@ -68,7 +68,7 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, st
     if any(layout["round_robin_gradients"] and stage < 3 for layout, stage in zip(layouts, stages, strict=True)):
         raise UserError(
             f"cannot continue {tag}: zero_optimization.round_robin_gradients orders the shards in a way that "
-            "DeepSpeed's universal checkpoints do not know (the loss was wrong by a quarter). Start as it was written "
+            "DeepSpeed's universal checkpoints do not know (losses were off by up to 28 %). Start as it was written "
             f"({saved['world_size']} rank(s), ZeRO-{stages[0]}, round_robin_gradients="
             f"{bool(layouts[0]['round_robin_gradients'])})"
         )

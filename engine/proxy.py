@@ -22,6 +22,7 @@ import torch
 
 from engine import run_lock, runtime, watchdog
 from engine.assemble import load_teacher, open_corpus
+from engine.checkpoint import flatten, require_agreement
 from engine.collectives import from_rank_zero, gathered
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck
@@ -50,6 +51,7 @@ def proxy(config: ProxyJobConfig) -> int:
         if writes:
             run_dir.write_settings(config, ds_config=plan.base.execution.resolved, tokenizer=plan.base.tokenizer)
         here = runtime.start(config.seed)
+        require_agreement({**flatten(plan.fingerprint_parts), **plan.base.execution.facts})
         code = ProxyJob(plan, run_dir, here, began).run()
         torch.distributed.destroy_process_group()
         return code
