@@ -124,6 +124,13 @@ def finished(process: subprocess.Popen[str], expect: int) -> str:
     return output
 
 
+def hear_signals() -> None:
+    """In a child, before its program: Ctrl-C and a lost terminal mean what they do to a user, though a suite in the
+    background of a script, or under nohup, ignores them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def kill_session(process: subprocess.Popen[str]) -> None:
     """Ranks outlive a killed launcher; they share its session."""
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
-from launching import ROOT, environment
+from launching import ROOT, environment, hear_signals
 
 from engine.records import read_records
 from ga.history import Evaluation, read_history
@@ -40,8 +40,7 @@ class SearchRun:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # a suite that runs in the background of a script ignores Ctrl-C, and so would the driver
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=hear_signals,
         )
 
     def finish(self, *more: str, expect: int = 0) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment
+from launching import ROOT, environment, hear_signals
 from searching import SearchRun, finish
 from small_disk import SmallDisk
 
@@ -28,6 +28,12 @@ def error_of(output: str) -> str:
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in output
     return line
+
+
+def take_terminal() -> None:
+    """In a child, before its program: standard input becomes the terminal that it belongs to."""
+    hear_signals()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.mark.thorough
@@ -75,7 +81,7 @@ def test_a_terminal_that_goes_ends_the_search_in_order(make_search: MakeSearch) 
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(theirs)
     trials = search.output_dir / "trials"

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset
+from launching import hear_signals
 from tiny_tokenizers import FAMILIES, bert, make_text, roberta, saved
 from transformers import AutoTokenizer
 
@@ -136,8 +137,7 @@ def interrupt(text: Path, out: Path, tokenizer: str, kind: int, *, worker: bool 
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
-            # a suite started in the background of a script inherits an ignored SIGINT, and so would this job
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=hear_signals,
         )
     try:
         deadline = time.monotonic() + 60

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import hear_signals
 
 from engine.exit_codes import EXIT_PREEMPTED
 from ga.launcher import end_lost_job
@@ -59,6 +60,7 @@ def driver(tmp_path: Path):
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
+        preexec_fn=hear_signals,
     )
     os.close(theirs)
     deadline = time.monotonic() + 60
