@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from engine import elastic
-from engine.checkpoint_files import CheckedFiles, FileFacts, problems_of, remove_folder
-from engine.collectives import from_rank_zero, gathered
+from engine.checkpoint_files import CheckedFiles, FileFacts, is_sound, problems_of, read_marker, remove_folder, seal
+from engine.collectives import gathered
 from engine.ds_config import Execution
 from engine.errors import UserError
 from engine.files import sync_folder, write_whole
+from engine.identity import changed_keys, require_agreement
 from engine.run_dir import COMPLETE, RunDir, step_tag, tag_step
 from engine.runtime import Runtime
 
@@ -27,67 +28,6 @@ SEEN_WITHIN_S = 40.0
 """Longer than an NFS client keeps what it knows of a folder (acdirmin, 30 s)."""
 EXPORT_FILE = "export.json"
 """Inside a checkpoint: what launch/export.py needs to rebuild the student without the training world."""
-
-HOW_KEYS = frozenset(
-    [
-        "output_dir",
-        "resume",
-        "deepspeed_config",
-        "dry_run",
-        "require_fused",
-        "teacher.placement",
-        "teacher.attention",
-        "student.attention",
-        "student.activation_checkpointing",
-        "student.fused_layer_norm",
-        "kernels.backend",
-        "kernels.attention",
-        "kernels.gram_sums",
-        "kernels.unpadded",
-        "train.log_every",
-        "train.eval_every",
-        "train.save_every",
-        "train.keep",
-        "train.hang_timeout_s",
-        "train.skip_bad_steps",
-        "checkpoint.storage",
-        "checkpoint.on_error",
-        # where they lie; what they hold is in the identity, as hashes
-        "teacher.path",
-        "data.path",
-        "data.seq_len",
-        "data.verify",
-        "allow_pickle",
-    ]
-)
-"""Settings that say how a run executes or reports; every other one says what it computes and is fixed at resume."""
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """`key: saved -> current` for everything that decides what is computed and differs."""
-    keys = sorted((saved.keys() | current.keys()) - HOW_KEYS)
-    return [f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
-
-
-def require_agreement(mine: dict[str, Any]) -> None:
-    """Collective. Raises UserError when some rank would compute something else: hosts may have models and corpora on
-    disks of their own, and different processors. mine: flat settings and hashes of inputs."""
-    first = from_rank_zero(lambda: mine)
-    differing = {host: found for host, found in gathered((platform.node(), changed_keys(first, mine))) if found}
-    if differing:
-        raise UserError(
-            "ranks would not compute the same ("
-            + "; ".join(f"{host}: {', '.join(found[:4])}" for host, found in differing.items())
-            + "). Bring the same files to these hosts, or name the same deepspeed_config"
-        )
 
 
 class CheckpointFailed(Exception):
@@ -324,7 +264,7 @@ class Checkpointer:
         try:
             write_whole(folder / EXPORT_FILE, description)
             sync_folder(folder.parent)
-            write_whole(folder / COMPLETE, json.dumps({**marker, "sha256": _seal(marker)}, indent=1).encode())
+            write_whole(folder / COMPLETE, json.dumps({**marker, "sha256": seal(marker)}, indent=1).encode())
         except OSError as error:
             return f"{platform.node()}: {error}"
         return None
@@ -370,23 +310,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def read_marker(marker: Path) -> dict[str, Any]:
-    """What a COMPLETE file says; empty when it cannot be read."""
-    try:
-        read = json.loads(marker.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
-
-
-def is_sound(marker: dict[str, Any]) -> bool:
-    """Whether it is as it was written."""
-    return marker.get("sha256") == _seal(marker)
-
-
-def _seal(marker: dict[str, Any]) -> str:
-    """Hash of a marker without its own."""
-    rest = {key: value for key, value in marker.items() if key != "sha256"}
-    return FileFacts.of(json.dumps(rest, sort_keys=True).encode()).sha256

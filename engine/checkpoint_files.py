@@ -1,10 +1,11 @@
 """The files of a sharded checkpoint: written, flushed and hashed as DeepSpeed hands them over, and compared at
-resume."""
+resume; and the marker that lists them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -130,3 +131,23 @@ def remove_folder(folder: Path, marker: str) -> None:
     with contextlib.suppress(OSError):
         (folder / marker).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_marker(marker: Path) -> dict[str, Any]:
+    """What a COMPLETE file says; empty when it cannot be read."""
+    try:
+        read = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def is_sound(marker: dict[str, Any]) -> bool:
+    """Whether it is as it was written."""
+    return marker.get("sha256") == seal(marker)
+
+
+def seal(marker: dict[str, Any]) -> str:
+    """Hash of a marker without its own."""
+    rest = {key: value for key, value in marker.items() if key != "sha256"}
+    return FileFacts.of(json.dumps(rest, sort_keys=True).encode()).sha256

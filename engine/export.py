@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from engine.checkpoint import EXPORT_FILE, is_sound, read_marker
-from engine.checkpoint_files import problems_of
+from engine.checkpoint import EXPORT_FILE
+from engine.checkpoint_files import is_sound, problems_of, read_marker
 from engine.errors import RunFailure, UserError
 from engine.models.hub import init_arguments, model_class, quiet
 from engine.run_dir import COMPLETE, RunDir

@@ -13,12 +13,12 @@ import torch
 from transformers import PretrainedConfig
 
 from engine import runtime
-from engine.checkpoint import flatten
 from engine.config import TrainConfig
 from engine.data.task_specs import task_spec
 from engine.data.tasks import TaskData, load_task, resolve_names
 from engine.ds_config import Execution
 from engine.errors import UserError
+from engine.identity import flatten
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping

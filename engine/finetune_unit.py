@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.checkpoint import Checkpointer, Chosen, changed_keys
+from engine.checkpoint import Checkpointer, Chosen
 from engine.collectives import from_rank_zero
 from engine.data.encoded_task import EncodedTask
 from engine.errors import UserError
 from engine.export import export_checkpoint
 from engine.finetune_plan import FinetunePlan, Unit, unit_identity
+from engine.identity import changed_keys
 from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
 from engine.models.student import enable_activation_checkpointing

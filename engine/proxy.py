@@ -22,11 +22,11 @@ import torch
 
 from engine import run_lock, runtime, watchdog
 from engine.assemble import load_teacher, open_corpus
-from engine.checkpoint import flatten, require_agreement
 from engine.collectives import from_rank_zero, gathered
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck
 from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
+from engine.identity import flatten, require_agreement
 from engine.monitor import Monitor, open_records, peak_memory_gib
 from engine.plan import Plan
 from engine.proxy_cohort import IntermediateScores, Member, build_member

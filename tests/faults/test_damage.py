@@ -17,7 +17,8 @@ from faulting import TIMES, assert_checkpoints_whole, end, output_file, seed_of,
 from launching import Run
 from small_disk import mounted
 
-from engine.checkpoint import Checkpointer, _seal
+from engine.checkpoint import Checkpointer
+from engine.checkpoint_files import seal
 from engine.ds_config import Execution
 from engine.elastic import plan_conversion
 from engine.errors import UserError
@@ -119,7 +120,7 @@ def test_ranks_on_other_hosts_than_before_are_refused(make_run, finished, tmp_pa
     shutil.copytree(a_finished_run(make_run, finished).output_dir, folder)
     for tag in (step_tag(2), step_tag(4), step_tag(6)):
         marker = {**json.loads((folder / "checkpoints" / tag / COMPLETE).read_text()), "ranks": [1]}
-        marker["sha256"] = _seal(marker)
+        marker["sha256"] = seal(marker)
         (folder / "checkpoints" / tag / COMPLETE).write_text(json.dumps(marker))
     local = replace(checkpointer_of(folder), storage="local")
     with pytest.raises(UserError, match=r"keeps ranks \[1\] and runs rank 0 now"):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertForMaskedLM, BertModel
 
 from engine.banner import closing_table, estimate_memory, mapping_table
-from engine.checkpoint import HOW_KEYS, _not_seen, changed_keys, flatten
+from engine.checkpoint import _not_seen
 from engine.checkpoint_files import FileFacts
 from engine.cli import parse_config
 from engine.config import OptimConfig, RunConfig, TrainConfig
@@ -22,6 +22,7 @@ from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.ds_config import FOLDER, resolve_execution
 from engine.elastic import _own_step_counts
+from engine.identity import HOW_KEYS, changed_keys, flatten
 from engine.kernels import exact
 from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.mapping import parse_mapping
