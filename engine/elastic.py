@@ -56,7 +56,8 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, st
             "start with the same precision (ranks, ZeRO stages 1 to 3, micro batch and accumulation may change)"
         )
     stages = (saved["zero_stage"], facts["zero_stage"])
-    same_shards = saved["world_size"] == facts["world_size"] and saved["layout"] == execution.layout
+    layouts = saved.get("layout", execution.layout), execution.layout  # markers of older versions do not say it
+    same_shards = saved["world_size"] == facts["world_size"] and layouts[0] == layouts[1]
     if stages[0] == stages[1] and (same_shards or stages[0] == 0):
         return None  # stage 0 has everything on every rank
     if 0 in stages:
@@ -64,7 +65,6 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, st
             f"cannot continue {tag}: it was written under ZeRO-{stages[0]} and this start has ZeRO-{stages[1]}; stages "
             "1, 2 and 3 can follow each other, 0 only itself"
         )
-    layouts = saved["layout"], execution.layout
     if any(layout["round_robin_gradients"] and stage < 3 for layout, stage in zip(layouts, stages, strict=True)):
         raise UserError(
             f"cannot continue {tag}: zero_optimization.round_robin_gradients orders the shards in a way that "

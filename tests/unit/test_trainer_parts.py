@@ -20,8 +20,8 @@ from engine.config import OptimConfig, RunConfig, TrainConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
-from engine.ds_config import FOLDER, resolve_execution
-from engine.elastic import _own_step_counts
+from engine.ds_config import FOLDER, Execution, resolve_execution
+from engine.elastic import _own_step_counts, plan_conversion
 from engine.identity import HOW_KEYS, changed_keys, flatten
 from engine.kernels import exact
 from engine.loss_window import BadMicroStep, LossWindow, WindowReport
@@ -220,6 +220,11 @@ def test_step_counts_of_a_conversion_are_where_fused_kernels_look() -> None:
     optimizer.param_groups[0]["fused"] = True
     _own_step_counts(optimizer)
     assert {state["step"].device.type for state in optimizer.state.values()} == {"meta"}
+
+
+def test_checkpoints_of_versions_that_did_not_write_their_layout_are_continued() -> None:
+    execution = Execution("", {}, 2, 2, 2, "float32", 1, False, False)
+    assert plan_conversion("step-00000002", saved=execution.facts, execution=execution, storage="shared") is None
 
 
 def test_step_counts_of_a_run_with_offload_are_numbers() -> None:
