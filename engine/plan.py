@@ -168,6 +168,7 @@ def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig
         path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())
     execution = resolve_execution(train, optim, path, runtime.launcher_world_size())
     check_zero_section(execution)
+    check_precision(execution)
     if optim.name.startswith("apex_"):
         require_apex(optim.name)
     return execution
@@ -199,6 +200,15 @@ def check_zero_section(execution: Execution) -> None:
         first = error.errors()[0]
         key = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
         raise UserError(f"{execution.source}: {key}={first['input']!r}: {first['msg']}") from None
+
+
+def check_precision(execution: Execution) -> None:
+    """DeepSpeed would refuse it too, but only after both models are loaded, and with a traceback."""
+    if execution.precision == "float16" and not runtime.uses_gpu() and not runtime.has_fp16():
+        raise UserError(
+            f"{execution.source}: fp16 on a CPU needs AVX-512 FP16, which this processor lacks; use a bf16 or fp32 "
+            "file such as ds_configs/zero0_bf16.json, or a GPU"
+        )
 
 
 def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world_size: int) -> list[str]:

@@ -28,6 +28,13 @@ def has_fast_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def has_fp16() -> bool:
+    """Whether DeepSpeed trains in fp16 on this processor (AVX-512 FP16; AMD's have none yet). GPUs are not asked."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    return bool(CPU_Accelerator().is_fp16_supported())
+
+
 def launcher_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

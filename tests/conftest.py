@@ -15,6 +15,8 @@ from launching import Run, write_ds_config
 from searching import SearchRun
 from tiny_world import TinyWorld, save_tiny_teacher, write_text
 
+from engine.runtime import has_fp16
+
 pytest_plugins = ["postgres", "small_disk"]
 
 if not torch.cuda.is_available():
@@ -35,10 +37,15 @@ MakeRun = Callable[..., Run]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    left_out = {}
     if "MAPDISTILL_FAULTS" not in os.environ:
-        for item in items:
-            if item.get_closest_marker("thorough"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; MAPDISTILL_FAULTS=20 runs it"))
+        left_out["thorough"] = pytest.mark.skip(reason="takes minutes; MAPDISTILL_FAULTS=20 runs it")
+    if any(item.get_closest_marker("fp16") for item in items) and not has_fp16():
+        left_out["fp16"] = pytest.mark.skip(reason="this processor has no AVX-512 FP16, so DeepSpeed refuses fp16")
+    for item in items:
+        for name, skip in left_out.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ def test_other_ranks_and_stages_continue_the_curve(make_run, before: int) -> Non
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.fp16)])
 def test_sixteen_bit_runs_too(make_run, precision: str, before: int, after: int) -> None:
     """With a masked-LM head, whose weight is that of the embeddings."""
     head = {"data__mlm_probability": 0.15, "loss__mlm": 1.0}
@@ -104,6 +104,7 @@ def test_another_layout_of_shards(make_run) -> None:
     assert gap < FP32
 
 
+@pytest.mark.fp16
 @pytest.mark.thorough
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 3), (3, 1)])
 def test_an_optimizer_without_a_step_is_not_converted(make_run, tmp_path: Path, before: int, after: int) -> None:

@@ -25,6 +25,7 @@ from engine.models.capture import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
 from engine.plan import make_plan
+from engine.runtime import has_fp16
 
 pytestmark = pytest.mark.launcher
 
@@ -129,7 +130,8 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_every_promised_number_by_optimizer_step(make_run) -> None:
-    run = make_run("run", ranks=2, precision="fp16", train__eval_every=3, micro=2)
+    scaled = has_fp16()
+    run = make_run("run", ranks=2, precision="fp16" if scaled else "bf16", train__eval_every=3, micro=2)
     run.finish()
     events = EventAccumulator(str(run.run_dir.tensorboard), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
@@ -138,12 +140,13 @@ def test_tensorboard_has_every_promised_number_by_optimizer_step(make_run) -> No
         "loss/total", "loss/hidden", "loss/attention", "loss/embedding",
         "pair/hidden/1-2", "pair/hidden/2-4", "pair/attention/1-2", "pair/attention/2-4", "pair/embedding",
         "share/hidden", "share/attention", "share/embedding",
-        "optimizer/lr", "optimizer/grad_norm", "optimizer/loss_scale", "optimizer/skipped_steps",
+        "optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps",
         "speed/tokens_per_s", "speed/samples_per_s", "speed/tflops", "speed/data_wait_share",
         "time_share/teacher", "time_share/student", "time_share/optimizer",
         "memory/peak_gib", "loss_held_out/total", "loss_held_out/hidden/1-2",
     }  # fmt: skip
     assert promised <= tags, promised - tags
+    assert ("optimizer/loss_scale" in tags) == scaled
     assert [e.step for e in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
     assert [e.step for e in events.Scalars("loss_held_out/total")] == [3, 6]
     shares = [events.Scalars(f"share/{name}")[0].value for name in ("hidden", "attention", "embedding")]
@@ -193,6 +196,16 @@ def test_mistakes_exit_2_with_one_line(make_run, argv: list[str], says: str) -> 
     assert not run.run_dir.checkpoints.exists()
 
 
+def test_a_processor_without_fp16_exits_2_with_one_line(make_run, monkeypatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # so that one with fp16 does as one without
+    output = make_run("run", precision="fp16", launcher=False).finish(expect=2)
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, output
+    assert "fp16 on a CPU needs AVX-512 FP16" in lines[0]
+    assert "ds_configs/zero0_bf16.json" in lines[0]
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(
     "argv", [["--loss.hiden", "3"], ["--output_dir", "/proc/nowhere"], ["--data.eval_sequences", "5000"]]
 )
@@ -212,7 +225,15 @@ def test_require_fused_makes_a_fall_back_an_error(make_run) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["zero0_fp16", "zero2_fp16", "zero3_fp16", "zero3_offload_fp16", "zero0_bf16", "zero0_fp32"]
+    "name",
+    [
+        *(
+            pytest.param(f"{stage}_fp16", marks=pytest.mark.fp16)
+            for stage in ("zero0", "zero2", "zero3", "zero3_offload")
+        ),
+        "zero0_bf16",
+        "zero0_fp32",
+    ],
 )
 def test_shipped_ds_configs_train(make_run, name: str) -> None:
     run = make_run("run", launcher=False, deepspeed_config=FOLDER / f"{name}.json", train__steps=3, train__lr=1e-4)

@@ -130,9 +130,14 @@ def test_more_bad_batches_than_allowed_end_the_run(make_run, poison: Poison) -> 
     assert "more than train.skip_bad_steps=1 of them" in output
 
 
-def test_an_overflow_at_the_smallest_loss_scale_names_its_batch(make_run, poison: Poison, tmp_path: Path) -> None:
+@pytest.mark.fp16
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_overflow_at_the_smallest_loss_scale_names_its_batch(
+    make_run, poison: Poison, tmp_path: Path, stage: int
+) -> None:
     fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 0, "min_loss_scale": 1, "hysteresis": 1}
-    ds = write_ds_config(tmp_path / "fp16", train_micro_batch_size_per_gpu=2, zero_optimization={"stage": 1}, fp16=fp16)
+    zero = {"stage": stage}
+    ds = write_ds_config(tmp_path / "fp16", train_micro_batch_size_per_gpu=2, zero_optimization=zero, fp16=fp16)
     run = make_run("run", launcher=False, **settings(poison))
     output = run.finish("--deepspeed_config", str(ds), expect=3)
     error = run.records("error")[-1]
