@@ -1,8 +1,9 @@
-"""Removes locks of compiled C++ extensions whose builder is gone.
+"""Takes over locks of compiled C++ extensions whose builder is gone.
 
 PyTorch guards the build of an extension (DeepSpeed compiles its CPU operators at their first use) with a file `lock`
-that its holder creates and removes. A holder that is killed leaves it, and then every later start waits for it without
-an end and without a word: torch/utils/file_baton.py of PyTorch 2.13 has neither an owner nor a time limit.
+that its holder creates and removes. A holder that is killed leaves it, and then whoever waits for it, and every later
+start, waits without an end and without a word: torch/utils/file_baton.py of PyTorch 2.13 has neither an owner nor a
+time limit.
 A holder keeps the file open, though, which /proc shows; where it is in another container, only the kernel's answer to
 who asks for a lease of the file does.
 """
@@ -20,47 +21,65 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
 
-LOCK = "lock"
 CHECK = ".stale_lock_check"
 """Held by the rank that looks at a folder's lock."""
+FRESH = ".lock_of_the_next_builder"
+LOOK_S = 2.0
+"""How often one who waits for a lock looks whether it is stale."""
 NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse", "afs", "9p")
 QUIET_S = 900.0
 """Where a holder may be on another host: a build that has written nothing for so long is no build any more. The slowest
 of DeepSpeed's source files takes two minutes here."""
 
 
-def build_root() -> Path:
-    """Folder above the build folders of all extensions of this Python and PyTorch."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-
-
-def remove_stale(root: Path) -> list[Path]:
-    """Removes the stale locks below `root`, as deep as PyTorch puts them, and returns their paths.
+def take_over_stale() -> None:
+    """From now on, whoever finds a lock in this process waits in PyTorch's `try_acquire` until it is gone, or stale and
+    therefore its own.
 
     A lock is stale when no process of this machine has it open; on a network file system, only after nothing in its
-    folder has changed for `QUIET_S` seconds. Locks of other users are left alone. Safe when several ranks call it at
-    once.
+    folder has changed for `QUIET_S` seconds. Locks of other users are left alone.
     """
-    if not sys.platform.startswith("linux"):
-        return []
-    found = [lock for pattern in (f"*/{LOCK}", f"*/*/{LOCK}") for lock in root.glob(pattern)]
-    return [lock for lock in sorted(found) if _remove_if_stale(lock)]
+    if sys.platform.startswith("linux"):
+        FileBaton.try_acquire = _acquire  # type: ignore[method-assign]
 
 
-def _remove_if_stale(lock: Path) -> bool:
+def _acquire(self: FileBaton) -> bool:
+    """In place of `FileBaton.try_acquire`: False once somebody else has built the extension."""
+    lock = Path(self.lock_file_path)
     try:
-        # Of two ranks that find it stale, the slower one must not remove the lock that the faster one has just taken.
+        self.fd = os.open(lock, os.O_CREAT | os.O_EXCL)
+        return True
+    except FileExistsError:
+        pass
+    next_look = time.monotonic()
+    while lock.exists():
+        if time.monotonic() >= next_look:
+            self.fd = _taken_over(lock)
+            if self.fd is not None:
+                print(f"took over {lock}: whoever built this extension is gone; building it", flush=True)
+                return True
+            next_look = time.monotonic() + LOOK_S
+        time.sleep(self.wait_seconds)
+    return False
+
+
+def _taken_over(lock: Path) -> int | None:
+    """Descriptor of this process's lock in the place of a stale one; None for one that is not stale."""
+    try:
+        # Of two ranks that find it stale, the slower one must not replace the lock that the faster one has just taken.
         with _alone_in(lock.parent):
             if lock.stat().st_uid != os.getuid() or lock.resolve() in _open_files() or _lease_is_refused(lock):
-                return False
+                return None
             if _on_network(lock) and time.time() - _last_change(lock.parent) < QUIET_S:
-                return False
-            lock.unlink()
-    except OSError:  # removed meanwhile, or not ours to remove: what follows will say
-        return False
-    return True
+                return None
+            descriptor = os.open(lock.parent / FRESH, os.O_CREAT, 0o600)
+            # not removed and made again: those who wait for it would find it gone, and the extension not built
+            os.rename(lock.parent / FRESH, lock)
+    except OSError:  # gone meanwhile, or not ours to replace: what follows will say
+        return None
+    return descriptor
 
 
 @contextlib.contextmanager

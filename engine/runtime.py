@@ -112,8 +112,7 @@ def start(seed: int) -> Runtime:
         torch.cuda.set_device(local_rank)
     # torch 2.13 renames a collective that DeepSpeed 0.19 calls: nothing that a user could do about it
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
-    for lock in extension_locks.remove_stale(extension_locks.build_root()):
-        print(f"removed {lock}: whoever built this extension is gone, and every start would wait for it", flush=True)
+    extension_locks.take_over_stale()
     backend = "nccl" if on_gpu else "gloo"
     if rendezvous.is_needed():
         rendezvous.agree(None)

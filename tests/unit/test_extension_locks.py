@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -23,20 +24,36 @@ print("held", flush=True)
 sys.stdin.read()
 """
 
+ONE_WHO_WAITS = """
+import sys
+from torch.utils.file_baton import FileBaton
+from engine import extension_locks
+extension_locks.take_over_stale()
+baton = FileBaton(sys.argv[1])
+print("started", flush=True)
+ours = baton.try_acquire()
+print("builds" if ours else "finds it built", flush=True)
+if ours:
+    sys.stdin.read()
+    baton.release()
+else:
+    baton.wait()
+"""
+
 
 @pytest.fixture
-def hold() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+def start() -> Iterator[Callable[[str, Path], subprocess.Popen[str]]]:
+    """start(program, lock): once it has said its first word."""
     started = []
 
-    def start(lock: Path) -> subprocess.Popen[str]:
+    def start(program: str, lock: Path) -> subprocess.Popen[str]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(lock)], stdin=pipe, stdout=pipe, text=True, start_new_session=True
+            [sys.executable, "-c", program, str(lock)], stdin=pipe, stdout=pipe, text=True, start_new_session=True
         )
         started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
+        assert said(process) in ("held", "started")
         return process
 
     yield start
@@ -45,23 +62,52 @@ def hold() -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
         process.communicate()
 
 
-@pytest.mark.parametrize("folder", ["py311_cpu/cpu_adam", "cpu_adam"])  # the latter with TORCH_EXTENSIONS_DIR
-def test_a_lock_goes_with_its_holder_and_not_before(
-    tmp_path: Path, hold: Callable[[Path], subprocess.Popen[str]], folder: str
-) -> None:
-    lock = tmp_path / folder / "lock"
-    holder = hold(lock)
-    assert extension_locks.remove_stale(tmp_path) == []
-    assert lock.exists()
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def silent(process: subprocess.Popen[str], for_s: float) -> bool:
+    assert process.stdout is not None
+    return not select.select([process.stdout], [], [], for_s)[0]
+
+
+def test_those_who_wait_for_a_builder_that_is_killed_build_it(tmp_path: Path, start) -> None:
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    holder = start(HOLDER, lock)
+    waiting = [start(ONE_WHO_WAITS, lock) for _ in range(2)]
+    assert silent(waiting[0], 2 * extension_locks.LOOK_S), "a lock does not go before its holder"
+    assert silent(waiting[1], 0)
 
     holder.kill()
     holder.wait()
+    ready, _, _ = select.select([process.stdout for process in waiting], [], [], 60)
+    first, second = sorted(waiting, key=lambda process: process.stdout not in ready)
+    assert said(first) == f"took over {lock}: whoever built this extension is gone; building it"
+    assert said(first) == "builds"
+    assert silent(second, 2 * extension_locks.LOOK_S), "the lock has a holder again"
+    first.communicate("")
+    assert said(second) == "finds it built"
+    assert second.wait(60) == 0
+    assert not lock.exists()
+
+
+def test_a_later_start_takes_over_the_lock_of_a_builder_that_was_killed(tmp_path: Path, start) -> None:
+    lock = tmp_path / "cpu_adam" / "lock"  # where TORCH_EXTENSIONS_DIR is set, there is one folder less
+    holder = start(HOLDER, lock)
+    holder.kill()
+    holder.wait()
     assert not FileBaton(str(lock)).try_acquire(), "the kill should have left the lock"
-    assert extension_locks.remove_stale(tmp_path) == [lock]
-    baton = FileBaton(str(lock))
-    assert baton.try_acquire()
-    baton.release()
-    assert extension_locks.remove_stale(tmp_path) == []
+    later = start(ONE_WHO_WAITS, lock)
+    assert said(later).startswith("took over")
+    assert said(later) == "builds"
+    later.kill()
+    later.wait()
+    assert said(start(ONE_WHO_WAITS, lock)).startswith("took over"), "the second builder was killed as well"
+
+
+def test_a_lock_that_is_free_is_taken_without_a_word(tmp_path: Path, start) -> None:
+    assert said(start(ONE_WHO_WAITS, tmp_path / "cpu_adam" / "lock")) == "builds"
 
 
 def test_a_holder_in_another_container_counts(tmp_path: Path) -> None:
@@ -73,21 +119,21 @@ def test_a_holder_in_another_container_counts(tmp_path: Path) -> None:
         pytest.skip("no process namespaces here (they need root and util-linux)")
     lock.touch()
     check = f"""
-import sys
 from pathlib import Path
 from engine import extension_locks
 lock = Path({str(lock)!r})
 assert lock not in set(extension_locks._open_files()), "this test needs a holder that cannot be seen"
-print(extension_locks.remove_stale(lock.parent.parent))
+print(extension_locks._taken_over(lock))
 """
 
-    def removed() -> str:
+    def taken_over() -> str:
         return subprocess.run([*apart, sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
 
     with lock.open("rb"):  # by this process, which is outside
-        assert removed() == "[]\n"
-        assert lock.exists()
-    assert removed() == f"[{lock!r}]\n"
+        before = lock.stat().st_ino
+        assert taken_over() == "None\n"
+        assert lock.stat().st_ino == before
+    assert int(taken_over()) > 2, "a descriptor"
 
 
 def test_on_a_network_file_system_the_build_must_have_been_quiet(
@@ -97,15 +143,13 @@ def test_on_a_network_file_system_the_build_must_have_been_quiet(
     lock.parent.mkdir()
     lock.touch()
     monkeypatch.setattr(extension_locks, "NETWORK_FILE_SYSTEMS", ("",))  # every file system is one
-    assert extension_locks.remove_stale(tmp_path) == []
+    assert extension_locks._taken_over(lock) is None
 
     (lock.parent / "adam.o").touch()
     long_ago = time.time() - extension_locks.QUIET_S - 60
     os.utime(lock, (long_ago, long_ago))
-    assert extension_locks.remove_stale(tmp_path) == [], "another host has just written an object file"
+    assert extension_locks._taken_over(lock) is None, "another host has just written an object file"
     os.utime(lock.parent / "adam.o", (long_ago, long_ago))
-    assert extension_locks.remove_stale(tmp_path) == [lock]
-
-
-def test_without_a_build_folder_there_is_nothing_to_do(tmp_path: Path) -> None:
-    assert extension_locks.remove_stale(tmp_path / "absent") == []
+    descriptor = extension_locks._taken_over(lock)
+    assert descriptor is not None
+    os.close(descriptor)
