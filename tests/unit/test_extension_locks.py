@@ -72,6 +72,7 @@ def silent(process: subprocess.Popen[str], for_s: float) -> bool:
     return not select.select([process.stdout], [], [], for_s)[0]
 
 
+@pytest.mark.faults
 def test_those_who_wait_for_a_builder_that_is_killed_build_it(tmp_path: Path, start) -> None:
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     holder = start(HOLDER, lock)
@@ -92,6 +93,7 @@ def test_those_who_wait_for_a_builder_that_is_killed_build_it(tmp_path: Path, st
     assert not lock.exists()
 
 
+@pytest.mark.faults
 def test_a_later_start_takes_over_the_lock_of_a_builder_that_was_killed(tmp_path: Path, start) -> None:
     lock = tmp_path / "cpu_adam" / "lock"  # where TORCH_EXTENSIONS_DIR is set, there is one folder less
     holder = start(HOLDER, lock)
