@@ -15,7 +15,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from engine import fp16_stage0
+from engine import loss_scale
 from engine.allocator import return_freed_memory
 from engine.apex import require_apex
 from engine.config import OptimConfig, TrainConfig
@@ -143,7 +143,7 @@ def initialize_engine(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     execution: Execution,
 ) -> Any:
-    """`deepspeed.initialize`, without the hidden update of its 16-bit stage 0, and with its loss scale mended there.
+    """`deepspeed.initialize`, without the hidden update of its 16-bit stage 0, and with the loss scale of fp16 mended.
 
     There DeepSpeed 0.19.8 steps the optimizer once with zero gradients to allocate its state. That decays the weights
     and leaves Adam's step count at 1, so that the first real steps miss their bias correction (measured on a toy
@@ -164,8 +164,8 @@ def initialize_engine(
         _reset_state(optimizer)
         for group in optimizer.param_groups:
             group.pop("step", None)  # NVIDIA Apex counts steps per group
-        if execution.precision == "float16":
-            fp16_stage0.mend(ds_engine, execution.grad_accum_steps)
+    if execution.precision == "float16":
+        loss_scale.mend(ds_engine, execution)
     return_freed_memory()
     return ds_engine
 
