@@ -122,6 +122,7 @@ def main(rank: Process, launchers: list[Process], heartbeat: mmap.mmap) -> None:
             poll.register(process.fd, select.POLLIN)
     output = sys.stdout.fileno()
     poll.register(output, 0)  # POLLERR and POLLHUP come unasked
+    look(heartbeat)  # at once: a pause in the first second is one too
     while True:
         events = dict(poll.poll(POLL_S * 1000))
         look(heartbeat)
