@@ -182,6 +182,7 @@ def steps_until_it_is_found(check: ShardCheck) -> None:
 
 
 RANK = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -208,7 +209,8 @@ try:
     for batches in loader.steps(0):
         assert batches.step < loader.order.slots
 except UserError as error:
-    print(f"after step {batches.step}: {error}")
+    print(f"after step {batches.step}: {error}", flush=True)
+os._exit(0)  # as ranks end, for the reason that engine/rank_exit.py gives
 """
 
 
