@@ -25,7 +25,7 @@ import torch
 from engine import allocator, runtime
 from engine.assemble import build_module, load_teacher, open_corpus, start_engine
 from engine.cli import parse_config
-from engine.proxy_config import ProxyJobConfig
+from engine.config.proxy import ProxyJobConfig
 from engine.proxy_plan import make_proxy_plan
 
 WARM_UP = 4

@@ -28,9 +28,9 @@ from transformers import AutoModel
 from engine import runtime
 from engine.assemble import initial_student, open_corpus
 from engine.cli import parse_config
+from engine.config.proxy import ProxyJobConfig
 from engine.models import hub
 from engine.plan import make_plan
-from engine.proxy_config import ProxyJobConfig
 from engine.proxy_plan import run_config
 from engine.ranks import rank_correlation
 

@@ -23,9 +23,9 @@ from transformers import AutoModel
 
 from engine import runtime
 from engine.cli import parse_config
+from engine.config.proxy import ProxyJobConfig
 from engine.data.batch import Batch
 from engine.models.capture import inputs_of
-from engine.proxy_config import ProxyJobConfig
 from engine.proxy_evaluators import build_evaluator
 from engine.proxy_plan import make_proxy_plan
 from engine.ranks import rank_correlation

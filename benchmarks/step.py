@@ -32,10 +32,10 @@ from torch import nn
 from transformers import AttentionInterface, BertConfig, BertModel
 
 from engine import runtime
-from engine.config import KernelConfig, LossConfig, MappingConfig, OptimConfig, TrainConfig
+from engine.config.deepspeed import FOLDER, resolve_execution
+from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, TrainConfig
 from engine.data.batch import Batch, Counts
 from engine.distil_module import DistilModule
-from engine.ds_config import FOLDER, resolve_execution
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping

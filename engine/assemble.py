@@ -10,11 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine import runtime
-from engine.config import OptimConfig, TrainConfig
+from engine.config.deepspeed import Execution
+from engine.config.distill import OptimConfig, TrainConfig
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck, share_of_this_host
 from engine.distil_module import DistilModule
-from engine.ds_config import Execution
 from engine.errors import UserError
 from engine.models.capture import runs_unpadded
 from engine.models.compact_embedding import keep_tokens

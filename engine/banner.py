@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from engine.aligned import labelled
-from engine.config import ATTENTION_MAPPED
-from engine.ds_config import Execution
+from engine.config.deepspeed import Execution
+from engine.config.distill import ATTENTION_MAPPED
 from engine.mapping import LayerMapping
 from engine.models.capture import FULL_FROM
 from engine.models.shape import ModelShape

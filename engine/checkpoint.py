@@ -17,7 +17,7 @@ from typing import Any
 from engine import elastic
 from engine.checkpoint_files import CheckedFiles, FileFacts, is_sound, problems_of, read_marker, remove_folder, seal
 from engine.collectives import gathered
-from engine.ds_config import Execution
+from engine.config.deepspeed import Execution
 from engine.errors import UserError
 from engine.files import sync_folder, write_whole
 from engine.identity import changed_keys, require_agreement

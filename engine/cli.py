@@ -1,4 +1,4 @@
-"""Command lines: jsonargparse over the dataclasses of engine/config.py, one-line errors, exit codes."""
+"""Command lines: jsonargparse over the dataclasses of engine/config/distill.py, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from typing import Any, TypeVar, get_type_hints
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from engine import rank_environment, rendezvous
-from engine.config import RunConfig
-from engine.errors import RunFailure, UserError
-from engine.exit_codes import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED
-from engine.proxy_config import ProxyJobConfig
-from engine.task_config import FinetuneConfig
-from engine.tool_config import ExportConfig, HostCheckConfig, PrepareConfig
+from engine.config.distill import RunConfig
+from engine.config.finetune import FinetuneConfig
+from engine.config.proxy import ProxyJobConfig
+from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
+from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, RunFailure, UserError
 
 RANK_ZERO_SPEAKS_WITHIN_S = 20.0
 

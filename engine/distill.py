@@ -13,7 +13,7 @@ from engine import banner, run_lock, runtime
 from engine.assemble import build_module, flops_per_token, load_teacher, open_corpus, parameters_of, start_engine
 from engine.checkpoint import Checkpointer, Chosen
 from engine.collectives import from_rank_zero
-from engine.config import RunConfig
+from engine.config.distill import RunConfig
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.errors import RunFailure

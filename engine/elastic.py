@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from engine.collectives import from_rank_zero, gathered
-from engine.ds_config import LAYOUT_KEYS, Execution
+from engine.config.deepspeed import LAYOUT_KEYS, Execution
 from engine.errors import UserError
 
 PREFIX = "universal-"

@@ -1,4 +1,4 @@
-"""Errors that are printed as one line, without a traceback."""
+"""What ends a job: the errors whose text is for the user, and the exit codes of every script. No torch here."""
 
 
 class UserError(ValueError):
@@ -8,3 +8,7 @@ class UserError(ValueError):
 class RunFailure(RuntimeError):
     """Something around a running job failed (a disk, a device's memory); exit code 1. The message says what is kept,
     and what to do."""
+
+
+EXIT_DONE, EXIT_CRASH, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = range(5)
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it

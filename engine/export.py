@@ -18,10 +18,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from engine.checkpoint import EXPORT_FILE
 from engine.checkpoint_files import is_sound, problems_of, read_marker
+from engine.config.tools import ExportConfig
 from engine.errors import RunFailure, UserError
 from engine.models.hub import init_arguments, model_class, quiet
 from engine.run_dir import COMPLETE, RunDir
-from engine.tool_config import ExportConfig
 
 CARD_TAG = "- mapdistill"
 TASK_HEADS = {"classification": "AutoModelForSequenceClassification", "span": "AutoModelForQuestionAnswering"}

@@ -13,7 +13,8 @@ from torch import nn
 
 from engine import finetune_banner, run_lock, runtime, watchdog
 from engine.collectives import from_rank_zero
-from engine.config import TrainConfig
+from engine.config.distill import TrainConfig
+from engine.config.finetune import FinetuneConfig
 from engine.data.encoded_task import EncodedTask, encode_task
 from engine.data.squad_decode import write_predictions
 from engine.data.submission import write_submission
@@ -35,7 +36,6 @@ from engine.optim import build_optimizer
 from engine.run_dir import RunDir, as_yaml
 from engine.runtime import Runtime
 from engine.score_table import TaskScore, averages, choose, render_table, speed
-from engine.task_config import FinetuneConfig
 from engine.task_evaluation import predict_split
 from engine.task_module import TaskModule, wanted_of_teacher
 from engine.trainer import Outcome

@@ -13,10 +13,11 @@ import torch
 from transformers import PretrainedConfig
 
 from engine import runtime
-from engine.config import TrainConfig
+from engine.config.deepspeed import Execution
+from engine.config.distill import TrainConfig
+from engine.config.finetune import FinetuneConfig, TaskConfig
 from engine.data.task_specs import task_spec
 from engine.data.tasks import TaskData, load_task, resolve_names
-from engine.ds_config import Execution
 from engine.errors import UserError
 from engine.identity import flatten
 from engine.kernels.choice import choose_kernels
@@ -28,7 +29,6 @@ from engine.models.shape import ModelShape
 from engine.models.task_model import longest_input, model_folder, require_head, task_tokenizer
 from engine.plan import compute_device, digest, model_hashes, plan_execution
 from engine.score_table import Point
-from engine.task_config import FinetuneConfig, TaskConfig
 from engine.task_run import task_train_config
 
 if TYPE_CHECKING:

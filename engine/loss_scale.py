@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from engine.ds_config import Execution
+from engine.config.deepspeed import Execution
 
 
 def mend(ds_engine: Any, execution: Execution) -> None:

@@ -18,8 +18,8 @@ from transformers import (
 from engine import loss_scale
 from engine.allocator import return_freed_memory
 from engine.apex import require_apex
-from engine.config import OptimConfig, TrainConfig
-from engine.ds_config import Execution
+from engine.config.deepspeed import Execution
+from engine.config.distill import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from engine import runtime
 from engine.apex import require_apex, require_fused_layer_norm
-from engine.config import MappingConfig, OptimConfig, RunConfig, TrainConfig
+from engine.config.deepspeed import FOLDER, Execution, default_config_name, resolve_execution
+from engine.config.distill import MappingConfig, OptimConfig, RunConfig, TrainConfig
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
-from engine.ds_config import FOLDER, Execution, default_config_name, resolve_execution
 from engine.errors import UserError
 from engine.identity import flatten
 from engine.kernels.choice import Kernels, choose_kernels

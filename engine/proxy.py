@@ -23,14 +23,14 @@ import torch
 from engine import run_lock, runtime, watchdog
 from engine.assemble import load_teacher, open_corpus
 from engine.collectives import from_rank_zero, gathered
+from engine.config.proxy import ProxyJobConfig
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck
-from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
+from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
 from engine.identity import flatten, require_agreement
 from engine.monitor import Monitor, open_records, peak_memory_gib
 from engine.plan import Plan
 from engine.proxy_cohort import IntermediateScores, Member, build_member
-from engine.proxy_config import ProxyJobConfig
 from engine.proxy_evaluators import Evaluator, Scores, Stopped, build_evaluator
 from engine.proxy_plan import Genome, ProxyPlan, file_name, make_proxy_plan
 from engine.proxy_report import Result, closing_text, describe_start, earlier_results, signal_of

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from engine import runtime
-from engine.config import ATTENTION_MAPPED, HIDDEN_MAPPED, MappingConfig, RunConfig
+from engine.config.deepspeed import FOLDER
+from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, MappingConfig, RunConfig
+from engine.config.proxy import ProxyJobConfig
 from engine.data.tasks import TaskData, load_task, resolve_names, task_spec
-from engine.ds_config import FOLDER
 from engine.errors import UserError
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
 from engine.plan import Plan, corpus_hash, digest, make_plan, model_hashes, plan_execution, with_mapping
-from engine.proxy_config import ProxyJobConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "torchmetrics")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from engine import watchdog
-from engine.exit_codes import EXIT_CRASH
+from engine.errors import EXIT_CRASH
 
 
 def run_rank(main: Callable[[], int]) -> NoReturn:

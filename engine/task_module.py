@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.config.finetune import TaskLossConfig
 from engine.data.batch import Counts, TaskBatch
 from engine.data.task_specs import Kind
 from engine.errors import UserError
@@ -16,7 +17,6 @@ from engine.models.capture import capture, inputs_of, runs_unpadded, segments_of
 from engine.models.features import Features, Wanted
 from engine.models.packing import packing
 from engine.models.projections import Projections
-from engine.task_config import TaskLossConfig
 
 
 class TaskModule(nn.Module):

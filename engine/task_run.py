@@ -10,10 +10,10 @@ from typing import Any
 
 from engine.assemble import choose_optimizer, start_engine
 from engine.checkpoint import Checkpointer, Chosen
-from engine.config import OptimConfig, TrainConfig
+from engine.config.deepspeed import Execution
+from engine.config.distill import OptimConfig, TrainConfig
 from engine.data.encoded_task import EncodedTask
 from engine.data.task_loader import TaskLoader, steps_for
-from engine.ds_config import Execution
 from engine.monitor import Monitor
 from engine.runtime import Runtime, StopRequest
 from engine.task_evaluation import TaskEvaluation

@@ -25,7 +25,8 @@ import torch
 
 from engine.append import AppendFile
 from engine.assemble import load_teacher
-from engine.config import ATTENTION_MAPPED, HIDDEN_MAPPED
+from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED
+from engine.config.proxy import ProxyJobConfig
 from engine.data.batch import Batch
 from engine.errors import UserError
 from engine.kernels.segments import segments_of_lengths
@@ -33,7 +34,6 @@ from engine.models.features import Features, Wanted
 from engine.models.projections import EMBEDDINGS
 from engine.models.teacher import FrozenTeacher
 from engine.plan import Plan, digest, model_hashes
-from engine.proxy_config import ProxyJobConfig
 from engine.proxy_plan import code_version
 from engine.runtime import Runtime
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from engine.checkpoint import Checkpointer, CheckpointFailed
-from engine.config import TrainConfig
+from engine.config.deepspeed import Execution
+from engine.config.distill import TrainConfig
 from engine.data.batch import Batch, Counts
-from engine.ds_config import Execution
 from engine.errors import RunFailure
 from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.models.features import Features

@@ -12,12 +12,11 @@ from typing import Any, Protocol
 
 from engine import watchdog
 from engine.collectives import summed
-from engine.config import TrainConfig
+from engine.config.deepspeed import Execution
+from engine.config.distill import TrainConfig
 from engine.data.batch import Batch, Counts
 from engine.data.loader import StepBatches
-from engine.ds_config import Execution
-from engine.errors import RunFailure
-from engine.exit_codes import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
+from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, RunFailure
 from engine.loss_window import BadMicroStep
 from engine.models.features import Features
 from engine.monitor import MOST_SEQUENCES

@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from engine import output, rank_guard
-from engine.exit_codes import EXIT_CRASH
+from engine.errors import EXIT_CRASH
 
 LAUNCHERS = ("deepspeed", "torchrun")
 LAUNCHER_MODULES = (

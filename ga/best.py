@@ -6,7 +6,7 @@ import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
-from engine.config import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
+from engine.config.distill import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
 from engine.run_dir import as_yaml
 from ga.config import SearchConfig
 from ga.preflight import ProxyFacts

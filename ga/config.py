@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from engine.config import require
-from engine.proxy_config import ProxyJobConfig, ProxySettings
+from engine.config.distill import require
+from engine.config.proxy import ProxyJobConfig, ProxySettings
 from ga.genome import Constraint
 from ga.operators import PRESETS, Settings
 from ga.slots import Launcher

@@ -10,7 +10,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from engine import config, proxy_config, task_config, tool_config
+from engine.config.distill import RunConfig
+from engine.config.finetune import CustomTaskConfig, FinetuneConfig
+from engine.config.proxy import ProxyJobConfig
+from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig, SourceConfig
 from ga.config import SearchConfig
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -19,8 +22,7 @@ AS_PROXY = "As for `launch/proxy.py`."
 INTRO = """\
 # Configuration
 
-Generated from `engine/config.py`, `engine/task_config.py`, `engine/proxy_config.py`, `engine/tool_config.py` and
-`ga/config.py` by `make docs`; do not edit.
+Generated from the dataclasses of `engine/config/` and `ga/config.py` by `make docs`; do not edit.
 
 Every script takes `--config FILE.yaml` and any field as `--section.field value`; the command line wins over the file.
 `--help` lists the fields, `--print_config` prints the resolved file. A mistake names key, value and remedy, and exits
@@ -88,16 +90,16 @@ def render() -> str:
         "data": "As for `launch/distill.py`, but nothing is held out.",
         "task": "The first four keys of `task` of `launch/finetune.py`; `train_rows` is 2000 when unset.",
     }
-    parts = [INTRO, *script("deepspeed launch/distill.py", config.RunConfig())]
-    parts += script("deepspeed launch/finetune.py", task_config.FinetuneConfig(), fine)
-    parts.append(table("Each entry of `task.custom`", task_config.CustomTaskConfig(train="", dev="")))
-    parts += script("deepspeed launch/proxy.py", proxy_config.ProxyJobConfig(genomes=["uniform"]), proxy)
+    parts = [INTRO, *script("deepspeed launch/distill.py", RunConfig())]
+    parts += script("deepspeed launch/finetune.py", FinetuneConfig(), fine)
+    parts.append(table("Each entry of `task.custom`", CustomTaskConfig(train="", dev="")))
+    parts += script("deepspeed launch/proxy.py", ProxyJobConfig(genomes=["uniform"]), proxy)
     search = dict.fromkeys(("teacher", "student", "loss", "data", "optim", "train", "task", "proxy"), AS_PROXY)
     parts += script("python launch/search.py", SearchConfig(), search)
-    parts += script("python launch/prepare_data.py", tool_config.PrepareConfig())
-    parts.append(table("Each entry of `sources`", tool_config.SourceConfig(path="")))
-    parts += script("python launch/export.py", tool_config.ExportConfig(run=""))
-    parts += script("python launch/check_hosts.py", tool_config.HostCheckConfig(hostfile=""))
+    parts += script("python launch/prepare_data.py", PrepareConfig())
+    parts.append(table("Each entry of `sources`", SourceConfig(path="")))
+    parts += script("python launch/export.py", ExportConfig(run=""))
+    parts += script("python launch/check_hosts.py", HostCheckConfig(hostfile=""))
     return "\n".join(parts)
 
 

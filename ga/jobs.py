@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.config.hostfile import parse_hostfile
+from engine.config.proxy import ProxyJobConfig
 from engine.errors import UserError
-from engine.hostfile import parse_hostfile
-from engine.proxy_config import ProxyJobConfig
 from engine.run_dir import RunDir, as_yaml
 from ga.launcher import LOG, Job, command, environment
 from ga.logs import JobReport, read_job

@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from engine.exit_codes import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE
+from engine.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE
 from engine.records import SENTINEL, parse_record
 
 Record = dict[str, Any]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from engine.config.proxy import ProxyConfig
 from engine.errors import UserError
-from engine.proxy_config import ProxyConfig
 from ga.config import SearchConfig
 from ga.drivers import Drivers
 from ga.jobs import JobPool, Running

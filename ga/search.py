@@ -10,9 +10,8 @@ from pathlib import Path
 
 import optuna
 
-from engine.errors import UserError
-from engine.exit_codes import EXIT_CRASH, EXIT_DONE
-from engine.proxy_config import ProxyConfig
+from engine.config.proxy import ProxyConfig
+from engine.errors import EXIT_CRASH, EXIT_DONE, UserError
 from engine.run_dir import RunDir
 from ga.config import STUDY_FILE, SearchConfig
 from ga.drivers import Driver, Drivers

@@ -7,7 +7,7 @@ import os
 import signal
 from types import FrameType, TracebackType
 
-from engine.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from engine.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from ga.jobs import JobPool
 
 _STDERR = 2

@@ -50,8 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    from engine.config.tools import PrepareConfig, SourceConfig
     from engine.data.corpus import prepare
-    from engine.tool_config import PrepareConfig, SourceConfig
 
     root = tmp_path_factory.mktemp("tiny world")  # the space in its name is on purpose
     world = TinyWorld(root / "teacher", root / "corpus", root / "text.txt")

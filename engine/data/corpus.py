@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.config.tools import PrepareConfig
 from engine.data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, load_manifest
 from engine.data.prepare_output import print_already_prepared, print_summary
 from engine.data.shard_pool import ShardPool, SourceShards
@@ -22,7 +23,6 @@ from engine.data.shards import remove_strays, shard_name
 from engine.data.sources import SourceReader
 from engine.data.units import UnitSettings, unit_settings
 from engine.errors import UserError
-from engine.tool_config import PrepareConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

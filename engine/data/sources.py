@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.config.tools import SourceConfig
 from engine.data.compression import BUFFER, COMPRESSIONS
 from engine.data.formats import (
     KINDS,
@@ -20,7 +21,6 @@ from engine.data.formats import (
     saved_dataset_column,
 )
 from engine.errors import UserError
-from engine.tool_config import SourceConfig
 
 _SHOWN_BAD_LINES = 5
 

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from engine.config.finetune import CustomTaskConfig, TaskDataConfig
 from engine.errors import UserError
-from engine.task_config import CustomTaskConfig, TaskDataConfig
 
 Kind = Literal["classification", "regression", "span"]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from engine.config.finetune import TaskDataConfig
 from engine.data.formats import is_saved_dataset
 from engine.data.task_files import beside, read_rows
 from engine.data.task_rows import Rows, Split, labels_in, to_split
@@ -27,7 +28,6 @@ from engine.data.task_specs import (
     task_spec,
 )
 from engine.errors import UserError
-from engine.task_config import TaskDataConfig
 
 if TYPE_CHECKING:
     from engine.data.squad import SquadSplit

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.config.tools import PrepareConfig
 from engine.data.manifest import tokenizer_sha256
 from engine.data.packing import Packer, SpecialTokens, special_tokens, tokenize
 from engine.data.sources import SourceReader
 from engine.errors import UserError
-from engine.tool_config import PrepareConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.config import KernelConfig
+from engine.config.distill import KernelConfig
 from engine.errors import UserError
 from engine.kernels import attention_gram, attention_tile, hidden_mse, reference, softmax_kl, vocabulary
 from engine.kernels.segments import Segments

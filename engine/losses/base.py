@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
-from engine.config import LossConfig
+from engine.config.distill import LossConfig
 from engine.data.batch import Batch, Counts
 from engine.kernels.choice import Attention, Kernels, Rows
 from engine.kernels.segments import Segments

@@ -7,7 +7,7 @@ from operator import or_
 
 import torch
 
-from engine.config import ATTENTION_MAPPED, HIDDEN_MAPPED, LossConfig, MappingConfig
+from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, LossConfig, MappingConfig
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels.choice import Kernels

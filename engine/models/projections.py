@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.config import LossConfig
+from engine.config.distill import LossConfig
 from engine.errors import UserError
 from engine.kernels.choice import Kernels, Rows
 

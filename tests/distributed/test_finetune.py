@@ -22,13 +22,13 @@ from tiny_world import TinyWorld
 from transformers import AutoTokenizer, pipeline
 
 from engine.cli import parse_config
+from engine.config.finetune import FinetuneConfig
 from engine.errors import UserError
 from engine.finetune_plan import make_finetune_plan
 from engine.finetune_unit import look_back
 from engine.records import read_records
 from engine.run_dir import RunDir
 from engine.runtime import Runtime
-from engine.task_config import FinetuneConfig
 
 pytestmark = pytest.mark.launcher
 
@@ -232,7 +232,7 @@ def test_a_hang_while_predictions_are_written_leaves_stacks(make_job: MakeJob) -
     (run.output_dir / "predictions" / "dev").mkdir(parents=True)
     os.mkfifo(run.output_dir / "predictions" / "dev" / "RTE.tsv")
     code = (
-        "from engine.config import TrainConfig; from engine.cli import finetune_main;"
+        "from engine.config.distill import TrainConfig; from engine.cli import finetune_main;"
         "TrainConfig.hang_timeout_s = 5.0; finetune_main()"
     )
     output = finished(spawn([sys.executable, "-c", code, *run.command()[2:]]), 1)
@@ -291,14 +291,14 @@ def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
     import gc
 
     from engine import runtime
-    from engine.config import OptimConfig
+    from engine.config.distill import OptimConfig
+    from engine.config.finetune import TaskDataConfig
     from engine.data.encoded_task import encode_task
     from engine.data.tasks import load_task
     from engine.models.hub import load_config
     from engine.models.task_model import load_task_model, task_tokenizer
     from engine.monitor import Monitor
     from engine.plan import plan_execution
-    from engine.task_config import TaskDataConfig
     from engine.task_module import TaskModule
     from engine.task_run import task_train_config, train_on_task
 

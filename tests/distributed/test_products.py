@@ -16,11 +16,11 @@ from tiny_world import TinyWorld
 from transformers import AutoModel, AutoTokenizer
 
 from engine.cli import parse_config
-from engine.config import RunConfig
+from engine.config.deepspeed import FOLDER
+from engine.config.distill import RunConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
-from engine.ds_config import FOLDER
 from engine.models.capture import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher

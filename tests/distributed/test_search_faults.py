@@ -17,7 +17,7 @@ from launching import ROOT, environment, hear_signals
 from searching import SearchRun, finish
 from small_disk import SmallDisk
 
-from engine.exit_codes import EXIT_PREEMPTED
+from engine.errors import EXIT_PREEMPTED
 from ga.storage import open_storage
 
 MakeSearch = Callable[..., SearchRun]

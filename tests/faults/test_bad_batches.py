@@ -13,11 +13,11 @@ from launching import Run, write_ds_config
 from safetensors.torch import load_file, save_file
 from tiny_world import save_tiny_teacher, write_text
 
+from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data.corpus import prepare
 from engine.data.manifest import load_manifest
 from engine.data.shards import SequenceStore
 from engine.export import load_full_state
-from engine.tool_config import PrepareConfig, SourceConfig
 
 pytestmark = pytest.mark.faults
 

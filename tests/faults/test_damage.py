@@ -19,7 +19,7 @@ from small_disk import mounted
 
 from engine.checkpoint import Checkpointer
 from engine.checkpoint_files import seal
-from engine.ds_config import Execution
+from engine.config.deepspeed import Execution
 from engine.elastic import plan_conversion
 from engine.errors import UserError
 from engine.run_dir import COMPLETE, RunDir, step_tag

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.config.finetune import TaskDataConfig
 from engine.data.tasks import Split, TaskData
 from engine.errors import UserError
-from engine.task_config import TaskDataConfig
 
 
 def config_of(folder: Path | None, **settings: object) -> TaskDataConfig:

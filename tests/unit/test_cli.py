@@ -12,9 +12,9 @@ import pytest
 
 from engine import cli
 from engine.cli import parse_config
-from engine.config import RunConfig
+from engine.config.distill import RunConfig
+from engine.config.tools import PrepareConfig
 from engine.errors import UserError
-from engine.tool_config import PrepareConfig
 from ga import config_docs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,8 +112,8 @@ def test_configuration_docs_are_fresh() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "engine.config",
-        "engine.ds_config",
+        "engine.config.distill",
+        "engine.config.distill.deepspeed",
         "engine.records",
         "engine.mapping",
         "engine.run_dir",

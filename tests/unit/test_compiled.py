@@ -10,7 +10,7 @@ import torch
 from test_packing import batch_with_lengths
 from tiny_encoders import tiny_model
 
-from engine.config import LossConfig, MappingConfig
+from engine.config.distill import LossConfig, MappingConfig
 from engine.data.batch import Counts
 from engine.distil_module import DistilModule
 from engine.losses.loss_set import LossSet

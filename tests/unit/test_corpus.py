@@ -18,6 +18,7 @@ from launching import hear_signals
 from tiny_tokenizers import FAMILIES, bert, make_text, roberta, saved
 from transformers import AutoTokenizer
 
+from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data import prepare_output, shards
 from engine.data.corpus import prepare
 from engine.data.manifest import MANIFEST, check_tokenizer, load_manifest, tokenizer_sha256
@@ -25,7 +26,6 @@ from engine.data.shards import finished_shard, write_shard
 from engine.data.sources import SourceReader
 from engine.data.units import cut_units
 from engine.errors import UserError
-from engine.tool_config import PrepareConfig, SourceConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +102,7 @@ def test_started_again_with_everything_done_it_reads_nothing(reference, tokenize
 
 COMMAND = """
 import sys
-from engine.tool_config import PrepareConfig, SourceConfig
+from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data.corpus import prepare
 if __name__ == "__main__":
     prepare(PrepareConfig(sources=[SourceConfig(path=sys.argv[1])], output_dir=sys.argv[2], tokenizer=sys.argv[3],

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from engine.config import OptimConfig, RunConfig, TrainConfig
-from engine.ds_config import FOLDER, Execution, load_ds_config, resolve_execution
+from engine.config.deepspeed import FOLDER, Execution, load_ds_config, resolve_execution
+from engine.config.distill import OptimConfig, RunConfig, TrainConfig
 from engine.errors import UserError
 
 SHIPPED = sorted(FOLDER.glob("*.json"))

@@ -14,13 +14,13 @@ from squad_sample import write_squad_sample
 from tiny_world import TinyWorld
 
 from engine.cli import parse_config
+from engine.config.finetune import FinetuneConfig
 from engine.data.encoded_task import encode_task
 from engine.data.task_specs import BUILT_IN
 from engine.errors import UserError
 from engine.finetune_plan import FinetunePlan, make_finetune_plan, unit_identity
 from engine.identity import changed_keys
 from engine.models.task_model import load_task_model
-from engine.task_config import FinetuneConfig
 from engine.task_evaluation import Best, TaskEvaluation
 from engine.task_run import task_train_config
 

@@ -9,7 +9,7 @@ import torch
 from tiny_encoders import FAMILIES, make_batch, save_tiny, tiny_config, tiny_model
 from transformers import AlbertConfig, PreTrainedModel
 
-from engine.config import StudentConfig
+from engine.config.distill import StudentConfig
 from engine.errors import UserError
 from engine.mapping import LayerMapping
 from engine.models.capture import capture, install, layer_modules

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import KernelConfig
+from engine.config.distill import KernelConfig
 from engine.errors import UserError
 from engine.kernels import choice
 from engine.kernels.choice import Attention, Kernels, Rows, choose_kernels

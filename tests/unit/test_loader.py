@@ -14,12 +14,12 @@ from datasets import Dataset, concatenate_datasets
 from tiny_tokenizers import FAMILIES, make_text, saved
 from transformers import AutoTokenizer
 
+from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data.batch import Counts
 from engine.data.corpus import prepare
 from engine.data.loader import CorpusLoader, held_out_counts
 from engine.data.manifest import load_manifest
 from engine.errors import UserError
-from engine.tool_config import PrepareConfig, SourceConfig
 
 EVAL = 13
 

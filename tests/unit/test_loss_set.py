@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from engine.config import LOSS_NAMES, LossConfig, MappingConfig
+from engine.config.distill import LOSS_NAMES, LossConfig, MappingConfig
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels import reference

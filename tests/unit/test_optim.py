@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.config import OptimConfig, TrainConfig
-from engine.ds_config import FOLDER, resolve_execution
+from engine.config.deepspeed import FOLDER, resolve_execution
+from engine.config.distill import OptimConfig, TrainConfig
 from engine.errors import UserError
 from engine.optim import Lamb, build_optimizer, build_schedule, parameter_groups
 

@@ -12,6 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
+from engine.config.finetune import TaskDataConfig
 from engine.data.tasks import TaskSpec, load_task, task_spec
 from engine.errors import UserError
 from engine.metrics import score_task, task_score
@@ -26,7 +27,6 @@ from engine.probe import (
     probe_outputs,
     ridge_probe,
 )
-from engine.task_config import TaskDataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GLUE = Path(os.environ.get("MAPDISTILL_GLUE", ROOT.parent / "shared/data/glue"))

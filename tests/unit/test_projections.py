@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.config import LossConfig
+from engine.config.distill import LossConfig
 from engine.errors import UserError
 from engine.models.projections import Projections
 

@@ -11,6 +11,7 @@ from glue_sample import write_glue_sample
 from tiny_world import TinyWorld
 from transformers import AutoTokenizer
 
+from engine.config.finetune import TaskDataConfig
 from engine.data.batch import Batch
 from engine.data.tasks import load_task
 from engine.metrics import score_task
@@ -20,7 +21,6 @@ from engine.proxy_evaluators import ProbeEvaluator
 from engine.records import read_records
 from engine.run_dir import RunDir
 from engine.runtime import Runtime
-from engine.task_config import TaskDataConfig
 
 
 class WordCounter:

@@ -10,8 +10,8 @@ from glue_sample import write_glue_sample
 from tiny_world import TinyWorld
 
 from engine.cli import _listed, parse_config
+from engine.config.proxy import ProxyJobConfig
 from engine.errors import UserError
-from engine.proxy_config import ProxyJobConfig
 from engine.proxy_plan import ProxyPlan, code_version, make_proxy_plan
 from engine.proxy_report import earlier_results, fitness_table, signal_of
 from engine.records import format_record

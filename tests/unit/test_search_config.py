@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 from engine.cli import parse_config
-from engine.config import RunConfig
+from engine.config.distill import RunConfig
 from engine.errors import UserError
 from ga.best import as_commented_yaml, best_config
 from ga.cli import search_main

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from tiny_world import TinyWorld, write_text
 
+from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data.corpus import prepare
 from engine.data.manifest import Manifest, load_manifest
 from engine.data.shard_check import ShardCheck, share_of_this_host
 from engine.data.shards import SequenceStore
 from engine.errors import UserError
-from engine.tool_config import PrepareConfig, SourceConfig
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.faults

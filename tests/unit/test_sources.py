@@ -12,10 +12,10 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
 
+from engine.config.tools import SourceConfig
 from engine.data.formats import file_kind
 from engine.data.sources import SourceReader
 from engine.errors import UserError
-from engine.tool_config import SourceConfig
 
 TEXT = "First paragraph.\nSecond – ünïcode.\n\n\nNew document.\n"
 WANT = [("First paragraph.", True), ("Second – ünïcode.", False), ("New document.", True)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from launching import hear_signals
 
-from engine.exit_codes import EXIT_PREEMPTED
+from engine.errors import EXIT_PREEMPTED
 from ga.launcher import end_lost_job
 from ga.processes import start_ticks
 

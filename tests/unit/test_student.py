@@ -9,7 +9,7 @@ import torch
 from tiny_encoders import FAMILIES, REAL, VOCAB, make_batch, real_teacher, save_tiny, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, ModernBertConfig, PretrainedConfig, PreTrainedModel
 
-from engine.config import StudentConfig
+from engine.config.distill import StudentConfig
 from engine.errors import UserError
 from engine.mapping import LayerMapping
 from engine.models.capture import capture, layer_modules

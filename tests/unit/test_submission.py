@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.config.finetune import CustomTaskConfig, TaskDataConfig
 from engine.data.submission import write_submission
 from engine.data.task_specs import BUILT_IN, task_spec
-from engine.task_config import CustomTaskConfig, TaskDataConfig
 
 LOGITS = np.array([[0.0, 1.0], [3.0, -3.0]], np.float32)
 

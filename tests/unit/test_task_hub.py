@@ -14,8 +14,8 @@ import pytest
 from glue_sample import write_glue_sample
 from task_checks import check_error, config_of, rows_of
 
+from engine.config.finetune import TaskDataConfig
 from engine.data.tasks import GLUE_TASKS, TaskData, load_task
-from engine.task_config import TaskDataConfig
 
 ROOT = Path(__file__).parents[2]
 HUB_NAMES = {

@@ -14,6 +14,7 @@ from scipy.special import log_softmax
 from tiny_encoders import FAMILIES, VOCAB, make_batch, save_tiny, tiny_config
 from transformers import AutoModelForSequenceClassification
 
+from engine.config.finetune import MappingConfig, TaskLossConfig
 from engine.data.batch import Counts, TaskBatch
 from engine.data.task_specs import BUILT_IN, TaskSpec
 from engine.errors import UserError
@@ -24,7 +25,6 @@ from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
 from engine.models.projections import Projections
 from engine.models.task_model import load_task_model, longest_input, model_folder
-from engine.task_config import MappingConfig, TaskLossConfig
 from engine.task_module import TaskModule, labels_loss, logits_loss
 
 SST2, MNLI, STSB, SQUAD = (BUILT_IN[name] for name in ("SST-2", "MNLI", "STS-B", "SQuAD-v1.1"))

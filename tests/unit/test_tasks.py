@@ -14,8 +14,8 @@ from glue_sample import DEV_ROWS, TEST_ROWS, TRAIN_ROWS, write_glue_sample
 from task_checks import check_error, config_of, rows_of
 from tiny_world import WORDS
 
+from engine.config.finetune import CustomTaskConfig, TaskDataConfig
 from engine.data.tasks import GLUE_TASKS, load_task, resolve_names, task_spec
-from engine.task_config import CustomTaskConfig, TaskDataConfig
 
 ROOT = Path(__file__).parents[2]
 GLUE = Path(os.environ.get("MAPDISTILL_GLUE", ROOT.parent / "shared/data/glue"))

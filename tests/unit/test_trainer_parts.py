@@ -16,11 +16,11 @@ from engine.banner import closing_table, estimate_memory, mapping_table
 from engine.checkpoint import _not_seen
 from engine.checkpoint_files import FileFacts
 from engine.cli import parse_config
-from engine.config import OptimConfig, RunConfig, TrainConfig
+from engine.config.deepspeed import FOLDER, Execution, resolve_execution
+from engine.config.distill import OptimConfig, RunConfig, TrainConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
-from engine.ds_config import FOLDER, Execution, resolve_execution
 from engine.elastic import _own_step_counts, plan_conversion
 from engine.identity import HOW_KEYS, changed_keys, flatten
 from engine.kernels import exact

@@ -1,7 +1,7 @@
 """What a run computes: frozen dataclasses, the one home of every default and of its documentation.
 
 How a machine executes it (precision, ZeRO stage, offload, micro batch) lives in one ds_configs JSON; see
-engine/ds_config.py. docs/configuration.md is generated from this file. No torch here.
+engine/config/deepspeed.py. docs/configuration.md is generated from this file. No torch here.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.config import require
+from engine.config.distill import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
-"""What proxy jobs compute: frozen dataclasses beside those of engine/config.py. No torch here."""
+"""What proxy jobs compute: frozen dataclasses beside those of engine/config/distill.py. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.config import (
+from engine.config.distill import (
     DataConfig,
     KernelConfig,
     LossConfig,
@@ -15,7 +15,7 @@ from engine.config import (
     TrainConfig,
     require,
 )
-from engine.task_config import TaskDataConfig
+from engine.config.finetune import TaskDataConfig
 
 PROXY_INIT = "uniform"
 

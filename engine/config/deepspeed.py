@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import OptimConfig, TrainConfig
+from engine.config.distill import OptimConfig, TrainConfig
 from engine.errors import UserError
 
-FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
 # DeepSpeed ignores a top-level key that it does not know, so that a typing error silently trains something else.
 KNOWN_KEYS = frozenset(

@@ -1,17 +1,11 @@
-"""What a fine-tuning computes: frozen dataclasses beside those of engine/config.py. No torch here."""
+"""What a fine-tuning computes: frozen dataclasses beside those of engine/config/distill.py. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.config import (
-    KernelConfig,
-    LossConfig,
-    MappingConfig,
-    OptimConfig,
-    require,
-)
+from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, require
 
 GRID_KEYS = ("lr", "epochs", "batch")
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
