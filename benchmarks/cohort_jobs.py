@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from engine.records import read_records
+from engine.records.records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 GENOMES = ["3-6-9-12", "0-5-0-10", "9-10-11-12", "1-2-3-4", "12-12-12-12", "0-0-0-12", "2-4-6-8", "0-0-6-12"]

@@ -32,7 +32,7 @@ from engine.config.proxy import ProxyJobConfig
 from engine.models import hub
 from engine.plan import make_plan
 from engine.proxy_plan import run_config
-from engine.ranks import rank_correlation
+from engine.records.stats import rank_correlation
 
 Pair = Callable[[torch.Tensor, torch.Tensor], float]
 """(tokens, student width), (tokens, teacher width) -> how far the two are from each other."""

@@ -28,9 +28,8 @@ from engine.data.batch import Batch
 from engine.models.capture import inputs_of
 from engine.proxy_evaluators import build_evaluator
 from engine.proxy_plan import make_proxy_plan
-from engine.ranks import rank_correlation
-from engine.records import read_records
-from engine.signal_ratio import signal_ratio
+from engine.records.records import read_records
+from engine.records.stats import rank_correlation, signal_ratio
 
 
 class KeptStudent:

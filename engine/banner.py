@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from engine.aligned import labelled
 from engine.config.deepspeed import Execution
 from engine.config.distill import ATTENTION_MAPPED
 from engine.mapping import LayerMapping
@@ -14,6 +13,7 @@ from engine.models.capture import FULL_FROM
 from engine.models.shape import ModelShape
 from engine.models.teacher import FrozenTeacher
 from engine.plan import Plan
+from engine.records.columns import labelled
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

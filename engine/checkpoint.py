@@ -19,9 +19,10 @@ from engine.checkpoint_files import CheckedFiles, FileFacts, is_sound, problems_
 from engine.collectives import gathered
 from engine.config.deepspeed import Execution
 from engine.errors import UserError
-from engine.files import sync_folder, write_whole
-from engine.identity import changed_keys, require_agreement
-from engine.run_dir import COMPLETE, RunDir, step_tag, tag_step
+from engine.identity import require_agreement
+from engine.records.files import sync_folder, write_whole
+from engine.records.fingerprints import changed_keys
+from engine.records.run_dir import COMPLETE, RunDir, step_tag, tag_step
 from engine.runtime import Runtime
 
 SEEN_WITHIN_S = 40.0

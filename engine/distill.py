@@ -19,12 +19,12 @@ from engine.distil_module import DistilModule
 from engine.errors import RunFailure
 from engine.export import export_checkpoint, export_live
 from engine.held_out import HeldOutLosses
-from engine.history import History
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor
 from engine.optim import ChosenOptimizer
 from engine.plan import Plan, describe_for_export, identity, make_plan
-from engine.run_dir import RunDir, as_yaml, step_tag
+from engine.records.history import History
+from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.run_lock import RunLock
 from engine.trainee import Trainee
 from engine.trainer import Outcome, Trainer

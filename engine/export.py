@@ -21,7 +21,7 @@ from engine.checkpoint_files import is_sound, problems_of, read_marker
 from engine.config.tools import ExportConfig
 from engine.errors import RunFailure, UserError
 from engine.models.hub import init_arguments, model_class, quiet
-from engine.run_dir import COMPLETE, RunDir
+from engine.records.run_dir import COMPLETE, RunDir
 
 CARD_TAG = "- mapdistill"
 TASK_HEADS = {"classification": "AutoModelForSequenceClassification", "span": "AutoModelForQuestionAnswering"}

@@ -19,7 +19,6 @@ from engine.data.encoded_task import EncodedTask, encode_task
 from engine.data.squad_decode import write_predictions
 from engine.data.submission import write_submission
 from engine.errors import UserError
-from engine.event_file import EventFile
 from engine.finetune_plan import FinetunePlan, PlannedTask, Unit, make_finetune_plan
 from engine.finetune_unit import (
     Earlier,
@@ -33,7 +32,8 @@ from engine.models.task_model import load_task_model
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor, open_records
 from engine.optim import build_optimizer
-from engine.run_dir import RunDir, as_yaml
+from engine.records.events import EventFile
+from engine.records.run_dir import RunDir, as_yaml
 from engine.runtime import Runtime
 from engine.score_table import TaskScore, averages, choose, render_table, speed
 from engine.task_evaluation import predict_split

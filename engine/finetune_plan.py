@@ -19,7 +19,6 @@ from engine.config.finetune import FinetuneConfig, TaskConfig
 from engine.data.task_specs import task_spec
 from engine.data.tasks import TaskData, load_task, resolve_names
 from engine.errors import UserError
-from engine.identity import flatten
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
@@ -27,7 +26,8 @@ from engine.models import hub
 from engine.models.attention import Backend, resolve_backend
 from engine.models.shape import ModelShape
 from engine.models.task_model import longest_input, model_folder, require_head, task_tokenizer
-from engine.plan import compute_device, digest, model_hashes, plan_execution
+from engine.plan import compute_device, model_hashes, plan_execution
+from engine.records.fingerprints import digest, flatten
 from engine.score_table import Point
 from engine.task_run import task_train_config
 

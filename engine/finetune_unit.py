@@ -17,15 +17,15 @@ from engine.data.encoded_task import EncodedTask
 from engine.errors import UserError
 from engine.export import export_checkpoint
 from engine.finetune_plan import FinetunePlan, Unit, unit_identity
-from engine.identity import changed_keys
 from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
 from engine.models.student import enable_activation_checkpointing
 from engine.models.task_model import head_of, load_task_model
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor
-from engine.records import final_result, read_records
-from engine.run_dir import RunDir, as_yaml, step_tag
+from engine.records.fingerprints import changed_keys
+from engine.records.records import final_result, read_records
+from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.runtime import Runtime, StopRequest
 from engine.score_table import UnitScore
 from engine.task_module import TaskModule

@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.aligned import labelled
 from engine.config.hostfile import parse_hostfile, rank_exports
 from engine.config.tools import HostCheckConfig
 from engine.host_agent import COMPARED
 from engine.host_link import HostError, HostLink, close_all
+from engine.records.columns import labelled
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSED_ON = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.task_specs import GLUE_TASKS, TaskSpec
-from engine.ranks import mean_ranks
+from engine.records.stats import mean_ranks
 
 Predictions = npt.NDArray[Any]
 CLASS_METRICS = ("accuracy", "f1", "matthews")

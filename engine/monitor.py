@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from engine import watchdog
-from engine.event_file import EventFile
-from engine.history import History
 from engine.loss_window import BadMicroStep
-from engine.records import RecordWriter
-from engine.run_dir import RunDir
+from engine.records.events import EventFile
+from engine.records.history import History
+from engine.records.records import RecordWriter
+from engine.records.run_dir import RunDir
 from engine.step_report import StepReport
 
 TFLOPS_NOTE = (

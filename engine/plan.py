@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from engine.config.deepspeed import FOLDER, Execution, default_config_name, reso
 from engine.config.distill import MappingConfig, OptimConfig, RunConfig, TrainConfig
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
 from engine.errors import UserError
-from engine.identity import flatten
 from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
@@ -27,6 +25,7 @@ from engine.models.attention import Backend, resolve_backend
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config
+from engine.records.fingerprints import digest, flatten
 
 
 @dataclass(frozen=True)
@@ -237,10 +236,6 @@ def identity(plan: Plan) -> dict[str, Any]:
         "mapping.hidden_resolved": str(plan.hidden_map),
         "mapping.attention_resolved": str(plan.attention_map),
     }
-
-
-def digest(tree: object) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def model_hashes(section: str, path: str, config: PretrainedConfig) -> dict[str, str]:

@@ -27,15 +27,16 @@ from engine.config.proxy import ProxyJobConfig
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
-from engine.identity import flatten, require_agreement
+from engine.identity import require_agreement
 from engine.monitor import Monitor, open_records, peak_memory_gib
 from engine.plan import Plan
 from engine.proxy_cohort import IntermediateScores, Member, build_member
 from engine.proxy_evaluators import Evaluator, Scores, Stopped, build_evaluator
 from engine.proxy_plan import Genome, ProxyPlan, file_name, make_proxy_plan
 from engine.proxy_report import Result, closing_text, describe_start, earlier_results, signal_of
-from engine.records import RecordWriter, format_record
-from engine.run_dir import RunDir
+from engine.records.fingerprints import flatten
+from engine.records.records import RecordWriter, format_record
+from engine.records.run_dir import RunDir
 from engine.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
 from engine.trainer import Outcome, Trainer
 

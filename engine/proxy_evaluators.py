@@ -26,7 +26,7 @@ from engine.monitor import Monitor
 from engine.plan import plan_execution
 from engine.probe import ProbeFeatures, in_threads, needs_training_rows, pool, probe_outputs
 from engine.proxy_plan import ProxyPlan
-from engine.run_dir import RunDir
+from engine.records.run_dir import RunDir
 from engine.runtime import Runtime, StopRequest
 from engine.task_module import TaskModule
 from engine.task_run import task_train_config, train_on_task

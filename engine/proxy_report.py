@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from engine.aligned import columns, labelled
 from engine.proxy_plan import ProxyPlan
-from engine.records import read_records
+from engine.records.columns import columns, labelled
+from engine.records.records import read_records
+from engine.records.stats import Signal, describe, signal_ratio
 from engine.runtime import Runtime
-from engine.signal_ratio import Signal, describe, signal_ratio
 
 Result = dict[str, Any]
 """A `result` record of one genome and seed."""

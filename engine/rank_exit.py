@@ -34,6 +34,6 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
         sys.excepthook(*sys.exc_info())
         code = EXIT_CRASH
     atexit._run_exitfuncs()
-    sys.stdout.flush()  # they raise nothing: see engine/output.py
+    sys.stdout.flush()  # they raise nothing: see engine/records/stdout.py
     sys.stderr.flush()
     os._exit(code)

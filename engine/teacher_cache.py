@@ -23,7 +23,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from engine.append import AppendFile
 from engine.assemble import load_teacher
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED
 from engine.config.proxy import ProxyJobConfig
@@ -33,8 +32,10 @@ from engine.kernels.segments import segments_of_lengths
 from engine.models.features import Features, Wanted
 from engine.models.projections import EMBEDDINGS
 from engine.models.teacher import FrozenTeacher
-from engine.plan import Plan, digest, model_hashes
+from engine.plan import Plan, model_hashes
 from engine.proxy_plan import code_version
+from engine.records.files import AppendFile
+from engine.records.fingerprints import digest
 from engine.runtime import Runtime
 
 KINDS = ("hidden", "query", "key", "value")

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import psutil
 
-from engine import output, rank_guard
+from engine import rank_guard
 from engine.errors import EXIT_CRASH
+from engine.records import stdout
 
 LAUNCHERS = ("deepspeed", "torchrun")
 LAUNCHER_MODULES = (
@@ -81,7 +82,7 @@ def start_guard() -> None:
     global _heartbeat
     if _heartbeat is not None:
         return
-    output.survive_lost_readers()
+    stdout.survive_lost_readers()
     faulthandler.enable(sys.stderr.fileno())  # for the guard's SIGABRT, and for crashes in native code
     with tempfile.TemporaryFile() as file:
         file.truncate(rank_guard.SHARED_BYTES)

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from engine.config.distill import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
-from engine.run_dir import as_yaml
+from engine.records.run_dir import as_yaml
 from ga.config import SearchConfig
 from ga.preflight import ProxyFacts
 

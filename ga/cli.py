@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from engine.cli import parse_config, run_main
 from engine.errors import UserError
-from engine.output import survive_lost_readers
+from engine.records.stdout import survive_lost_readers
 from ga.config import SearchConfig
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

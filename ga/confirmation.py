@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 
-from engine.signal_ratio import ROUNDING
+from engine.records.stats import ROUNDING
 
 Confirmed = Mapping[str, Mapping[int, float]]
 

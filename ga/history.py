@@ -11,7 +11,7 @@ from typing import Any
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from engine.ranks import rank_correlation
+from engine.records.stats import rank_correlation
 
 GENOME, SEED, GENERATION, OUTCOME, MESSAGE = "genome", "seed", "generation", "outcome", "message"
 SCORES, BY_SEED, REPORTS = "scores", "fitness_by_seed", "reports"

@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.config.hostfile import parse_hostfile
 from engine.config.proxy import ProxyJobConfig
 from engine.errors import UserError
-from engine.run_dir import RunDir, as_yaml
+from engine.records.run_dir import RunDir, as_yaml
 from ga.launcher import LOG, Job, command, environment
 from ga.logs import JobReport, read_job
 from ga.slots import Launcher, Placement, free_port, plan_slots

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_DONE
-from engine.records import SENTINEL, parse_record
+from engine.records.records import SENTINEL, parse_record
 
 Record = dict[str, Any]
 

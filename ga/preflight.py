@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.records import read_records
+from engine.records.records import read_records
 from ga.config import SearchConfig
 from ga.jobs import JobPool
 from ga.launcher import LOG, end_lost_job

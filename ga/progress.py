@@ -11,7 +11,7 @@ from statistics import fmean
 
 from optuna import Study
 
-from engine.aligned import columns, labelled
+from engine.records.columns import columns, labelled
 from ga.drivers import present_drivers
 from ga.genome import Genes
 from ga.history import RUNNING, Evaluation, ranked, read_history

@@ -14,9 +14,9 @@ from typing import Any
 
 import optuna
 
-from engine.aligned import labelled
 from engine.errors import UserError
-from engine.run_dir import RunDir
+from engine.records.columns import labelled
+from engine.records.run_dir import RunDir
 from ga.config import SearchConfig
 from ga.genome import Space
 from ga.history import RUNNING, Evaluation, from_records

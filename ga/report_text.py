@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from engine.signal_ratio import signal_ratio
+from engine.records.stats import signal_ratio
 from ga.confirmation import METHOD, Confirmed, compare, seed_deviation, verdict, winner
 from ga.history import RUNNING, STOPPED_EARLY, Evaluation, correlation_at, evaluated, ranked, report_steps
 from ga.logs import Outcome

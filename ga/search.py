@@ -12,7 +12,7 @@ import optuna
 
 from engine.config.proxy import ProxyConfig
 from engine.errors import EXIT_CRASH, EXIT_DONE, UserError
-from engine.run_dir import RunDir
+from engine.records.run_dir import RunDir
 from ga.config import STUDY_FILE, SearchConfig
 from ga.drivers import Driver, Drivers
 from ga.finale import publish

@@ -17,8 +17,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from engine.records import read_records
-from engine.run_dir import RunDir
+from engine.records.records import read_records
+from engine.records.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 from launching import ROOT, environment, hear_signals
 
-from engine.records import read_records
+from engine.records.records import read_records
 from ga.history import Evaluation, read_history
 from ga.launcher import MARKER
 from ga.storage import open_storage

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
-from engine.files import write_whole
+from engine.records.files import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

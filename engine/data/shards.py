@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from engine.data.manifest import Manifest, ShardEntry
 from engine.errors import UserError
-from engine.files import sync_folder, write_whole
+from engine.records.files import sync_folder, write_whole
 
 COLUMN = "input_ids"
 AGAIN = "start python launch/prepare_data.py again with the same settings, it redoes only what is missing"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import Run, write_ds_config
 
-from engine.run_dir import step_tag
+from engine.records.run_dir import step_tag
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(1200)]
 

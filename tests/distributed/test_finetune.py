@@ -26,8 +26,8 @@ from engine.config.finetune import FinetuneConfig
 from engine.errors import UserError
 from engine.finetune_plan import make_finetune_plan
 from engine.finetune_unit import look_back
-from engine.records import read_records
-from engine.run_dir import RunDir
+from engine.records.records import read_records
+from engine.records.run_dir import RunDir
 from engine.runtime import Runtime
 
 pytestmark = pytest.mark.launcher

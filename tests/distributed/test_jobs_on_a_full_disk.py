@@ -14,7 +14,7 @@ from launching import ROOT, Run, environment, kill_session
 from small_disk import SmallDisk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.records import final_result, parse_record, read_records
+from engine.records.records import final_result, parse_record, read_records
 
 MakeRun = Callable[..., Run]
 MakeDisk = Callable[[int], SmallDisk]

@@ -14,7 +14,7 @@ from launching import Run, write_ds_config
 from safetensors.torch import load_file
 from tiny_world import TinyWorld
 
-from engine.records import parse_record
+from engine.records.records import parse_record
 from ga.logs import Outcome, read_job
 
 MakeProxy = Callable[..., Run]

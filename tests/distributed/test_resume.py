@@ -15,8 +15,8 @@ from launching import kill_session
 from safetensors.torch import load_file, save_file
 
 from engine.export import load_full_state
-from engine.records import parse_record
-from engine.run_dir import COMPLETE, step_tag
+from engine.records.records import parse_record
+from engine.records.run_dir import COMPLETE, step_tag
 
 pytestmark = pytest.mark.launcher
 

@@ -27,7 +27,7 @@ from faulting import (
 from launching import Run, write_ds_config
 from small_disk import SmallDisk, mounted
 
-from engine.records import read_records
+from engine.records.records import read_records
 
 MINUTES = float(os.environ.get("MAPDISTILL_SOAK_MINUTES", "0"))
 pytestmark = [

@@ -18,7 +18,7 @@ from hosts import LOGIN, Hosts, why_not
 from launching import Run, finished, kill_session, spawn
 from safetensors.torch import load_file, save_file
 
-from engine.run_dir import step_tag
+from engine.records.run_dir import step_tag
 
 pytestmark = [
     pytest.mark.multinode,

@@ -11,8 +11,8 @@ from hosts import Hosts
 from launching import Run
 from transformers import AutoModel
 
-from engine.records import parse_record
-from engine.run_dir import step_tag
+from engine.records.records import parse_record
+from engine.records.run_dir import step_tag
 
 pytestmark = [pytest.mark.launcher, pytest.mark.multinode]
 

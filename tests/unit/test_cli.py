@@ -114,9 +114,9 @@ def test_configuration_docs_are_fresh() -> None:
     [
         "engine.config.distill",
         "engine.config.distill.deepspeed",
-        "engine.records",
+        "engine.records.records",
         "engine.mapping",
-        "engine.run_dir",
+        "engine.records.run_dir",
         "engine.host_check",
         "ga",
     ],

@@ -19,8 +19,8 @@ from engine.data.encoded_task import encode_task
 from engine.data.task_specs import BUILT_IN
 from engine.errors import UserError
 from engine.finetune_plan import FinetunePlan, make_finetune_plan, unit_identity
-from engine.identity import changed_keys
 from engine.models.task_model import load_task_model
+from engine.records.fingerprints import changed_keys
 from engine.task_evaluation import Best, TaskEvaluation
 from engine.task_run import task_train_config
 

@@ -17,12 +17,12 @@ from test_teacher_cache import assert_same, batches, load, open_cache
 from tiny_encoders import save_tiny
 from transformers import BertConfig, BertModel
 
-from engine.append import AppendFile
 from engine.errors import RunFailure
-from engine.event_file import EventFile
 from engine.export import write_model
 from engine.monitor import Monitor
-from engine.records import RecordWriter, final_result, parse_record, read_records
+from engine.records.events import EventFile
+from engine.records.files import AppendFile
+from engine.records.records import RecordWriter, final_result, parse_record, read_records
 
 pytestmark = pytest.mark.faults
 MakeDisk = Callable[[int], SmallDisk]
@@ -208,7 +208,8 @@ def test_a_teacher_cache_without_room_costs_passes_and_not_the_job(small_disk: M
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_output_to_a_full_disk_is_lost_and_nothing_else() -> None:
     code = (
-        "import sys; from engine.output import survive_lost_readers; survive_lost_readers(); print('lost', flush=True);"
+        "import sys; from engine.records.stdout import survive_lost_readers; survive_lost_readers();"
+        "print('lost', flush=True);"
         "print('more' * 10_000, flush=True); print('end', file=sys.stderr)"
     )
     with open("/dev/full", "w") as full:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.records import format_record
+from engine.records.records import format_record
 from ga.logs import JobReport, Outcome, read_job
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "job_logs"

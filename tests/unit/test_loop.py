@@ -13,7 +13,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError
 
 from engine.errors import UserError
-from engine.run_dir import as_yaml
+from engine.records.run_dir import as_yaml
 from ga.config import SearchConfig, SearchSection
 from ga.drivers import Driver, Drivers
 from ga.genome import Space

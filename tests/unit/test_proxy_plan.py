@@ -14,7 +14,7 @@ from engine.config.proxy import ProxyJobConfig
 from engine.errors import UserError
 from engine.proxy_plan import ProxyPlan, code_version, make_proxy_plan
 from engine.proxy_report import earlier_results, fitness_table, signal_of
-from engine.records import format_record
+from engine.records.records import format_record
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.records import RecordWriter, final_result, format_record, parse_record, read_records
+from engine.records.records import RecordWriter, final_result, format_record, parse_record, read_records
 
 LINE = format_record("step", step=3, total=0.25)
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.run_dir import COMPLETE, RunDir, step_tag, tag_step
+from engine.records.run_dir import COMPLETE, RunDir, step_tag, tag_step
 
 
 def test_only_marked_folders_count(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from engine.ranks import rank_correlation
-from engine.signal_ratio import describe, signal_ratio
+from engine.records.stats import describe, rank_correlation, signal_ratio
 
 BY_HAND = {"1-2": [0.1, 0.3], "2-1": [0.4, 0.6], "0-0": [0.3, 0.7]}
 """Means 0.2, 0.5, 0.5; their variance 0.03. Squares within 0.02 + 0.02 + 0.08 over 3. Seed means 0.8 / 3 and 1.6 / 3,

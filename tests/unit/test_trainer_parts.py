@@ -22,7 +22,6 @@ from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.elastic import _own_step_counts, plan_conversion
-from engine.identity import HOW_KEYS, changed_keys, flatten
 from engine.kernels import exact
 from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.mapping import parse_mapping
@@ -33,6 +32,7 @@ from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import format_seconds
 from engine.plan import make_plan
+from engine.records.fingerprints import HOW_KEYS, changed_keys, flatten
 from engine.step_report import Interval, StepReport
 from ga.config_docs import field_docs
 

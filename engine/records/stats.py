@@ -1,4 +1,4 @@
-"""Whether fitness tells mappings apart: how far mappings differ, against how far seeds do. No torch here."""
+"""Ranks with ties, Spearman's correlation, and the ratio of signal to seed noise. No torch here."""
 
 from __future__ import annotations
 
@@ -114,3 +114,27 @@ def _left_over(table: Floats, smallest: float) -> float:
     k, n = table.shape
     residuals = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     return _variance(float(np.square(residuals).sum()), (k - 1) * (n - 1), smallest)
+
+
+Floats = npt.NDArray[np.float64]
+
+
+def mean_ranks(values: npt.NDArray[np.floating]) -> Floats:
+    """(n,) -> (n,) ranks from 1 for the smallest; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: Floats = (last - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+def rank_correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:
+    """Spearman's coefficient over the keys that both have; equal values get their mean rank. None for fewer than three
+    such keys, or where one side is constant over them."""
+    common = sorted(a.keys() & b.keys())
+    if len(common) < 3:
+        return None
+    ranks = [mean_ranks(np.array([side[key] for key in common], np.float64)) for side in (a, b)]
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return None
+    x, y = (rank - rank.mean() for rank in ranks)
+    return float(np.dot(x, y) / np.sqrt(np.dot(x, x) * np.dot(y, y)))

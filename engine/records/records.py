@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from engine.append import AppendFile
 from engine.errors import RunFailure
+from engine.records.files import AppendFile
 
 SENTINEL = "@record "
 VERSION = 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.records import read_records
+from engine.records.records import read_records
 
 
 @dataclass

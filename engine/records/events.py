@@ -19,7 +19,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[impo
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # type: ignore[import-untyped]
 from torch.utils.tensorboard.summary import text
 
-from engine.append import AppendFile
+from engine.records.files import AppendFile
 
 _NUMBERS = itertools.count()
 
