@@ -22,11 +22,11 @@ from statistics import median
 import psutil
 import torch
 
-from engine import allocator, runtime
 from engine.assemble import build_module, load_teacher, open_corpus, start_engine
 from engine.cli import parse_config
 from engine.config.proxy import ProxyJobConfig
 from engine.proxy_plan import make_proxy_plan
+from engine.ranks import allocator, runtime
 
 WARM_UP = 4
 PHASES = ("teacher", "student", "optimizer")

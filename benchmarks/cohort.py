@@ -24,8 +24,8 @@ import torch
 from measuring import base_memory, header, in_a_fresh_process, machine, peak_above, take_turns
 from step import LEVERS, STUDENTS, Ours, make_batch, student_step
 
-from engine import runtime
 from engine.data.batch import Batch
+from engine.ranks import runtime
 from engine.teacher_cache import CachedTeacher
 
 VOCABULARY = 15000

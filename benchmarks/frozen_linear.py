@@ -15,8 +15,8 @@ import torch
 from measuring import header, machine, take_turns
 from torch import nn
 
-from engine import allocator
 from engine.models.frozen_linear import FrozenLinear
+from engine.ranks import allocator
 
 MAPS = {
     "queries, keys, values": (768, (768, 768, 768)),

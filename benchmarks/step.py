@@ -31,7 +31,6 @@ from measuring import base_memory, header, in_a_fresh_process, machine, peak_abo
 from torch import nn
 from transformers import AttentionInterface, BertConfig, BertModel
 
-from engine import runtime
 from engine.config.deepspeed import FOLDER, resolve_execution
 from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, TrainConfig
 from engine.data.batch import Batch, Counts
@@ -46,6 +45,7 @@ from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config
 from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine, parameter_groups
 from engine.plan import attention_backend
+from engine.ranks import runtime
 
 TEACHER = BertConfig(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
 STUDENTS = {"4x312": ("0-5-0-10", 312, 1200), "6x768": ("0-4-0-7-0-10", 768, 3072), "3x384": ("0-5-10", 384, 1536)}

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine import runtime
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.data.loader import CorpusLoader
@@ -25,6 +24,7 @@ from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine
 from engine.plan import Plan
+from engine.ranks import runtime
 
 
 class FlopsOfATeacher(Protocol):

@@ -16,14 +16,14 @@ from typing import Any
 
 from engine import elastic
 from engine.checkpoint_files import CheckedFiles, FileFacts, is_sound, problems_of, read_marker, remove_folder, seal
-from engine.collectives import gathered
 from engine.config.deepspeed import Execution
 from engine.errors import UserError
-from engine.identity import require_agreement
+from engine.ranks.agreement import require_agreement
+from engine.ranks.collectives import gathered
+from engine.ranks.runtime import Runtime
 from engine.records.files import sync_folder, write_whole
 from engine.records.fingerprints import changed_keys
 from engine.records.run_dir import COMPLETE, RunDir, step_tag, tag_step
-from engine.runtime import Runtime
 
 SEEN_WITHIN_S = 40.0
 """Longer than an NFS client keeps what it knows of a folder (acdirmin, 30 s)."""

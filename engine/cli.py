@@ -17,12 +17,12 @@ from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from engine import rank_environment, rendezvous
 from engine.config.distill import RunConfig
 from engine.config.finetune import FinetuneConfig
 from engine.config.proxy import ProxyJobConfig
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
 from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, RunFailure, UserError
+from engine.ranks import environment, rendezvous
 
 RANK_ZERO_SPEAKS_WITHIN_S = 20.0
 
@@ -169,7 +169,7 @@ def run_main(body: Callable[[], int]) -> int:
     """Runs `body`; a UserError becomes one line (of rank 0 when it has it too) and exit code 2 on every rank, a
     RunFailure one line and exit code 1."""
     try:
-        rank_environment.complete(os.environ)
+        environment.complete(os.environ)
         return body()
     except (UserError, RunFailure) as error:
         _say_error(str(error))
@@ -255,7 +255,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 def check_hosts_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        from engine.host_check import check_hosts
+        from engine.ranks.hosts.check import check_hosts
 
         words = sys.argv[1:] if argv is None else argv
         config = parse_config(HostCheckConfig, words, "Check that the hosts of a hostfile can train together.")

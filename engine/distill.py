@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from engine import banner, run_lock, runtime
+from engine import banner
 from engine.assemble import build_module, flops_per_token, load_teacher, open_corpus, parameters_of, start_engine
 from engine.checkpoint import Checkpointer, Chosen
-from engine.collectives import from_rank_zero
 from engine.config.distill import RunConfig
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
@@ -23,9 +22,11 @@ from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor
 from engine.optim import ChosenOptimizer
 from engine.plan import Plan, describe_for_export, identity, make_plan
+from engine.ranks import run_lock, runtime
+from engine.ranks.collectives import from_rank_zero
+from engine.ranks.run_lock import RunLock
 from engine.records.history import History
 from engine.records.run_dir import RunDir, as_yaml, step_tag
-from engine.run_lock import RunLock
 from engine.trainee import Trainee
 from engine.trainer import Outcome, Trainer
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from engine.collectives import from_rank_zero, gathered
 from engine.config.deepspeed import LAYOUT_KEYS, Execution
 from engine.errors import UserError
+from engine.ranks.collectives import from_rank_zero, gathered
 
 PREFIX = "universal-"
 """Of the folder of a conversion, beside the checkpoint; it is removed once loaded."""

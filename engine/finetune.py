@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import finetune_banner, run_lock, runtime, watchdog
-from engine.collectives import from_rank_zero
+from engine import finetune_banner
 from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig
 from engine.data.encoded_task import EncodedTask, encode_task
@@ -32,9 +31,11 @@ from engine.models.task_model import load_task_model
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor, open_records
 from engine.optim import build_optimizer
+from engine.ranks import run_lock, runtime, watchdog
+from engine.ranks.collectives import from_rank_zero
+from engine.ranks.runtime import Runtime
 from engine.records.events import EventFile
 from engine.records.run_dir import RunDir, as_yaml
-from engine.runtime import Runtime
 from engine.score_table import TaskScore, averages, choose, render_table, speed
 from engine.task_evaluation import predict_split
 from engine.task_module import TaskModule, wanted_of_teacher

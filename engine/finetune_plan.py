@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
-from engine import runtime
 from engine.config.deepspeed import Execution
 from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig, TaskConfig
@@ -27,6 +26,7 @@ from engine.models.attention import Backend, resolve_backend
 from engine.models.shape import ModelShape
 from engine.models.task_model import longest_input, model_folder, require_head, task_tokenizer
 from engine.plan import compute_device, model_hashes, plan_execution
+from engine.ranks import runtime
 from engine.records.fingerprints import digest, flatten
 from engine.score_table import Point
 from engine.task_run import task_train_config

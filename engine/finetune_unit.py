@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import Checkpointer, Chosen
-from engine.collectives import from_rank_zero
 from engine.data.encoded_task import EncodedTask
 from engine.errors import UserError
 from engine.export import export_checkpoint
@@ -23,10 +22,11 @@ from engine.models.student import enable_activation_checkpointing
 from engine.models.task_model import head_of, load_task_model
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import Monitor
+from engine.ranks.collectives import from_rank_zero
+from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.fingerprints import changed_keys
 from engine.records.records import final_result, read_records
 from engine.records.run_dir import RunDir, as_yaml, step_tag
-from engine.runtime import Runtime, StopRequest
 from engine.score_table import UnitScore
 from engine.task_module import TaskModule
 from engine.task_run import TaskResult, train_on_task

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from engine import watchdog
-from engine.collectives import summed
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
+from engine.ranks import watchdog
+from engine.ranks.collectives import summed
 from engine.trainee import Trainee
 from engine.trainer import Teacher
 

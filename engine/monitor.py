@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import watchdog
 from engine.loss_window import BadMicroStep
+from engine.ranks import watchdog
 from engine.records.events import EventFile
 from engine.records.history import History
 from engine.records.records import RecordWriter
@@ -103,8 +103,8 @@ class Monitor:
     def hangs_watched(
         self, name: str, *, step: Callable[[], int], rank: int, limit_s: float
     ) -> AbstractContextManager[None]:
-        """A rank that hangs inside is ended (engine/watchdog.py), with a record and its stacks in hangs/. name: of
-        that file's beginning. step: the one that was begun last."""
+        """A rank that hangs inside is ended (engine/ranks/watchdog.py), with a record and its stacks in hangs/.
+        name: of that file's beginning. step: the one that was begun last."""
         host = platform.node()
         stacks = self._records_path.parent / "hangs" / f"{name}-{host}-rank-{rank:05d}.txt"
         return watchdog.armed(limit_s, stacks, lambda: self._hang(step(), limit_s, rank=rank, host=host, stacks=stacks))

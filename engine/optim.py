@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from engine import loss_scale
-from engine.allocator import return_freed_memory
 from engine.apex import require_apex
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
+from engine.ranks.allocator import return_freed_memory
 
 
 @dataclass(frozen=True)

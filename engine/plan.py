@@ -11,7 +11,6 @@ import torch
 from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from engine import runtime
 from engine.apex import require_apex, require_fused_layer_norm
 from engine.config.deepspeed import FOLDER, Execution, default_config_name, resolve_execution
 from engine.config.distill import MappingConfig, OptimConfig, RunConfig, TrainConfig
@@ -25,6 +24,7 @@ from engine.models.attention import Backend, resolve_backend
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config
+from engine.ranks import runtime
 from engine.records.fingerprints import digest, flatten
 
 

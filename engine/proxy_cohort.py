@@ -20,8 +20,8 @@ from engine.monitor import Monitor
 from engine.plan import Plan, describe_for_export
 from engine.proxy_evaluators import Scores
 from engine.proxy_plan import Genome
+from engine.ranks.runtime import Runtime
 from engine.records.run_dir import RunDir, as_yaml
-from engine.runtime import Runtime
 from engine.task_run import release
 from engine.teacher_cache import AnyTeacher
 from engine.trainee import Trainee

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from engine import watchdog
 from engine.data.batch import Batch
 from engine.data.encoded_task import EncodedTask, encode_task
 from engine.data.encoding import Encoded
@@ -19,15 +18,16 @@ from engine.data.task_encoding import encode_split
 from engine.data.task_loader import evaluation_batches
 from engine.data.task_rows import Split
 from engine.data.tasks import TaskData
-from engine.gather import gather_rows
 from engine.metrics import score_task, task_score
 from engine.models.task_model import load_task_model, longest_input
 from engine.monitor import Monitor
 from engine.plan import plan_execution
 from engine.probe import ProbeFeatures, in_threads, needs_training_rows, pool, probe_outputs
 from engine.proxy_plan import ProxyPlan
+from engine.ranks import watchdog
+from engine.ranks.collectives import gather_rows
+from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.run_dir import RunDir
-from engine.runtime import Runtime, StopRequest
 from engine.task_module import TaskModule
 from engine.task_run import task_train_config, train_on_task
 from engine.trainer import Outcome

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine import runtime
 from engine.config.deepspeed import FOLDER
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, MappingConfig, RunConfig
 from engine.config.proxy import ProxyJobConfig
@@ -20,6 +19,7 @@ from engine.errors import UserError
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
 from engine.plan import Plan, corpus_hash, make_plan, model_hashes, plan_execution, with_mapping
+from engine.ranks import runtime
 from engine.records.fingerprints import digest
 
 PACKAGES = ("torch", "deepspeed", "transformers", "torchmetrics")

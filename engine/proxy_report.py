@@ -9,10 +9,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from engine.proxy_plan import ProxyPlan
+from engine.ranks.runtime import Runtime
 from engine.records.columns import columns, labelled
 from engine.records.records import read_records
 from engine.records.stats import Signal, describe, signal_ratio
-from engine.runtime import Runtime
 
 Result = dict[str, Any]
 """A `result` record of one genome and seed."""

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine import watchdog
-from engine.collectives import gathered
 from engine.data.encoded_task import EncodedTask
 from engine.data.squad import SquadSplit, Windows
 from engine.data.squad_decode import decode, squad_metrics
 from engine.data.task_loader import evaluation_batches
 from engine.metrics import score_task, task_score
-from engine.runtime import Runtime
+from engine.ranks import watchdog
+from engine.ranks.collectives import gathered
+from engine.ranks.runtime import Runtime
 from engine.trainee import Trainee
 
 Outputs = npt.NDArray[Any] | dict[str, str]

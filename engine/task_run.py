@@ -15,7 +15,7 @@ from engine.config.distill import OptimConfig, TrainConfig
 from engine.data.encoded_task import EncodedTask
 from engine.data.task_loader import TaskLoader, steps_for
 from engine.monitor import Monitor
-from engine.runtime import Runtime, StopRequest
+from engine.ranks.runtime import Runtime, StopRequest
 from engine.task_evaluation import TaskEvaluation
 from engine.task_module import TaskModule
 from engine.trainee import Trainee

@@ -34,9 +34,9 @@ from engine.models.projections import EMBEDDINGS
 from engine.models.teacher import FrozenTeacher
 from engine.plan import Plan, model_hashes
 from engine.proxy_plan import code_version
+from engine.ranks.runtime import Runtime
 from engine.records.files import AppendFile
 from engine.records.fingerprints import digest
-from engine.runtime import Runtime
 
 KINDS = ("hidden", "query", "key", "value")
 ALIGNED = 64

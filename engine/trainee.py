@@ -17,7 +17,7 @@ from engine.errors import RunFailure
 from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.models.features import Features
 from engine.monitor import Monitor
-from engine.runtime import Runtime
+from engine.ranks.runtime import Runtime
 from engine.step_report import Interval, StepReport
 from engine.timing import PhaseTimer
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from engine import watchdog
-from engine.collectives import summed
 from engine.config.deepspeed import Execution
 from engine.config.distill import TrainConfig
 from engine.data.batch import Batch, Counts
@@ -20,7 +18,9 @@ from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, RunFailure
 from engine.loss_window import BadMicroStep
 from engine.models.features import Features
 from engine.monitor import MOST_SEQUENCES
-from engine.runtime import Runtime, StopRequest, seed_micro_step
+from engine.ranks import watchdog
+from engine.ranks.collectives import summed
+from engine.ranks.runtime import Runtime, StopRequest, seed_micro_step
 from engine.step_report import Interval
 from engine.timing import PhaseTimer
 from engine.trainee import Trainee

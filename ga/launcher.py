@@ -72,7 +72,7 @@ def environment(
     where the ranks meet, which every job has to itself.
 
     launcher, port: as for `command`. srun and mpirun start the ranks without DeepSpeed's
-    --master_addr and --master_port, so that they learn these from their environment (engine/rank_environment.py).
+    --master_addr and --master_port, so that they learn these from their environment (engine/ranks/environment.py).
     Compile caches get a folder per placement, so that jobs side by side do not write one file; compiled C++ extensions
     (TORCH_EXTENSIONS_DIR) stay shared: they take minutes to build, under a lock.
     """

@@ -15,7 +15,7 @@ from launching import Run, write_ds_config
 from searching import SearchRun
 from tiny_world import TinyWorld, save_tiny_teacher, write_text
 
-from engine.runtime import has_fp16
+from engine.ranks.runtime import has_fp16
 
 pytest_plugins = ["postgres", "small_disk"]
 

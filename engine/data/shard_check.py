@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.collectives import gathered, summed
 from engine.data.manifest import Manifest, ShardEntry
 from engine.data.shards import AGAIN, check_size
 from engine.errors import UserError
-from engine.rank_environment import local_size
+from engine.ranks.collectives import gathered, summed
+from engine.ranks.environment import local_size
 
 SETTLE_S = 3.0
 """A start waits so long for the check: a tenth of what it takes anyway, and at 1 GB/s and rank 3 GB are verified before

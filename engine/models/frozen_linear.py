@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.allocator import return_freed_memory
+from engine.ranks.allocator import return_freed_memory
 
 TOKENS_HINT = 1024
 """What the layout is chosen for; others run as fast in it."""

@@ -11,8 +11,8 @@ from typing import IO, Any
 
 class Surviving:
     """A text stream that turns silent when nobody reads it any more, instead of ending the job in the middle of a step;
-    the rank's guard process notices the same, and tells it to stop (engine/rank_guard.py). What a full disk has no room
-    for is lost."""
+    the rank's guard process notices the same, and tells it to stop (engine/ranks/guard.py). What a full disk has no
+    room for is lost."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine import runtime
 from engine.data.batch import Batch, Counts
 from engine.models import teacher as teacher_module
 from engine.models.features import Features, Wanted
 from engine.models.hub import load_config, shape_of
 from engine.models.teacher import FrozenTeacher
+from engine.ranks import runtime
 
 
 def largest_difference(left: Features, right: Features) -> float:

@@ -26,9 +26,9 @@ from engine.config.finetune import FinetuneConfig
 from engine.errors import UserError
 from engine.finetune_plan import make_finetune_plan
 from engine.finetune_unit import look_back
+from engine.ranks.runtime import Runtime
 from engine.records.records import read_records
 from engine.records.run_dir import RunDir
-from engine.runtime import Runtime
 
 pytestmark = pytest.mark.launcher
 
@@ -290,7 +290,6 @@ def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
     """Prints what each fine-tuning gave, and how many TaskModules are still alive."""
     import gc
 
-    from engine import runtime
     from engine.config.distill import OptimConfig
     from engine.config.finetune import TaskDataConfig
     from engine.data.encoded_task import encode_task
@@ -299,6 +298,7 @@ def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
     from engine.models.task_model import load_task_model, task_tokenizer
     from engine.monitor import Monitor
     from engine.plan import plan_execution
+    from engine.ranks import runtime
     from engine.task_module import TaskModule
     from engine.task_run import task_train_config, train_on_task
 

@@ -25,7 +25,7 @@ from engine.models.capture import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
 from engine.plan import make_plan
-from engine.runtime import has_fp16
+from engine.ranks.runtime import has_fp16
 
 pytestmark = pytest.mark.launcher
 

@@ -22,8 +22,8 @@ from engine.checkpoint_files import seal
 from engine.config.deepspeed import Execution
 from engine.elastic import plan_conversion
 from engine.errors import UserError
+from engine.ranks.runtime import Runtime
 from engine.records.run_dir import COMPLETE, RunDir, step_tag
-from engine.runtime import Runtime
 
 pytestmark = pytest.mark.faults
 

@@ -91,7 +91,7 @@ def test_two_hosts_give_the_run_of_one_host(make_run, two_hosts: Hosts) -> None:
         assert [r["step"] for r in printed if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6], "printed by one rank only"
     two_hosts.assert_idle()
 
-    # mpirun starts the script itself; engine/rank_environment.py tells the ranks who they are and where to meet
+    # mpirun starts the script itself; engine/ranks/environment.py tells the ranks who they are and where to meet
     launcher = "openmpi" if shutil.which("mpirun") else "pdsh"
     go_back(runs[3], 3)
     assert f"continues from {step_tag(3)}" in two_hosts.finish(runs[3], launcher=launcher)

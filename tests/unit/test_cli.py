@@ -117,7 +117,7 @@ def test_configuration_docs_are_fresh() -> None:
         "engine.records.records",
         "engine.mapping",
         "engine.records.run_dir",
-        "engine.host_check",
+        "engine.ranks.hosts.check",
         "ga",
     ],
 )

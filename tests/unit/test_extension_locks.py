@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from engine import extension_locks
+from engine.ranks import extension_locks
 
 HOLDER = """
 import sys
@@ -27,7 +27,7 @@ sys.stdin.read()
 ONE_WHO_WAITS = """
 import sys
 from torch.utils.file_baton import FileBaton
-from engine import extension_locks
+from engine.ranks import extension_locks
 extension_locks.take_over_stale()
 baton = FileBaton(sys.argv[1])
 print("started", flush=True)
@@ -122,7 +122,7 @@ def test_a_holder_in_another_container_counts(tmp_path: Path) -> None:
     lock.touch()
     check = f"""
 from pathlib import Path
-from engine import extension_locks
+from engine.ranks import extension_locks
 lock = Path({str(lock)!r})
 assert lock not in set(extension_locks._open_files()), "this test needs a holder that cannot be seen"
 print(extension_locks._taken_over(lock))

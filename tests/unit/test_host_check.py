@@ -15,9 +15,9 @@ from launching import ROOT, free_port
 from engine.config.hostfile import parse_hostfile, rank_exports
 from engine.config.tools import HostCheckConfig
 from engine.errors import UserError
-from engine.host_agent import COMPARED, _addresses, _interfaces
-from engine.host_check import ANSWER_S, PASSED_ON, HostCheck, table
-from engine.host_link import CLOSE_S, HostLink, close_all
+from engine.ranks.hosts.agent import COMPARED, _addresses, _interfaces
+from engine.ranks.hosts.check import ANSWER_S, PASSED_ON, HostCheck, table
+from engine.ranks.hosts.link import CLOSE_S, HostLink, close_all
 
 # In place of ssh: runs what it is told on this machine, at most REQUESTS lines of it.
 SSH = r"""#!/bin/sh

@@ -18,9 +18,9 @@ from engine.metrics import score_task
 from engine.monitor import Monitor
 from engine.probe import ProbeFeatures, probe_outputs
 from engine.proxy_evaluators import ProbeEvaluator
+from engine.ranks.runtime import Runtime
 from engine.records.records import read_records
 from engine.records.run_dir import RunDir
-from engine.runtime import Runtime
 
 
 class WordCounter:

@@ -15,7 +15,7 @@ import pytest
 from launching import environment, free_port
 
 from engine.errors import UserError
-from engine.rank_environment import complete, first_host
+from engine.ranks.environment import complete, first_host
 
 BATCH_SCRIPT = {
     "SLURM_JOB_ID": "4242",
@@ -45,7 +45,7 @@ MEET = {"MASTER_ADDR": "node01", "MASTER_PORT": "29512"}
 
 RANK = """
 import torch
-from engine import runtime
+from engine.ranks import runtime
 
 here = runtime.start(0)
 assert (here.rank, here.world_size) == (runtime.launcher_rank(), runtime.launcher_world_size())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PAIR = """
 import sys, time, torch, torch.distributed as dist
-from engine.rank_exit import run_rank
+from engine.ranks.exit import run_rank
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 
@@ -56,7 +56,7 @@ def test_a_thread_that_asks_late_for_pythons_lock(tmp_path: Path) -> None:
 
 ENDS = """
 import atexit, sys
-from engine.rank_exit import run_rank
+from engine.ranks.exit import run_rank
 
 atexit.register(print, "at exit")
 sys.stdout.write("not yet flushed ")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import run_lock
 from engine.errors import UserError
-from engine.rank_guard import started
+from engine.ranks import run_lock
+from engine.ranks.guard import started
 
 pytestmark = pytest.mark.faults
 
@@ -33,7 +33,8 @@ def test_a_second_holder_is_refused_until_the_first_releases(tmp_path: Path) -> 
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> None:
-    code = "import os, sys; from pathlib import Path; from engine import run_lock; run_lock.acquire(Path(sys.argv[1]))"
+    code = "import os, sys; from pathlib import Path; from engine.ranks import run_lock"
+    code += "; run_lock.acquire(Path(sys.argv[1]))"
     holder = subprocess.run([sys.executable, "-c", f"{code}; print(os.getpid(), flush=True); os._exit(0)", tmp_path],
                             capture_output=True, text=True, check=True)  # fmt: skip
     lock = run_lock.acquire(tmp_path)
@@ -78,7 +79,7 @@ HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
 import psutil
-from engine import run_lock, watchdog
+from engine.ranks import run_lock, watchdog
 
 launcher = psutil.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 watchdog.launchers = lambda: (launcher,)

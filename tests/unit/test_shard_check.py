@@ -210,7 +210,7 @@ try:
         assert batches.step < loader.order.slots
 except UserError as error:
     print(f"after step {batches.step}: {error}", flush=True)
-os._exit(0)  # as ranks end, for the reason that engine/rank_exit.py gives
+os._exit(0)  # as ranks end, for the reason that engine/ranks/exit.py gives
 """
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from engine import rank_guard
+from engine.ranks import guard
 
 HANG = """
 import ctypes, sys, time
 from pathlib import Path
-from engine import rank_guard, watchdog
+from engine.ranks import guard, watchdog
 
 def stuck_here():
     {how}
@@ -54,17 +54,17 @@ def test_one_that_holds_pythons_lock_is_ended_by_its_guard(tmp_path: Path) -> No
     assert process.returncode == -signal.SIGABRT
     assert "in stuck_here" in process.stderr
     assert "did not act on its time limit" in process.stderr
-    assert took > 7 + rank_guard.MARGIN_S
+    assert took > 7 + guard.MARGIN_S
 
 
 PAUSED = """
 import sys, time
 from pathlib import Path
-from engine import rank_guard, watchdog
+from engine.ranks import guard, watchdog
 
 # a longer limit than PAUSED_S: this machine may halt for a moment, too, and that is then no hang either
 with watchdog.armed(6.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
-    while not rank_guard.LOOK.unpack_from(watchdog._heartbeat, rank_guard.HEARTBEAT.size)[0]:
+    while not guard.LOOK.unpack_from(watchdog._heartbeat, guard.HEARTBEAT.size)[0]:
         watchdog.beat()
         time.sleep(0.05)
     print("go", flush=True)
@@ -100,7 +100,7 @@ from pathlib import Path
 from types import SimpleNamespace as Some
 
 import torch
-from engine import watchdog
+from engine.ranks import watchdog
 from engine.data.batch import Counts
 from engine.held_out import HeldOutLosses
 

@@ -1,12 +1,12 @@
-"""What a run computes, as flat settings and hashes: the same when it is continued, and the same on all ranks."""
+"""That all ranks of a run would compute the same."""
 
 from __future__ import annotations
 
 import platform
 from typing import Any
 
-from engine.collectives import from_rank_zero, gathered
 from engine.errors import UserError
+from engine.ranks.collectives import from_rank_zero, gathered
 from engine.records.fingerprints import changed_keys
 
 

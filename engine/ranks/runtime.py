@@ -13,8 +13,8 @@ from types import FrameType
 
 import torch
 
-from engine import allocator, extension_locks, rank_environment, rendezvous, watchdog
-from engine.collectives import summed
+from engine.ranks import allocator, environment, extension_locks, rendezvous, watchdog
+from engine.ranks.collectives import summed
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -86,7 +86,7 @@ def start(seed: int) -> Runtime:
 
     Raises UserError when srun or mpirun started several ranks and it is not known where they meet, or, on several
     hosts, when any rank has found an error or does not arrive."""
-    rank_environment.complete(os.environ)
+    environment.complete(os.environ)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes every accelerator and warns
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -95,7 +95,7 @@ def start(seed: int) -> Runtime:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "1")):
         os.environ.setdefault(name, value)
     local_rank = int(os.environ["LOCAL_RANK"])
-    local_size = rank_environment.local_size(os.environ) or 1
+    local_size = environment.local_size(os.environ) or 1
     watchdog.start_guard()
     on_gpu = uses_gpu()
     if not on_gpu:

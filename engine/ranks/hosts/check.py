@@ -20,11 +20,11 @@ from typing import Any
 
 from engine.config.hostfile import parse_hostfile, rank_exports
 from engine.config.tools import HostCheckConfig
-from engine.host_agent import COMPARED
-from engine.host_link import HostError, HostLink, close_all
+from engine.ranks.hosts.agent import COMPARED
+from engine.ranks.hosts.link import HostError, HostLink, close_all
 from engine.records.columns import labelled
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PASSED_ON = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")
 """Beginnings of the variables that DeepSpeed passes on to other hosts by itself."""
 FACTS_S = 20.0
@@ -45,7 +45,7 @@ class Verdict:
     doubtful: list[str] = field(default_factory=list)
     """What a job can run with, each with its remedy."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Of host_agent.facts; empty where it was not reached."""
+    """Of agent.facts; empty where it was not reached."""
     address: str | None = None
     """Where the others reach it."""
     interface: str | None = None

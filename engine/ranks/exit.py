@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from engine import watchdog
 from engine.errors import EXIT_CRASH
+from engine.ranks import watchdog
 
 
 def run_rank(main: Callable[[], int]) -> NoReturn:
-    """Starts the guard of this rank (engine/watchdog.py), runs `main` and ends this process with its code, without
-    taking Python's interpreter down: other than daemon threads are not waited for.
+    """Starts the guard of this rank (engine/ranks/watchdog.py), runs `main` and ends this process with its code,
+    without taking Python's interpreter down: other than daemon threads are not waited for.
 
     A thread of Gloo lets go of a collective's tensors some time after the collective has returned, and needs Python's
     lock for that. When it asks while the interpreter is being taken down, Python 3.11 to 3.13 end the thread, which C++

@@ -12,8 +12,8 @@ import os
 import platform
 from typing import Any
 
-from engine import rank_environment
 from engine.errors import UserError
+from engine.ranks import environment
 
 ARRIVE_WITHIN = datetime.timedelta(minutes=10)
 """For starting Python and reading configurations and tokenizers on the slowest host."""
@@ -31,7 +31,7 @@ def is_needed() -> bool:
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         return True
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = rank_environment.local_size(os.environ)
+    local = environment.local_size(os.environ)
     return local is not None and world > local
 
 

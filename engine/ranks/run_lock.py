@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from engine import watchdog
 from engine.errors import UserError
-from engine.rank_guard import GRACE_S, started
+from engine.ranks import watchdog
+from engine.ranks.guard import GRACE_S, started
 
 FILE = "run.lock"
 BEAT_S = 3.0
@@ -29,7 +29,7 @@ QUIET_S = 10 * BEAT_S
 LOOKS = 30
 """How often that is looked for."""
 ENDS_WITHIN_S = GRACE_S + 10.0
-"""A holder whose launcher is gone is ended by its guard (engine/rank_guard.py)."""
+"""A holder whose launcher is gone is ended by its guard (engine/ranks/guard.py)."""
 
 
 def machine() -> str:

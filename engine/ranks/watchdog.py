@@ -3,7 +3,7 @@ hour, or for ever.
 
 The loop calls `beat` whenever something was finished. When nothing was for `limit_s` seconds, a thread writes the
 stacks of all threads to a file and to stderr, and ends the process. Where that thread does not get to run (the process
-is stopped, or something holds Python's lock), the guard process acts (engine/rank_guard.py). Every rank has both, so
+is stopped, or something holds Python's lock), the guard process acts (engine/ranks/guard.py). Every rank has both, so
 that each leaves its stacks, and no host keeps ranks that wait for others."""
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import psutil
 
-from engine import rank_guard
 from engine.errors import EXIT_CRASH
+from engine.ranks import guard
 from engine.records import stdout
 
 LAUNCHERS = ("deepspeed", "torchrun")
@@ -85,13 +85,13 @@ def start_guard() -> None:
     stdout.survive_lost_readers()
     faulthandler.enable(sys.stderr.fileno())  # for the guard's SIGABRT, and for crashes in native code
     with tempfile.TemporaryFile() as file:
-        file.truncate(rank_guard.SHARED_BYTES)
-        _heartbeat = mmap.mmap(file.fileno(), rank_guard.SHARED_BYTES)
+        file.truncate(guard.SHARED_BYTES)
+        _heartbeat = mmap.mmap(file.fileno(), guard.SHARED_BYTES)
         if not sys.platform.startswith("linux"):
             return
         pids = ",".join(str(launcher.pid) for launcher in launchers())
         subprocess.Popen(
-            [sys.executable, "-I", "-S", rank_guard.__file__, str(os.getpid()), pids, str(file.fileno())],
+            [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), pids, str(file.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[file.fileno()],
         )
@@ -100,7 +100,7 @@ def start_guard() -> None:
 def beat() -> None:
     """Something was finished. Costs less than a microsecond; does nothing unless armed."""
     if _heartbeat is not None:
-        rank_guard.HEARTBEAT.pack_into(_heartbeat, 0, time.monotonic(), _limit_s)
+        guard.HEARTBEAT.pack_into(_heartbeat, 0, time.monotonic(), _limit_s)
 
 
 @contextmanager
@@ -143,7 +143,7 @@ class _Watch(threading.Thread):
             assert _heartbeat is not None
             if self._was_paused(_heartbeat):
                 beat()
-            last, _ = rank_guard.HEARTBEAT.unpack_from(_heartbeat)
+            last, _ = guard.HEARTBEAT.unpack_from(_heartbeat)
             left = last + self._limit_s - time.monotonic()
             if left <= 0:
                 self._end()
@@ -153,8 +153,8 @@ class _Watch(threading.Thread):
     def _was_paused(self, shared: mmap.mmap) -> bool:
         """Whether the guard, too, has not run for a while, and this was not said of the same while before (a guard that
         is gone never looks again)."""
-        (looked,) = rank_guard.LOOK.unpack_from(shared, rank_guard.HEARTBEAT.size)
-        if not looked or looked == self._last_pause or time.monotonic() - looked < rank_guard.PAUSED_S:
+        (looked,) = guard.LOOK.unpack_from(shared, guard.HEARTBEAT.size)
+        if not looked or looked == self._last_pause or time.monotonic() - looked < guard.PAUSED_S:
             return False
         self._last_pause = looked
         return True

@@ -2,9 +2,9 @@
 
 - stop the rank when its launcher is gone, or whoever reads its output (an ssh session). A launcher that is killed (by
   the kernel's out-of-memory killer, say) leaves its ranks running, with nobody to end them, and the next start refused;
-- end the rank when it is stopped or stuck so deeply that its own watchdog (engine/watchdog.py) does not act.
+- end the rank when it is stopped or stuck so deeply that its own watchdog (engine/ranks/watchdog.py) does not act.
 
-    python -I -S rank_guard.py RANK_PID LAUNCHER_PIDS HEARTBEAT_FD     (started by engine/watchdog.py)
+    python -I -S guard.py RANK_PID LAUNCHER_PIDS HEARTBEAT_FD     (started by engine/ranks/watchdog.py)
 
 Standard library only and no imports of ours: about 8 MiB, and it must not depend on what it watches.
 """

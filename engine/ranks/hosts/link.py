@@ -1,4 +1,4 @@
-"""A host's agent (engine/host_agent.py) at the other end of an ssh connection. No torch here."""
+"""A host's agent (engine/ranks/hosts/agent.py) at the other end of an ssh connection. No torch here."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from engine import host_agent
 from engine.errors import UserError
+from engine.ranks.hosts import agent
 
 CONNECT_S = 8
 CLOSE_S = 1.0
@@ -48,7 +48,7 @@ class HostLink:
         """env: for the agent and what it starts; as DeepSpeed's launcher would pass it on. Raises HostError."""
         assert not host.startswith("-")
         self.host = host
-        source = inspect.getsource(host_agent)
+        source = inspect.getsource(agent)
         program = ["env", *(f"{name}={value}" for name, value in env.items()), sys.executable, "-c", source]
         options = ["BatchMode=yes", f"ConnectTimeout={CONNECT_S}", "ServerAliveInterval=3", "ServerAliveCountMax=3"]
         words = ["ssh", "-T", *(word for option in options for word in ("-o", option))]
@@ -81,8 +81,8 @@ class HostLink:
     def _read_out(self) -> None:
         assert self._ssh.stdout is not None
         for line in self._ssh.stdout:
-            if line.startswith(host_agent.MARK):
-                self._answers.put(line.removeprefix(host_agent.MARK))
+            if line.startswith(agent.MARK):
+                self._answers.put(line.removeprefix(agent.MARK))
         self._answers.put(None)
 
     def _read_err(self) -> None:

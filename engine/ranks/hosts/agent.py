@@ -182,9 +182,16 @@ def remove(*, path: str) -> dict[str, Any]:
 
 
 def all_reduce(*, root: str, env: dict[str, str], backend: str, timeout_s: float) -> dict[str, Any]:
-    """One rank of engine/host_all_reduce.py, in a process of its own, which is over within timeout_s."""
+    """One rank of engine/ranks/hosts/all_reduce.py, in a process of its own, which is over within timeout_s."""
     # -P: beside that file are modules whose names others may have, too
-    words = [sys.executable, "-P", "-u", str(Path(root, "engine", "host_all_reduce.py")), backend, str(timeout_s)]
+    words = [
+        sys.executable,
+        "-P",
+        "-u",
+        str(Path(root, "engine", "ranks", "hosts", "all_reduce.py")),
+        backend,
+        str(timeout_s),
+    ]
     rank = subprocess.Popen(
         words,
         env={**os.environ, **env},
