@@ -89,9 +89,9 @@ class Kernels:
         scales = {"scale_s": inputs.scale_s, "scale_t": inputs.scale_t}
         if self.attention == "tile" or tinybert:  # Gram matrices know nothing of TinyBERT's cut-off
             if self._on_triton(*inputs[:4], widest_head=WIDEST_HEAD):
-                from engine.kernels import triton_attention
+                from engine.kernels.triton import attention
 
-                return triton_attention.score_mse(
+                return attention.score_mse(
                     *inputs[:4], **scales, segments=rows.segments, mask=rows.mask, factor=factor, tinybert=tinybert
                 )
             inputs, mask = _as_padded(inputs, rows)
@@ -108,9 +108,9 @@ class Kernels:
         inputs = inputs.with_all_heads()
         factor = 1.0 / reference.normaliser(inputs.q_s.shape[1] * tokens)
         if self._on_triton(*inputs[:4], widest_head=WIDEST_HEAD):
-            from engine.kernels import triton_kl
+            from engine.kernels.triton import kl
 
-            return triton_kl.softmax_kl(
+            return kl.softmax_kl(
                 *inputs[:4],
                 scale_s=inputs.scale_s,
                 scale_t=inputs.scale_t,
@@ -149,9 +149,9 @@ class Kernels:
         shared = {"mask": rows.mask, "tokens": tokens, "coefficients": coefficients}
         same = len({x.dtype for x in states}) == len({x.dtype for x in targets}) == 1
         if weight is None and same and self._on_triton(*states, *targets):
-            from engine.kernels import triton_hidden
+            from engine.kernels.triton import hidden
 
-            return triton_hidden.hidden_mse(states, targets, **shared)  # type: ignore[arg-type]
+            return hidden.hidden_mse(states, targets, **shared)  # type: ignore[arg-type]
         return hidden_mse.hidden_mse(states, targets, weight=weight, bias=bias, **shared)  # type: ignore[arg-type]
 
     def vocabulary_losses(

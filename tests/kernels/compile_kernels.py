@@ -19,9 +19,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import triton_attention, triton_hidden, triton_kl
 from engine.kernels.reference import ZEROED_SCORE_TINYBERT
-from engine.kernels.triton_common import FUSED, STAGES, padded_width
+from engine.kernels.triton import attention as triton_attention
+from engine.kernels.triton import hidden as triton_hidden
+from engine.kernels.triton import kl as triton_kl
+from engine.kernels.triton.common import FUSED, STAGES, padded_width
 
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 WIDTHS = ((26, 64), (32, 64), (64, 64), (64, 128))

@@ -21,7 +21,9 @@ from engine.kernels.segments import Segments
 triton_attention = triton_hidden = triton_kl = None
 if not torch.cuda.is_available():
     with interpreted(), suppress(ImportError):
-        from engine.kernels import triton_attention, triton_hidden, triton_kl  # type: ignore[no-redef] # noqa: F401
+        from engine.kernels.triton import attention as triton_attention  # type: ignore[no-redef]
+        from engine.kernels.triton import hidden as triton_hidden  # type: ignore[no-redef] # noqa: F401
+        from engine.kernels.triton import kl as triton_kl  # type: ignore[no-redef]
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 UPSTREAM = 0.37

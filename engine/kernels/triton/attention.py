@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from engine.kernels.exact import scaled
 from engine.kernels.reference import ZEROED_SCORE_TINYBERT
 from engine.kernels.segments import Segments
-from engine.kernels.triton_common import (
+from engine.kernels.triton.common import (
     DTYPES,
     FUSED,
     INTERPRETED,

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.kernels.exact import scaled
 from engine.kernels.reference import check_same_shape, normaliser
-from engine.kernels.triton_common import DTYPES, FUSED, STAGES
+from engine.kernels.triton.common import DTYPES, FUSED, STAGES
 
 BLOCK, BLOCKS_EACH = 1024, 4
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.kernels.exact import scaled
 from engine.kernels.segments import Segments
-from engine.kernels.triton_common import DTYPES, FUSED, INTERPRETED, STAGES, dot, load_rows, padded_width, precision
+from engine.kernels.triton.common import DTYPES, FUSED, INTERPRETED, STAGES, dot, load_rows, padded_width, precision
 
 ROWS, COLUMNS = 64, 32
 
