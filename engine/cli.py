@@ -233,7 +233,7 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = sys.argv[1:] if argv is None else argv
         config = parse_config(PrepareConfig, words, "Turn raw text into packed, memory-mapped token sequences.")
-        from engine.data.corpus import prepare
+        from engine.data.prepare.corpus import prepare
 
         prepare(config)
         return EXIT_DONE

@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     from engine.config.tools import PrepareConfig, SourceConfig
-    from engine.data.corpus import prepare
+    from engine.data.prepare.corpus import prepare
 
     root = tmp_path_factory.mktemp("tiny world")  # the space in its name is on purpose
     world = TinyWorld(root / "teacher", root / "corpus", root / "text.txt")

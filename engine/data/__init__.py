@@ -1,1 +1,5 @@
-"""Corpus preparation, training order and masking."""
+"""From a prepared corpus to batches; prepare/ makes the corpus from raw text.
+
+Read batch.py and loader.py first, then order.py and shards.py.
+May import errors, config, records, ranks and kernels.
+"""

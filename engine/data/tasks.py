@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config.finetune import TaskDataConfig
-from engine.data.formats import is_saved_dataset
+from engine.data.prepare.formats import is_saved_dataset
 from engine.data.task_files import beside, read_rows
 from engine.data.task_rows import Rows, Split, labels_in, to_split
 from engine.data.task_specs import (

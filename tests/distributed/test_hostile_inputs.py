@@ -232,7 +232,7 @@ def test_scripts_of_data_sets_are_not_run(tiny_world: TinyWorld, tmp_path: Path)
     words = ["--tokenizer", tiny_world.teacher, "--output_dir", tmp_path / "corpus"]
     assert str(folder) in refuse("prepare_data", *words, "--sources", json.dumps([{"path": str(folder)}]))
 
-    from engine.data.formats import hub_dataset_column
+    from engine.data.prepare.formats import hub_dataset_column
     from engine.errors import UserError
 
     with pytest.raises(UserError, match="scripts are no longer supported"):

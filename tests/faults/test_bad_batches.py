@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_world import save_tiny_teacher, write_text
 
 from engine.config.tools import PrepareConfig, SourceConfig
-from engine.data.corpus import prepare
 from engine.data.manifest import load_manifest
+from engine.data.prepare.corpus import prepare
 from engine.data.shards import SequenceStore
 from engine.export import load_full_state
 

@@ -19,12 +19,12 @@ from tiny_tokenizers import FAMILIES, bert, make_text, roberta, saved
 from transformers import AutoTokenizer
 
 from engine.config.tools import PrepareConfig, SourceConfig
-from engine.data import prepare_output, shards
-from engine.data.corpus import prepare
+from engine.data import shards
 from engine.data.manifest import MANIFEST, check_tokenizer, load_manifest, tokenizer_sha256
+from engine.data.prepare.corpus import prepare
+from engine.data.prepare.sources import SourceReader
+from engine.data.prepare.units import cut_units
 from engine.data.shards import finished_shard, write_shard
-from engine.data.sources import SourceReader
-from engine.data.units import cut_units
 from engine.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_started_again_with_everything_done_it_reads_nothing(reference, tokenize
 COMMAND = """
 import sys
 from engine.config.tools import PrepareConfig, SourceConfig
-from engine.data.corpus import prepare
+from engine.data.prepare.corpus import prepare
 if __name__ == "__main__":
     prepare(PrepareConfig(sources=[SourceConfig(path=sys.argv[1])], output_dir=sys.argv[2], tokenizer=sys.argv[3],
                           seq_len=64, shard_mb=1, workers=int(sys.argv[4]), short_seq_prob=0.1))
@@ -295,7 +295,7 @@ def test_bad_lines_stop_it_or_are_counted(tmp_path, tokenizer, small, capsys):
 def test_progress_is_whole_lines_where_there_is_no_terminal(tmp_path, tokenizer, small, capsys, monkeypatch):
     prepare(config(tmp_path / "quiet", tokenizer, small))
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(prepare_output, "_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
     prepare(config(tmp_path / "out", tokenizer, small, small))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data.batch import Counts
-from engine.data.corpus import prepare
 from engine.data.loader import CorpusLoader, held_out_counts
 from engine.data.manifest import load_manifest
+from engine.data.prepare.corpus import prepare
 from engine.errors import UserError
 
 EVAL = 13

@@ -16,8 +16,8 @@ import pytest
 from tiny_world import TinyWorld, write_text
 
 from engine.config.tools import PrepareConfig, SourceConfig
-from engine.data.corpus import prepare
 from engine.data.manifest import Manifest, load_manifest
+from engine.data.prepare.corpus import prepare
 from engine.data.shard_check import ShardCheck, share_of_this_host
 from engine.data.shards import SequenceStore
 from engine.errors import UserError

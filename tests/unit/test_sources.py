@@ -13,8 +13,8 @@ import zstandard
 from datasets import Dataset, DatasetDict
 
 from engine.config.tools import SourceConfig
-from engine.data.formats import file_kind
-from engine.data.sources import SourceReader
+from engine.data.prepare.formats import file_kind
+from engine.data.prepare.sources import SourceReader
 from engine.errors import UserError
 
 TEXT = "First paragraph.\nSecond – ünïcode.\n\n\nNew document.\n"

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config.tools import PrepareConfig
 from engine.data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, load_manifest
-from engine.data.prepare_output import print_already_prepared, print_summary
-from engine.data.shard_pool import ShardPool, SourceShards
+from engine.data.prepare.progress import print_already_prepared, print_summary
+from engine.data.prepare.shard_pool import ShardPool, SourceShards
+from engine.data.prepare.sources import SourceReader
+from engine.data.prepare.units import UnitSettings, unit_settings
 from engine.data.shards import remove_strays, shard_name
-from engine.data.sources import SourceReader
-from engine.data.units import UnitSettings, unit_settings
 from engine.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.data.manifest import Manifest
-from engine.data.sources import SourceReader
+from engine.data.prepare.sources import SourceReader
 
 _MB = 1_000_000
 _LINE_EVERY_S = 30.0

@@ -16,8 +16,8 @@ import numpy as np
 
 from engine.config.tools import PrepareConfig
 from engine.data.manifest import tokenizer_sha256
-from engine.data.packing import Packer, SpecialTokens, special_tokens, tokenize
-from engine.data.sources import SourceReader
+from engine.data.prepare.packing import Packer, SpecialTokens, special_tokens, tokenize
+from engine.data.prepare.sources import SourceReader
 from engine.errors import UserError
 
 if TYPE_CHECKING:

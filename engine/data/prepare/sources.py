@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.config.tools import SourceConfig
-from engine.data.compression import BUFFER, COMPRESSIONS
-from engine.data.formats import (
+from engine.data.prepare.compression import BUFFER, COMPRESSIONS
+from engine.data.prepare.formats import (
     KINDS,
     file_kind,
     hub_dataset_column,

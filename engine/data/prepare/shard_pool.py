@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.prepare_output import PoolUsage, TextProgress
+from engine.data.prepare.progress import PoolUsage, TextProgress
+from engine.data.prepare.sources import SourceReader
+from engine.data.prepare.units import UnitSettings, WorkUnit, cut_units, pack_unit, plain_tokenizer
 from engine.data.shards import ShardInfo, finished_shard, id_type, write_shard
-from engine.data.sources import SourceReader
-from engine.data.units import UnitSettings, WorkUnit, cut_units, pack_unit, plain_tokenizer
 from engine.errors import UserError
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.data.compression import BUFFER, COMPRESSIONS, CountedFile, decompressed
+from engine.data.prepare.compression import BUFFER, COMPRESSIONS, CountedFile, decompressed
 from engine.errors import UserError
 
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
