@@ -18,8 +18,8 @@ from engine.errors import UserError
 from engine.models.capture import runs_unpadded
 from engine.models.compact_embedding import keep_tokens
 from engine.models.features import Wanted
-from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
+from engine.models.shape import forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine

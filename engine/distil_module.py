@@ -9,8 +9,8 @@ from engine.data.batch import Batch, Counts
 from engine.losses.loss_set import LossSet
 from engine.models.capture import capture, inputs_of, segments_of
 from engine.models.features import Features
-from engine.models.packing import packing
 from engine.models.projections import Projections
+from engine.models.unpadding import packing
 
 
 class DistilModule(nn.Module):

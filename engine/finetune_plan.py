@@ -23,9 +23,10 @@ from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
 from engine.models.attention import Backend, resolve_backend
+from engine.models.hub import model_hashes
 from engine.models.shape import ModelShape
 from engine.models.task_model import longest_input, model_folder, require_head, task_tokenizer
-from engine.plan import compute_device, model_hashes, plan_execution
+from engine.plan import compute_device, plan_execution
 from engine.ranks import runtime
 from engine.records.fingerprints import digest, flatten
 from engine.score_table import Point

@@ -16,8 +16,8 @@ from engine.data.encoded_task import EncodedTask
 from engine.errors import UserError
 from engine.export import export_checkpoint
 from engine.finetune_plan import FinetunePlan, Unit, unit_identity
-from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
+from engine.models.shape import forward_flops_per_token
 from engine.models.student import enable_activation_checkpointing
 from engine.models.task_model import head_of, load_task_model
 from engine.models.teacher import FrozenTeacher

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from engine import loss_scale
-from engine.apex import require_apex
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
+from engine.models.apex import require_apex
 from engine.ranks.allocator import return_freed_memory
 
 

@@ -11,7 +11,6 @@ import torch
 from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from engine.apex import require_apex, require_fused_layer_norm
 from engine.config.deepspeed import FOLDER, Execution, default_config_name, resolve_execution
 from engine.config.distill import MappingConfig, OptimConfig, RunConfig, TrainConfig
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
@@ -20,7 +19,9 @@ from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
+from engine.models.apex import require_apex, require_fused_layer_norm
 from engine.models.attention import Backend, resolve_backend
+from engine.models.hub import model_hashes
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config
@@ -235,17 +236,6 @@ def identity(plan: Plan) -> dict[str, Any]:
         "data.content_sha256": corpus_hash(plan.manifest),
         "mapping.hidden_resolved": str(plan.hidden_map),
         "mapping.attention_resolved": str(plan.attention_map),
-    }
-
-
-def model_hashes(section: str, path: str, config: PretrainedConfig) -> dict[str, str]:
-    """Of a model's architecture and weights, as `<section>.config_sha256` and `<section>.weights_sha256`."""
-    architecture = config.to_dict()
-    for name in ("transformers_version", "_name_or_path"):  # not of the model, but of who read it
-        architecture.pop(name, None)
-    return {
-        f"{section}.config_sha256": digest(architecture),
-        f"{section}.weights_sha256": hub.weights_fingerprint(path, key=f"{section}.path"),
     }
 
 

@@ -18,7 +18,8 @@ from engine.data.tasks import TaskData, load_task, resolve_names, task_spec
 from engine.errors import UserError
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
-from engine.plan import Plan, corpus_hash, make_plan, model_hashes, plan_execution, with_mapping
+from engine.models.hub import model_hashes
+from engine.plan import Plan, corpus_hash, make_plan, plan_execution, with_mapping
 from engine.ranks import runtime
 from engine.records.fingerprints import digest
 

@@ -15,8 +15,8 @@ from engine.errors import UserError
 from engine.losses.loss_set import LossSet
 from engine.models.capture import capture, inputs_of, runs_unpadded, segments_of, task_logits
 from engine.models.features import Features, Wanted
-from engine.models.packing import packing
 from engine.models.projections import Projections
+from engine.models.unpadding import packing
 
 
 class TaskModule(nn.Module):

@@ -30,9 +30,10 @@ from engine.data.batch import Batch
 from engine.errors import UserError
 from engine.kernels.segments import segments_of_lengths
 from engine.models.features import Features, Wanted
+from engine.models.hub import model_hashes
 from engine.models.projections import EMBEDDINGS
 from engine.models.teacher import FrozenTeacher
-from engine.plan import Plan, model_hashes
+from engine.plan import Plan
 from engine.proxy_plan import code_version
 from engine.ranks.runtime import Runtime
 from engine.records.files import AppendFile

@@ -1,1 +1,5 @@
-"""Teacher, student, and the capture of their inner tensors."""
+"""Teacher and student: loading, initialising, running without pads, capturing inner tensors.
+
+Read teacher.py, student.py and capture.py first.
+May import errors, mapping, config, ranks, kernels and data.
+"""

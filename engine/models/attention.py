@@ -28,7 +28,7 @@ from transformers.models.bert import modeling_bert
 from engine.errors import UserError
 from engine.kernels.segments import Segments
 from engine.models.features import Features
-from engine.models.packing import packed_mask, packing_of
+from engine.models.unpadding import packed_mask, packing_of
 
 try:
     from torch.nn.attention.varlen import varlen_attn

@@ -19,7 +19,7 @@ from engine.kernels.segments import Segments, segments_of_lengths
 from engine.models.attention import IMPLEMENTATIONS, DeepEnough, Recorder, recording, resolve_backend
 from engine.models.features import Features, Wanted
 from engine.models.mlm_head import MlmHead, WholeLogits, check_output_matrix, output_matrix, without_output_matrix
-from engine.models.packing import install_packing, packing, without_pads
+from engine.models.unpadding import install_packing, packing, without_pads
 
 __all__ = ["capture", "install", "layer_modules", "resolve_backend"]
 

@@ -33,7 +33,9 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
 from engine.errors import UserError
+from engine.models import hub
 from engine.models.shape import ModelShape
+from engine.records.fingerprints import digest
 
 LOAD_ERRORS = (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 Head = Literal["none", "mlm", "classification", "span"]
@@ -294,3 +296,14 @@ def _stored_names(path: str, key: str) -> set[str]:
         return set(torch.load(found, map_location="meta", weights_only=True, mmap=mapped))
     except (RuntimeError, *LOAD_ERRORS) as error:
         raise not_readable(path, key, "weights", error) from None
+
+
+def model_hashes(section: str, path: str, config: PretrainedConfig) -> dict[str, str]:
+    """Of a model's architecture and weights, as `<section>.config_sha256` and `<section>.weights_sha256`."""
+    architecture = config.to_dict()
+    for name in ("transformers_version", "_name_or_path"):  # not of the model, but of who read it
+        architecture.pop(name, None)
+    return {
+        f"{section}.config_sha256": digest(architecture),
+        f"{section}.weights_sha256": hub.weights_fingerprint(path, key=f"{section}.path"),
+    }

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from engine.apex import require_fused_layer_norm
 from engine.config.distill import StudentConfig
 from engine.errors import UserError
 from engine.mapping import LayerMapping, round_half_up
+from engine.models.apex import require_fused_layer_norm
 from engine.models.capture import install
 from engine.models.hub import (
     Head,

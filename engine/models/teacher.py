@@ -14,10 +14,9 @@ from engine.data.batch import Batch
 from engine.errors import UserError
 from engine.models.capture import capture, install, layer_modules, runs_unpadded
 from engine.models.features import Features, Wanted
-from engine.models.flops import forward_flops_per_token
 from engine.models.frozen_linear import FrozenLinear, can_pack, freeze_linears
 from engine.models.hub import has_mlm_weights, load_backbone, load_config, shape_of, skeleton
-from engine.models.shape import ModelShape
+from engine.models.shape import ModelShape, forward_flops_per_token
 
 PERSISTENT_NUMEL = 10_000
 """ZeRO-3 keeps parameters up to this size (biases, norms) whole on each rank: gathering them costs more."""

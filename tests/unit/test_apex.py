@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_encoders import tiny_model
 
-from engine.apex import probe_apex
 from engine.errors import UserError
+from engine.models.apex import probe_apex
 from engine.models.student import replace_layer_norm
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def probe_with(folder: Path) -> tuple[bool, str]:
     """Probes in a fresh process with `folder` first on sys.path, so that nothing stays imported here."""
-    code = "from engine.apex import probe_apex; ok, why = probe_apex(); print(int(ok), why)"
+    code = "from engine.models.apex import probe_apex; ok, why = probe_apex(); print(int(ok), why)"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": f"{folder}:{ROOT}"},

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data import shards
 from engine.data.manifest import MANIFEST, check_tokenizer, load_manifest, tokenizer_sha256
+from engine.data.prepare import progress
 from engine.data.prepare.corpus import prepare
 from engine.data.prepare.sources import SourceReader
 from engine.data.prepare.units import cut_units

@@ -15,8 +15,8 @@ from engine.kernels import segments as segments_module
 from engine.kernels.segments import Segments
 from engine.models.capture import capture, inputs_of, install, runs_unpadded, segments_of
 from engine.models.features import Features, Wanted
-from engine.models.packing import packed_mask, packing, packing_of
 from engine.models.student import enable_activation_checkpointing
+from engine.models.unpadding import packed_mask, packing, packing_of
 
 FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert"]
 EVERYTHING = Wanted(hidden=frozenset({0, 2, 4}), attention=frozenset({1, 4}), values=True)

@@ -25,9 +25,8 @@ from engine.elastic import _own_step_counts, plan_conversion
 from engine.kernels import exact
 from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.mapping import parse_mapping
-from engine.models.flops import forward_flops_per_token
 from engine.models.projections import Projections
-from engine.models.shape import ModelShape
+from engine.models.shape import ModelShape, forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.monitor import format_seconds
