@@ -1,4 +1,5 @@
-"""MSE of attention scores before softmax (TinyBERT, arXiv 1909.10351)."""
+"""Losses of attention, head by head: MSE of scores (TinyBERT, arXiv 1909.10351), KL of probabilities (MiniLM, arXiv
+2002.10957)."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ def check_equal_heads(loss: str, setup: LossSetup) -> None:
 
 
 class AttentionScoreLoss(AttentionMapped):
+    """MSE of attention scores before softmax (TinyBERT, arXiv 1909.10351)."""
+
     name = "attention"
 
     def check(self) -> None:
@@ -43,3 +46,21 @@ class AttentionScoreLoss(AttentionMapped):
                 tinybert=tinybert,
             )
         return Evaluated.weighted(values, weights)._replace(observed=targets)
+
+
+class AttentionProbsLoss(AttentionMapped):
+    """KL of attention probabilities (MiniLM, arXiv 2002.10957), always over real tokens."""
+
+    name = "attention_probs"
+
+    def check(self) -> None:
+        check_equal_heads(self.name, self.setup)
+
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        values = {
+            f"{self.name}/{pair}": inputs.kernels.softmax_kl(
+                inputs.attention(self.name, pair), inputs.rows, tokens=inputs.per_micro.tokens
+            )
+            for pair in self.pairs
+        }
+        return Evaluated.weighted(values, weights)

@@ -1,4 +1,4 @@
-"""MSE of hidden states through the projection (TinyBERT, arXiv 1909.10351)."""
+"""Losses of hidden states and embedding outputs through the projection: MSE (TinyBERT, arXiv 1909.10351), cosine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
+from engine.kernels import reference
 from engine.kernels.choice import Rows
-from engine.losses.base import Evaluated, HiddenMapped, LossSetup, StepInputs
+from engine.losses.base import Evaluated, HiddenMapped, Loss, LossSetup, Side, StepInputs
+from engine.models.features import Wanted
+from engine.models.projections import EMBEDDINGS
 
 
 def hidden_state_mse(
@@ -39,8 +42,46 @@ def hidden_state_mse(
 
 
 class HiddenLoss(HiddenMapped):
+    """MSE of hidden states through the projection (TinyBERT, arXiv 1909.10351)."""
+
     name = "hidden"
 
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         pairs = {f"{self.name}/{pair}": (pair.student, pair.teacher) for pair in self.pairs}
         return hidden_state_mse(self.name, pairs, self.setup, inputs, weights)
+
+
+class CosineLoss(HiddenMapped):
+    """1 - cosine of hidden states through the projection, always over real tokens."""
+
+    name = "cosine"
+
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        values = {}
+        for pair in self.pairs:
+            _, teacher = inputs.hidden_states(self.name, (pair.student, pair.teacher))
+            student = inputs.projected(self.name, pair.student)
+            values[f"{self.name}/{pair}"] = reference.hidden_cosine(
+                student, teacher, inputs.rows.mask, inputs.per_micro.tokens
+            )
+        return Evaluated.weighted(values, weights)
+
+
+class EmbeddingLoss(Loss):
+    """MSE of the embedding outputs (hidden state 0) through the projection (TinyBERT, arXiv 1909.10351)."""
+
+    name = "embedding"
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {self.name: 1.0}
+
+    def wanted(self, side: Side) -> Wanted:
+        return Wanted(hidden=frozenset({EMBEDDINGS}))
+
+    @property
+    def projected_layers(self) -> frozenset[int]:
+        return frozenset({EMBEDDINGS})
+
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        return hidden_state_mse(self.name, {self.name: (EMBEDDINGS, EMBEDDINGS)}, self.setup, inputs, weights)

@@ -11,8 +11,8 @@ from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, LossConfig, M
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels.choice import Kernels
-from engine.losses import LOSSES
 from engine.losses.base import Loss, LossSetup, Pair, StepInputs
+from engine.losses.registry import LOSSES
 from engine.mapping import LayerMapping
 from engine.models.features import Features, Wanted
 from engine.models.projections import Projections, check_projection

@@ -16,8 +16,8 @@ from engine.config.distill import LOSS_NAMES, LossConfig, MappingConfig
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels import reference
-from engine.losses import LOSSES
 from engine.losses.loss_set import LossSet
+from engine.losses.registry import LOSSES
 from engine.mapping import parse_mapping
 from engine.models.features import Features, Wanted
 from engine.models.mlm_head import MlmHead
