@@ -22,11 +22,12 @@ from statistics import median
 import psutil
 import torch
 
-from engine.assemble import build_module, load_teacher, open_corpus, start_engine
+from engine.assemble import build_module, load_teacher, open_corpus
 from engine.cli import parse_config
 from engine.config.proxy import ProxyJobConfig
 from engine.proxy_plan import make_proxy_plan
 from engine.ranks import allocator, runtime
+from engine.train.deepspeed_engine import start_engine
 
 WARM_UP = 4
 PHASES = ("teacher", "student", "optimizer")

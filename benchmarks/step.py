@@ -43,9 +43,10 @@ from engine.models.hub import shape_of
 from engine.models.projections import Projections
 from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config
-from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine, parameter_groups
 from engine.plan import attention_backend
 from engine.ranks import runtime
+from engine.train.deepspeed_engine import initialize_engine
+from engine.train.optim import ChosenOptimizer, build_optimizer, build_schedule, parameter_groups
 
 TEACHER = BertConfig(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
 STUDENTS = {"4x312": ("0-5-0-10", 312, 1200), "6x768": ("0-4-0-7-0-10", 768, 3072), "3x384": ("0-5-10", 384, 1536)}

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from engine.config.deepspeed import Execution
-from engine.config.distill import OptimConfig, TrainConfig
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck, share_of_this_host
 from engine.distil_module import DistilModule
-from engine.errors import UserError
 from engine.models.capture import runs_unpadded
 from engine.models.compact_embedding import keep_tokens
 from engine.models.features import Wanted
@@ -22,9 +18,9 @@ from engine.models.projections import Projections
 from engine.models.shape import forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.optim import ChosenOptimizer, build_optimizer, build_schedule, initialize_engine
 from engine.plan import Plan
 from engine.ranks import runtime
+from engine.train.optim import ChosenOptimizer, choose_optimizer
 
 
 class FlopsOfATeacher(Protocol):
@@ -114,33 +110,10 @@ def build_module(
     return module, optimizer
 
 
-def choose_optimizer(
-    module: nn.Module,
-    optim: OptimConfig,
-    train: TrainConfig,
-    execution: Execution,
-    device: torch.device,
-    *,
-    require_fused: bool,
-) -> ChosenOptimizer:
-    """Puts the module where it is trained, and makes its optimizer. Raises UserError when `require_fused` is broken."""
-    if execution.zero_stage < 3:  # ZeRO-3 places the shards itself
-        module.to(device)
-    chosen = build_optimizer(optim, module, lr=train.lr, execution=execution, device=device)
-    if require_fused and chosen.why_not_faster:
-        raise UserError(f"require_fused=true, but {chosen.why_not_faster}")
-    return chosen
-
-
-def start_engine(module: nn.Module, chosen: ChosenOptimizer, train: TrainConfig, execution: Execution) -> Any:
-    """The DeepSpeed engine around the module."""
-    return initialize_engine(module, chosen.optimizer, build_schedule(train, chosen.optimizer), execution)
-
-
 def flops_per_token(
     plan: Plan, teacher: FlopsOfATeacher, module: DistilModule, *, share_of_teacher: float = 1.0
 ) -> float:
-    """See TFLOPS_NOTE of engine/monitor.py; an MLM head counts for the tokens that go through it.
+    """See TFLOPS_NOTE of engine/train/monitor.py; an MLM head counts for the tokens that go through it.
 
     share_of_teacher: 1 / the number of students that one teacher pass serves. Call it before ZeRO-3 shards the weights.
     """
@@ -150,8 +123,3 @@ def flops_per_token(
     projections = 2.0 * used * plan.student_shape.width * plan.teacher_shape.width
     forward = teacher.flops_per_token(plan.seq_len, head_share=head_share)
     return share_of_teacher * forward + 3.0 * (student + projections)
-
-
-def parameters_of(module: nn.Module) -> int:
-    """How many parameters it has. Call it before ZeRO-3 shards them."""
-    return sum(p.numel() for p in module.parameters())

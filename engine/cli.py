@@ -245,7 +245,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = sys.argv[1:] if argv is None else argv
         config = parse_config(ExportConfig, words, "Turn a sharded checkpoint into a Hugging Face folder.")
-        from engine.export import export_run
+        from engine.train.export import export_run
 
         export_run(config)
         return EXIT_DONE

@@ -10,25 +10,26 @@ from typing import Any
 import torch
 
 from engine import banner
-from engine.assemble import build_module, flops_per_token, load_teacher, open_corpus, parameters_of, start_engine
-from engine.checkpoint import Checkpointer, Chosen
+from engine.assemble import build_module, flops_per_token, load_teacher, open_corpus
 from engine.config.distill import RunConfig
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
 from engine.errors import RunFailure
-from engine.export import export_checkpoint, export_live
 from engine.held_out import HeldOutLosses
 from engine.models.teacher import FrozenTeacher
-from engine.monitor import Monitor
-from engine.optim import ChosenOptimizer
 from engine.plan import Plan, describe_for_export, identity, make_plan
 from engine.ranks import run_lock, runtime
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.run_lock import RunLock
 from engine.records.history import History
 from engine.records.run_dir import RunDir, as_yaml, step_tag
-from engine.trainee import Trainee
-from engine.trainer import Outcome, Trainer
+from engine.train.checkpoint import Checkpointer, Chosen
+from engine.train.deepspeed_engine import start_engine
+from engine.train.export import export_checkpoint, export_live
+from engine.train.monitor import Monitor
+from engine.train.optim import ChosenOptimizer, parameters_of
+from engine.train.trainee import Trainee
+from engine.train.trainer import Outcome, Trainer
 
 
 def distill(config: RunConfig) -> int:

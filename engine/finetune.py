@@ -29,8 +29,6 @@ from engine.finetune_unit import (
 )
 from engine.models.task_model import load_task_model
 from engine.models.teacher import FrozenTeacher
-from engine.monitor import Monitor, open_records
-from engine.optim import build_optimizer
 from engine.ranks import run_lock, runtime, watchdog
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime
@@ -39,7 +37,9 @@ from engine.records.run_dir import RunDir, as_yaml
 from engine.score_table import TaskScore, averages, choose, render_table, speed
 from engine.task_evaluation import predict_split
 from engine.task_module import TaskModule, wanted_of_teacher
-from engine.trainer import Outcome
+from engine.train.monitor import Monitor, open_records
+from engine.train.optim import build_optimizer
+from engine.train.trainer import Outcome
 
 
 def finetune(config: FinetuneConfig) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from engine import banner
-from engine.assemble import parameters_of
 from engine.finetune_plan import FinetunePlan, PlannedTask
 from engine.models import hub
 from engine.records.columns import labelled
+from engine.train.optim import parameters_of
 
 
 def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unfinished: Sequence[str]) -> str:

@@ -11,17 +11,14 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.checkpoint import Checkpointer, Chosen
 from engine.data.encoded_task import EncodedTask
 from engine.errors import UserError
-from engine.export import export_checkpoint
 from engine.finetune_plan import FinetunePlan, Unit, unit_identity
 from engine.models.projections import Projections
 from engine.models.shape import forward_flops_per_token
 from engine.models.student import enable_activation_checkpointing
 from engine.models.task_model import head_of, load_task_model
 from engine.models.teacher import FrozenTeacher
-from engine.monitor import Monitor
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.fingerprints import changed_keys
@@ -30,7 +27,10 @@ from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.score_table import UnitScore
 from engine.task_module import TaskModule
 from engine.task_run import TaskResult, train_on_task
-from engine.trainer import Outcome
+from engine.train.checkpoint import Checkpointer, Chosen
+from engine.train.export import export_checkpoint
+from engine.train.monitor import Monitor
+from engine.train.trainer import Outcome
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ class UnitRun:
         self.run_dir.write_settings(self.unit_config, ds_config=self.execution.resolved, tokenizer=self.plan.tokenizer)
 
     def _flops_per_token(self, module: TaskModule, teacher: FrozenTeacher | None, task: EncodedTask) -> float:
-        """See TFLOPS_NOTE of engine/monitor.py, at the mean length of a row. A head on the first token (and the pooler)
-        runs once a row."""
+        """See TFLOPS_NOTE of engine/train/monitor.py, at the mean length of a row. A head on the first token (and
+        the pooler) runs once a row."""
         length, student = task.mean_tokens, module.student
         share = 1.0 if task.spec.kind == "span" else 1 / length
         forward = forward_flops_per_token(student, self.plan.shape, round(length), head_share=share)  # type: ignore[arg-type]

@@ -11,13 +11,13 @@ from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.ranks import watchdog
 from engine.ranks.collectives import summed
-from engine.trainee import Trainee
-from engine.trainer import Teacher
+from engine.train.trainee import Trainee
+from engine.train.trainer import Teacher
 
 
 @dataclass
 class HeldOutLosses:
-    """An Evaluation (engine/trainer.py) of one distillation, every `every` steps (0: never) and at the end."""
+    """An Evaluation (engine/train/trainer.py) of one distillation, every `every` steps (0: never) and at the end."""
 
     trainee: Trainee
     teacher: Teacher

@@ -25,7 +25,6 @@ from engine.config.proxy import ProxyJobConfig
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
-from engine.monitor import Monitor, open_records, peak_memory_gib
 from engine.plan import Plan
 from engine.proxy_cohort import IntermediateScores, Member, build_member
 from engine.proxy_evaluators import Evaluator, Scores, Stopped, build_evaluator
@@ -38,7 +37,8 @@ from engine.records.fingerprints import flatten
 from engine.records.records import RecordWriter, format_record
 from engine.records.run_dir import RunDir
 from engine.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
-from engine.trainer import Outcome, Trainer
+from engine.train.monitor import Monitor, open_records, peak_memory_gib
+from engine.train.trainer import Outcome, Trainer
 
 
 def proxy(config: ProxyJobConfig) -> int:

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from engine.assemble import build_module, flops_per_token, initial_student, start_engine
+from engine.assemble import build_module, flops_per_token, initial_student
 from engine.data.batch import Batch
-from engine.export import live_state, rebuild_student, write_model
 from engine.models.capture import inputs_of
 from engine.models.compact_embedding import whole_vocabulary
-from engine.monitor import Monitor
 from engine.plan import Plan, describe_for_export
 from engine.proxy_evaluators import Scores
 from engine.proxy_plan import Genome
 from engine.ranks.runtime import Runtime
 from engine.records.run_dir import RunDir, as_yaml
-from engine.task_run import release
 from engine.teacher_cache import AnyTeacher
-from engine.trainee import Trainee
+from engine.train.deepspeed_engine import release, start_engine
+from engine.train.export import live_state, rebuild_student, write_model
+from engine.train.monitor import Monitor
+from engine.train.trainee import Trainee
 
 
 @dataclass
@@ -141,8 +141,8 @@ def build_member(
 
 @dataclass
 class IntermediateScores:
-    """An Evaluation (engine/trainer.py): scores every student that is still alive at the steps of proxy.report_at, and
-    stops those below the threshold of that step."""
+    """An Evaluation (engine/train/trainer.py): scores every student that is still alive at the steps of
+    proxy.report_at, and stops those below the threshold of that step."""
 
     members: Sequence[Member]
     steps: frozenset[int]

@@ -20,7 +20,6 @@ from engine.data.task_rows import Split
 from engine.data.tasks import TaskData
 from engine.metrics import score_task, task_score
 from engine.models.task_model import load_task_model, longest_input
-from engine.monitor import Monitor
 from engine.plan import plan_execution
 from engine.probe import ProbeFeatures, in_threads, needs_training_rows, pool, probe_outputs
 from engine.proxy_plan import ProxyPlan
@@ -30,7 +29,8 @@ from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.run_dir import RunDir
 from engine.task_module import TaskModule
 from engine.task_run import task_train_config, train_on_task
-from engine.trainer import Outcome
+from engine.train.monitor import Monitor
+from engine.train.trainer import Outcome
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from engine.metrics import score_task, task_score
 from engine.ranks import watchdog
 from engine.ranks.collectives import gathered
 from engine.ranks.runtime import Runtime
-from engine.trainee import Trainee
+from engine.train.trainee import Trainee
 
 Outputs = npt.NDArray[Any] | dict[str, str]
 """Of a split in the order of its rows: (n, labels) logits or (n, 1) predictions; question id -> answer of a span."""
@@ -36,8 +36,8 @@ class Best:
 
 @dataclass
 class TaskEvaluation:
-    """An Evaluation (engine/trainer.py) of one fine-tuning. Collective; every rank sees all outputs, so that all decide
-    alike, and the scores do not depend on how rows were shared out."""
+    """An Evaluation (engine/train/trainer.py) of one fine-tuning. Collective; every rank sees all outputs, so that
+    all decide alike, and the scores do not depend on how rows were shared out."""
 
     trainee: Trainee
     task: EncodedTask

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from engine.assemble import choose_optimizer, start_engine
-from engine.checkpoint import Checkpointer, Chosen
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.data.encoded_task import EncodedTask
 from engine.data.task_loader import TaskLoader, steps_for
-from engine.monitor import Monitor
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.task_evaluation import TaskEvaluation
 from engine.task_module import TaskModule
-from engine.trainee import Trainee
-from engine.trainer import Outcome, Teacher, Trainer
+from engine.train.checkpoint import Checkpointer, Chosen
+from engine.train.deepspeed_engine import release, start_engine
+from engine.train.monitor import Monitor
+from engine.train.optim import choose_optimizer
+from engine.train.trainee import Trainee
+from engine.train.trainer import Outcome, Teacher, Trainer
 
 
 @dataclass(frozen=True)
@@ -140,24 +141,6 @@ def train_on_task(
         release(ds_engine)
         del ds_engine
         gc.collect()  # engine and optimizer refer to each other
-
-
-def release(ds_engine: Any) -> None:
-    """Ends an engine so that its memory can be used again.
-
-    DeepSpeed 0.19.8's ZeRO-3 keeps every module that it ever trained, in a global list (where forwards start from) and
-    in the cache of a method: 400 MB for each fine-tuning of MiniLM. Other engines only fill the cache again.
-    """
-    from deepspeed.runtime.zero import parameter_offload
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
-    ds_engine.destroy()
-    stack = parameter_offload.FWD_MODULE_STACK
-    stack[:] = [module for module in stack if module is not ds_engine.module]
-    method: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
-    for cell in method.__closure__ or ():  # the cached function is inside a wrapper without __wrapped__
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
 
 
 def _loader(task: EncodedTask, seed: int, execution: Execution, runtime: Runtime, train: TrainConfig) -> TaskLoader:

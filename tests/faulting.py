@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 from launching import Run, kill_session
 
-from engine.checkpoint_files import problems_of
 from engine.records.records import read_records
 from engine.records.run_dir import COMPLETE
+from engine.train.checkpoint_files import problems_of
 
 TIMES = int(os.environ.get("MAPDISTILL_FAULTS", "1"))
 """How often each random fault is tried; docs/reliability.md reports 20."""

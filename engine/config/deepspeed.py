@@ -55,8 +55,8 @@ KNOWN_KEYS = frozenset(
 OWNED_ELSEWHERE = {
     "optimizer": "optim.* and train.lr of the run config own the optimizer",
     "scheduler": "train.schedule and train.warmup_steps of the run config own the schedule",
-    "tensorboard": "engine/monitor.py owns the TensorBoard writer",
-    "wandb": "engine/monitor.py owns the logs",
+    "tensorboard": "engine/train/monitor.py owns the TensorBoard writer",
+    "wandb": "engine/train/monitor.py owns the logs",
     "csv_monitor": "records.jsonl holds the same numbers",
 }
 CHECKPOINT_KEYS = frozenset(["tag_validation", "parallel_write"])

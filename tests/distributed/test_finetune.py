@@ -296,11 +296,11 @@ def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
     from engine.data.tasks import load_task
     from engine.models.hub import load_config
     from engine.models.task_model import load_task_model, task_tokenizer
-    from engine.monitor import Monitor
     from engine.plan import plan_execution
     from engine.ranks import runtime
     from engine.task_module import TaskModule
     from engine.task_run import task_train_config, train_on_task
+    from engine.train.monitor import Monitor
 
     here = runtime.start(0)
     data = load_task("RTE", TaskDataConfig(data_dir=data_dir))

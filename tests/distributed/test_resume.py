@@ -14,9 +14,9 @@ import torch
 from launching import kill_session
 from safetensors.torch import load_file, save_file
 
-from engine.export import load_full_state
 from engine.records.records import parse_record
 from engine.records.run_dir import COMPLETE, step_tag
+from engine.train.export import load_full_state
 
 pytestmark = pytest.mark.launcher
 

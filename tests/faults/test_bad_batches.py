@@ -17,7 +17,7 @@ from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data.manifest import load_manifest
 from engine.data.prepare.corpus import prepare
 from engine.data.shards import SequenceStore
-from engine.export import load_full_state
+from engine.train.export import load_full_state
 
 pytestmark = pytest.mark.faults
 

@@ -17,13 +17,13 @@ from faulting import TIMES, assert_checkpoints_whole, end, output_file, seed_of,
 from launching import Run
 from small_disk import mounted
 
-from engine.checkpoint import Checkpointer
-from engine.checkpoint_files import seal
 from engine.config.deepspeed import Execution
-from engine.elastic import plan_conversion
 from engine.errors import UserError
 from engine.ranks.runtime import Runtime
 from engine.records.run_dir import COMPLETE, RunDir, step_tag
+from engine.train.checkpoint import Checkpointer
+from engine.train.checkpoint_files import seal
+from engine.train.universal import plan_conversion
 
 pytestmark = pytest.mark.faults
 

@@ -18,11 +18,11 @@ from tiny_encoders import save_tiny
 from transformers import BertConfig, BertModel
 
 from engine.errors import RunFailure
-from engine.export import write_model
-from engine.monitor import Monitor
 from engine.records.events import EventFile
 from engine.records.files import AppendFile
 from engine.records.records import RecordWriter, final_result, parse_record, read_records
+from engine.train.export import write_model
+from engine.train.monitor import Monitor
 
 pytestmark = pytest.mark.faults
 MakeDisk = Callable[[int], SmallDisk]

@@ -10,7 +10,7 @@ from torch import nn
 from engine.config.deepspeed import FOLDER, resolve_execution
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.errors import UserError
-from engine.optim import Lamb, build_optimizer, build_schedule, parameter_groups
+from engine.train.optim import Lamb, build_optimizer, build_schedule, parameter_groups
 
 
 def lamb_by_the_paper(w, grads, lr, betas, eps, decay):

@@ -13,26 +13,26 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertForMaskedLM, BertModel
 
 from engine.banner import closing_table, estimate_memory, mapping_table
-from engine.checkpoint import _not_seen
-from engine.checkpoint_files import FileFacts
 from engine.cli import parse_config
 from engine.config.deepspeed import FOLDER, Execution, resolve_execution
 from engine.config.distill import OptimConfig, RunConfig, TrainConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.distil_module import DistilModule
-from engine.elastic import _own_step_counts, plan_conversion
 from engine.kernels import exact
-from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.mapping import parse_mapping
 from engine.models.projections import Projections
 from engine.models.shape import ModelShape, forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.monitor import format_seconds
 from engine.plan import make_plan
 from engine.records.fingerprints import HOW_KEYS, changed_keys, flatten
-from engine.step_report import Interval, StepReport
+from engine.train.checkpoint import _not_seen
+from engine.train.checkpoint_files import FileFacts
+from engine.train.loss_window import BadMicroStep, LossWindow, WindowReport
+from engine.train.monitor import format_seconds
+from engine.train.step_report import Interval, StepReport
+from engine.train.universal import _own_step_counts, plan_conversion
 from ga.config_docs import field_docs
 
 CPU = torch.device("cpu")
@@ -239,7 +239,7 @@ def test_step_counts_of_a_run_with_offload_are_numbers() -> None:
 
 
 def test_files_of_other_hosts_that_cannot_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.checkpoint.SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr("engine.train.checkpoint.SEEN_WITHIN_S", 0.0)
     (tmp_path / "whole").write_bytes(b"abc")
     (tmp_path / "cut").write_bytes(b"a")
     facts = FileFacts.of(b"abc")

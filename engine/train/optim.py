@@ -15,11 +15,10 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from engine import loss_scale
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
+from engine.errors import UserError
 from engine.models.apex import require_apex
-from engine.ranks.allocator import return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -137,58 +136,24 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> tor
         return get_constant_schedule_with_warmup(optimizer, config.warmup_steps)
 
 
-def initialize_engine(
+def choose_optimizer(
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    optim: OptimConfig,
+    train: TrainConfig,
     execution: Execution,
-) -> Any:
-    """`deepspeed.initialize`, without the hidden update of its 16-bit stage 0, and with the loss scale of fp16 mended.
-
-    There DeepSpeed 0.19.8 steps the optimizer once with zero gradients to allocate its state. That decays the weights
-    and leaves Adam's step count at 1, so that the first real steps miss their bias correction (measured on a toy
-    model: the loss differs from stages 1 to 3 by up to 5 % after 4 steps). So it runs at lr 0 and its state is dropped.
-    """
-    import deepspeed
-
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    ds_engine, _, _, _ = deepspeed.initialize(
-        model=module, optimizer=optimizer, lr_scheduler=schedule, config=execution.resolved
-    )
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    _drop_idle_work(ds_engine, execution)
-    if execution.zero_stage == 0 and execution.precision != "float32":
-        _reset_state(optimizer)
-        for group in optimizer.param_groups:
-            group.pop("step", None)  # NVIDIA Apex counts steps per group
-    if execution.precision == "float16":
-        loss_scale.mend(ds_engine, execution)
-    return_freed_memory()
-    return ds_engine
+    device: torch.device,
+    *,
+    require_fused: bool,
+) -> ChosenOptimizer:
+    """Puts the module where it is trained, and makes its optimizer. Raises UserError when `require_fused` is broken."""
+    if execution.zero_stage < 3:  # ZeRO-3 places the shards itself
+        module.to(device)
+    chosen = build_optimizer(optim, module, lr=train.lr, execution=execution, device=device)
+    if require_fused and chosen.why_not_faster:
+        raise UserError(f"require_fused=true, but {chosen.why_not_faster}")
+    return chosen
 
 
-def _reset_state(optimizer: torch.optim.Optimizer) -> None:
-    """As before the first step. In place where that is all zeros: state that is allocated before the first activations
-    leaves no holes between them."""
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    if all(isinstance(value, torch.Tensor) for value in values):
-        for value in values:
-            value.zero_()
-    else:
-        optimizer.state.clear()
-
-
-def _drop_idle_work(ds_engine: Any, execution: Execution) -> None:
-    """Of DeepSpeed's stage 0: it copies all gradients together and back for an all-reduce of one rank, and looks for
-    overflow in them before it computes their norm, which shows it as well and is looked at anyway."""
-    if execution.zero_stage > 0:
-        return
-    if execution.world_size == 1:
-        ds_engine.enable_backward_allreduce = False
-    checker = getattr(ds_engine.optimizer, "overflow_checker", None)
-    if checker is not None:
-        for name in ("check", "has_overflow"):  # the two wrappers of 16-bit stage 0 ask by different names
-            setattr(checker, name, lambda *_, **__: False)
+def parameters_of(module: nn.Module) -> int:
+    """How many parameters it has. Call it before ZeRO-3 shards them."""
+    return sum(p.numel() for p in module.parameters())

@@ -15,15 +15,14 @@ from engine.config.distill import TrainConfig
 from engine.data.batch import Batch, Counts
 from engine.data.loader import StepBatches
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, RunFailure
-from engine.loss_window import BadMicroStep
 from engine.models.features import Features
-from engine.monitor import MOST_SEQUENCES
 from engine.ranks import watchdog
 from engine.ranks.collectives import summed
 from engine.ranks.runtime import Runtime, StopRequest, seed_micro_step
-from engine.step_report import Interval
-from engine.timing import PhaseTimer
-from engine.trainee import Trainee
+from engine.train.loss_window import BadMicroStep
+from engine.train.monitor import MOST_SEQUENCES
+from engine.train.step_report import Interval, PhaseTimer
+from engine.train.trainee import Trainee
 
 Teacher = Callable[[Batch], Features]
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")

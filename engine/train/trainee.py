@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import Checkpointer, CheckpointFailed
 from engine.config.deepspeed import Execution
 from engine.config.distill import TrainConfig
 from engine.data.batch import Batch, Counts
 from engine.errors import RunFailure
-from engine.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.models.features import Features
-from engine.monitor import Monitor
 from engine.ranks.runtime import Runtime
-from engine.step_report import Interval, StepReport
-from engine.timing import PhaseTimer
+from engine.train.checkpoint import Checkpointer, CheckpointFailed
+from engine.train.loss_window import BadMicroStep, LossWindow, WindowReport
+from engine.train.monitor import Monitor
+from engine.train.step_report import Interval, PhaseTimer, StepReport
 
 SequenceIds = Callable[[BadMicroStep], list[int]]
 """The numbers of the sequences of a micro step."""

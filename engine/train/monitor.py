@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.loss_window import BadMicroStep
 from engine.ranks import watchdog
 from engine.records.events import EventFile
 from engine.records.history import History
 from engine.records.records import RecordWriter
 from engine.records.run_dir import RunDir
-from engine.step_report import StepReport
+from engine.train.loss_window import BadMicroStep
+from engine.train.step_report import StepReport
 
 TFLOPS_NOTE = (
     "Achieved TFLOP/s of all ranks: real tokens per second times the FLOPs of a token: the teacher's forward plus "

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import elastic
-from engine.checkpoint_files import CheckedFiles, FileFacts, is_sound, problems_of, read_marker, remove_folder, seal
 from engine.config.deepspeed import Execution
 from engine.errors import UserError
 from engine.ranks.agreement import require_agreement
@@ -24,6 +22,16 @@ from engine.ranks.runtime import Runtime
 from engine.records.files import sync_folder, write_whole
 from engine.records.fingerprints import changed_keys
 from engine.records.run_dir import COMPLETE, RunDir, step_tag, tag_step
+from engine.train import universal
+from engine.train.checkpoint_files import (
+    CheckedFiles,
+    FileFacts,
+    is_sound,
+    problems_of,
+    read_marker,
+    remove_folder,
+    seal,
+)
 
 SEEN_WITHIN_S = 40.0
 """Longer than an NFS client keeps what it knows of a folder (acdirmin, 30 s)."""
@@ -40,7 +48,7 @@ class Chosen:
     """The checkpoint to continue from."""
 
     tag: str
-    conversion: elastic.Conversion | None
+    conversion: universal.Conversion | None
     """When it was written with other ranks or another ZeRO stage."""
     notes: tuple[str, ...]
     """What was wrong with newer ones."""
@@ -163,14 +171,14 @@ class Checkpointer:
                 "output_dir and set checkpoint.storage=shared"
             )
 
-    def _check(self, tag: str, saved: dict[str, Any]) -> elastic.Conversion | None:
+    def _check(self, tag: str, saved: dict[str, Any]) -> universal.Conversion | None:
         changes = changed_keys(saved["identity"], self.identity)
         if changes:
             raise UserError(
                 f"cannot continue {tag} in {self.run_dir.root}: the run was changed in what it computes "
                 f"({'; '.join(changes)}). Restore these values, or name another output_dir"
             )
-        return elastic.plan_conversion(tag, saved=saved, execution=self.execution, storage=self.storage)
+        return universal.plan_conversion(tag, saved=saved, execution=self.execution, storage=self.storage)
 
     def _rename(self, tag: str, name: str) -> None:
         target = self.run_dir.checkpoints / name
@@ -184,7 +192,7 @@ class Checkpointer:
         complete = set(self.run_dir.complete_tags())
         removed = []
         for folder in sorted(self.run_dir.checkpoints.glob("*step-*")):
-            is_remains = folder.name.startswith(("step-", elastic.PREFIX)) and folder.name not in complete
+            is_remains = folder.name.startswith(("step-", universal.PREFIX)) and folder.name not in complete
             if folder.is_dir() and is_remains:
                 shutil.rmtree(folder)
                 removed.append(folder.name)
@@ -209,7 +217,7 @@ class Checkpointer:
         if all(gathered((folder / COMPLETE).is_file() or not self.is_keeper)):
             return folder
         files = CheckedFiles(ds_engine.checkpoint_engine)
-        client_state = {**state, "step": step, **elastic.INFO}
+        client_state = {**state, "step": step, **universal.INFO}
         with files.in_place_of(ds_engine):
             ds_engine.save_checkpoint(
                 str(self.run_dir.checkpoints), tag=tag, client_state=client_state, save_latest=False
@@ -281,7 +289,7 @@ class Checkpointer:
         """Collective. Restores model, projections, optimizer, schedule and scaler; returns the saved state, with its
         `step`."""
         if chosen.conversion is not None:
-            return elastic.load(
+            return universal.load(
                 ds_engine, self.run_dir.checkpoints, chosen.conversion, is_rank_zero=self.here.is_rank_zero
             )
         path, client_state = ds_engine.load_checkpoint(str(self.run_dir.checkpoints), tag=chosen.tag)

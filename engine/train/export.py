@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from engine.checkpoint import EXPORT_FILE
-from engine.checkpoint_files import is_sound, problems_of, read_marker
 from engine.config.tools import ExportConfig
 from engine.errors import RunFailure, UserError
 from engine.models.hub import init_arguments, model_class, quiet
 from engine.records.run_dir import COMPLETE, RunDir
+from engine.train.checkpoint import EXPORT_FILE
+from engine.train.checkpoint_files import is_sound, problems_of, read_marker
 
 CARD_TAG = "- mapdistill"
 TASK_HEADS = {"classification": "AutoModelForSequenceClassification", "span": "AutoModelForQuestionAnswering"}
