@@ -14,9 +14,6 @@ from torch import nn
 from engine import finetune_banner
 from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig
-from engine.data.encoded_task import EncodedTask, encode_task
-from engine.data.squad_decode import write_predictions
-from engine.data.submission import write_submission
 from engine.errors import UserError
 from engine.finetune_plan import FinetunePlan, PlannedTask, Unit, make_finetune_plan
 from engine.finetune_unit import (
@@ -27,7 +24,6 @@ from engine.finetune_unit import (
     remove_checkpoints,
     score_of,
 )
-from engine.models.task_model import load_task_model
 from engine.models.teacher import FrozenTeacher
 from engine.ranks import run_lock, runtime, watchdog
 from engine.ranks.collectives import from_rank_zero
@@ -35,8 +31,11 @@ from engine.ranks.runtime import Runtime
 from engine.records.events import EventFile
 from engine.records.run_dir import RunDir, as_yaml
 from engine.score_table import TaskScore, averages, choose, render_table, speed
-from engine.task_evaluation import predict_split
-from engine.task_module import TaskModule, wanted_of_teacher
+from engine.tasks.encode import EncodedTask, encode_task
+from engine.tasks.evaluation import predict_split
+from engine.tasks.model import load_task_model
+from engine.tasks.module import TaskModule, wanted_of_teacher
+from engine.tasks.predictions import write_predictions, write_submission
 from engine.train.monitor import Monitor, open_records
 from engine.train.optim import build_optimizer
 from engine.train.trainer import Outcome

@@ -15,8 +15,6 @@ from transformers import PretrainedConfig
 from engine.config.deepspeed import Execution
 from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig, TaskConfig
-from engine.data.task_specs import task_spec
-from engine.data.tasks import TaskData, load_task, resolve_names
 from engine.errors import UserError
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
@@ -25,12 +23,14 @@ from engine.models import hub
 from engine.models.attention import Backend, resolve_backend
 from engine.models.hub import model_hashes
 from engine.models.shape import ModelShape
-from engine.models.task_model import longest_input, model_folder, require_head, task_tokenizer
 from engine.plan import compute_device, plan_execution
 from engine.ranks import runtime
 from engine.records.fingerprints import digest, flatten
 from engine.score_table import Point
-from engine.task_run import task_train_config
+from engine.tasks.load import TaskData, load_task, resolve_names
+from engine.tasks.model import longest_input, model_folder, require_head, task_tokenizer
+from engine.tasks.specs import task_spec
+from engine.tasks.train import task_train_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

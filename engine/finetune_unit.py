@@ -11,13 +11,11 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.data.encoded_task import EncodedTask
 from engine.errors import UserError
 from engine.finetune_plan import FinetunePlan, Unit, unit_identity
 from engine.models.projections import Projections
 from engine.models.shape import forward_flops_per_token
 from engine.models.student import enable_activation_checkpointing
-from engine.models.task_model import head_of, load_task_model
 from engine.models.teacher import FrozenTeacher
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime, StopRequest
@@ -25,8 +23,10 @@ from engine.records.fingerprints import changed_keys
 from engine.records.records import final_result, read_records
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.score_table import UnitScore
-from engine.task_module import TaskModule
-from engine.task_run import TaskResult, train_on_task
+from engine.tasks.encode import EncodedTask
+from engine.tasks.model import head_of, load_task_model
+from engine.tasks.module import TaskModule
+from engine.tasks.train import TaskResult, train_on_task
 from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.export import export_checkpoint
 from engine.train.monitor import Monitor

@@ -12,23 +12,21 @@ import numpy as np
 import torch
 
 from engine.data.batch import Batch
-from engine.data.encoded_task import EncodedTask, encode_task
-from engine.data.encoding import Encoded
-from engine.data.task_encoding import encode_split
-from engine.data.task_loader import evaluation_batches
-from engine.data.task_rows import Split
-from engine.data.tasks import TaskData
-from engine.metrics import score_task, task_score
-from engine.models.task_model import load_task_model, longest_input
 from engine.plan import plan_execution
-from engine.probe import ProbeFeatures, in_threads, needs_training_rows, pool, probe_outputs
 from engine.proxy_plan import ProxyPlan
 from engine.ranks import watchdog
 from engine.ranks.collectives import gather_rows
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.run_dir import RunDir
-from engine.task_module import TaskModule
-from engine.task_run import task_train_config, train_on_task
+from engine.tasks.encode import EncodedTask, encode_split, encode_task
+from engine.tasks.load import TaskData
+from engine.tasks.loader import evaluation_batches
+from engine.tasks.metrics import score_task, task_score
+from engine.tasks.model import load_task_model, longest_input
+from engine.tasks.module import TaskModule
+from engine.tasks.probe import ProbeFeatures, in_threads, needs_training_rows, pool, probe_outputs
+from engine.tasks.rows import Encoded, Split
+from engine.tasks.train import task_train_config, train_on_task
 from engine.train.monitor import Monitor
 from engine.train.trainer import Outcome
 

@@ -14,7 +14,6 @@ from typing import Any
 from engine.config.deepspeed import FOLDER
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, MappingConfig, RunConfig
 from engine.config.proxy import ProxyJobConfig
-from engine.data.tasks import TaskData, load_task, resolve_names, task_spec
 from engine.errors import UserError
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
@@ -22,6 +21,7 @@ from engine.models.hub import model_hashes
 from engine.plan import Plan, corpus_hash, make_plan, plan_execution, with_mapping
 from engine.ranks import runtime
 from engine.records.fingerprints import digest
+from engine.tasks.load import TaskData, load_task, resolve_names, task_spec
 
 PACKAGES = ("torch", "deepspeed", "transformers", "torchmetrics")
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.data.task_specs import GLUE_TASKS
-from engine.metrics import glue_average
+from engine.tasks.metrics import glue_average
+from engine.tasks.specs import GLUE_TASKS
 
 Point = tuple[tuple[str, float], ...]
 """Values of the grid, like (("lr", 2e-5), ("batch", 16)); () without a grid."""

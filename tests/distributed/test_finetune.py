@@ -292,14 +292,14 @@ def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
 
     from engine.config.distill import OptimConfig
     from engine.config.finetune import TaskDataConfig
-    from engine.data.encoded_task import encode_task
-    from engine.data.tasks import load_task
     from engine.models.hub import load_config
-    from engine.models.task_model import load_task_model, task_tokenizer
     from engine.plan import plan_execution
     from engine.ranks import runtime
-    from engine.task_module import TaskModule
-    from engine.task_run import task_train_config, train_on_task
+    from engine.tasks.encode import encode_task
+    from engine.tasks.load import load_task
+    from engine.tasks.model import load_task_model, task_tokenizer
+    from engine.tasks.module import TaskModule
+    from engine.tasks.train import task_train_config, train_on_task
     from engine.train.monitor import Monitor
 
     here = runtime.start(0)

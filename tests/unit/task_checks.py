@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from engine.config.finetune import TaskDataConfig
-from engine.data.tasks import Split, TaskData
 from engine.errors import UserError
+from engine.tasks.load import Split, TaskData
 
 
 def config_of(folder: Path | None, **settings: object) -> TaskDataConfig:

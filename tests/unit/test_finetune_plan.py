@@ -15,14 +15,14 @@ from tiny_world import TinyWorld
 
 from engine.cli import parse_config
 from engine.config.finetune import FinetuneConfig
-from engine.data.encoded_task import encode_task
-from engine.data.task_specs import BUILT_IN
 from engine.errors import UserError
 from engine.finetune_plan import FinetunePlan, make_finetune_plan, unit_identity
-from engine.models.task_model import load_task_model
 from engine.records.fingerprints import changed_keys
-from engine.task_evaluation import Best, TaskEvaluation
-from engine.task_run import task_train_config
+from engine.tasks.encode import encode_task
+from engine.tasks.evaluation import Best, TaskEvaluation
+from engine.tasks.model import load_task_model
+from engine.tasks.specs import BUILT_IN
+from engine.tasks.train import task_train_config
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from engine.data.task_specs import BUILT_IN
-from engine.metrics import compute, glue_average, score_task, task_score
+from engine.tasks.metrics import compute, glue_average, score_task, task_score
+from engine.tasks.specs import BUILT_IN
 
 NEAR = 1e-12
 CLASS_PAIRS = st.integers(2, 5).flatmap(

@@ -13,10 +13,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from engine.config.finetune import TaskDataConfig
-from engine.data.tasks import TaskSpec, load_task, task_spec
 from engine.errors import UserError
-from engine.metrics import score_task, task_score
-from engine.probe import (
+from engine.tasks.load import TaskSpec, load_task, task_spec
+from engine.tasks.metrics import score_task, task_score
+from engine.tasks.probe import (
     ProbeFeatures,
     cosine,
     default_l2,

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 
 from engine.config.finetune import TaskDataConfig
 from engine.data.batch import Batch
-from engine.data.tasks import load_task
-from engine.metrics import score_task
-from engine.probe import ProbeFeatures, probe_outputs
 from engine.proxy_evaluators import ProbeEvaluator
 from engine.ranks.runtime import Runtime
 from engine.records.records import read_records
 from engine.records.run_dir import RunDir
+from engine.tasks.load import load_task
+from engine.tasks.metrics import score_task
+from engine.tasks.probe import ProbeFeatures, probe_outputs
 from engine.train.monitor import Monitor
 
 

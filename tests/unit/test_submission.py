@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from engine.config.finetune import CustomTaskConfig, TaskDataConfig
-from engine.data.submission import write_submission
-from engine.data.task_specs import BUILT_IN, task_spec
+from engine.tasks.predictions import write_submission
+from engine.tasks.specs import BUILT_IN, task_spec
 
 LOGITS = np.array([[0.0, 1.0], [3.0, -3.0]], np.float32)
 

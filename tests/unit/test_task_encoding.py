@@ -6,7 +6,7 @@ from tiny_tokenizers import FAMILIES, bert, make_text
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from engine.data.task_encoding import encode_split
+from engine.tasks.encode import encode_split
 
 TEXTS = [line for line in make_text(documents=12, seed=5).splitlines() if line]
 PAIRS = TEXTS[1:] + TEXTS[:1]

@@ -15,7 +15,7 @@ from glue_sample import write_glue_sample
 from task_checks import check_error, config_of, rows_of
 
 from engine.config.finetune import TaskDataConfig
-from engine.data.tasks import GLUE_TASKS, TaskData, load_task
+from engine.tasks.load import GLUE_TASKS, TaskData, load_task
 
 ROOT = Path(__file__).parents[2]
 HUB_NAMES = {
@@ -113,7 +113,7 @@ def test_broken_saved_data_sets(sample: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", ["sst2", "squad_v2"])
 def test_the_hub_out_of_reach_is_one_line_at_once(tmp_path: Path, task: str) -> None:
     code = (
-        "from engine.data.tasks import load_task; from engine.task_config import TaskDataConfig\n"
+        "from engine.tasks.load import load_task; from engine.task_config import TaskDataConfig\n"
         "from engine.errors import UserError\n"
         f"try: load_task({task!r}, TaskDataConfig())\n"
         "except UserError as error: print(error)"

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoTokenizer
 
 from engine.data.batch import Counts, TaskBatch
-from engine.data.encoding import Encoded
-from engine.data.task_encoding import encode_split
-from engine.data.task_loader import TaskLoader, evaluation_batches, steps_for
+from engine.tasks.encode import encode_split
+from engine.tasks.loader import TaskLoader, evaluation_batches, steps_for
+from engine.tasks.rows import Encoded
 
 ROOT = Path(__file__).resolve().parents[2]
 GLUE = Path(os.environ.get("MAPDISTILL_GLUE", ROOT.parent / "shared/data/glue"))

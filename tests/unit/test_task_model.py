@@ -16,7 +16,6 @@ from transformers import AutoModelForSequenceClassification
 
 from engine.config.finetune import MappingConfig, TaskLossConfig
 from engine.data.batch import Counts, TaskBatch
-from engine.data.task_specs import BUILT_IN, TaskSpec
 from engine.errors import UserError
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
@@ -24,8 +23,9 @@ from engine.models.capture import capture
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
 from engine.models.projections import Projections
-from engine.models.task_model import load_task_model, longest_input, model_folder
-from engine.task_module import TaskModule, labels_loss, logits_loss
+from engine.tasks.model import load_task_model, longest_input, model_folder
+from engine.tasks.module import TaskModule, labels_loss, logits_loss
+from engine.tasks.specs import BUILT_IN, TaskSpec
 
 SST2, MNLI, STSB, SQUAD = (BUILT_IN[name] for name in ("SST-2", "MNLI", "STS-B", "SQuAD-v1.1"))
 

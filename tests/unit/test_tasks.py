@@ -15,7 +15,7 @@ from task_checks import check_error, config_of, rows_of
 from tiny_world import WORDS
 
 from engine.config.finetune import CustomTaskConfig, TaskDataConfig
-from engine.data.tasks import GLUE_TASKS, load_task, resolve_names, task_spec
+from engine.tasks.load import GLUE_TASKS, load_task, resolve_names, task_spec
 
 ROOT = Path(__file__).parents[2]
 GLUE = Path(os.environ.get("MAPDISTILL_GLUE", ROOT.parent / "shared/data/glue"))

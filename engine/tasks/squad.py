@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.encoding import Encoded, Ints
 from engine.errors import UserError
+from engine.tasks.rows import Encoded, Ints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

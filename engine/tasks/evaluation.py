@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.data.encoded_task import EncodedTask
-from engine.data.squad import SquadSplit, Windows
-from engine.data.squad_decode import decode, squad_metrics
-from engine.data.task_loader import evaluation_batches
-from engine.metrics import score_task, task_score
 from engine.ranks import watchdog
 from engine.ranks.collectives import gathered
 from engine.ranks.runtime import Runtime
+from engine.tasks.encode import EncodedTask
+from engine.tasks.loader import evaluation_batches
+from engine.tasks.metrics import score_task, task_score
+from engine.tasks.predictions import decode, squad_metrics
+from engine.tasks.squad import SquadSplit, Windows
 from engine.train.trainee import Trainee
 
 Outputs = npt.NDArray[Any] | dict[str, str]

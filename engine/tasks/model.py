@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from engine.data.task_specs import TaskSpec
 from engine.errors import UserError
 from engine.models.capture import install
 from engine.models.hub import (
@@ -26,6 +25,7 @@ from engine.models.hub import (
     where,
 )
 from engine.models.student import DROPOUTS
+from engine.tasks.specs import TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.data.task_rows import Rows
-from engine.data.task_specs import Columns
 from engine.errors import UserError
 from engine.models.hub import hub_is_reachable
+from engine.tasks.rows import Rows
+from engine.tasks.specs import Columns
 
 if TYPE_CHECKING:
     from datasets import Dataset

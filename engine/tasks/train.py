@@ -10,11 +10,11 @@ from typing import Any
 
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
-from engine.data.encoded_task import EncodedTask
-from engine.data.task_loader import TaskLoader, steps_for
 from engine.ranks.runtime import Runtime, StopRequest
-from engine.task_evaluation import TaskEvaluation
-from engine.task_module import TaskModule
+from engine.tasks.encode import EncodedTask
+from engine.tasks.evaluation import TaskEvaluation
+from engine.tasks.loader import TaskLoader, steps_for
+from engine.tasks.module import TaskModule
 from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.deepspeed_engine import release, start_engine
 from engine.train.monitor import Monitor

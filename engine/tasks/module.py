@@ -10,13 +10,13 @@ from torch import nn
 
 from engine.config.finetune import TaskLossConfig
 from engine.data.batch import Counts, TaskBatch
-from engine.data.task_specs import Kind
 from engine.errors import UserError
 from engine.losses.loss_set import LossSet
 from engine.models.capture import capture, inputs_of, runs_unpadded, segments_of, task_logits
 from engine.models.features import Features, Wanted
 from engine.models.projections import Projections
 from engine.models.unpadding import packing
+from engine.tasks.specs import Kind
 
 
 class TaskModule(nn.Module):

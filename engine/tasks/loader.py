@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from engine.data.batch import Counts, TaskBatch
-from engine.data.encoding import Encoded
 from engine.data.loader import StepBatches
 from engine.data.order import TrainingOrder
 from engine.data.prefetch import prefetched
+from engine.tasks.rows import Encoded
 
 Ints = npt.NDArray[np.int64]
 

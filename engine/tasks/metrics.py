@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.task_specs import GLUE_TASKS, TaskSpec
 from engine.records.stats import mean_ranks
+from engine.tasks.specs import GLUE_TASKS, TaskSpec
 
 Predictions = npt.NDArray[Any]
 CLASS_METRICS = ("accuracy", "f1", "matthews")

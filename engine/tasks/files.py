@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.data.task_rows import Rows
-from engine.data.task_specs import Columns
 from engine.errors import UserError
+from engine.tasks.rows import Rows
+from engine.tasks.specs import Columns
 
 KINDS = (".tsv", ".csv", ".jsonl")
 _MISSING = object()

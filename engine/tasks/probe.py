@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, one_hot
 from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.data.tasks import TaskSpec
+    from engine.tasks.load import TaskSpec
 
 Outputs = npt.NDArray[np.float64]
 Labels = npt.NDArray[Any]

@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from engine.config.finetune import TaskDataConfig
 from engine.data.prepare.formats import is_saved_dataset
-from engine.data.task_files import beside, read_rows
-from engine.data.task_rows import Rows, Split, labels_in, to_split
-from engine.data.task_specs import (
+from engine.errors import UserError
+from engine.tasks.files import beside, read_rows
+from engine.tasks.rows import Rows, Split, labels_in, to_split
+from engine.tasks.specs import (
     GLUE_TASKS,
     Columns,
     Kind,
@@ -27,10 +28,9 @@ from engine.data.task_specs import (
     plain,
     task_spec,
 )
-from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.data.squad import SquadSplit
+    from engine.tasks.squad import SquadSplit
 
 __all__ = [
     "GLUE_TASKS",
@@ -164,7 +164,7 @@ def _file_rows(spec: TaskSpec, names: Sequence[str], folder: Path) -> dict[str, 
 
 
 def _hub_rows(spec: TaskSpec, names: Sequence[str], folder: Path | None) -> dict[str, Rows]:
-    from engine.data.task_hub import find_split, hub_rows, hub_split_name, hub_splits, saved_splits
+    from engine.tasks.hub import find_split, hub_rows, hub_split_name, hub_splits, saved_splits
 
     layout = spec.layout
     assert layout is not None, spec.name
@@ -181,7 +181,7 @@ def _hub_rows(spec: TaskSpec, names: Sequence[str], folder: Path | None) -> dict
 
 
 def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> dict[str, Split | SquadSplit]:
-    from engine.data.squad import read_squad, squad_from_rows
+    from engine.tasks.squad import read_squad, squad_from_rows
 
     v2 = spec.name == "SQuAD-v2"
     folder = None if config.data_dir is None else _existing_folder(spec.name, config)
@@ -194,7 +194,7 @@ def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> dict[str, Split | Squ
                 raise UserError(f"{path}: no such file{beside(path)}")
             found[name] = read_squad(path, name=name, v2=v2)
     else:
-        from engine.data.task_hub import find_split, hub_split_name, hub_splits, saved_splits
+        from engine.tasks.hub import find_split, hub_split_name, hub_splits, saved_splits
 
         source = _SQUAD_HUB[spec.name] if folder is None else str(folder)
         splits = hub_splits(source, None) if folder is None else saved_splits(folder)
