@@ -22,10 +22,10 @@ from statistics import median
 import psutil
 import torch
 
-from engine.assemble import build_module, load_teacher, open_corpus
 from engine.cli import parse_config
 from engine.config.proxy import ProxyJobConfig
-from engine.proxy_plan import make_proxy_plan
+from engine.jobs.distill.build import build_module, load_teacher, open_corpus
+from engine.jobs.proxy.plan import make_proxy_plan
 from engine.ranks import allocator, runtime
 from engine.train.deepspeed_engine import start_engine
 

@@ -25,8 +25,8 @@ from measuring import base_memory, header, in_a_fresh_process, machine, peak_abo
 from step import LEVERS, STUDENTS, Ours, make_batch, student_step
 
 from engine.data.batch import Batch
+from engine.jobs.proxy.teacher_cache import CachedTeacher
 from engine.ranks import runtime
-from engine.teacher_cache import CachedTeacher
 
 VOCABULARY = 15000
 """Tokens that a proxy's student has: about what 60 steps of 16 x 128 tokens meet of BERT's 30,522."""

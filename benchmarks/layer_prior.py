@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from engine.assemble import initial_student, open_corpus
 from engine.cli import parse_config
 from engine.config.proxy import ProxyJobConfig
+from engine.jobs.distill.build import initial_student, open_corpus
+from engine.jobs.distill.plan import make_plan
+from engine.jobs.proxy.plan import run_config
 from engine.models import hub
-from engine.plan import make_plan
-from engine.proxy_plan import run_config
 from engine.ranks import runtime
 from engine.records.stats import rank_correlation
 

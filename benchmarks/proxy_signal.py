@@ -24,9 +24,9 @@ from transformers import AutoModel
 from engine.cli import parse_config
 from engine.config.proxy import ProxyJobConfig
 from engine.data.batch import Batch
+from engine.jobs.proxy.evaluators import build_evaluator
+from engine.jobs.proxy.plan import make_proxy_plan
 from engine.models.capture import inputs_of
-from engine.proxy_evaluators import build_evaluator
-from engine.proxy_plan import make_proxy_plan
 from engine.ranks import runtime
 from engine.records.records import read_records
 from engine.records.stats import rank_correlation, signal_ratio

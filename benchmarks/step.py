@@ -34,7 +34,8 @@ from transformers import AttentionInterface, BertConfig, BertModel
 from engine.config.deepspeed import FOLDER, resolve_execution
 from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, TrainConfig
 from engine.data.batch import Batch, Counts
-from engine.distil_module import DistilModule
+from engine.jobs.distill.module import DistilModule
+from engine.jobs.execution import attention_backend
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
@@ -43,7 +44,6 @@ from engine.models.hub import shape_of
 from engine.models.projections import Projections
 from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config
-from engine.plan import attention_backend
 from engine.ranks import runtime
 from engine.train.deepspeed_engine import initialize_engine
 from engine.train.optim import ChosenOptimizer, build_optimizer, build_schedule, parameter_groups

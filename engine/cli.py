@@ -187,7 +187,7 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = without_local_rank(sys.argv[1:] if argv is None else argv)
         config = parse_config(RunConfig, words or quickstart(), "Distil a teacher (start this with `deepspeed`).")
-        from engine.distill import distill  # heavy imports only once the configuration is known to be sound
+        from engine.jobs.distill.job import distill  # heavy imports only once the configuration is known to be sound
 
         return distill(config)
 
@@ -211,7 +211,7 @@ def proxy_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = _listed(without_local_rank(sys.argv[1:] if argv is None else argv), "--genomes")
         config = parse_config(ProxyJobConfig, words, "Distil layer mappings briefly, side by side, and score them.")
-        from engine.proxy import proxy
+        from engine.jobs.proxy.job import proxy
 
         return proxy(config)
 
@@ -222,7 +222,7 @@ def finetune_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = without_local_rank(sys.argv[1:] if argv is None else argv)
         config = parse_config(FinetuneConfig, words, "Fine-tune a model on tasks (start this with `deepspeed`).")
-        from engine.finetune import finetune
+        from engine.jobs.finetune.job import finetune
 
         return finetune(config)
 

@@ -99,3 +99,14 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
         return LayerMapping(tuple(int(part) for part in parts), N)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def mapping_table(hidden: LayerMapping, attention: LayerMapping) -> list[str]:
+    """Student layers over the teacher layers they learn from; · where a layer learns from none."""
+    width = max(2, len(str(hidden.teacher_layers)))
+    rows: list[tuple[str, Sequence[int]]] = [("student layer", range(1, hidden.student_layers + 1))]
+    if hidden.genes == attention.genes:
+        rows.append(("teacher layer", hidden.genes))
+    else:
+        rows += [("teacher hidden", hidden.genes), ("teacher attention", attention.genes)]
+    return [f"{label:<18}" + " ".join((str(g) if g else "·").rjust(width) for g in genes) for label, genes in rows]

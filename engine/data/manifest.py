@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerBase
+
 from engine.errors import UserError
 from engine.records.files import write_whole
+from engine.records.fingerprints import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,3 +157,7 @@ def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> N
             f"but the model's tokenizer is {tokenizer.name_or_path} (hash {found[:12]}); prepare the corpus again with "
             f"{COMMAND} --tokenizer {tokenizer.name_or_path}"
         )
+
+
+def corpus_hash(manifest: Manifest) -> str:
+    return digest([[shard.sha256 for shard in manifest.shards], [source.weight for source in manifest.sources]])

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, pipeline
 from engine.cli import parse_config
 from engine.config.finetune import FinetuneConfig
 from engine.errors import UserError
-from engine.finetune_plan import make_finetune_plan
-from engine.finetune_unit import look_back
+from engine.jobs.finetune.plan import make_finetune_plan
+from engine.jobs.finetune.unit import look_back
 from engine.ranks.runtime import Runtime
 from engine.records.records import read_records
 from engine.records.run_dir import RunDir
@@ -292,8 +292,8 @@ def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
 
     from engine.config.distill import OptimConfig
     from engine.config.finetune import TaskDataConfig
+    from engine.jobs.execution import plan_execution
     from engine.models.hub import load_config
-    from engine.plan import plan_execution
     from engine.ranks import runtime
     from engine.tasks.encode import encode_task
     from engine.tasks.load import load_task

@@ -20,11 +20,11 @@ from engine.config.deepspeed import FOLDER
 from engine.config.distill import RunConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
-from engine.distil_module import DistilModule
+from engine.jobs.distill.module import DistilModule
+from engine.jobs.distill.plan import make_plan
 from engine.models.capture import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
-from engine.plan import make_plan
 from engine.ranks.runtime import has_fp16
 
 pytestmark = pytest.mark.launcher

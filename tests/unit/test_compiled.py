@@ -12,7 +12,7 @@ from tiny_encoders import tiny_model
 
 from engine.config.distill import LossConfig, MappingConfig
 from engine.data.batch import Counts
-from engine.distil_module import DistilModule
+from engine.jobs.distill.module import DistilModule
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
 from engine.models.capture import capture, install, layer_modules

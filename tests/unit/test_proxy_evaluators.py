@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from engine.config.finetune import TaskDataConfig
 from engine.data.batch import Batch
-from engine.proxy_evaluators import ProbeEvaluator
+from engine.jobs.proxy.evaluators import ProbeEvaluator
 from engine.ranks.runtime import Runtime
 from engine.records.records import read_records
 from engine.records.run_dir import RunDir

@@ -12,8 +12,8 @@ from tiny_world import TinyWorld
 from engine.cli import _listed, parse_config
 from engine.config.proxy import ProxyJobConfig
 from engine.errors import UserError
-from engine.proxy_plan import ProxyPlan, code_version, make_proxy_plan
-from engine.proxy_report import earlier_results, fitness_table, signal_of
+from engine.jobs.proxy.plan import ProxyPlan, code_version, make_proxy_plan
+from engine.jobs.proxy.report import earlier_results, fitness_table, signal_of
 from engine.records.records import format_record
 
 

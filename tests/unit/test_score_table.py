@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from engine.score_table import TaskScore, UnitScore, averages, choose, render_table
+from engine.jobs.finetune.scores import TaskScore, UnitScore, averages, choose, render_table
 
 LOW, HIGH = (("lr", 2e-5),), (("lr", 5e-5),)
 

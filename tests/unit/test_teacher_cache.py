@@ -19,9 +19,9 @@ from tiny_encoders import make_batch, save_tiny
 
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
+from engine.jobs.proxy.teacher_cache import CachedTeacher
 from engine.models.features import Features, Wanted
 from engine.models.teacher import FrozenTeacher
-from engine.teacher_cache import CachedTeacher
 
 WANTED = Wanted(hidden=frozenset({0, 2, 4}), attention=frozenset({1, 4}), values=True)
 KINDS = ("hidden", "query", "key", "value")

@@ -12,20 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertForMaskedLM, BertModel
 
-from engine.banner import closing_table, estimate_memory, mapping_table
 from engine.cli import parse_config
 from engine.config.deepspeed import FOLDER, Execution, resolve_execution
 from engine.config.distill import OptimConfig, RunConfig, TrainConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
-from engine.distil_module import DistilModule
+from engine.jobs.distill.banner import closing_table, estimate_memory
+from engine.jobs.distill.module import DistilModule
+from engine.jobs.distill.plan import make_plan
 from engine.kernels import exact
-from engine.mapping import parse_mapping
+from engine.mapping import mapping_table, parse_mapping
 from engine.models.projections import Projections
 from engine.models.shape import ModelShape, forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.plan import make_plan
 from engine.records.fingerprints import HOW_KEYS, changed_keys, flatten
 from engine.train.checkpoint import _not_seen
 from engine.train.checkpoint_files import FileFacts

@@ -102,7 +102,7 @@ from types import SimpleNamespace as Some
 import torch
 from engine.ranks import watchdog
 from engine.data.batch import Counts
-from engine.held_out import HeldOutLosses
+from engine.jobs.distill.job import HeldOutLosses
 
 class Engine:
     def eval(self): pass

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck, share_of_this_host
-from engine.distil_module import DistilModule
+from engine.jobs.distill.module import DistilModule
+from engine.jobs.distill.plan import Plan
 from engine.models.capture import runs_unpadded
 from engine.models.compact_embedding import keep_tokens
 from engine.models.features import Wanted
@@ -18,7 +19,6 @@ from engine.models.projections import Projections
 from engine.models.shape import forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.plan import Plan
 from engine.ranks import runtime
 from engine.train.optim import ChosenOptimizer, choose_optimizer
 

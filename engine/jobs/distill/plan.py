@@ -7,26 +7,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from engine.config.deepspeed import FOLDER, Execution, default_config_name, resolve_execution
-from engine.config.distill import MappingConfig, OptimConfig, RunConfig, TrainConfig
-from engine.data.manifest import Manifest, check_tokenizer, load_manifest
+from engine.config.deepspeed import Execution
+from engine.config.distill import MappingConfig, RunConfig
+from engine.data.manifest import Manifest, check_tokenizer, corpus_hash, load_manifest
 from engine.errors import UserError
+from engine.jobs.execution import attention_backend, compute_device, plan_execution
 from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
-from engine.models.apex import require_apex, require_fused_layer_norm
-from engine.models.attention import Backend, resolve_backend
+from engine.models.apex import require_fused_layer_norm
+from engine.models.attention import Backend
 from engine.models.hub import model_hashes
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config
-from engine.ranks import runtime
-from engine.records.fingerprints import digest, flatten
+from engine.records.fingerprints import flatten
 
 
 @dataclass(frozen=True)
@@ -126,11 +124,6 @@ class MappedLayers:
     losses: LossSet
 
 
-def compute_device() -> torch.device:
-    """The kind of device that this job computes on."""
-    return torch.device("cuda" if runtime.uses_gpu() else "cpu")
-
-
 def map_layers(config: RunConfig, student: ModelShape, teacher: ModelShape, kernels: Kernels) -> MappedLayers:
     """The mappings of `config`, and the losses over them. Raises UserError for what does not fit the two models."""
     sizes = {"student_layers": student.layers, "teacher_layers": teacher.layers}
@@ -161,54 +154,8 @@ def with_mapping(plan: Plan, mapping: MappingConfig) -> Plan:
     return replace(plan, config=config, **vars(mapped), warnings=warnings)
 
 
-def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig) -> Execution:
-    """How this machine executes it. Raises UserError for a DeepSpeed file or an optimizer that cannot work."""
-    path = Path(deepspeed_config)
-    if deepspeed_config == "auto":
-        path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())
-    execution = resolve_execution(train, optim, path, runtime.launcher_world_size())
-    check_zero_section(execution)
-    check_precision(execution)
-    if optim.name.startswith("apex_"):
-        require_apex(optim.name)
-    return execution
-
-
 def teacher_dtype(config: RunConfig, execution: Execution) -> str:
     return execution.precision if config.teacher.dtype == "auto" else config.teacher.dtype
-
-
-def attention_backend(requested: str, dtype: str, shape: ModelShape, seq_len: int, *, trained: bool) -> Backend:
-    return resolve_backend(
-        requested,
-        device=compute_device(),
-        dtype=getattr(torch, dtype),
-        seq_len=seq_len,
-        head_dim=shape.width // shape.heads,
-        training=trained,
-        key="student.attention" if trained else "teacher.attention",
-    )
-
-
-def check_zero_section(execution: Execution) -> None:
-    """DeepSpeed would find these mistakes too, but only after both models are loaded, and with a traceback."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        DeepSpeedZeroConfig(**execution.resolved["zero_optimization"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
-        raise UserError(f"{execution.source}: {key}={first['input']!r}: {first['msg']}") from None
-
-
-def check_precision(execution: Execution) -> None:
-    """DeepSpeed would refuse it too, but only after both models are loaded, and with a traceback."""
-    if execution.precision == "float16" and not runtime.uses_gpu() and not runtime.has_fp16():
-        raise UserError(
-            f"{execution.source}: fp16 on a CPU needs AVX-512 FP16, which this processor lacks; use a bf16 or fp32 "
-            "file such as ds_configs/zero0_bf16.json, or a GPU"
-        )
 
 
 def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world_size: int) -> list[str]:
@@ -237,10 +184,6 @@ def identity(plan: Plan) -> dict[str, Any]:
         "mapping.hidden_resolved": str(plan.hidden_map),
         "mapping.attention_resolved": str(plan.attention_map),
     }
-
-
-def corpus_hash(manifest: Manifest) -> str:
-    return digest([[shard.sha256 for shard in manifest.shards], [source.weight for source in manifest.sources]])
 
 
 def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from engine.data.batch import Batch
-from engine.plan import plan_execution
-from engine.proxy_plan import ProxyPlan
+from engine.jobs.execution import plan_execution
+from engine.jobs.proxy.plan import ProxyPlan
 from engine.ranks import watchdog
 from engine.ranks.collectives import gather_rows
 from engine.ranks.runtime import Runtime, StopRequest

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from engine.assemble import build_module, flops_per_token, initial_student
 from engine.data.batch import Batch
+from engine.jobs.distill.build import build_module, flops_per_token, initial_student
+from engine.jobs.distill.plan import Plan, describe_for_export
+from engine.jobs.proxy.evaluators import Scores
+from engine.jobs.proxy.plan import Genome
+from engine.jobs.proxy.teacher_cache import AnyTeacher
 from engine.models.capture import inputs_of
 from engine.models.compact_embedding import whole_vocabulary
-from engine.plan import Plan, describe_for_export
-from engine.proxy_evaluators import Scores
-from engine.proxy_plan import Genome
 from engine.ranks.runtime import Runtime
 from engine.records.run_dir import RunDir, as_yaml
-from engine.teacher_cache import AnyTeacher
 from engine.train.deepspeed_engine import release, start_engine
 from engine.train.export import live_state, rebuild_student, write_model
 from engine.train.monitor import Monitor

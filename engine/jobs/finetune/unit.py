@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.errors import UserError
-from engine.finetune_plan import FinetunePlan, Unit, unit_identity
+from engine.jobs.finetune.plan import FinetunePlan, Unit, unit_identity
+from engine.jobs.finetune.scores import UnitScore
 from engine.models.projections import Projections
 from engine.models.shape import forward_flops_per_token
 from engine.models.student import enable_activation_checkpointing
@@ -22,7 +23,6 @@ from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.fingerprints import changed_keys
 from engine.records.records import final_result, read_records
 from engine.records.run_dir import RunDir, as_yaml, step_tag
-from engine.score_table import UnitScore
 from engine.tasks.encode import EncodedTask
 from engine.tasks.model import head_of, load_task_model
 from engine.tasks.module import TaskModule

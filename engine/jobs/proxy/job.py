@@ -20,23 +20,23 @@ from typing import Any
 import psutil
 import torch
 
-from engine.assemble import load_teacher, open_corpus
 from engine.config.proxy import ProxyJobConfig
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
-from engine.plan import Plan
-from engine.proxy_cohort import IntermediateScores, Member, build_member
-from engine.proxy_evaluators import Evaluator, Scores, Stopped, build_evaluator
-from engine.proxy_plan import Genome, ProxyPlan, file_name, make_proxy_plan
-from engine.proxy_report import Result, closing_text, describe_start, earlier_results, signal_of
+from engine.jobs.distill.build import load_teacher, open_corpus
+from engine.jobs.distill.plan import Plan
+from engine.jobs.proxy.cohort import IntermediateScores, Member, build_member
+from engine.jobs.proxy.evaluators import Evaluator, Scores, Stopped, build_evaluator
+from engine.jobs.proxy.plan import Genome, ProxyPlan, file_name, make_proxy_plan
+from engine.jobs.proxy.report import Result, closing_text, describe_start, earlier_results, signal_of
+from engine.jobs.proxy.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
 from engine.ranks import run_lock, runtime, watchdog
 from engine.ranks.agreement import require_agreement
 from engine.ranks.collectives import from_rank_zero, gathered
 from engine.records.fingerprints import flatten
 from engine.records.records import RecordWriter, format_record
 from engine.records.run_dir import RunDir
-from engine.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
 from engine.train.monitor import Monitor, open_records, peak_memory_gib
 from engine.train.trainer import Outcome, Trainer
 

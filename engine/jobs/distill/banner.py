@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from engine.config.deepspeed import Execution
 from engine.config.distill import ATTENTION_MAPPED
-from engine.mapping import LayerMapping
+from engine.jobs.distill.plan import Plan
+from engine.jobs.execution import versions
+from engine.mapping import mapping_table
 from engine.models.capture import FULL_FROM
 from engine.models.shape import ModelShape
 from engine.models.teacher import FrozenTeacher
-from engine.plan import Plan
 from engine.records.columns import labelled
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -87,17 +87,6 @@ def estimate_memory(
     )
 
 
-def mapping_table(hidden: LayerMapping, attention: LayerMapping) -> list[str]:
-    """Student layers over the teacher layers they learn from; · where a layer learns from none."""
-    width = max(2, len(str(hidden.teacher_layers)))
-    rows: list[tuple[str, Sequence[int]]] = [("student layer", range(1, hidden.student_layers + 1))]
-    if hidden.genes == attention.genes:
-        rows.append(("teacher layer", hidden.genes))
-    else:
-        rows += [("teacher hidden", hidden.genes), ("teacher attention", attention.genes)]
-    return [f"{label:<18}" + " ".join((str(g) if g else "·").rjust(width) for g in genes) for label, genes in rows]
-
-
 def describe_pads(plan: Plan, *, teacher: bool, student: bool) -> str:
     """teacher, student: whether they run without pads."""
     if not plan.unpadded:
@@ -108,10 +97,6 @@ def describe_pads(plan: Plan, *, teacher: bool, student: bool) -> str:
         return "every batch runs with its pads: neither model was found to compute the same without them"
     who = "both models run" if len(able) == 2 else f"the {able[0]} runs (the other was not found to compute the same)"
     return f"{who} without pads in batches that are less than {FULL_FROM:.0%} full"
-
-
-def versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("mapdistill", "torch", "deepspeed", "transformers"))
 
 
 def start(

@@ -11,26 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import finetune_banner
 from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig
 from engine.errors import UserError
-from engine.finetune_plan import FinetunePlan, PlannedTask, Unit, make_finetune_plan
-from engine.finetune_unit import (
-    Earlier,
-    UnitRun,
-    look_back,
-    relative_link,
-    remove_checkpoints,
-    score_of,
-)
+from engine.jobs.finetune import banner
+from engine.jobs.finetune.plan import FinetunePlan, PlannedTask, Unit, make_finetune_plan
+from engine.jobs.finetune.scores import TaskScore, averages, choose, render_table, speed
+from engine.jobs.finetune.unit import Earlier, UnitRun, look_back, relative_link, remove_checkpoints, score_of
 from engine.models.teacher import FrozenTeacher
 from engine.ranks import run_lock, runtime, watchdog
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime
 from engine.records.events import EventFile
 from engine.records.run_dir import RunDir, as_yaml
-from engine.score_table import TaskScore, averages, choose, render_table, speed
 from engine.tasks.encode import EncodedTask, encode_task
 from engine.tasks.evaluation import predict_split
 from engine.tasks.model import load_task_model
@@ -110,7 +103,7 @@ class FinetuneJob:
             for unit in self.plan.units
             if (checkpoint := self.earlier[unit.folder].chosen) is not None
         ]
-        return finetune_banner.start(
+        return banner.start(
             self.plan,
             optimizer=chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else ""),
             device=f"{self.here.device}, {self.here.threads} threads",

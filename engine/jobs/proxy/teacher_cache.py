@@ -23,18 +23,18 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from engine.assemble import load_teacher
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED
 from engine.config.proxy import ProxyJobConfig
 from engine.data.batch import Batch
 from engine.errors import UserError
+from engine.jobs.distill.build import load_teacher
+from engine.jobs.distill.plan import Plan
+from engine.jobs.proxy.plan import code_version
 from engine.kernels.segments import segments_of_lengths
 from engine.models.features import Features, Wanted
 from engine.models.hub import model_hashes
 from engine.models.projections import EMBEDDINGS
 from engine.models.teacher import FrozenTeacher
-from engine.plan import Plan
-from engine.proxy_plan import code_version
 from engine.ranks.runtime import Runtime
 from engine.records.files import AppendFile
 from engine.records.fingerprints import digest

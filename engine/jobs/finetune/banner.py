@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from engine import banner
-from engine.finetune_plan import FinetunePlan, PlannedTask
+from engine.jobs.execution import versions
+from engine.jobs.finetune.plan import FinetunePlan, PlannedTask
+from engine.mapping import mapping_table
 from engine.models import hub
 from engine.records.columns import labelled
 from engine.train.optim import parameters_of
@@ -19,7 +20,7 @@ def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unf
     kept = f", {finished} of them finished before" if finished else ""
     how = next(iter(plan.executions.values()))
     rows: list[tuple[str, str | Sequence[str]]] = [
-        ("versions", banner.versions()),
+        ("versions", versions()),
         (
             "model",
             [
@@ -98,7 +99,7 @@ def _teacher_lines(plan: FinetunePlan) -> list[str]:
             f"{task.teacher.dtype}, attention {task.teacher.backend.name} ({task.teacher.backend.reason})"
         ] = None
         if task.teacher.maps:
-            lines |= dict.fromkeys(banner.mapping_table(task.teacher.maps["hidden"], task.teacher.maps["attention"]))
+            lines |= dict.fromkeys(mapping_table(task.teacher.maps["hidden"], task.teacher.maps["attention"]))
     return list(lines)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from engine.proxy_plan import ProxyPlan
+from engine.jobs.proxy.plan import ProxyPlan
 from engine.ranks.runtime import Runtime
 from engine.records.columns import columns, labelled
 from engine.records.records import read_records

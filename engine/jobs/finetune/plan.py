@@ -16,6 +16,8 @@ from engine.config.deepspeed import Execution
 from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig, TaskConfig
 from engine.errors import UserError
+from engine.jobs.execution import compute_device, plan_execution
+from engine.jobs.finetune.scores import Point
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, parse_mapping
@@ -23,10 +25,8 @@ from engine.models import hub
 from engine.models.attention import Backend, resolve_backend
 from engine.models.hub import model_hashes
 from engine.models.shape import ModelShape
-from engine.plan import compute_device, plan_execution
 from engine.ranks import runtime
 from engine.records.fingerprints import digest, flatten
-from engine.score_table import Point
 from engine.tasks.load import TaskData, load_task, resolve_names
 from engine.tasks.model import longest_input, model_folder, require_head, task_tokenizer
 from engine.tasks.specs import task_spec

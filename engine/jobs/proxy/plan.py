@@ -11,14 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import engine
 from engine.config.deepspeed import FOLDER
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, MappingConfig, RunConfig
 from engine.config.proxy import ProxyJobConfig
+from engine.data.manifest import corpus_hash
 from engine.errors import UserError
+from engine.jobs.distill.plan import Plan, make_plan, with_mapping
+from engine.jobs.execution import plan_execution
 from engine.mapping import LayerMapping, parse_mapping
 from engine.models import hub
 from engine.models.hub import model_hashes
-from engine.plan import Plan, corpus_hash, make_plan, plan_execution, with_mapping
 from engine.ranks import runtime
 from engine.records.fingerprints import digest
 from engine.tasks.load import TaskData, load_task, resolve_names, task_spec
@@ -158,7 +161,7 @@ def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
 @cache
 def code_version() -> str:
     """Version and a hash of this library's source: an edit may change what a fitness means."""
-    root = Path(__file__).resolve().parent
+    root = Path(engine.__file__).resolve().parent
     sources = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine import banner
-from engine.assemble import build_module, flops_per_token, load_teacher, open_corpus
 from engine.config.distill import RunConfig
+from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
-from engine.distil_module import DistilModule
 from engine.errors import RunFailure
-from engine.held_out import HeldOutLosses
+from engine.jobs.distill import banner
+from engine.jobs.distill.build import build_module, flops_per_token, load_teacher, open_corpus
+from engine.jobs.distill.module import DistilModule
+from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
 from engine.models.teacher import FrozenTeacher
-from engine.plan import Plan, describe_for_export, identity, make_plan
-from engine.ranks import run_lock, runtime
-from engine.ranks.collectives import from_rank_zero
+from engine.ranks import run_lock, runtime, watchdog
+from engine.ranks.collectives import from_rank_zero, summed
 from engine.ranks.run_lock import RunLock
 from engine.records.history import History
 from engine.records.run_dir import RunDir, as_yaml, step_tag
@@ -29,7 +29,7 @@ from engine.train.export import export_checkpoint, export_live
 from engine.train.monitor import Monitor
 from engine.train.optim import ChosenOptimizer, parameters_of
 from engine.train.trainee import Trainee
-from engine.train.trainer import Outcome, Trainer
+from engine.train.trainer import Outcome, Teacher, Trainer
 
 
 def distill(config: RunConfig) -> int:
@@ -237,3 +237,42 @@ class Job:
             facts,
             steps=(first["step"], last["step"]),
         )
+
+
+@dataclass
+class HeldOutLosses:
+    """An Evaluation (engine/train/trainer.py) of one distillation, every `every` steps (0: never) and at the end."""
+
+    trainee: Trainee
+    teacher: Teacher
+    loader: CorpusLoader
+    every: int
+    enough: bool = False
+
+    def due(self, step: int, *, last: bool) -> bool:
+        return bool(self.every) and (last or step % self.every == 0)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, step: int) -> bool:
+        """The same whatever the ranks and batches. Collective."""
+        ds_engine, device = self.trainee.ds_engine, self.trainee.runtime.device
+        batches = list(self.loader.evaluation(self.trainee.execution.micro_batch_size))
+        if not batches:
+            return False
+        counts = Counts(*summed(sum((batch.counts for batch in batches), Counts()).as_list()))
+        count = len(self.trainee.term_names)
+        sums = torch.zeros(count + 1, device=device)
+        ds_engine.eval()
+        with torch.no_grad():
+            for batch in (cpu.to(device) for cpu in batches):
+                total, terms = ds_engine(batch, self.teacher(batch), counts)
+                sums += torch.cat([total.float().reshape(1), terms[:count]])
+                watchdog.beat()
+        ds_engine.train()
+        if self.trainee.runtime.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        total, *values = sums.tolist()
+        self.trainee.monitor.held_out(step, total, dict(zip(self.trainee.term_names, values, strict=True)))
+        return False

@@ -1,0 +1,5 @@
+"""launch/proxy.py: several mappings distilled briefly, side by side against one teacher pass, and scored.
+
+Read plan.py first, then job.py and cohort.py.
+Imports nothing of finetune/.
+"""
