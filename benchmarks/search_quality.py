@@ -37,11 +37,11 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 
+from ga.evolution.genome import Genes, Space
+from ga.evolution.operators import PRESETS, Settings, unseen
+from ga.evolution.sampler import GeneticSampler, GenomeSampler, RandomGenomeSampler, parameters_of, suggested_genes
 from ga.figures import new_figure, save
-from ga.genome import Genes, Space
-from ga.operators import PRESETS, Settings, unseen
 from ga.proposals import REPEATS_IN_A_ROW
-from ga.sampler import GeneticSampler, GenomeSampler, RandomGenomeSampler, parameters_of, suggested_genes
 
 SAMPLE = 50_000
 """Genomes that stand for a space too large to enumerate."""

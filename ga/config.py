@@ -8,9 +8,11 @@ from typing import Literal
 
 from engine.config.distill import require
 from engine.config.proxy import ProxyJobConfig, ProxySettings
-from ga.genome import Constraint
-from ga.operators import PRESETS, Settings
-from ga.slots import Launcher
+from ga.evolution.genome import Constraint
+from ga.evolution.operators import PRESETS, Settings
+
+Launcher = Literal["pdsh", "openmpi", "slurm"]
+"""DeepSpeed's ways to reach other hosts that are supported here."""
 
 STUDY_FILE = "study.db"
 

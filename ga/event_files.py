@@ -13,8 +13,8 @@ from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[impo
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # type: ignore[import-untyped]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
+from ga.evolution.operators import diversity
 from ga.history import RUNNING, Evaluation, ranked
-from ga.operators import diversity
 from ga.progress import Block, blocks, genes_of
 
 KIND = api_pb2.DATASET_VALIDATION

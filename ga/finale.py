@@ -12,7 +12,7 @@ from optuna import Study
 from ga.best import as_commented_yaml, best_config
 from ga.config import SearchConfig
 from ga.confirmation import winner
-from ga.genome import Space
+from ga.evolution.genome import Space
 from ga.history import SEED, Evaluation, evaluation, ranked, read_history
 from ga.preflight import ProxyFacts
 from ga.proposals import confirmation_name

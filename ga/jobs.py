@@ -16,9 +16,10 @@ from engine.config.hostfile import parse_hostfile
 from engine.config.proxy import ProxyJobConfig
 from engine.errors import UserError
 from engine.records.run_dir import RunDir, as_yaml
+from ga.config import Launcher
 from ga.launcher import LOG, Job, command, environment
 from ga.logs import JobReport, read_job
-from ga.slots import Launcher, Placement, free_port, plan_slots
+from ga.slots import Placement, free_port, plan_slots
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "launch" / "proxy.py"

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.errors import UserError
+from ga.config import Launcher
 from ga.processes import boot_id, look_up, running
-from ga.slots import Launcher, Placement
+from ga.slots import Placement
 
 MARKER = "MAPDISTILL_JOB"
 """Environment variable of every process of a job: the absolute path of the job's directory."""

@@ -13,10 +13,10 @@ from optuna import Study
 
 from engine.records.columns import columns, labelled
 from ga.drivers import present_drivers
-from ga.genome import Genes
+from ga.evolution.genome import Genes
+from ga.evolution.operators import diversity
 from ga.history import RUNNING, Evaluation, ranked, read_history
 from ga.logs import Outcome
-from ga.operators import diversity
 
 SHOWN = 10
 

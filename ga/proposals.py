@@ -12,10 +12,9 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ga.config import SearchSection
-from ga.genome import Space
-from ga.history import REPEATED, evaluation
-from ga.operators import unseen
-from ga.sampler import (
+from ga.evolution.genome import Space
+from ga.evolution.operators import unseen
+from ga.evolution.sampler import (
     ExhaustiveSampler,
     GeneticSampler,
     RandomGenomeSampler,
@@ -23,6 +22,7 @@ from ga.sampler import (
     places_taken,
     suggested_genes,
 )
+from ga.history import REPEATED, evaluation
 
 REPEATS_IN_A_ROW = 25
 """Proposals of known genomes after which a sampler gets a random unknown one instead."""

@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.records.columns import labelled
 from engine.records.run_dir import RunDir
 from ga.config import SearchConfig
-from ga.genome import Space
+from ga.evolution.genome import Space
 from ga.history import RUNNING, Evaluation, from_records
 from ga.jobs import JobPool
 from ga.launcher import LOG, end_lost_job

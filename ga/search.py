@@ -15,8 +15,8 @@ from engine.errors import EXIT_CRASH, EXIT_DONE, UserError
 from engine.records.run_dir import RunDir
 from ga.config import STUDY_FILE, SearchConfig
 from ga.drivers import Driver, Drivers
+from ga.evolution.genome import Space
 from ga.finale import publish
-from ga.genome import Space
 from ga.history import ranked, read_history
 from ga.jobs import JobPool, find_placements
 from ga.ledger import Ledger, known_evaluations

@@ -14,11 +14,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ga.config import SearchConfig
 from ga.event_files import SearchBoard
-from ga.genome import Space
+from ga.evolution.genome import Space
+from ga.evolution.sampler import parameter_names
 from ga.history import RUNNING, STOPPED_EARLY, Evaluation, ranked, read_history
 from ga.loop import GivenUp
 from ga.progress import Progress
-from ga.sampler import parameter_names
 
 TENSORBOARD, LEADER = "tensorboard", "leader.lock"
 

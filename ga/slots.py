@@ -8,12 +8,9 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from engine.errors import UserError
-
-Launcher = Literal["pdsh", "openmpi", "slurm"]
-"""DeepSpeed's ways to reach other hosts that are supported here."""
+from ga.config import Launcher
 
 LOCAL = "localhost"
 _LOOPBACK = (LOCAL, "127.0.0.1", "::1")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from ga.genome import Genes, Space, below
+from ga.evolution.genome import Genes, Space, below
 
 CONSTRAINTS = ("free", "nondecreasing", "strictly_increasing")
 

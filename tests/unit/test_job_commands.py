@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
+from ga.config import Launcher
 from ga.launcher import MARKER, Job, Session, command, end_lost_job, environment, kill_session
-from ga.slots import LOCAL, Launcher, Placement, Slot
+from ga.slots import LOCAL, Placement, Slot
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "search_commands"
 ONE, TWO = Slot("worker-1", (0, 1, 2, 3)), Slot("worker-2", (0, 1, 2, 3))

@@ -18,7 +18,7 @@ from engine.records.records import format_record
 from ga import history
 from ga.config import SearchConfig, SearchSection
 from ga.drivers import Driver, Drivers
-from ga.genome import Space
+from ga.evolution.genome import Space
 from ga.history import Evaluation, read_history
 from ga.ledger import FOLDER, LOSSES, OWNER, Claim, Ledger
 from ga.logs import JobReport, Outcome

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.records.run_dir import as_yaml
 from ga.config import SearchConfig, SearchSection
 from ga.drivers import Driver, Drivers
-from ga.genome import Space
+from ga.evolution.genome import Space
 from ga.jobs import JobPool, find_placements
 from ga.launcher import COMMAND
 from ga.ledger import FOLDER, OWNER, Claim, Ledger

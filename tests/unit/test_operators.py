@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from ga import operators
-from ga.genome import Genes, Space
-from ga.operators import PRESETS, Settings, next_generation
+from ga.evolution import operators
+from ga.evolution.genome import Genes, Space
+from ga.evolution.operators import PRESETS, Settings, next_generation
 
 SPACES = [
     Space(student_layers=3, teacher_layers=6),

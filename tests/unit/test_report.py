@@ -25,8 +25,8 @@ from scipy import stats
 
 from ga.confirmation import compare, seed_deviation, verdict, winner
 from ga.drafts import _put_in_place
+from ga.evolution.genome import Space
 from ga.figures import spread
-from ga.genome import Space
 from ga.history import REPEATED, RUNNING, STOPPED_EARLY, Evaluation, ranked
 from ga.plots import LABEL_GAP
 from ga.report import write_report

@@ -10,9 +10,9 @@ import pytest
 from optuna.trial import TrialState
 
 from engine.errors import UserError
-from ga.genome import Genes, Space
-from ga.operators import Settings
-from ga.sampler import GeneticSampler
+from ga.evolution.genome import Genes, Space
+from ga.evolution.operators import Settings
+from ga.evolution.sampler import GeneticSampler
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 SPACE = Space(student_layers=4, teacher_layers=12)

@@ -15,8 +15,8 @@ from engine.errors import UserError
 from ga.best import as_commented_yaml, best_config
 from ga.cli import search_main
 from ga.config import SearchConfig
+from ga.evolution.operators import PRESETS, Settings
 from ga.jobs import find_placements, visible_gpus
-from ga.operators import PRESETS, Settings
 from ga.preflight import ProxyFacts
 from ga.proposals import SearchSource
 from ga.rehearsal import first_genomes, measured_evaluations, notes

@@ -7,7 +7,8 @@ import pytest
 
 from engine.config.hostfile import parse_hostfile
 from engine.errors import UserError
-from ga.slots import Launcher, Placement, Slot, free_port, is_this_machine, plan_slots
+from ga.config import Launcher
+from ga.slots import Placement, Slot, free_port, is_this_machine, plan_slots
 
 FOUR_BY_EIGHT = {"worker-1": 8, "worker-2": 8, "worker-3": 8, "worker-4": 8}
 

@@ -20,8 +20,8 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
-from ga.genome import Genes, Space
-from ga.operators import Settings, next_generation, unseen
+from ga.evolution.genome import Genes, Space
+from ga.evolution.operators import Settings, next_generation, unseen
 
 GENERATION = "mapdistill:generation:"
 """Prefix of the study's system attributes that hold the genomes of a generation, in text form."""

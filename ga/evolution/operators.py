@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from engine.errors import UserError
-from ga.genome import Genes, Space, below
+from ga.evolution.genome import Genes, Space, below
 
 TRIES = 20
 """Mutations of a child that is known already, before a random newcomer takes its place."""
