@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.config.distill import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
 from engine.records.run_dir import as_yaml
 from ga.config import SearchConfig
-from ga.preflight import ProxyFacts
+from ga.jobs.proxy_facts import ProxyFacts
 
 WARMUP_SHARE = 0.05
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from optuna import Study
 
-from ga.processes import boot_id, start_ticks
+from ga.jobs.processes import boot_id, start_ticks
 from ga.storage import transient
 
 PREFIX = "mapdistill:driver:"

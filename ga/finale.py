@@ -14,7 +14,7 @@ from ga.config import SearchConfig
 from ga.confirmation import winner
 from ga.evolution.genome import Space
 from ga.history import SEED, Evaluation, evaluation, ranked, read_history
-from ga.preflight import ProxyFacts
+from ga.jobs.proxy_facts import ProxyFacts
 from ga.proposals import confirmation_name
 from ga.report import BEST, REPORT, write_report
 from ga.report_text import Facts, headline

@@ -19,7 +19,7 @@ SECONDS, COHORT, JOB, SAME_AS = "seconds", "cohort", "job", "same_as"
 """Names of a trial's user attributes, which optuna-dashboard shows."""
 
 RUNNING, STOPPED_EARLY, REPEATED = "running", "stopped early", "repeated"
-"""Values of Evaluation.outcome beside those of ga.logs.Outcome."""
+"""Values of Evaluation.outcome beside those of ga.jobs.outcome.Outcome."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Evaluation:
     genome: str
     """Canonical text form."""
     outcome: str
-    """A value of ga.logs.Outcome, `running`, `stopped early` (halving), or `repeated`: the sampler proposed what
-    another trial had evaluated, which costs nothing and is not counted."""
+    """A value of ga.jobs.outcome.Outcome, `running`, `stopped early` (halving), or `repeated`: the sampler proposed
+    what another trial had evaluated, which costs nothing and is not counted."""
     fitness: float | None = None
     """Mean over seeds; None without one."""
     generation: int | None = None

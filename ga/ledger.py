@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 from ga import history
 from ga.drivers import Drivers
 from ga.history import Evaluation, evaluation, ranked
-from ga.launcher import LOG, end_lost_job
-from ga.logs import JobReport, Outcome, read_job
+from ga.jobs.launcher import LOG, end_lost_job
+from ga.jobs.outcome import JobReport, Outcome, read_job
 from ga.proposals import Proposal, Source
 from ga.storage import SearchStorage
 

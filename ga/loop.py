@@ -15,11 +15,11 @@ from engine.config.proxy import ProxyConfig
 from engine.errors import UserError
 from ga.config import SearchConfig
 from ga.drivers import Drivers
-from ga.jobs import JobPool, Running
-from ga.launcher import LOG
+from ga.jobs.launcher import LOG
+from ga.jobs.outcome import JobReport, Outcome
+from ga.jobs.pool import JobPool, Running
+from ga.jobs.slots import Placement
 from ga.ledger import Claim, Ledger
-from ga.logs import JobReport, Outcome
-from ga.slots import Placement
 from ga.storage import transient
 
 POLL_S = 0.2

@@ -16,7 +16,7 @@ from ga.drivers import present_drivers
 from ga.evolution.genome import Genes
 from ga.evolution.operators import diversity
 from ga.history import RUNNING, Evaluation, ranked, read_history
-from ga.logs import Outcome
+from ga.jobs.outcome import Outcome
 
 SHOWN = 10
 

@@ -20,13 +20,13 @@ from engine.records.run_dir import RunDir
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.history import RUNNING, Evaluation, from_records
-from ga.jobs import JobPool
-from ga.launcher import LOG, end_lost_job
-from ga.logs import Outcome, read_job
-from ga.preflight import ProxyFacts
+from ga.jobs.launcher import LOG, end_lost_job
+from ga.jobs.outcome import Outcome, read_job
+from ga.jobs.pool import JobPool
+from ga.jobs.proxy_facts import ProxyFacts
+from ga.jobs.slots import Placement, free_port
 from ga.progress import format_duration
 from ga.proposals import SearchSource
-from ga.slots import Placement, free_port
 
 MEASURED, COST, LOCK = "measured", "cost.json", "driver.lock"
 LOOK_EVERY_S = 0.2

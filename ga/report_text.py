@@ -14,7 +14,7 @@ from statistics import fmean, median, stdev
 from engine.records.stats import signal_ratio
 from ga.confirmation import METHOD, Confirmed, compare, seed_deviation, verdict, winner
 from ga.history import RUNNING, STOPPED_EARLY, Evaluation, correlation_at, evaluated, ranked, report_steps
-from ga.logs import Outcome
+from ga.jobs.outcome import Outcome
 from ga.plots import Plot
 from ga.proposals import deepest_layer
 

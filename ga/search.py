@@ -18,10 +18,10 @@ from ga.drivers import Driver, Drivers
 from ga.evolution.genome import Space
 from ga.finale import publish
 from ga.history import ranked, read_history
-from ga.jobs import JobPool, find_placements
+from ga.jobs.pool import JobPool, find_placements
+from ga.jobs.proxy_facts import ProxyFacts, ask_proxy
 from ga.ledger import Ledger, known_evaluations
 from ga.loop import GivenUp, Interrupted, Loop
-from ga.preflight import ProxyFacts, ask_proxy
 from ga.progress import status_text
 from ga.proposals import ConfirmationSource, SearchSource
 from ga.rehearsal import describe_search, end_lost_measurement, measured_evaluations, rehearse

@@ -8,7 +8,7 @@ import signal
 from types import FrameType, TracebackType
 
 from engine.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from ga.jobs import JobPool
+from ga.jobs.pool import JobPool
 
 _STDERR = 2
 

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from engine.errors import UserError
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
-from ga.preflight import ProxyFacts
+from ga.jobs.proxy_facts import ProxyFacts
 from ga.proposals import SearchSource, confirmation_name
 from ga.storage import SearchStorage
 

@@ -15,7 +15,7 @@ from launching import ROOT, environment, hear_signals
 
 from engine.records.records import read_records
 from ga.history import Evaluation, read_history
-from ga.launcher import MARKER
+from ga.jobs.launcher import MARKER
 from ga.storage import open_storage
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_world import TinyWorld
 
 from engine.records.records import parse_record
-from ga.logs import Outcome, read_job
+from ga.jobs.outcome import Outcome, read_job
 
 MakeProxy = Callable[..., Run]
 

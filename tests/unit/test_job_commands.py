@@ -19,8 +19,8 @@ import pytest
 
 from engine.errors import UserError
 from ga.config import Launcher
-from ga.launcher import MARKER, Job, Session, command, end_lost_job, environment, kill_session
-from ga.slots import LOCAL, Placement, Slot
+from ga.jobs.launcher import MARKER, Job, Session, command, end_lost_job, environment, kill_session
+from ga.jobs.slots import LOCAL, Placement, Slot
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "search_commands"
 ONE, TWO = Slot("worker-1", (0, 1, 2, 3)), Slot("worker-2", (0, 1, 2, 3))
@@ -209,7 +209,7 @@ def test_jobs_of_one_driver_do_not_hit_each_other(job_dir: Path) -> None:
 
 DRIVER = """
 import pathlib, sys, time
-from ga.launcher import Job
+from ga.jobs.launcher import Job
 folder = pathlib.Path(sys.argv[1])
 Job.start([sys.executable, "-c", sys.argv[2], "600"], job_dir=folder, added={}, cwd=folder)
 time.sleep(600)

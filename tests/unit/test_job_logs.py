@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.records.records import format_record
-from ga.logs import JobReport, Outcome, read_job
+from ga.jobs.outcome import JobReport, Outcome, read_job
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "job_logs"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())

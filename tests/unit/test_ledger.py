@@ -20,9 +20,9 @@ from ga.config import SearchConfig, SearchSection
 from ga.drivers import Driver, Drivers
 from ga.evolution.genome import Space
 from ga.history import Evaluation, read_history
+from ga.jobs.outcome import JobReport, Outcome
+from ga.jobs.processes import start_ticks
 from ga.ledger import FOLDER, LOSSES, OWNER, Claim, Ledger
-from ga.logs import JobReport, Outcome
-from ga.processes import start_ticks
 from ga.proposals import ConfirmationSource, SearchSource, deepest_layer
 from ga.storage import SearchStorage, open_storage
 

@@ -17,10 +17,10 @@ from engine.records.run_dir import as_yaml
 from ga.config import SearchConfig, SearchSection
 from ga.drivers import Driver, Drivers
 from ga.evolution.genome import Space
-from ga.jobs import JobPool, find_placements
-from ga.launcher import COMMAND
+from ga.jobs.launcher import COMMAND
+from ga.jobs.outcome import JobReport, Outcome
+from ga.jobs.pool import JobPool, find_placements
 from ga.ledger import FOLDER, OWNER, Claim, Ledger
-from ga.logs import JobReport, Outcome
 from ga.loop import GivenUp, Interrupted, Loop
 from ga.proposals import SearchSource
 from ga.show import Show

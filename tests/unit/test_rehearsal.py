@@ -11,14 +11,14 @@ import pytest
 
 from engine.errors import UserError
 from ga.config import SearchConfig
-from ga.processes import start_ticks
+from ga.jobs.processes import start_ticks
 from ga.rehearsal import MEASURED, end_lost_measurement
 
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 import sys, time
 from pathlib import Path
-from ga.launcher import Job
+from ga.jobs.launcher import Job
 from ga.rehearsal import _alone_in
 
 folder = Path(sys.argv[1])

@@ -16,8 +16,8 @@ from ga.best import as_commented_yaml, best_config
 from ga.cli import search_main
 from ga.config import SearchConfig
 from ga.evolution.operators import PRESETS, Settings
-from ga.jobs import find_placements, visible_gpus
-from ga.preflight import ProxyFacts
+from ga.jobs.pool import find_placements, visible_gpus
+from ga.jobs.proxy_facts import ProxyFacts
 from ga.proposals import SearchSource
 from ga.rehearsal import first_genomes, measured_evaluations, notes
 from ga.search import check_budget, search

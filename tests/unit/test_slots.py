@@ -8,7 +8,7 @@ import pytest
 from engine.config.hostfile import parse_hostfile
 from engine.errors import UserError
 from ga.config import Launcher
-from ga.slots import Placement, Slot, free_port, is_this_machine, plan_slots
+from ga.jobs.slots import Placement, Slot, free_port, is_this_machine, plan_slots
 
 FOUR_BY_EIGHT = {"worker-1": 8, "worker-2": 8, "worker-3": 8, "worker-4": 8}
 

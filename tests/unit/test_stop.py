@@ -13,8 +13,8 @@ import pytest
 from launching import hear_signals
 
 from engine.errors import EXIT_PREEMPTED
-from ga.launcher import end_lost_job
-from ga.processes import start_ticks
+from ga.jobs.launcher import end_lost_job
+from ga.jobs.processes import start_ticks
 
 ROOT = Path(__file__).parents[2]
 JOB = """
@@ -30,9 +30,9 @@ time.sleep(600)
 DRIVER = f"""
 import sys, time
 from pathlib import Path
-from ga.jobs import JobPool, Running
-from ga.launcher import Job
-from ga.slots import LOCAL, Placement, Slot
+from ga.jobs.pool import JobPool, Running
+from ga.jobs.launcher import Job
+from ga.jobs.slots import LOCAL, Placement, Slot
 from ga.stop import StopSignals
 
 folder = Path(sys.argv[1])

@@ -17,11 +17,11 @@ from engine.config.proxy import ProxyJobConfig
 from engine.errors import UserError
 from engine.records.run_dir import RunDir, as_yaml
 from ga.config import Launcher
-from ga.launcher import LOG, Job, command, environment
-from ga.logs import JobReport, read_job
-from ga.slots import Placement, free_port, plan_slots
+from ga.jobs.launcher import LOG, Job, command, environment
+from ga.jobs.outcome import JobReport, read_job
+from ga.jobs.slots import Placement, free_port, plan_slots
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "proxy.py"
 HOSTFILE = "hostfile"
 LOCAL_GRACE_S, REMOTE_GRACE_S = 10.0, 30.0

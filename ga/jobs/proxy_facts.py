@@ -15,10 +15,10 @@ from typing import Any
 from engine.errors import UserError
 from engine.records.records import read_records
 from ga.config import SearchConfig
-from ga.jobs import JobPool
-from ga.launcher import LOG, end_lost_job
-from ga.logs import JobReport, Outcome
-from ga.processes import start_ticks
+from ga.jobs.launcher import LOG, end_lost_job
+from ga.jobs.outcome import JobReport, Outcome
+from ga.jobs.pool import JobPool
+from ga.jobs.processes import start_ticks
 
 CHECKS = "checks"
 LIMIT_S = 900.0

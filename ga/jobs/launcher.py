@@ -15,8 +15,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 from ga.config import Launcher
-from ga.processes import boot_id, look_up, running
-from ga.slots import Placement
+from ga.jobs.processes import boot_id, look_up, running
+from ga.jobs.slots import Placement
 
 MARKER = "MAPDISTILL_JOB"
 """Environment variable of every process of a job: the absolute path of the job's directory."""
