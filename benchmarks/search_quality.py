@@ -41,7 +41,7 @@ from ga.evolution.genome import Genes, Space
 from ga.evolution.operators import PRESETS, Settings, unseen
 from ga.evolution.sampler import GeneticSampler, GenomeSampler, RandomGenomeSampler, parameters_of, suggested_genes
 from ga.figures import new_figure, save
-from ga.proposals import REPEATS_IN_A_ROW
+from ga.study.sources import REPEATS_IN_A_ROW
 
 SAMPLE = 50_000
 """Genomes that stand for a space too large to enumerate."""

@@ -21,7 +21,7 @@ def search_main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         config = parse_config(SearchConfig, words, "Search the layer mapping with proxy jobs.")
         from ga.search import search
-        from ga.storage import DatabaseErrors, explain, hide_password
+        from ga.study.storage import DatabaseErrors, explain, hide_password
 
         try:
             return search(config)

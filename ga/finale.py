@@ -13,13 +13,13 @@ from ga.best import as_commented_yaml, best_config
 from ga.config import SearchConfig
 from ga.confirmation import winner
 from ga.evolution.genome import Space
-from ga.history import SEED, Evaluation, evaluation, ranked, read_history
 from ga.jobs.proxy_facts import ProxyFacts
-from ga.proposals import confirmation_name
 from ga.report import BEST, REPORT, write_report
 from ga.report_text import Facts, headline
-from ga.storage import SearchStorage, hide_password
-from ga.studies import COMPARABLE, SETTINGS
+from ga.study.evaluations import SEED, Evaluation, evaluation, ranked, read_history
+from ga.study.sources import confirmation_name
+from ga.study.storage import SearchStorage, hide_password
+from ga.study.studies import COMPARABLE, SETTINGS
 
 FOLDER = "report"
 

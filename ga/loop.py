@@ -14,13 +14,13 @@ from typing import TypeVar
 from engine.config.proxy import ProxyConfig
 from engine.errors import UserError
 from ga.config import SearchConfig
-from ga.drivers import Drivers
 from ga.jobs.launcher import LOG
 from ga.jobs.outcome import JobReport, Outcome
 from ga.jobs.pool import JobPool, Running
 from ga.jobs.slots import Placement
-from ga.ledger import Claim, Ledger
-from ga.storage import transient
+from ga.study.drivers import Drivers
+from ga.study.ledger import Claim, Ledger
+from ga.study.storage import transient
 
 POLL_S = 0.2
 ASK_AGAIN_S = 3.0

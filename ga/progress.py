@@ -12,11 +12,11 @@ from statistics import fmean
 from optuna import Study
 
 from engine.records.columns import columns, labelled
-from ga.drivers import present_drivers
 from ga.evolution.genome import Genes
 from ga.evolution.operators import diversity
-from ga.history import RUNNING, Evaluation, ranked, read_history
 from ga.jobs.outcome import Outcome
+from ga.study.drivers import present_drivers
+from ga.study.evaluations import RUNNING, Evaluation, ranked, read_history
 
 SHOWN = 10
 

@@ -19,14 +19,14 @@ from engine.records.columns import labelled
 from engine.records.run_dir import RunDir
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
-from ga.history import RUNNING, Evaluation, from_records
 from ga.jobs.launcher import LOG, end_lost_job
 from ga.jobs.outcome import Outcome, read_job
 from ga.jobs.pool import JobPool
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.jobs.slots import Placement, free_port
 from ga.progress import format_duration
-from ga.proposals import SearchSource
+from ga.study.evaluations import RUNNING, Evaluation, from_records
+from ga.study.sources import SearchSource
 
 MEASURED, COST, LOCK = "measured", "cost.json", "driver.lock"
 LOOK_EVERY_S = 0.2

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ga.confirmation import Confirmed
 from ga.drafts import replaced
-from ga.history import Evaluation, evaluated, ranked
 from ga.plots import draw_all
 from ga.report_text import LEADERBOARD, Facts, report_text
+from ga.study.evaluations import Evaluation, evaluated, ranked
 
 REPORT, BEST = "REPORT.md", "best.yaml"
 

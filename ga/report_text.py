@@ -13,10 +13,10 @@ from statistics import fmean, median, stdev
 
 from engine.records.stats import signal_ratio
 from ga.confirmation import METHOD, Confirmed, compare, seed_deviation, verdict, winner
-from ga.history import RUNNING, STOPPED_EARLY, Evaluation, correlation_at, evaluated, ranked, report_steps
 from ga.jobs.outcome import Outcome
 from ga.plots import Plot
-from ga.proposals import deepest_layer
+from ga.study.evaluations import RUNNING, STOPPED_EARLY, Evaluation, correlation_at, evaluated, ranked, report_steps
+from ga.study.sources import deepest_layer
 
 LEADERBOARD = "leaderboard.csv"
 SHOWN, SHOWN_FAILURES = 10, 20

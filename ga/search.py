@@ -14,21 +14,21 @@ from engine.config.proxy import ProxyConfig
 from engine.errors import EXIT_CRASH, EXIT_DONE, UserError
 from engine.records.run_dir import RunDir
 from ga.config import STUDY_FILE, SearchConfig
-from ga.drivers import Driver, Drivers
 from ga.evolution.genome import Space
 from ga.finale import publish
-from ga.history import ranked, read_history
 from ga.jobs.pool import JobPool, find_placements
 from ga.jobs.proxy_facts import ProxyFacts, ask_proxy
-from ga.ledger import Ledger, known_evaluations
 from ga.loop import GivenUp, Interrupted, Loop
 from ga.progress import status_text
-from ga.proposals import ConfirmationSource, SearchSource
 from ga.rehearsal import describe_search, end_lost_measurement, measured_evaluations, rehearse
 from ga.show import Show
 from ga.stop import StopSignals
-from ga.storage import SearchStorage, open_storage
-from ga.studies import COMPARABLE, load_search, open_confirmation, open_search, search_space
+from ga.study.drivers import Driver, Drivers
+from ga.study.evaluations import ranked, read_history
+from ga.study.ledger import Ledger, known_evaluations
+from ga.study.sources import ConfirmationSource, SearchSource
+from ga.study.storage import SearchStorage, open_storage
+from ga.study.studies import COMPARABLE, load_search, open_confirmation, open_search, search_space
 
 TRIALS, CONFIRMATIONS = "trials", "confirmations"
 """Folders of job folders."""

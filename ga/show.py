@@ -16,9 +16,9 @@ from ga.config import SearchConfig
 from ga.event_files import SearchBoard
 from ga.evolution.genome import Space
 from ga.evolution.sampler import parameter_names
-from ga.history import RUNNING, STOPPED_EARLY, Evaluation, ranked, read_history
 from ga.loop import GivenUp
 from ga.progress import Progress
+from ga.study.evaluations import RUNNING, STOPPED_EARLY, Evaluation, ranked, read_history
 
 TENSORBOARD, LEADER = "tensorboard", "leader.lock"
 

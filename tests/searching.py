@@ -14,9 +14,9 @@ import optuna
 from launching import ROOT, environment, hear_signals
 
 from engine.records.records import read_records
-from ga.history import Evaluation, read_history
 from ga.jobs.launcher import MARKER
-from ga.storage import open_storage
+from ga.study.evaluations import Evaluation, read_history
+from ga.study.storage import open_storage
 
 
 @dataclass

@@ -14,7 +14,7 @@ from launching import Run
 from postgres import Cluster
 from searching import SearchRun, finish
 
-from ga.history import REPEATED
+from ga.study.evaluations import REPEATED
 
 MakeSearch = Callable[..., SearchRun]
 SPACE = 25

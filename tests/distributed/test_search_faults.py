@@ -18,7 +18,7 @@ from searching import SearchRun, finish
 from small_disk import SmallDisk
 
 from engine.errors import EXIT_PREEMPTED
-from ga.storage import open_storage
+from ga.study.storage import open_storage
 
 MakeSearch = Callable[..., SearchRun]
 pytestmark = pytest.mark.faults

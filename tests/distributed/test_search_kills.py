@@ -19,8 +19,8 @@ import psutil
 import pytest
 from searching import SearchRun, finish
 
-from ga.ledger import LOSSES
-from ga.storage import open_storage
+from ga.study.ledger import LOSSES
+from ga.study.storage import open_storage
 
 KILLS = int(os.environ.get("MAPDISTILL_KILLS", "3"))
 SEED = int(os.environ.get("MAPDISTILL_KILL_SEED", "0"))

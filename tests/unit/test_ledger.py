@@ -15,16 +15,16 @@ import optuna
 import pytest
 
 from engine.records.records import format_record
-from ga import history
 from ga.config import SearchConfig, SearchSection
-from ga.drivers import Driver, Drivers
 from ga.evolution.genome import Space
-from ga.history import Evaluation, read_history
 from ga.jobs.outcome import JobReport, Outcome
 from ga.jobs.processes import start_ticks
-from ga.ledger import FOLDER, LOSSES, OWNER, Claim, Ledger
-from ga.proposals import ConfirmationSource, SearchSource, deepest_layer
-from ga.storage import SearchStorage, open_storage
+from ga.study import evaluations
+from ga.study.drivers import Driver, Drivers
+from ga.study.evaluations import Evaluation, read_history
+from ga.study.ledger import FOLDER, LOSSES, OWNER, Claim, Ledger
+from ga.study.sources import ConfirmationSource, SearchSource, deepest_layer
+from ga.study.storage import SearchStorage, open_storage
 
 SPACE = Space(student_layers=2, teacher_layers=4)
 
@@ -304,7 +304,7 @@ def test_the_second_objective_is_the_deepest_teacher_layer(storage: SearchStorag
     source = make_source(storage, sampler="nsga2", second_objective="deepest_layer", trials=8)
     evaluate_all(make_ledger(storage, source))
     for trial in source.study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
-        genome = trial.user_attrs[history.GENOME]
+        genome = trial.user_attrs[evaluations.GENOME]
         assert trial.values == [fitness_of(genome), float(max(map(int, genome.split("-"))))]
     assert deepest_layer("0-3/1-4") == 4
 
@@ -341,8 +341,8 @@ def test_a_driver_on_another_machine_is_dead_when_its_beat_stands_still(
     storage: SearchStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = make_source(storage).study
-    monkeypatch.setattr("ga.drivers.LEASE_S", 0.2)
-    monkeypatch.setattr("ga.drivers.BEAT_EVERY_S", 0.0)
+    monkeypatch.setattr("ga.study.drivers.LEASE_S", 0.2)
+    monkeypatch.setattr("ga.study.drivers.BEAT_EVERY_S", 0.0)
     elsewhere = dataclasses.replace(Driver.this_process(), host="elsewhere", boot="other", pid=1)
     far, here = Drivers(study, elsewhere, placements=1), Drivers(study, Driver.this_process(), placements=1)
     for _ in range(4):
@@ -419,8 +419,8 @@ def test_an_observer_that_could_not_look_takes_nobody_for_dead(
     storage: SearchStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = make_source(storage).study
-    monkeypatch.setattr("ga.drivers.LEASE_S", 0.1)
-    monkeypatch.setattr("ga.drivers.BLIND_S", 0.05)
+    monkeypatch.setattr("ga.study.drivers.LEASE_S", 0.1)
+    monkeypatch.setattr("ga.study.drivers.BLIND_S", 0.05)
     elsewhere = dataclasses.replace(Driver.this_process(), host="elsewhere", boot="other", pid=1)
     Drivers(study, elsewhere, placements=1)
     here = Drivers(study, Driver.this_process(), placements=1)

@@ -15,16 +15,16 @@ from sqlalchemy.exc import OperationalError
 from engine.errors import UserError
 from engine.records.run_dir import as_yaml
 from ga.config import SearchConfig, SearchSection
-from ga.drivers import Driver, Drivers
 from ga.evolution.genome import Space
 from ga.jobs.launcher import COMMAND
 from ga.jobs.outcome import JobReport, Outcome
 from ga.jobs.pool import JobPool, find_placements
-from ga.ledger import FOLDER, OWNER, Claim, Ledger
 from ga.loop import GivenUp, Interrupted, Loop
-from ga.proposals import SearchSource
 from ga.show import Show
-from ga.storage import open_storage
+from ga.study.drivers import Driver, Drivers
+from ga.study.ledger import FOLDER, OWNER, Claim, Ledger
+from ga.study.sources import SearchSource
+from ga.study.storage import open_storage
 
 
 @pytest.fixture

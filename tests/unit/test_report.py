@@ -27,10 +27,10 @@ from ga.confirmation import compare, seed_deviation, verdict, winner
 from ga.drafts import _put_in_place
 from ga.evolution.genome import Space
 from ga.figures import spread
-from ga.history import REPEATED, RUNNING, STOPPED_EARLY, Evaluation, ranked
 from ga.plots import LABEL_GAP
 from ga.report import write_report
 from ga.report_text import Facts, report_text
+from ga.study.evaluations import REPEATED, RUNNING, STOPPED_EARLY, Evaluation, ranked
 
 UNIFORM = "2-4-6"
 TASKS = ("SST-2", "STS-B")

@@ -18,11 +18,11 @@ from ga.config import SearchConfig
 from ga.evolution.operators import PRESETS, Settings
 from ga.jobs.pool import find_placements, visible_gpus
 from ga.jobs.proxy_facts import ProxyFacts
-from ga.proposals import SearchSource
 from ga.rehearsal import first_genomes, measured_evaluations, notes
 from ga.search import check_budget, search
-from ga.storage import open_storage
-from ga.studies import open_search, search_space
+from ga.study.sources import SearchSource
+from ga.study.storage import open_storage
+from ga.study.studies import open_search, search_space
 
 FACTS = ProxyFacts(
     student_layers=3,

@@ -19,7 +19,8 @@ from launching import ROOT, free_port
 from postgres import PASSWORD, Cluster
 
 from engine.errors import UserError
-from ga.storage import LOCK_KEY, hide_password, open_storage, transient
+from ga.study.locks import LOCK_KEY
+from ga.study.storage import hide_password, open_storage, transient
 
 MakeUrl = Callable[[str], str]
 
@@ -35,7 +36,9 @@ def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
 
 def start(code: str, *words: object) -> subprocess.Popen[str]:
     """A Python process with the storage's imports; words are in sys.argv[1:]."""
-    imports = "import sys, time, os, optuna\nfrom pathlib import Path\nfrom ga.storage import open_storage, transient\n"
+    imports = (
+        "import sys, time, os, optuna\nfrom pathlib import Path\nfrom ga.study.storage import open_storage, transient\n"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", imports + code, *map(str, words)],
         cwd=ROOT,
@@ -134,8 +137,8 @@ def test_the_lock_is_not_waited_for_forever(holder: tuple[str, subprocess.Popen[
     url, process = holder
     process.send_signal(signal.SIGSTOP)
     code = """
-import ga.storage
-ga.storage.LOCK_TIMEOUT_S = 0.3
+import ga.study.storage
+ga.study.storage.LOCK_TIMEOUT_S = 0.3
 try:
     open_storage(sys.argv[1])
 except ValueError as error:
@@ -445,7 +448,7 @@ def test_a_locked_sqlite_file_is_transient_and_a_broken_one_is_not(
     with storage._rdb.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 60_000
     storage.close()
-    monkeypatch.setattr("ga.storage.BUSY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("ga.study.storage.BUSY_TIMEOUT_S", 0.1)
     storage = open_storage(f"sqlite:///{path}")
     study = optuna.create_study(storage=storage.optuna, study_name="one")
     other = sqlite3.connect(path, isolation_level=None)
@@ -471,7 +474,7 @@ def test_a_sqlite_file_that_is_locked_at_the_start(
     path = tmp_path / "study.db"
     url = f"sqlite:///{path}"
     open_storage(url).close()
-    monkeypatch.setattr("ga.storage.QUIET_S", 0.1)
+    monkeypatch.setattr("ga.study.storage.QUIET_S", 0.1)
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
     release = threading.Timer(1, lambda: other.execute("ROLLBACK"))
@@ -480,7 +483,7 @@ def test_a_sqlite_file_that_is_locked_at_the_start(
     release.join()
     assert capsys.readouterr().err == f"search.storage={url} is locked; waiting for 60 s\n"
 
-    monkeypatch.setattr("ga.storage.BUSY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("ga.study.storage.BUSY_TIMEOUT_S", 0.2)
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(UserError, match="database is locked; another process has it locked: end that") as caught:
         open_storage(url)

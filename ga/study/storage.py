@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import os
-import random
 import re
-import socket
 import sqlite3
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
-from sqlalchemy import URL, Connection, NullPool, create_engine, make_url, text
+from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-from engine.errors import UserError
+from ga.study.locks import FileLock, Lock, ServerLock, refuse
 
 LOCK_TIMEOUT_S = 300.0
 BUSY_TIMEOUT_S = 60.0
 """How long SQLite waits for another process's transaction."""
 QUIET_S = 2.0
 """How long of that without a word, when a search starts."""
-
-LOCK_KEY = int.from_bytes(hashlib.sha256(b"mapdistill: the lock of a search").digest()[:8], "big", signed=True)
-"""Of the advisory lock; PostgreSQL keeps those of each database apart."""
 
 CLIENT_SETTINGS: dict[str, Any] = {
     "connect_timeout": 10,
@@ -43,17 +35,6 @@ CLIENT_SETTINGS: dict[str, Any] = {
     "tcp_user_timeout": 60_000,
 }
 """This side sees within a minute that the server's machine has gone."""
-
-SERVER_SETTINGS = {
-    "tcp_keepalives_idle": "20",
-    "tcp_keepalives_interval": "10",
-    "tcp_keepalives_count": "4",
-    "tcp_user_timeout": "60000",
-    # what an administrator may have limited must not end a wait for the lock, or the lock
-    "idle_session_timeout": "0",
-    "statement_timeout": "0",
-}
-"""The server sees within a minute that the lock's holder has gone. What its version does not know is left out."""
 
 PASSING_STATES = ("40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03", "57P05")
 """SQLSTATEs that end by themselves, beside class 08: conflicts, too many connections, shutdown and start."""
@@ -67,15 +48,8 @@ REMEDIES = (
 )
 """Of refusals that do not pass. The texts are a server's that speaks English."""
 
-
 DatabaseErrors = (sqlite3.Error, SQLAlchemyError, StorageInternalError)
 """What an open storage raises."""
-
-
-class Lock(Protocol):
-    def hold(self, timeout_s: float) -> AbstractContextManager[None]: ...
-
-    def close(self) -> None: ...
 
 
 class SearchStorage:
@@ -120,12 +94,12 @@ def open_storage(url: str, *, existing: bool = False) -> SearchStorage:
     try:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):  # its text may hold the password
-        raise _refuse(shown, "is no URL", usage) from None
+        raise refuse(shown, "is no URL", usage) from None
     if parsed.drivername == "sqlite":
         return _open_sqlite(parsed, shown, existing=existing)
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
         return _open_postgresql(parsed.set(drivername="postgresql+psycopg"), shown)
-    raise _refuse(shown, f"{parsed.drivername} is not supported", usage)
+    raise refuse(shown, f"{parsed.drivername} is not supported", usage)
 
 
 def transient(error: BaseException) -> bool:
@@ -155,10 +129,6 @@ def hide_password(url: str) -> str:
     return re.sub(r"([?&][a-z]*password=)[^&]*", r"\1***", hidden, flags=re.IGNORECASE)
 
 
-def _refuse(shown: str, what: str, remedy: str) -> UserError:
-    return UserError(f"search.storage={shown}: {what}; {remedy}")
-
-
 def _remedy(message: str) -> str | None:
     return next((remedy for pattern, remedy in REMEDIES if re.search(pattern, message)), None)
 
@@ -177,33 +147,33 @@ def _rdb_storage(url: URL, shown: str, **engine_settings: Any) -> RDBStorage:
         return RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_settings)
     except RuntimeError as error:
         what = f"its tables are not of this Optuna: {explain(error).rstrip('.')}"
-        raise _refuse(shown, what, "or name another database") from None
+        raise refuse(shown, what, "or name another database") from None
 
 
 def _open_sqlite(url: URL, shown: str, *, existing: bool) -> SearchStorage:
     if url.host:
-        raise _refuse(shown, "has two slashes", "write sqlite:///RELATIVE or sqlite:////ABSOLUTE")
+        raise refuse(shown, "has two slashes", "write sqlite:///RELATIVE or sqlite:////ABSOLUTE")
     if url.database in (None, "", ":memory:") or str(url.database).startswith("file:") or url.query:
-        raise _refuse(
+        raise refuse(
             shown, "is no plain file", "name one (sqlite:///runs/study.db): a search in memory could not be continued"
         )
     path = Path(os.path.realpath(str(url.database)))  # one lock whatever link leads there
     lock = FileLock(path.with_name(f"{path.name}.lock"), shown)
     if existing and not path.exists():
-        raise _refuse(shown, f"there is no file {path}", "correct the URL; a relative one is of the working directory")
+        raise refuse(shown, f"there is no file {path}", "correct the URL; a relative one is of the working directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise _refuse(shown, "is a folder", "name a file in it")
+            raise refuse(shown, "is a folder", "name a file in it")
         if not os.access(path.parent, os.W_OK):
-            raise _refuse(shown, f"folder {path.parent} cannot be written", "name a file in one that can")
+            raise refuse(shown, f"folder {path.parent} cannot be written", "name a file in one that can")
         with lock.hold(LOCK_TIMEOUT_S):
             _check_writable(path, shown)
             rdb = _rdb_storage(
                 url.set(database=str(path)), shown, connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False}
             )
     except OSError as error:
-        raise _refuse(
+        raise refuse(
             shown, f"{error.filename or path}: {error.strerror}", "name a file in a folder that can be written"
         ) from None
     except DatabaseErrors as error:
@@ -212,7 +182,7 @@ def _open_sqlite(url: URL, shown: str, *, existing: bool) -> SearchStorage:
             remedy = f"another process has it locked: end that (`fuser {path}` names it), and the same command goes on"
         elif _sqlite_code(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             remedy = f"make it writable (chmod u+w {path}), or name another file"
-        raise _refuse(shown, explain(error), remedy) from None
+        raise refuse(shown, explain(error), remedy) from None
     return SearchStorage(rdb, lock, shown_url=shown)
 
 
@@ -243,7 +213,7 @@ def _check_writable(path: Path, shown: str) -> None:
 
 def _open_postgresql(url: URL, shown: str) -> SearchStorage:
     if "@" in f"{url.host}{url.database}":
-        raise _refuse(shown, "has more than one @", "write %40 for one in the user or the password")
+        raise refuse(shown, "has more than one @", "write %40 for one in the user or the password")
     settings = {key: value for key, value in CLIENT_SETTINGS.items() if key not in url.query}
     try:
         lock = ServerLock(url, shown, connect_args=settings)
@@ -251,108 +221,9 @@ def _open_postgresql(url: URL, shown: str) -> SearchStorage:
             # pre-ping: a connection that a restart of the server has ended is replaced before it is used
             rdb = _rdb_storage(url, shown, pool_pre_ping=True, connect_args=settings)
     except ImportError as error:
-        raise _refuse(shown, f"needs psycopg ({error})", "pip install 'mapdistill[postgresql]'") from None
+        raise refuse(shown, f"needs psycopg ({error})", "pip install 'mapdistill[postgresql]'") from None
     except (SQLAlchemyError, StorageInternalError) as error:
         what = explain(error)
         remedy = "start the server, or correct host and port" if transient(error) else "correct the URL"
-        raise _refuse(shown, what, _remedy(what) or remedy) from None
+        raise refuse(shown, what, _remedy(what) or remedy) from None
     return SearchStorage(rdb, lock, shown_url=shown)
-
-
-def _still_held(shown: str, timeout_s: float, holder: str) -> UserError:
-    return _refuse(
-        shown, f"its lock was not free within {timeout_s:g} s", f"end what seems to hold it ({holder}), or start again"
-    )
-
-
-def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-APPLY_SETTINGS = text(
-    "SELECT set_config(name, value, false) FROM pg_settings "
-    "JOIN unnest(CAST(:names AS text[]), CAST(:values AS text[])) AS wanted (name, value) USING (name)"
-)
-WHO_HOLDS = text(
-    "SELECT pid, application_name FROM pg_locks JOIN pg_stat_activity USING (pid) JOIN pg_database ON oid = database "
-    "WHERE locktype = 'advisory' AND granted AND pg_database.datname = current_database() AND objsubid = 1 "
-    "AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = CAST(:key AS bigint)"
-)
-"""objsubid 1: the key is one bigint."""
-
-
-class FileLock:
-    """flock on a file beside a database. The file stays: whoever deletes it lets two processes hold two files."""
-
-    def __init__(self, path: Path, shown: str) -> None:
-        self._path, self._shown = path, shown
-
-    @contextmanager
-    def hold(self, timeout_s: float) -> Iterator[None]:
-        """Raises UserError after timeout_s, and OSError."""
-        deadline = time.monotonic() + timeout_s
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            while not self._take(file):
-                if time.monotonic() >= deadline:
-                    holder = os.pread(file, 200, 0).decode(errors="replace").strip()
-                    raise _still_held(self._shown, timeout_s, holder or "an unknown process")
-                time.sleep(random.uniform(0.005, 0.02))
-            with contextlib.suppress(OSError):  # a full disk; it is only for those who wait in vain
-                os.ftruncate(file, 0)
-                os.pwrite(file, f"{_this_process()}\n".encode(), 0)
-            yield
-        finally:
-            # closing alone would leave it to a child that was forked meanwhile
-            fcntl.flock(file, fcntl.LOCK_UN)
-            os.close(file)
-
-    @staticmethod
-    def _take(file: int) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Nothing is open between two holds."""
-
-
-class ServerLock:
-    """An advisory lock of a PostgreSQL database, held by a connection of its own outside of transactions."""
-
-    def __init__(self, url: URL, shown: str, *, connect_args: dict[str, Any]) -> None:
-        """Raises ImportError without psycopg."""
-        self._shown = shown
-        name = {} if "application_name" in url.query else {"application_name": _this_process()[:63]}
-        self._engine = create_engine(
-            url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args={**connect_args, **name}
-        )
-
-    @contextmanager
-    def hold(self, timeout_s: float) -> Iterator[None]:
-        """Raises UserError after timeout_s, and SQLAlchemyError."""
-        with self._engine.connect() as connection:  # ending it frees the lock
-            wanted = {**SERVER_SETTINGS, "lock_timeout": str(max(1, round(timeout_s * 1000)))}
-            connection.execute(APPLY_SETTINGS, {"names": list(wanted), "values": list(wanted.values())})
-            try:
-                connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK_KEY})
-            except DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) != "55P03":
-                    raise
-                raise _still_held(self._shown, timeout_s, self._who(connection)) from None
-            yield
-            if not connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK_KEY}).scalar_one():
-                raise _refuse(
-                    self._shown,
-                    "the lock was not held: each statement went to another connection of the server",
-                    "name the server itself, or a pooler that keeps sessions (PgBouncer: pool_mode=session)",
-                )
-
-    def _who(self, connection: Connection) -> str:
-        row = connection.execute(WHO_HOLDS, {"key": LOCK_KEY}).first()
-        return "nobody any more" if row is None else f"{row.application_name or 'unnamed'}, server process {row.pid}"
-
-    def close(self) -> None:
-        self._engine.dispose()

@@ -16,8 +16,8 @@ from engine.errors import UserError
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
-from ga.proposals import SearchSource, confirmation_name
-from ga.storage import SearchStorage
+from ga.study.sources import SearchSource, confirmation_name
+from ga.study.storage import SearchStorage
 
 SETTINGS, COMPARABLE, PARTS = "settings", "comparable with", "fingerprint parts"
 """User attributes of a study: what must not change, what makes its fitness comparable with other studies', and what the

@@ -11,7 +11,7 @@ from typing import Any
 from optuna import Study
 
 from ga.jobs.processes import boot_id, start_ticks
-from ga.storage import transient
+from ga.study.storage import transient
 
 PREFIX = "mapdistill:driver:"
 """Of the study's system attributes that hold a driver's lease."""

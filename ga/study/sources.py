@@ -22,7 +22,7 @@ from ga.evolution.sampler import (
     places_taken,
     suggested_genes,
 )
-from ga.history import REPEATED, evaluation
+from ga.study.evaluations import REPEATED, evaluation
 
 REPEATS_IN_A_ROW = 25
 """Proposals of known genomes after which a sampler gets a random unknown one instead."""

@@ -18,13 +18,13 @@ import optuna
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from ga import history
-from ga.drivers import Drivers
-from ga.history import Evaluation, evaluation, ranked
 from ga.jobs.launcher import LOG, end_lost_job
 from ga.jobs.outcome import JobReport, Outcome, read_job
-from ga.proposals import Proposal, Source
-from ga.storage import SearchStorage
+from ga.study import evaluations
+from ga.study.drivers import Drivers
+from ga.study.evaluations import Evaluation, evaluation, ranked
+from ga.study.sources import Proposal, Source
+from ga.study.storage import SearchStorage
 
 OWNER, LOSSES, FOLDER = "mapdistill:owner", "mapdistill:losses", "mapdistill:folder"
 """A trial's system attributes: id of its driver (empty: open), how often it was lost and to what, folder of its job."""
@@ -89,7 +89,7 @@ class Ledger:
         """Notes where their job will write, before it starts."""
         for claim in claims:
             self._set(claim.trial_id, FOLDER, str(folder.resolve()))
-            self._note(claim.trial_id, {history.JOB: f"{self._drivers.me.host}:{folder}"})
+            self._note(claim.trial_id, {evaluations.JOB: f"{self._drivers.me.host}:{folder}"})
 
     def finish(self, claims: Sequence[Claim], report: JobReport, *, seconds: float, cohort: int) -> None:
         """Writes down what became of claims of a job that took `seconds` for `cohort` genomes. Those that were lost are
@@ -98,7 +98,7 @@ class Ledger:
             for claim in claims:
                 trial = self._study._storage.get_trial(claim.trial_id)
                 if self._is_mine(trial):
-                    cost = {history.SECONDS: seconds / cohort, history.COHORT: cohort}
+                    cost = {evaluations.SECONDS: seconds / cohort, evaluations.COHORT: cohort}
                     self._settle(trial, report, lost_with="job", notes=cost)
         self._held -= {claim.trial_id for claim in claims}
 
@@ -144,10 +144,12 @@ class Ledger:
 
     def _describe(self, trial: optuna.Trial) -> Proposal:
         proposal = self._source.proposal(trial)
-        notes: dict[str, Any] = {history.SEED: proposal.seed}
+        notes: dict[str, Any] = {evaluations.SEED: proposal.seed}
         if proposal.generation is not None:
-            notes[history.GENERATION] = proposal.generation
-        self._note(trial._trial_id, {**notes, history.GENOME: proposal.genome})  # last: what has a genome is described
+            notes[evaluations.GENERATION] = proposal.generation
+        self._note(
+            trial._trial_id, {**notes, evaluations.GENOME: proposal.genome}
+        )  # last: what has a genome is described
         return proposal
 
     def _settle_known(self, trial: optuna.Trial, proposal: Proposal) -> bool:
@@ -156,11 +158,13 @@ class Ledger:
         for other in self._trials():
             if other.number >= trial.number or other.state == TrialState.WAITING:
                 continue
-            if (other.user_attrs.get(history.GENOME), other.user_attrs.get(history.SEED)) == (
+            if (other.user_attrs.get(evaluations.GENOME), other.user_attrs.get(evaluations.SEED)) == (
                 proposal.genome,
                 proposal.seed,
             ):
-                self._note(trial._trial_id, {history.OUTCOME: history.REPEATED, history.SAME_AS: other.number})
+                self._note(
+                    trial._trial_id, {evaluations.OUTCOME: evaluations.REPEATED, evaluations.SAME_AS: other.number}
+                )
                 self._tell(trial.number, other.values if other.state == TrialState.COMPLETE else None)
                 return True
         known = self._known.get(proposal.genome)
@@ -169,12 +173,12 @@ class Ledger:
         self._note(
             trial._trial_id,
             {
-                history.OUTCOME: Outcome.OK.value,
-                history.BY_SEED: {str(seed): value for seed, value in known.by_seed.items()},
-                history.SCORES: dict(known.scores),
-                history.REPORTS: {str(step): value for step, value in known.reports.items()},
-                history.SECONDS: 0.0,
-                history.JOB: known.job,
+                evaluations.OUTCOME: Outcome.OK.value,
+                evaluations.BY_SEED: {str(seed): value for seed, value in known.by_seed.items()},
+                evaluations.SCORES: dict(known.scores),
+                evaluations.REPORTS: {str(step): value for step, value in known.reports.items()},
+                evaluations.SECONDS: 0.0,
+                evaluations.JOB: known.job,
             },
         )
         assert known.fitness is not None
@@ -189,7 +193,7 @@ class Ledger:
             self._study.tell(number, list(values))
 
     def _settle(self, trial: FrozenTrial, report: JobReport, *, lost_with: str, notes: Mapping[str, Any]) -> None:
-        genome = str(trial.user_attrs[history.GENOME])
+        genome = str(trial.user_attrs[evaluations.GENOME])
         outcome = report.outcomes[genome]
         if outcome in (Outcome.LOST, Outcome.BAD_CONFIGURATION):
             losses = {"job": 0, "driver": 0} | trial.system_attrs.get(LOSSES, {})
@@ -198,20 +202,20 @@ class Ledger:
             if losses[lost_with] <= RETRIES[lost_with]:
                 self._reopen(trial._trial_id)
                 return
-        self._note(trial._trial_id, {**notes, history.OUTCOME: outcome.value})
+        self._note(trial._trial_id, {**notes, evaluations.OUTCOME: outcome.value})
         if outcome is Outcome.OK:
-            found = history.summary(report.results[genome])
+            found = evaluations.summary(report.results[genome])
             self._note(trial._trial_id, found)
-            fitness = fmean(found[history.BY_SEED].values())
-            self._reports(trial._trial_id, found[history.REPORTS])
+            fitness = fmean(found[evaluations.BY_SEED].values())
+            self._reports(trial._trial_id, found[evaluations.REPORTS])
             self._tell(trial.number, self._source.objectives(genome, fitness))
         elif outcome is Outcome.STOPPED:
             reports = {str(step): value for step, value in report.stopped[genome].items()}
-            self._note(trial._trial_id, {history.REPORTS: reports})
+            self._note(trial._trial_id, {evaluations.REPORTS: reports})
             self._reports(trial._trial_id, reports)
             self._study.tell(trial.number, state=TrialState.PRUNED)
         else:
-            self._note(trial._trial_id, {history.MESSAGE: report.message})
+            self._note(trial._trial_id, {evaluations.MESSAGE: report.message})
             self._tell(trial.number, None)
 
     def _reports(self, trial_id: int, reports: Mapping[str, float]) -> None:
@@ -233,7 +237,7 @@ class Ledger:
                 continue
             if self._drivers.ran_here(owner):
                 self.orphans_ended += end_lost_job(Path(folder), grace_s=ORPHANS_GRACE_S)
-            genomes = [str(trial.user_attrs[history.GENOME]) for trial in trials]
+            genomes = [str(trial.user_attrs[evaluations.GENOME]) for trial in trials]
             report = read_job(
                 Path(folder) / LOG, Path(folder) / RECORDS, genomes=genomes, exit_code=None, timed_out=False
             )
