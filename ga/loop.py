@@ -1,24 +1,31 @@
-"""The driver's loop: claims trials, runs them as jobs on every free slot, and writes down what became of them."""
+"""The driver's loop: claims trials, runs them as jobs on every free slot, and writes down what became of them; how
+it is told to stop, and when it gives up."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
 import itertools
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import TypeVar
 
 from engine.config.proxy import ProxyConfig
-from engine.errors import UserError
+from engine.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
 from ga.config import SearchConfig
 from ga.jobs.launcher import LOG
 from ga.jobs.outcome import JobReport, Outcome
 from ga.jobs.pool import JobPool, Running
 from ga.jobs.slots import Placement
 from ga.study.drivers import Drivers
+from ga.study.evaluations import RUNNING, STOPPED_EARLY, Evaluation
 from ga.study.ledger import Claim, Ledger
 from ga.study.storage import transient
 
@@ -39,6 +46,20 @@ class GivenUp(Exception):
     """Nothing gets a fitness."""
 
 
+def give_up_after_failures(evaluations: Sequence[Evaluation], *, since: datetime.datetime, most: int) -> None:
+    """Raises GivenUp when the last `most` genomes that were evaluated since then got no fitness. since: when this
+    driver began: whoever starts it again after a failure wants it to try."""
+    finished = [one for one in evaluations if one.finished is not None and one.finished >= since]
+    finished = [one for one in finished if one.counts and one.outcome not in (RUNNING, STOPPED_EARLY)]
+    finished.sort(key=lambda one: one.finished or since)
+    last = finished[-most:]
+    if len(last) == most and all(one.fitness is None for one in last):
+        raise GivenUp(
+            f"the last {len(last)} genomes got no fitness, the last one: {last[-1].outcome}, {last[-1].message}. "
+            f"Look into {last[-1].job}; search.max_failures says after how many a search gives up"
+        )
+
+
 @dataclass
 class Loop:
     """Evaluates what a ledger offers until that is over."""
@@ -51,7 +72,7 @@ class Loop:
     say: Callable[[str], None]
     proxy: Callable[[], ProxyConfig]
     """Settings of the next job."""
-    changed: Callable[[], None]
+    changed: Callable[[], object]
     """Called after jobs have finished, and every few seconds. May raise GivenUp."""
     folders: Path
     """Jobs get folders in it, named after the first of their trials."""
@@ -176,3 +197,43 @@ class Loop:
                     raise
                 self.say("the storage does not answer; what jobs have recorded is in their folders")
                 return
+
+
+_STDERR = 2
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and SIGHUP ask for an orderly end; a second one kills the jobs, but for SIGHUP: a terminal that
+    goes often sends two."""
+
+    def __init__(self, pool: JobPool) -> None:
+        self._pool = pool
+        self._first: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._first is None:
+            self._first = number
+            if self._pool.running:
+                with contextlib.suppress(OSError):  # it would be raised wherever the driver is just now
+                    os.write(_STDERR, b"stopping: jobs are told to end; once more to kill them\n")
+        elif number != signal.SIGHUP:
+            self._pool.kill()
+
+    @property
+    def requested(self) -> bool:
+        return self._first is not None
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_INTERRUPTED if self._first == signal.SIGINT else EXIT_PREEMPTED

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from ga.confirmation import Confirmed, Difference, compare, seed_deviation
 from ga.figures import new_figure, save, spread, whole_numbers
-from ga.progress import blocks
 from ga.study.evaluations import Evaluation, correlation_at, evaluated, ranked, report_steps
+from ga.view.progress import blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

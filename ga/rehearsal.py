@@ -24,9 +24,9 @@ from ga.jobs.outcome import Outcome, read_job
 from ga.jobs.pool import JobPool
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.jobs.slots import Placement, free_port
-from ga.progress import format_duration
 from ga.study.evaluations import RUNNING, Evaluation, from_records
 from ga.study.sources import SearchSource
+from ga.view.progress import format_duration
 
 MEASURED, COST, LOCK = "measured", "cost.json", "driver.lock"
 LOOK_EVERY_S = 0.2

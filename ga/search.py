@@ -3,9 +3,10 @@ an earlier driver was killed, and beside others."""
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
@@ -18,17 +19,16 @@ from ga.evolution.genome import Space
 from ga.finale import publish
 from ga.jobs.pool import JobPool, find_placements
 from ga.jobs.proxy_facts import ProxyFacts, ask_proxy
-from ga.loop import GivenUp, Interrupted, Loop
-from ga.progress import status_text
+from ga.loop import GivenUp, Interrupted, Loop, StopSignals, give_up_after_failures
 from ga.rehearsal import describe_search, end_lost_measurement, measured_evaluations, rehearse
-from ga.show import Show
-from ga.stop import StopSignals
 from ga.study.drivers import Driver, Drivers
 from ga.study.evaluations import ranked, read_history
 from ga.study.ledger import Ledger, known_evaluations
 from ga.study.sources import ConfirmationSource, SearchSource
 from ga.study.storage import SearchStorage, open_storage
 from ga.study.studies import COMPARABLE, load_search, open_confirmation, open_search, search_space
+from ga.view.live import Show
+from ga.view.progress import status_text
 
 TRIALS, CONFIRMATIONS = "trials", "confirmations"
 """Folders of job folders."""
@@ -101,6 +101,7 @@ class Search:
     facts: ProxyFacts
     pool: JobPool
     stop: StopSignals
+    began: datetime.datetime = field(default_factory=datetime.datetime.now)
 
     def run(self) -> int:
         source = open_search(self.storage, self.config, self.space, self.facts)
@@ -131,7 +132,11 @@ class Search:
         known |= measured_evaluations(self.config, self.facts)
         ledger = Ledger(self.storage, source, drivers, known=known)
         self._loop(ledger, drivers, show, folders=self.config.root / TRIALS, proxy=lambda: self._proxy(source)).run()
-        show.update(over=True)
+        self._look(show, over=True)
+
+    def _look(self, show: Show, *, over: bool = False) -> None:
+        """Raises GivenUp when too many genomes in a row got no fitness."""
+        give_up_after_failures(show.update(over=over), since=self.began, most=self.config.search.max_failures)
 
     def _proxy(self, source: SearchSource) -> ProxyConfig:
         """With the thresholds of halving, as things are."""
@@ -181,6 +186,6 @@ class Search:
             stop=lambda: self.stop.requested,
             say=show.say,
             proxy=proxy,
-            changed=show.update,
+            changed=lambda: self._look(show),
             folders=folders,
         )

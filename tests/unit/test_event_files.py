@@ -17,8 +17,8 @@ import pytest
 from launching import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ga.event_files import SEARCH, TRIALS, SearchBoard
 from ga.study.evaluations import REPEATED, RUNNING, Evaluation
+from ga.view.board import SEARCH, TRIALS, SearchBoard
 
 NAMES = ("layer_1", "layer_2")
 START = datetime.datetime(2026, 1, 1)
@@ -160,7 +160,7 @@ def test_writing_needs_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
     code = """
 import datetime, sys
 from pathlib import Path
-from ga.event_files import SearchBoard
+from ga.view.board import SearchBoard
 from ga.study.evaluations import Evaluation
 board = SearchBoard(Path(sys.argv[1]), ["layer_1"], teacher_layers=4, tasks=[])
 board.refresh([Evaluation(0, "3", "ok", fitness=0.5, finished=datetime.datetime.now())], running_jobs=0, population=1)

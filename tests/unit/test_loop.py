@@ -20,11 +20,11 @@ from ga.jobs.launcher import COMMAND
 from ga.jobs.outcome import JobReport, Outcome
 from ga.jobs.pool import JobPool, find_placements
 from ga.loop import GivenUp, Interrupted, Loop
-from ga.show import Show
 from ga.study.drivers import Driver, Drivers
 from ga.study.ledger import FOLDER, OWNER, Claim, Ledger
 from ga.study.sources import SearchSource
 from ga.study.storage import open_storage
+from ga.view.live import Show
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ga.progress import Progress, best_table, blocks, format_duration
 from ga.study.evaluations import REPEATED, RUNNING, Evaluation
+from ga.view.progress import Progress, best_table, blocks, format_duration
 
 
 def generation(number: int, *fitness: float | None, first: int = 0) -> list[Evaluation]:

@@ -114,7 +114,7 @@ def test_slots_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == [["localhost:0"], ["localhost:0,1"], ["localhost:0", "localhost:1"]]
 
 
-@pytest.mark.parametrize("module", ["ga.search", "ga.cli", "ga.rehearsal", "ga.finale", "ga.show"])
+@pytest.mark.parametrize("module", ["ga.search", "ga.cli", "ga.rehearsal", "ga.finale", "ga.view.live"])
 def test_a_driver_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'deepspeed', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

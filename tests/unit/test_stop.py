@@ -33,7 +33,7 @@ from pathlib import Path
 from ga.jobs.pool import JobPool, Running
 from ga.jobs.launcher import Job
 from ga.jobs.slots import LOCAL, Placement, Slot
-from ga.stop import StopSignals
+from ga.loop import StopSignals
 
 folder = Path(sys.argv[1])
 place = Placement((Slot(LOCAL, (0,)),), on_cpu=True)

@@ -14,8 +14,8 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # ty
 from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
 from ga.evolution.operators import diversity
-from ga.progress import Block, blocks, genes_of
 from ga.study.evaluations import RUNNING, Evaluation, ranked
+from ga.view.progress import Block, blocks, genes_of
 
 KIND = api_pb2.DATASET_VALIDATION
 SEARCH, TRIALS = "search", "trials"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import fcntl
 import sys
 from collections.abc import Sequence
@@ -13,12 +12,11 @@ from optuna import Study
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ga.config import SearchConfig
-from ga.event_files import SearchBoard
 from ga.evolution.genome import Space
 from ga.evolution.sampler import parameter_names
-from ga.loop import GivenUp
-from ga.progress import Progress
-from ga.study.evaluations import RUNNING, STOPPED_EARLY, Evaluation, ranked, read_history
+from ga.study.evaluations import RUNNING, Evaluation, ranked, read_history
+from ga.view.board import SearchBoard
+from ga.view.progress import Progress
 
 TENSORBOARD, LEADER = "tensorboard", "leader.lock"
 
@@ -32,7 +30,6 @@ class Show:
         population = config.search.operators.population
         self._progress = Progress(trials=config.search.trials, population=population, say=self.say)
         self._population, self._tasks = population, tasks
-        self._began = datetime.datetime.now()
         self._lock: IO[str] | None = None
         self._board: SearchBoard | None = None
         self._bar: Any = None
@@ -57,8 +54,8 @@ class Show:
         else:
             print(text, flush=True)
 
-    def update(self, *, over: bool = False) -> None:
-        """Looks at the study. Raises GivenUp when too many genomes in a row got no fitness."""
+    def update(self, *, over: bool = False) -> list[Evaluation]:
+        """Looks at the study, shows it and returns it."""
         evaluations = read_history(self._study)
         self._progress.update(evaluations, over=over)
         running = {one.job for one in evaluations if one.outcome == RUNNING and one.job}
@@ -70,7 +67,7 @@ class Show:
             self._bar.n = sum(one.counts and one.outcome != RUNNING for one in evaluations)
             at_best = f", best {best[0].fitness:.4f} ({best[0].genome})" if best else ""
             self._bar.set_postfix_str(f"{len(running)} jobs{at_best}")
-        self._check_failures(evaluations)
+        return evaluations
 
     def _leads(self) -> bool:
         if self._board is None:
@@ -86,15 +83,3 @@ class Show:
                 tasks=self._tasks,
             )
         return True
-
-    def _check_failures(self, evaluations: Sequence[Evaluation]) -> None:
-        # of this driver's time: whoever starts it again after a failure wants it to try
-        finished = [one for one in evaluations if one.finished is not None and one.finished >= self._began]
-        finished = [one for one in finished if one.counts and one.outcome not in (RUNNING, STOPPED_EARLY)]
-        finished.sort(key=lambda one: one.finished or self._began)
-        last = finished[-self._config.search.max_failures :]
-        if len(last) == self._config.search.max_failures and all(one.fitness is None for one in last):
-            raise GivenUp(
-                f"the last {len(last)} genomes got no fitness, the last one: {last[-1].outcome}, {last[-1].message}. "
-                f"Look into {last[-1].job}; search.max_failures says after how many a search gives up"
-            )
