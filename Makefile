@@ -25,7 +25,7 @@ format: install
 	ruff check --fix .
 
 docs: install
-	python -m ga.config_docs
+	python docs/generate.py
 
 install: $(VENV)/.installed
 

@@ -15,12 +15,12 @@ from engine.config.proxy import ProxyConfig
 from engine.errors import EXIT_CRASH, EXIT_DONE, UserError
 from engine.records.run_dir import RunDir
 from ga.config import STUDY_FILE, SearchConfig
+from ga.dry_run import describe_search, end_lost_measurement, measured_evaluations, rehearse
 from ga.evolution.genome import Space
-from ga.finale import publish
 from ga.jobs.pool import JobPool, find_placements
 from ga.jobs.proxy_facts import ProxyFacts, ask_proxy
 from ga.loop import GivenUp, Interrupted, Loop, StopSignals, give_up_after_failures
-from ga.rehearsal import describe_search, end_lost_measurement, measured_evaluations, rehearse
+from ga.report.write import publish
 from ga.study.drivers import Driver, Drivers
 from ga.study.evaluations import ranked, read_history
 from ga.study.ledger import Ledger, known_evaluations

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2  # type: ignore[import-untyped]
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c  # type: ignore[import-untyped]
-from torch.utils.tensorboard.summary import text
+from tensorboard.plugins.text.metadata import create_summary_metadata  # type: ignore[import-untyped]
 
 from engine.records.files import AppendFile
 
@@ -43,8 +43,7 @@ class EventFile:
 
     def texts(self, texts: Mapping[str, str], step: int) -> None:
         """Markdown."""
-        values = [value for name, markdown in texts.items() for value in text(name, markdown).value]
-        self._add(values, step)
+        self._add([_text(name, markdown) for name, markdown in texts.items()], step)
 
     def _add(self, values: list[Any], step: int) -> None:
         event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=values))
@@ -72,6 +71,16 @@ class EventFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _text(name: str, markdown: str) -> Any:
+    """A value of TensorBoard's text plugin, as torch's SummaryWriter.add_text writes it."""
+    shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
+    return summary_pb2.Summary.Value(
+        tag=f"{name}/text_summary",
+        metadata=create_summary_metadata(display_name="", description=""),
+        tensor=tensor_pb2.TensorProto(dtype="DT_STRING", string_val=[markdown.encode()], tensor_shape=shape),
+    )
 
 
 def _framed(event: Any) -> bytes:

@@ -116,9 +116,6 @@ def _left_over(table: Floats, smallest: float) -> float:
     return _variance(float(np.square(residuals).sum()), (k - 1) * (n - 1), smallest)
 
 
-Floats = npt.NDArray[np.float64]
-
-
 def mean_ranks(values: npt.NDArray[np.floating]) -> Floats:
     """(n,) -> (n,) ranks from 1 for the smallest; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

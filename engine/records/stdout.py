@@ -45,4 +45,4 @@ class Surviving:
 def survive_lost_readers() -> None:
     """From now on, for this process."""
     if not isinstance(sys.stdout, Surviving):
-        sys.stdout, sys.stderr = Surviving(sys.stdout), Surviving(sys.stderr)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = Surviving(sys.stdout), Surviving(sys.stderr)

@@ -1,5 +1,5 @@
 """Continuing with other ranks or another ZeRO stage: the curve of a run that never changed, and no sample skipped or
-repeated (the order of samples is a function of the step alone; tests/unit/test_loader.py)."""
+repeated (the order of samples is a function of the step alone; tests/unit/data/test_loader.py)."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_full_disk_of_the_driver_and_of_the_database(
 
 
 @pytest.mark.launcher
-@pytest.mark.thorough  # tests/unit/test_stop.py has the driver alone
+@pytest.mark.thorough  # tests/unit/ga/test_loop_stop.py has the driver alone
 def test_a_terminal_that_goes_ends_the_search_in_order(make_search: MakeSearch) -> None:
     """As when an ssh session is lost: the kernel sends SIGHUP, and whatever is written from then on is EIO."""
     search = make_search("hung up", sampler="random", trials=4, cohort=2, confirm_top=0)

@@ -10,11 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
-
-from tiny_encoders import save_tiny  # noqa: E402
+from launching import ROOT
+from tiny_encoders import save_tiny
 
 BF16_ROUNDING = 2**-5
 """A few units in the last place of the largest entry."""

@@ -1,4 +1,4 @@
-"""Several hosts (tests/hosts.py), and what goes wrong between them: through the real pdsh launcher."""
+"""Several hosts (tests/support/hosts.py), and what goes wrong between them: through the real pdsh launcher."""
 
 from __future__ import annotations
 

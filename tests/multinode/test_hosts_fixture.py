@@ -1,4 +1,5 @@
-"""tests/hosts.py itself: hosts are apart from each other, die and come back, and leave nothing on this machine."""
+"""tests/support/hosts.py itself: hosts are apart from each other, die and come back, and leave nothing on this
+machine."""
 
 from __future__ import annotations
 

@@ -1,0 +1,108 @@
+"""Writes docs/configuration.md from the dataclasses that hold every default: `make docs`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from engine.config.distill import RunConfig
+from engine.config.finetune import CustomTaskConfig, FinetuneConfig
+from engine.config.proxy import ProxyJobConfig
+from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig, SourceConfig
+from ga.config import SearchConfig
+
+TARGET = Path(__file__).resolve().with_name("configuration.md")
+
+AS_PROXY = "As for `launch/proxy.py`."
+INTRO = """\
+# Configuration
+
+Generated from the dataclasses of `engine/config/` and `ga/config.py` by `make docs`; do not edit.
+
+Every script takes `--config FILE.yaml` and any field as `--section.field value`; the command line wins over the file.
+`--help` lists the fields, `--print_config` prints the resolved file. A mistake names key, value and remedy, and exits
+with code 2 before any model is loaded. How a run executes (precision, ZeRO stage, offload, micro batch) is set in one
+file of [ds_configs](../ds_configs/README.md).
+"""
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """field -> the string literal that follows it in the source, of the class itself or of one that it extends."""
+    docs: dict[str, str] = {}
+    for one in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body  # type: ignore[attr-defined]
+        for node, following in itertools.pairwise(body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(following, ast.Expr)
+            ):
+                value = following.value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    docs[node.target.id] = " ".join(value.value.split())
+    return docs
+
+
+def rows(instance: Any, prefix: str) -> list[str]:
+    """One table row per plain field; fields that are sections are left to `sections`."""
+    docs, out = field_docs(type(instance)), []
+    for f in dataclasses.fields(instance):
+        default = getattr(instance, f.name)
+        if dataclasses.is_dataclass(default):
+            continue
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        shown = "required" if required else "unset" if default is None else f"`{default}`"
+        out.append(f"| `{prefix}{f.name}` | {shown} | {docs[f.name].replace('|', chr(92) + '|')} |")
+    return out
+
+
+def table(title: str, instance: Any, prefix: str = "") -> str:
+    lines = [f"## {title}", "", "| key | default | meaning |", "| --- | --- | --- |", *rows(instance, prefix), ""]
+    return "\n".join(lines)
+
+
+def script(command: str, instance: Any, same: dict[str, str] | None = None) -> list[str]:
+    """A chapter. same: sections that stand elsewhere -> what to say of them."""
+    parts = [f"# `{command}`\n", table("Top level", instance)]
+    for f in dataclasses.fields(instance):
+        section = getattr(instance, f.name)
+        if not dataclasses.is_dataclass(section):
+            continue
+        if same and f.name in same:
+            parts.append(f"## {f.name}\n\n{same[f.name]}\n")
+        else:
+            parts.append(table(f.name, section, f"{f.name}."))
+    return parts
+
+
+def render() -> str:
+    """The whole page. Fields without a default are shown for instances that need one."""
+    as_above = "As for `launch/distill.py`."
+    fine = {"mapping": as_above, "optim": as_above}
+    proxy = dict.fromkeys(("teacher", "loss", "optim"), as_above)
+    proxy |= {
+        "student": "As for `launch/distill.py`, but `init` is `uniform` when unset.",
+        "data": "As for `launch/distill.py`, but nothing is held out.",
+        "task": "The first four keys of `task` of `launch/finetune.py`; `train_rows` is 2000 when unset.",
+    }
+    parts = [INTRO, *script("deepspeed launch/distill.py", RunConfig())]
+    parts += script("deepspeed launch/finetune.py", FinetuneConfig(), fine)
+    parts.append(table("Each entry of `task.custom`", CustomTaskConfig(train="", dev="")))
+    parts += script("deepspeed launch/proxy.py", ProxyJobConfig(genomes=["uniform"]), proxy)
+    search = dict.fromkeys(("teacher", "student", "loss", "data", "optim", "train", "task", "proxy"), AS_PROXY)
+    parts += script("python launch/search.py", SearchConfig(), search)
+    parts += script("python launch/prepare_data.py", PrepareConfig())
+    parts.append(table("Each entry of `sources`", SourceConfig(path="")))
+    parts += script("python launch/export.py", ExportConfig(run=""))
+    parts += script("python launch/check_hosts.py", HostCheckConfig(hostfile=""))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render(), encoding="utf-8")
+    print(f"wrote {TARGET}")

@@ -1,0 +1,5 @@
+"""The report of a search: text, leaderboard, plots, the winner's confirmation and its configuration.
+
+Read write.py first, then text.py.
+May import of ga/ everything but loop, dry_run, search and cli.
+"""

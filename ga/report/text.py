@@ -1,0 +1,332 @@
+"""The Markdown of a search's report."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+from engine.records.stats import signal_ratio
+from ga.jobs.outcome import Outcome
+from ga.report.confirmation import METHOD, Confirmed, compare, seed_deviation, verdict, winner
+from ga.report.plots import Plot
+from ga.study.evaluations import RUNNING, STOPPED_EARLY, Evaluation, correlation_at, evaluated, ranked, report_steps
+from ga.study.sources import deepest_layer
+
+LEADERBOARD = "leaderboard.csv"
+SHOWN, SHOWN_FAILURES = 10, 20
+TRUSTED_CORRELATION, FEWEST_TO_TRUST = 0.8, 10
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was searched, and how."""
+
+    space: str
+    space_size: int
+    sampler: str
+    search_seed: int
+    trials: int
+    """Budget."""
+    population: int
+    cohort: int
+    fingerprint: str
+    teacher: str
+    student: str
+    tasks: tuple[str, ...]
+    evaluator: str
+    proxy: str
+    """Steps, batch and text."""
+    seeds: tuple[int, ...]
+    """Proxy seeds of every evaluation."""
+    heuristics: Mapping[str, str]
+    """Name -> genome in canonical text; uniform is one of them."""
+    command: str
+    """What the user typed."""
+    second_objective: str | None
+
+    def names(self, genome: str) -> str:
+        """Of the heuristics that it equals."""
+        return " ".join(name for name, text in self.heuristics.items() if text == genome)
+
+    @property
+    def uniform(self) -> str:
+        return self.heuristics["uniform"]
+
+
+def report_text(
+    facts: Facts,
+    evaluations: Sequence[Evaluation],
+    others: Mapping[str, Sequence[Evaluation]],
+    confirmed: Confirmed,
+    plots: Sequence[Plot],
+    *,
+    best_yaml: Path,
+) -> str:
+    """Markdown as GitHub renders it. The second paragraph is the sentence about the winner."""
+    parts = ["# Search of layer mappings", headline(facts, evaluations, confirmed)]
+    if ranked(evaluations):
+        parts += ["## Best genomes", *_best_genomes(facts, evaluations)]
+        parts += ["## Confirmation with new seeds", *_confirmation(facts, evaluations, confirmed)] if confirmed else []
+        parts += ["## How settled it is", _settled(evaluations, confirmed)]
+    parts += [f"![{plot.caption}]({plot.file})" for plot in plots]
+    parts += ["## Against other searches", *_other_searches(evaluations, others)] if others else []
+    parts += ["## Fitness against depth", *_front(facts, evaluations)] if facts.second_objective else []
+    if report_steps(evaluations):
+        parts += ["## Intermediate scores", *_intermediate(evaluations)]
+    parts += ["## What was searched", _searched(facts, evaluations)]
+    failed = [one for one in evaluated(evaluations) if one.fitness is None and one.outcome != STOPPED_EARLY]
+    parts += ["## Failed trials", *_failures(failed)] if failed else []
+    parts += ["## How to go on", *_go_on(facts, evaluations, confirmed, best_yaml)]
+    parts += [
+        "## How this was made",
+        f"```bash\n{facts.command}\n```",
+        f"Fingerprint of the proxy: `{facts.fingerprint}`",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
+    best = ranked(evaluations)
+    if not best:
+        found = ", ".join(f"{n} {outcome}" for outcome, n in _outcomes(evaluations).items())
+        return (
+            f"No genome has a fitness ({found or 'nothing was evaluated'}): nothing is known about any layer mapping."
+        )
+    if confirmed:
+        return verdict(confirmed, facts.uniform)
+    first = best[0]
+    uniform = next((one for one in best if one.genome == facts.uniform), None)
+    found = f"the best fitness of the search, {first.fitness:.4f}"
+    if first is uniform:
+        return f"uniform ({facts.uniform}) itself won: it has {found}. It was not confirmed with new seeds."
+    above = f", {_minus(first, uniform)} above uniform ({facts.uniform})" if uniform else ""
+    return (
+        f"{first.genome} has {found}{above}, but it was not confirmed: the best of {len(best)} noisy values is too "
+        "high on average. No evidence yet that it is better than uniform; search.confirm_top runs the best again with "
+        "new seeds."
+    )
+
+
+def _minus(one: Evaluation, uniform: Evaluation | None) -> str:
+    if uniform is None or uniform.fitness is None or one.fitness is None:
+        return ""
+    return f"{one.fitness - uniform.fitness:.4f}"
+
+
+def _outcomes(evaluations: Sequence[Evaluation]) -> Counter[str]:
+    return Counter(one.outcome for one in evaluated(evaluations))
+
+
+def _best_genomes(facts: Facts, evaluations: Sequence[Evaluation]) -> list[str]:
+    best = ranked(evaluations)
+    place = {one.genome: str(i) for i, one in enumerate(best, start=1)}
+    uniform = next((one for one in best if one.genome == facts.uniform), None)
+    outcome = {one.genome: one.outcome for one in evaluated(evaluations)}
+    known = {one.genome: one for one in best}
+    rows = []
+    for genome in dict.fromkeys([*list(known)[:SHOWN], *facts.heuristics.values()]):
+        one = known.get(genome)
+        if one is None:
+            values = [outcome.get(genome, "not evaluated"), *[""] * (len(facts.tasks) + 2)]
+        else:
+            scores = [f"{one.scores[task]:.4f}" if task in one.scores else "" for task in facts.tasks]
+            values = [f"{one.fitness:.4f}", *scores, _minus(one, uniform), str(one.number)]
+        rows.append([place.get(genome, ""), genome, facts.names(genome), *values])
+    return [
+        f"The {min(SHOWN, len(best))} best of {len(best)} genomes, then the heuristics that are not among them. "
+        f"Fitness is the mean of the task scores{_over_seeds(facts)}. All are in [{LEADERBOARD}]({LEADERBOARD}).",
+        _table(["place", "genome", "heuristic", "fitness", *facts.tasks, "minus uniform", "trial"], rows, left=(1, 2)),
+    ]
+
+
+def _over_seeds(facts: Facts) -> str:
+    return f" over {len(facts.seeds)} seeds" if len(facts.seeds) > 1 else ""
+
+
+def _confirmation(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> list[str]:
+    differences = {one.genome: one for one in compare(confirmed, facts.uniform)}
+    found = {one.genome: (str(i), f"{one.fitness:.4f}") for i, one in enumerate(ranked(evaluations), start=1)}
+    rows = []
+    for genome in sorted(confirmed, key=lambda genome: fmean(confirmed[genome].values()), reverse=True):
+        values = list(confirmed[genome].values())
+        deviation = f"± {stdev(values):.4f}" if len(values) > 1 else ""
+        one = differences.get(genome)
+        minus = "" if one is None or one.mean is None else f"{one.mean:.4f}"
+        ends = "" if one is None or one.low is None else f"{one.low:.4f} to {one.high:.4f}"
+        named = [genome, facts.names(genome), *found.get(genome, ("", ""))]
+        rows.append([*named, f"{fmean(values):.4f}", deviation, str(len(values)), minus, ends])
+    columns = ["genome", "heuristic", "place in the search", "fitness there", "mean", "± std over seeds", "new seeds"]
+    table = _table([*columns, "minus uniform", "95 % interval"], rows, left=(0, 1))
+    return [
+        "Run again with seeds that the search has not seen. The fitness of the search's best is too high on average "
+        "because it was picked for it; the means here are not, but for the choice among these few.",
+        table,
+        METHOD,
+    ]
+
+
+def _settled(evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
+    """Seed noise against the spread of fitness."""
+    best = ranked(evaluations)
+    values = [float(one.fitness or 0.0) for one in best]
+    if len(best) < 2:
+        return "One genome has a fitness: there is nothing to compare it with."
+    top = values[: math.ceil(len(values) / 4)]
+    quarter = f" ({stdev(top):.4f} among the best quarter)" if len(top) > 2 else ""
+    spread = f"Standard deviation of fitness between the {len(best)} genomes: {stdev(values):.4f}{quarter}."
+    repeated = {one.genome: one.by_seed for one in best if len(one.by_seed) > 1}
+    table, whose = (repeated, "the search") if repeated else (confirmed, "the confirmation")
+    noise = seed_deviation(table)
+    if noise is None:
+        return f"{spread} The noise between seeds is not known: search.confirm_top or proxy.repeats shows it."
+    text = f"{spread} Between seeds of one genome: {noise:.4f}, pooled over {len(table)} genomes of {whose}"
+    signal = signal_ratio(table)
+    if signal is not None and signal.paired_within is not None:
+        noise = math.sqrt(signal.paired_within)
+        text += f"; {noise:.4f} when each seed's own effect, the same for all genomes, is taken out"
+    seeds = max(1, min(len(one.by_seed) for one in best))
+    step = noise * math.sqrt(2 / seeds)
+    near = sum(value >= values[0] - 2 * step for value in values) - 1
+    order = "the search alone does not settle their order" if near else "it stands out from the noise between seeds"
+    same = f"{seeds} seeds" if seeds > 1 else "seed"
+    return (
+        f"{text}. The search compares genomes at the same {same}, so the difference of two has a standard deviation of "
+        f"about {step:.4f}. Other genomes within two of these of the best one: {near or 'none'}; {order}."
+    )
+
+
+def _other_searches(evaluations: Sequence[Evaluation], others: Mapping[str, Sequence[Evaluation]]) -> list[str]:
+    budget = len(evaluated(evaluations))
+    rows = []
+    for name, one in [("this search", evaluations), *others.items()]:
+        spent = evaluated(one)
+        equal, end = ranked(spent[:budget]), ranked(spent)
+        cells = [f"{equal[0].fitness:.4f}" if equal else "", f"{end[0].fitness:.4f}" if end else ""]
+        rows.append([name, str(len(spent)), *cells, end[0].genome if end else ""])
+    header = ["search", "evaluations", f"best of its first {budget}", "best of all", "genome"]
+    return [
+        "Searches of the same storage with the same proxy and seeds. One run each: which sampler is better in general "
+        "takes many.",
+        _table(header, rows, left=(0, 4)),
+    ]
+
+
+def _front(facts: Facts, evaluations: Sequence[Evaluation]) -> list[str]:
+    front: list[Evaluation] = []
+    for one in sorted(ranked(evaluations), key=lambda one: (-float(one.fitness or 0.0), deepest_layer(one.genome))):
+        if not front or deepest_layer(one.genome) < deepest_layer(front[-1].genome):
+            front.append(one)
+    rows = [
+        [str(deepest_layer(one.genome)), f"{one.fitness:.4f}", one.genome, facts.names(one.genome)] for one in front
+    ]
+    return [
+        "No genome is better than one of these without a deeper teacher (the teacher stops after the deepest layer "
+        "that a mapping names).",
+        _table(["deepest teacher layer", "fitness", "genome", "heuristic"], rows, left=(2, 3)),
+    ]
+
+
+def _intermediate(evaluations: Sequence[Evaluation]) -> list[str]:
+    """How well an early score ranks the late one."""
+    rows, judged = [], []
+    for step in report_steps(evaluations):
+        correlation, n = correlation_at(step, evaluations)
+        rows.append([str(step), str(n), "" if correlation is None else f"{correlation:.2f}", _kept(step, evaluations)])
+        if correlation is not None and n >= FEWEST_TO_TRUST:
+            judged.append((step, correlation))
+    trusted = [(step, correlation) for step, correlation in judged if correlation >= TRUSTED_CORRELATION]
+    if not judged:
+        advice = f"Fewer than {FEWEST_TO_TRUST} trials with both scores (or equal ones): too few to trust halving."
+    elif trusted:
+        advice = (
+            f"From step {trusted[0][0]} on the order is close to the final one: search.halving may be trusted there."
+        )
+    else:
+        step, correlation = max(judged, key=lambda one: one[1])
+        advice = (
+            f"No intermediate score ranks genomes as the final one does (the best, {correlation:.2f}, after step "
+            f"{step}): do not trust search.halving at these steps."
+        )
+    if any(one.outcome == STOPPED_EARLY for one in evaluations):
+        advice += (
+            " Halving was on, so only those that it let through are counted: over all genomes it may look different."
+        )
+    header = ["step", "trials with both", "Spearman with final fitness", "final best quarter in the better half"]
+    return [_table(header, rows, left=()), advice]
+
+
+def _kept(step: int, evaluations: Sequence[Evaluation]) -> str:
+    """How many of the finally best quarter halving at this step would have let through."""
+    both = [one for one in ranked(evaluations) if step in one.reports]
+    half = sorted(both, key=lambda one: one.reports[step], reverse=True)[: math.ceil(len(both) / 2)]
+    top = both[: math.ceil(len(both) / 4)]
+    return f"{sum(one in half for one in top)} of {len(top)}"
+
+
+def _searched(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
+    outcomes = _outcomes(evaluations)
+    failures = [f"{n} {outcome}" for outcome, n in outcomes.items() if outcome != Outcome.OK.value]
+    seconds = [one.seconds for one in evaluated(evaluations) if one.seconds]
+    cost = f"median {median(seconds):.1f} s, total {sum(seconds):.0f} s" if seconds else "not measured"
+    repeated = sum(not one.counts for one in evaluations)
+    running = sum(one.outcome == RUNNING and one.counts for one in evaluations)
+    rows = [
+        ["space", facts.space],
+        ["sampler", f"{facts.sampler}, seed {facts.search_seed}, population {facts.population}"],
+        ["budget", f"{facts.trials:,} evaluations of {facts.space_size:,} genomes"],
+        ["evaluations", f"{sum(outcomes.values())} done" + (f", {running} still running" if running else "")],
+        ["without fitness", ", ".join(failures) or "none"],
+        ["repeated proposals", f"{repeated} (known already, not counted)"],
+        ["wall time of an evaluation", f"{cost} (job time divided by the genomes of the job, at most {facts.cohort})"],
+        ["teacher", facts.teacher],
+        ["student", facts.student],
+        ["proxy", facts.proxy],
+        ["fitness", f"mean of {', '.join(facts.tasks)}, evaluator {facts.evaluator}"],
+        ["proxy seeds", ", ".join(map(str, facts.seeds))],
+    ]
+    return _table(["", ""], rows, left=(0, 1))
+
+
+def _failures(failed: Sequence[Evaluation]) -> list[str]:
+    rows = [[str(one.number), one.genome, one.outcome, one.job, one.message] for one in failed[:SHOWN_FAILURES]]
+    table = _table(["trial", "genome", "outcome", "job", "message"], rows, left=(1, 2, 3, 4))
+    more = len(failed) - SHOWN_FAILURES
+    return [table, *([f"{more} more are in [{LEADERBOARD}]({LEADERBOARD})."] if more > 0 else [])]
+
+
+def _go_on(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed, best_yaml: Path) -> list[str]:
+    best = ranked(evaluations)
+    if not best:
+        return ["Look into the jobs of the failed trials. The same command goes on."]
+    genome = winner(confirmed) if confirmed else best[0].genome
+    back = "--mapping.hidden uniform" + (" --mapping.attention uniform" if "/" in genome else "")
+    advice = f" For uniform in its place add `{back}`." if genome != facts.uniform else ""
+    nothing = [
+        "The winner lets no layer learn: in so short a proxy, layer losses do not pay against what the student starts "
+        "from. Ask again with more proxy.steps, a colder student.init, or search.min_active=1 before a long run."
+    ]
+    return [
+        f"```bash\ndeepspeed launch/distill.py --config {shlex.quote(str(best_yaml))}\n```",
+        *(nothing if deepest_layer(genome) == 0 else []),
+        f"The search wrote that file with its winner, {genome}: teacher, student, losses and optimizer of the proxy, "
+        "and one pass over the corpus at the batch and the learning rate that launch/distill.py has by default."
+        f"{advice} A proxy is a proxy: compare the two after the longer run.",
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
+    """left: columns aligned to the left; the others hold numbers."""
+    rule = [":---" if i in left else "---:" for i in range(len(header))]
+    lines = [[_cell(text) for text in header], rule, *([_cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Plain text for a cell: nothing in it is Markdown, and it is one line."""
+    return re.sub(r"([\\`*_\[\]<>|~])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,193 @@
+"""The end of a search: a folder with REPORT.md, leaderboard.csv, pictures, and best.yaml, the configuration of a whole
+distillation with the winner."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import optuna
+from optuna import Study
+
+from engine.config.distill import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
+from engine.records.run_dir import as_yaml
+from ga.config import SearchConfig
+from ga.evolution.genome import Space
+from ga.jobs.proxy_facts import ProxyFacts
+from ga.report.confirmation import Confirmed, winner
+from ga.report.drafts import replaced
+from ga.report.plots import draw_all
+from ga.report.text import LEADERBOARD, Facts, headline, report_text
+from ga.study.evaluations import SEED, Evaluation, evaluated, evaluation, ranked, read_history
+from ga.study.sources import confirmation_name
+from ga.study.storage import SearchStorage, hide_password
+from ga.study.studies import COMPARABLE, SETTINGS
+
+REPORT, BEST = "REPORT.md", "best.yaml"
+
+
+def write_report(
+    folder: Path,
+    facts: Facts,
+    evaluations: Sequence[Evaluation],
+    others: Mapping[str, Sequence[Evaluation]],
+    confirmed: Confirmed,
+    *,
+    best_yaml: str | None = None,
+) -> Path:
+    """Returns the path of REPORT.md. `folder` is replaced as a whole, with all that was in it: after a kill it holds
+    the old report or the new one.
+
+    others: other searches with the same proxy. confirmed: genome -> seed -> fitness. best_yaml: text of that file;
+    None: there is no winner.
+    """
+    confirmed = {genome: by_seed for genome, by_seed in confirmed.items() if by_seed}
+    with replaced(folder) as draft:
+        plots = draw_all(
+            draft, evaluations, others, confirmed, heuristics=facts.heuristics, population=facts.population
+        )
+        write_leaderboard(draft / LEADERBOARD, facts, evaluations)
+        text = report_text(facts, evaluations, others, confirmed, plots, best_yaml=folder / BEST)
+        (draft / REPORT).write_text(text, encoding="utf-8")
+        if best_yaml is not None:
+            (draft / BEST).write_text(best_yaml, encoding="utf-8")
+    return folder / REPORT
+
+
+def write_leaderboard(path: Path, facts: Facts, evaluations: Sequence[Evaluation]) -> None:
+    """All that is over: ranked genomes, then those without fitness in the order of trials."""
+    spent = evaluated(evaluations)
+    best = ranked(spent)
+    rows = [*enumerate(best, start=1), *(("", one) for one in spent if one.fitness is None)]
+    seeds = sorted({seed for one in spent for seed in one.by_seed})
+    steps = sorted({step for one in spent for step in one.reports})
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(
+            ["rank", "genome", "heuristics", "fitness", *facts.tasks]
+            + [f"fitness_seed_{seed}" for seed in seeds]
+            + [f"fitness_step_{step}" for step in steps]
+            + ["outcome", "generation", "trial", "seconds", "cohort", "job", "message"]
+        )
+        for rank, one in rows:
+            table.writerow(
+                [rank, one.genome, facts.names(one.genome), one.fitness]
+                + [one.scores.get(task) for task in facts.tasks]
+                + [one.by_seed.get(seed) for seed in seeds]
+                + [one.reports.get(step) for step in steps]
+                + [one.outcome, one.generation, one.number, one.seconds, one.cohort, one.job, one.message]
+            )
+
+
+WARMUP_SHARE = 0.05
+
+
+def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConfig:
+    """Teacher, student, losses and optimizer of the proxy; one pass over the corpus at launch/distill.py's own batch
+    and learning rate."""
+    hidden, _, attention = genome.partition("/")
+    train = TrainConfig()
+    held_out = DataConfig.eval_sequences
+    steps = max(1, (facts.sequences - held_out) // train.global_batch)
+    return RunConfig(
+        output_dir=str(config.root / "best"),
+        seed=config.seed,
+        allow_pickle=config.allow_pickle,
+        teacher=config.teacher,
+        student=StudentConfig(**{one.name: getattr(config.student, one.name) for one in fields(StudentConfig)}),
+        mapping=MappingConfig(hidden=hidden, attention=attention or None),
+        loss=config.loss,
+        data=replace(config.data, eval_sequences=held_out),
+        optim=config.optim,
+        kernels=config.kernels,
+        train=replace(train, steps=steps, warmup_steps=round(WARMUP_SHARE * steps)),
+    )
+
+
+def as_commented_yaml(config: RunConfig, *, path: Path, why: str) -> str:
+    """The text of that file. why: comment at the top."""
+    return f"# {why}\n# deepspeed launch/distill.py --config {shlex.quote(str(path))}\n{as_yaml(config)}"
+
+
+FOLDER = "report"
+
+
+def publish(
+    config: SearchConfig,
+    storage: SearchStorage,
+    study: Study,
+    space: Space,
+    facts: ProxyFacts,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Writes report/, and says what it found and where that is."""
+    evaluations = read_history(study)
+    confirmed = confirmed_fitness(storage, config, facts)
+    folder = config.root / FOLDER
+    best = ranked(evaluations)
+    genome = winner(confirmed) if confirmed else best[0].genome if best else None
+    report = folder / REPORT
+    best_yaml = None
+    if genome is not None:
+        why = f"Layer mapping {genome}, found by search {config.study!r}: {report} says how sure that is."
+        best_yaml = as_commented_yaml(best_config(config, facts, genome), path=folder / BEST, why=why)
+    others = comparable_searches(storage, study)
+    write_report(folder, report_facts(config, space, facts), evaluations, others, confirmed, best_yaml=best_yaml)
+    say(f"\n{headline(report_facts(config, space, facts), evaluations, confirmed)}\n\nreport     {report}")
+    if best_yaml is not None:
+        say(f"go on      deepspeed launch/distill.py --config {folder / BEST}")
+
+
+def confirmed_fitness(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> dict[str, dict[int, float]]:
+    """genome -> seed -> fitness of the confirmation, as far as there is one."""
+    try:
+        study = optuna.load_study(storage=storage.optuna, study_name=confirmation_name(config.study, facts.fingerprint))
+    except KeyError:
+        return {}
+    found: dict[str, dict[int, float]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        fitness = evaluation(trial).fitness
+        if fitness is not None:
+            found.setdefault(evaluation(trial).genome, {})[int(trial.user_attrs[SEED])] = fitness
+    return found
+
+
+def comparable_searches(storage: SearchStorage, study: Study) -> Mapping[str, list[Evaluation]]:
+    """The other searches of the storage with the same proxy over the same kind of models, by name."""
+    found: dict[str, list[Evaluation]] = {}
+    for other in storage.optuna.get_all_studies():
+        same = other.user_attrs.get(COMPARABLE) == study.user_attrs.get(COMPARABLE)
+        if other.study_name != study.study_name and SETTINGS in other.user_attrs and same:
+            found[other.study_name] = read_history(
+                optuna.load_study(storage=storage.optuna, study_name=other.study_name)
+            )
+    return found
+
+
+def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts) -> Facts:
+    s, proxy = config.search, config.proxy
+    student = config.student.path or f"{space.student_layers} layers, init {config.student.init or 'random'}"
+    return Facts(
+        space=space.describe(),
+        space_size=space.size(),
+        sampler=s.sampler,
+        search_seed=s.seed,
+        trials=s.trials,
+        population=s.operators.population,
+        cohort=s.cohort,
+        fingerprint=facts.fingerprint,
+        teacher=f"{config.teacher.path}: {space.teacher_layers} layers",
+        student=student,
+        tasks=facts.tasks,
+        evaluator=proxy.evaluator,
+        proxy=f"{proxy.steps} steps x {config.train.global_batch} sequences of {facts.seq_len}, {config.data.path}",
+        seeds=tuple(range(config.seed, config.seed + proxy.repeats)),
+        heuristics={name: space.text(genes) for name, genes in space.heuristics().items()},
+        command=shlex.join(["python", *map(hide_password, sys.argv)]),
+        second_objective=s.second_objective,
+    )

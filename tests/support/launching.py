@@ -1,0 +1,146 @@
+"""Starts the real scripts, with or without the real deepspeed launcher, and reads what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from engine.records.records import read_records
+from engine.records.run_dir import RunDir
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    env = {k: v for k, v in os.environ.items() if k not in dropped}
+    bin_dir = str(Path(sys.executable).parent)
+    return env | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{bin_dir}{os.pathsep}{env['PATH']}"}
+
+
+@dataclass
+class Run:
+    """One start of a script of launch/ in a run directory; the same object can be started again."""
+
+    output_dir: Path
+    ranks: int = 1
+    argv: list[str] = field(default_factory=list)
+    launcher: bool = True
+    script: str = "distill.py"
+
+    def command(self, *more: str) -> list[str]:
+        script = [f"launch/{self.script}", "--output_dir", str(self.output_dir), *self.argv, *more]
+        if not self.launcher:
+            return [sys.executable, *script]
+        launcher = str(Path(sys.executable).parent / "deepspeed")
+        return [launcher, "--num_accelerators", str(self.ranks), "--master_port", str(free_port()), *script]
+
+    def start(self, *more: str, output: IO[str] | None = None) -> subprocess.Popen[str]:
+        """output: a file, for a start that says more than fits into a pipe that nobody reads."""
+        return spawn(self.command(*more), output)
+
+    def finish(self, *more: str, expect: int = 0) -> str:
+        return finished(self.start(*more), expect)
+
+    def rank_pids(self, launcher_pid: int) -> list[int]:
+        """Pids of the rank processes, in the order of their ranks."""
+        found = []
+        for child in psutil.Process(launcher_pid).children(recursive=True):
+            words = child.cmdline()
+            local = [w for w in words if w.startswith("--local_rank=")]
+            if local and f"launch/{self.script}" in words:
+                found.append((int(local[0].partition("=")[2]), child.pid))
+        return [pid for _, pid in sorted(found)]
+
+    def wait_for_step(self, step: int, process: subprocess.Popen[str], *, within_s: float = 300) -> None:
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            if any(r["step"] >= step for r in self.steps()):
+                return
+            assert process.poll() is None, f"ended early:\n{process.stdout.read()[-4000:] if process.stdout else ''}"
+            time.sleep(0.02)
+        raise AssertionError(f"step {step} was not reached")
+
+    @property
+    def run_dir(self) -> RunDir:
+        return RunDir(self.output_dir)
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        path = self.run_dir.records
+        return [r for r in read_records(path) if r["kind"] == kind] if path.is_file() else []
+
+    def steps(self) -> list[dict[str, Any]]:
+        return [r for r in self.records("step") if "total" in r]
+
+    def curve(self, key: str = "total") -> list[float]:
+        """The value of each step; of a step that was run twice, the later one."""
+        return list({r["step"]: r[key] for r in self.steps()}.values())
+
+    def student(self) -> dict[str, torch.Tensor]:
+        return load_file(self.run_dir.student / "model.safetensors")
+
+    def projections(self) -> dict[str, torch.Tensor]:
+        return load_file(self.run_dir.student / "projections.safetensors")
+
+
+def spawn(argv: list[str], output: IO[str] | None = None) -> subprocess.Popen[str]:
+    """In a session of its own; stdout and stderr come together, through a pipe or into the file."""
+    return subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        env=environment(),
+        stdout=output or subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], expect: int) -> str:
+    """Waits for the end, which must have that exit code; returns the output."""
+    try:
+        output, _ = process.communicate(timeout=400)
+    finally:
+        kill_session(process)
+    assert process.returncode == expect, f"exit {process.returncode}, expected {expect}:\n{output[-6000:]}"
+    return output
+
+
+def hear_signals() -> None:
+    """In a child, before its program: Ctrl-C and a lost terminal mean what they do to a user, though a suite in the
+    background of a script, or under nohup, ignores them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def kill_session(process: subprocess.Popen[str]) -> None:
+    """Ranks outlive a killed launcher; they share its session."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def write_ds_config(folder: Path, **sections: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "ds.json"
+    path.write_text(json.dumps(sections))
+    return path

@@ -1,0 +1,193 @@
+"""Encoders without the pads of their batches: the same features, losses and gradients as with them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_encoders import batch_with_lengths, make_batch, tiny_model
+
+from engine.data.batch import Batch
+from engine.kernels import segments as segments_module
+from engine.kernels.segments import Segments
+from engine.models.capture import capture, inputs_of, install, runs_unpadded, segments_of
+from engine.models.features import Features, Wanted
+from engine.models.student import enable_activation_checkpointing
+from engine.models.unpadding import packed_mask, packing, packing_of
+
+FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert"]
+EVERYTHING = Wanted(hidden=frozenset({0, 2, 4}), attention=frozenset({1, 4}), values=True)
+
+
+GROUP_COSTS = 30
+
+
+@pytest.fixture(autouse=True)
+def cheap_groups(monkeypatch: pytest.MonkeyPatch):
+    """So that short sequences have several."""
+    monkeypatch.setattr(segments_module, "GROUP_COSTS", GROUP_COSTS)
+    segments_module.segments_of_lengths.cache_clear()
+    yield
+    segments_module.segments_of_lengths.cache_clear()
+
+
+def some_loss(features: Features, batch: Batch) -> torch.Tensor:
+    """A sum over all captured entries of real tokens, each with its own factor."""
+    segments = segments_of(batch)
+    assert segments is not None
+    total = torch.zeros(())
+    for kind in ("hidden", "query", "key", "value"):
+        for layer, tensor in getattr(features, kind).items():
+            packed = tensor if features.segments is not None else segments.packed(tensor, tensor.dim() - 2)
+            factors = torch.sin(torch.arange(packed.numel(), dtype=packed.dtype)).view(packed.shape)
+            total = total + (packed * factors).sum() * (1 + layer)
+    return total
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_and_gradients_are_those_of_the_padded_batch(family: str, backend: str, checkpointing: bool) -> None:
+    if family == "albert" and checkpointing:
+        pytest.skip("transformers has no activation checkpointing for it")
+    model = tiny_model(family)
+    install(model, backend)
+    assert runs_unpadded(model)
+    if checkpointing:  # a layer that is run again in the backward pass must know where the sequences are
+        enable_activation_checkpointing(model)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    model = model.double()
+    batch = batch_with_lengths()
+    found = []
+    for unpadded in (False, True):
+        model.zero_grad()
+        features = capture(model, batch, EVERYTHING, unpadded=unpadded)
+        assert (features.segments is not None) == unpadded
+        loss = some_loss(features, batch)
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (want, wanted_grads), (got, grads) = found
+    assert torch.allclose(want, got, rtol=1e-10)
+    assert wanted_grads.keys() == grads.keys()
+    largest = max(float(gradient.abs().max()) for gradient in wanted_grads.values())
+    for name, gradient in wanted_grads.items():
+        assert float((gradient - grads[name]).abs().max()) <= 1e-9 * largest, name
+
+
+def test_a_model_that_rotates_by_position_keeps_its_pads() -> None:
+    model = tiny_model("modernbert")
+    install(model, "sdpa")
+    assert not runs_unpadded(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_get_their_pads_back(family: str) -> None:
+    model = tiny_model(family)
+    install(model, "sdpa")
+    batch = batch_with_lengths()
+    assert batch.token_mask is not None
+    with torch.no_grad():
+        want = model.base_model(**inputs_of(batch)).last_hidden_state
+        with packing(segments_of(batch), pad_at_end=True):
+            got = model.base_model(**inputs_of(batch)).last_hidden_state
+    assert got.shape == want.shape
+    torch.testing.assert_close(got[batch.token_mask], want[batch.token_mask], atol=1e-5, rtol=1e-4)
+    assert not got[~batch.token_mask].any()
+
+
+@pytest.mark.parametrize("labels", [None, 0.4, 0.0])
+def test_logits_are_those_of_the_padded_batch(labels: float | None) -> None:
+    model = tiny_model("bert", mlm=True)
+    install(model, "sdpa")
+    batch = batch_with_lengths(labels=labels)
+    want = capture(model, batch, Wanted(logits=True)).logits
+    got = capture(model, batch, Wanted(logits=True), unpadded=True).logits
+    assert want is not None
+    assert got is not None
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_that_is_nearly_full_keeps_its_pads() -> None:
+    ids = torch.ones(2, 40, dtype=torch.long)
+    mask = ids.clone()
+    mask[1, 39:] = 0
+    batch = make_batch()
+    assert segments_of(replace(batch, input_ids=ids, attention_mask=mask, lengths=(40, 39))) is None
+    assert segments_of(replace(batch, input_ids=ids, attention_mask=mask, lengths=None)) is None
+    half = segments_of(replace(batch, input_ids=ids, attention_mask=mask, lengths=(40, 20)))
+    assert half is not None
+    assert half.lengths == (40, 20)
+
+
+def test_padded_and_packed_are_inverse_of_each_other() -> None:
+    segments = Segments([5, 2, 7, 7])
+    x = torch.randn(1, 3, 21, 4)
+    padded = segments.padded(x, 2)
+    assert padded.shape == (4, 3, 7, 4)
+    assert not padded[1, :, 2:].any()
+    assert torch.equal(segments.packed(padded, 2), x)
+    wider = torch.cat([padded, torch.full((4, 3, 2, 4), torch.nan)], dim=2)
+    assert torch.equal(segments.packed(wider, 2), x)
+    even = Segments([3, 3])
+    assert torch.equal(even.packed(even.padded(x[:, :, :6], 2), 2), x[:, :, :6])
+
+
+def test_sequences_are_grouped_at_the_least_cost() -> None:
+    lengths = [3, 12, 5, 11, 4, 2, 20]
+    ordered = sorted(lengths)
+
+    def cost(groups: list[list[int]]) -> int:
+        return sum(len(group) * max(group) ** 2 + GROUP_COSTS for group in groups)
+
+    cuts = range(2 ** (len(ordered) - 1))
+    every = [[list(g) for g in split_at(ordered, [i + 1 for i in range(6) if cut >> i & 1])] for cut in cuts]
+    best = min(map(cost, every))
+    found = [[lengths[i] for i in group] for group in Segments(lengths)._groups]
+    assert sorted(length for group in found for length in group) == ordered
+    assert cost(found) == best
+    assert 1 < len(found) < len(lengths)
+
+
+def split_at(values: list[int], cuts: list[int]) -> list[list[int]]:
+    return [values[a:b] for a, b in zip([0, *cuts], [*cuts, len(values)], strict=True)]
+
+
+def test_groups_hold_every_token_once() -> None:
+    segments = Segments([5, 2, 7, 30, 6, 2, 28])
+    groups, back = segments.groups_on(torch.device("cpu"))
+    assert len(groups) > 1
+    assert back is not None
+    tokens = torch.cat([at for _, at in groups if at is not None])
+    assert sorted(tokens.tolist()) == list(range(80))
+    assert torch.equal(tokens[back], torch.arange(80))
+    assert [sorted(group.lengths) for group, _ in groups] == [[2, 2], [5, 6, 7], [28], [30]]
+
+
+def test_segments_go_with_their_last_user() -> None:
+    """Without waiting for the collector: each batch has tensors of them on the device."""
+    segments = Segments([3, 5, 2])
+    for device in (torch.device("cpu"),):
+        segments.mask_on(device)
+        segments.groups_on(device)
+    gone = weakref.ref(segments)
+    gc.disable()
+    try:
+        del segments
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_no_other_tensor_is_taken_for_a_packed_mask() -> None:
+    for other in (None, torch.ones(4), torch.tensor([0, 3, 5]), torch.tensor([], dtype=torch.int64), torch.ones(2, 3)):
+        assert packing_of(other) is None
+    with packing(Segments([3, 5]), pad_at_end=True):
+        found = packing_of(packed_mask().detach().clone())  # type: ignore[union-attr]
+    assert found is not None
+    assert (found.segments.lengths, found.pad_at_end) == ((3, 5), True)
