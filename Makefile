@@ -19,6 +19,7 @@ lint: install
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 
 format: install
 	ruff format .
