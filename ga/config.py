@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.config.distill import require
+from engine.config.marks import how, result
 from engine.config.proxy import ProxyJobConfig, ProxySettings
 from ga.evolution.genome import Constraint
 from ga.evolution.operators import PRESETS, Settings
@@ -21,73 +22,73 @@ STUDY_FILE = "study.db"
 class SearchSection(Settings):
     """The `search` section; the operators of the genetic algorithm are inherited."""
 
-    trials: int = 64
+    trials: int = how(64)
     """Budget: how many genomes are evaluated."""
 
-    sampler: Literal["ga", "random", "exhaustive", "tpe", "nsga2"] = "ga"
+    sampler: Literal["ga", "random", "exhaustive", "tpe", "nsga2"] = result("ga")
     """Which search. ga: this project's genetic algorithm; random: without repetition; exhaustive: the whole space in
     order; tpe and nsga2: Optuna's. All start with the heuristics (uniform, last, first, all-last, none)."""
 
-    preset: Literal["default", "autotinybert"] = "default"
+    preset: Literal["default", "autotinybert"] = result("default")
     """autotinybert: operators and rates of AutoTinyBERT's published loop, in place of `population` … `creep_rate`."""
 
-    seed: int = 0
+    seed: int = result(0)
     """Seed of the search. The proxy's is `seed`."""
 
-    seeds: list[str] = field(default_factory=list)
+    seeds: list[str] = result(factory=list)
     """Layer mappings for generation 0 beside the heuristics."""
 
-    constraint: Constraint = "free"
+    constraint: Constraint = result("free")
     """How the non-zero genes of a mapping follow each other: free, nondecreasing or strictly_increasing."""
 
-    min_active: int = 0
+    min_active: int = result(0)
     """Fewest layers of a mapping that learn."""
 
-    allowed_layers: list[int] = field(default_factory=list)
+    allowed_layers: list[int] = result(factory=list)
     """Teacher layers that may be used, beside 0; empty: all."""
 
-    separate_attention: bool = False
+    separate_attention: bool = result(False)
     """Search a mapping of its own for the attention losses: genomes are HIDDEN/ATTENTION."""
 
-    second_objective: Literal["deepest_layer"] | None = None
+    second_objective: Literal["deepest_layer"] | None = result(None)
     """deepest_layer: prefer mappings whose deepest teacher layer is low too (the teacher stops there); sampler nsga2
     only. The result is then a front."""
 
-    storage: str | None = None
+    storage: str | None = how(None)
     """URL of the Optuna storage: sqlite:///FILE, or postgresql+psycopg://… for drivers on several machines. Unset:
     study.db in output_dir."""
 
-    study: str | None = None
+    study: str | None = how(None)
     """Name of the study in the storage; unset: the last part of output_dir. Drivers of one name share one search, and
     studies of one storage share their results."""
 
-    cohort: int = 8
+    cohort: int = how(8)
     """Most genomes that one job distils side by side against one teacher pass."""
 
-    slots_per_job: int = 1
+    slots_per_job: int = how(1)
     """Devices that a job takes."""
 
-    local_slots: int | None = None
+    local_slots: int | None = how(None)
     """Devices of this machine that jobs may take when there is no hostfile. Unset: all visible GPUs; without a GPU
     slots_per_job, that is one job on all cores."""
 
-    launcher: Launcher = "pdsh"
+    launcher: Launcher = how("pdsh")
     """How DeepSpeed reaches other hosts: pdsh, openmpi or slurm."""
 
-    job_minutes: float = 60.0
+    job_minutes: float = how(60.0)
     """Minutes after which a job is ended; what it has not scored by then counts as failed."""
 
-    max_failures: int = 16
+    max_failures: int = how(16)
     """Genomes in a row without any fitness after which the search gives up."""
 
-    halving: float | None = None
+    halving: float | None = result(None)
     """Successive halving: after each step of proxy.report_at only students among the best 1/halving of all that were
     scored at that step go on; the others count as trials without fitness. Unset: every student runs to the end."""
 
-    confirm_top: int = 3
+    confirm_top: int = how(3)
     """Best genomes that are run again with new seeds at the end, beside uniform; 0: none."""
 
-    confirm_seeds: int = 4
+    confirm_seeds: int = how(4)
     """New seeds of each of them."""
 
     def __post_init__(self) -> None:
@@ -142,17 +143,17 @@ class SearchSection(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(ProxySettings):
-    output_dir: str = "runs/search"
+    output_dir: str = how("runs/search")
     """Folder of the search: trials, TensorBoard, report and, unless search.storage names another, study.db. Starting
     the same command again continues it."""
 
-    hostfile: str | None = None
+    hostfile: str | None = how(None)
     """DeepSpeed hostfile (`worker-1 slots=8`) of the hosts that run jobs; unset: this machine."""
 
-    status: bool = False
+    status: bool = how(False)
     """Print a table of the search in this folder and stop."""
 
-    dry_run: bool = False
+    dry_run: bool = how(False)
     """Print space, budget, cost (measured by one proxy job) and the first commands, and stop."""
 
     search: SearchSection = field(default_factory=SearchSection)

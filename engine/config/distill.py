@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.config.marks import evaluation, how, located, result
 from engine.errors import UserError
 
 
@@ -19,52 +20,52 @@ def require(ok: bool, key: str, value: object, remedy: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    path: str = "models/all-MiniLM-L6-v2"
+    path: str = located("models/all-MiniLM-L6-v2", teacher=True)
     """Folder or hub name of the frozen teacher (any Auto-class encoder that uses transformers' attention interface)."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = result("auto", teacher=True)
     """Precision of the teacher's weights and forward; auto follows the student's (ds_configs)."""
 
-    placement: Literal["replicate", "zero3"] = "replicate"
+    placement: Literal["replicate", "zero3"] = how("replicate")
     """replicate: a whole copy on each rank; zero3: weights sharded over the ranks, gathered layer by layer."""
 
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = how("auto", teacher=True)
     """Attention backend; auto picks by device, dtype, length and head width from a measured table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    path: str | None = None
+    path: str | None = result(None)
     """HF folder or hub name to start from; it then owns the architecture, and `layers` … `init` must stay unset."""
 
-    layers: int | None = None
+    layers: int | None = result(None)
     """Number of student layers M; unset: half of the teacher's."""
 
-    hidden_size: int | None = None
+    hidden_size: int | None = result(None)
     """Width of the student's hidden states; unset: the teacher's."""
 
-    heads: int | None = None
+    heads: int | None = result(None)
     """Number of attention heads; unset: the teacher's (score and probability losses need the same number)."""
 
-    intermediate_size: int | None = None
+    intermediate_size: int | None = result(None)
     """Width of the feed-forward layer; unset: the teacher's, scaled by hidden_size."""
 
-    init: str | None = None
+    init: str | None = result(None)
     """Where the initial weights come from: `random`; `mapping` (copy the mapped teacher layers, unmapped ones stay
     random); `uniform`, `every-other` (layers 2, 4, 6 …), `first`, `last`; or teacher layers like `0-3-7-11` (1-based,
     one per student layer, 0 = random; not the other mapping presets). Embeddings are copied too. A narrower student
     takes evenly spaced units of each width (Weight Selection, arXiv 2311.18823). Unset: random."""
 
-    dropout: float = 0.0
+    dropout: float = result(0.0)
     """Dropout probability of the student while it is distilled; the exported config keeps it."""
 
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = how("auto")
     """Attention backend; auto picks by device, dtype, length and head width from a measured table."""
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = how(False)
     """Recompute each layer's activations in the backward pass: less memory, about a third more student compute."""
 
-    fused_layer_norm: bool = False
+    fused_layer_norm: bool = how(False)
     """Replace LayerNorm by NVIDIA Apex's FusedLayerNorm; an error when Apex is not installed."""
 
     def __post_init__(self) -> None:
@@ -84,17 +85,17 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MappingConfig:
-    hidden: str = "uniform"
+    hidden: str = result("uniform")
     """Layer mapping of the hidden-state losses: `0-5-0-10` (teacher layer of each student layer, 0 = none) or
     uniform, last, first, all-last, none, random:SEED."""
 
-    attention: str | None = None
+    attention: str | None = result(None)
     """Layer mapping of the attention losses (scores, probabilities, relations); unset: the same as `hidden`."""
 
-    hidden_weights: list[float] | None = None
+    hidden_weights: list[float] | None = result(None)
     """One weight per student layer for the hidden-state losses; unset: 1 each."""
 
-    attention_weights: list[float] | None = None
+    attention_weights: list[float] | None = result(None)
     """One weight per student layer for the attention losses; unset: 1 each."""
 
     def __post_init__(self) -> None:
@@ -105,51 +106,51 @@ class MappingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    preset: Literal["clean", "tinybert"] = "clean"
+    preset: Literal["clean", "tinybert"] = result("clean")
     """clean: means over real tokens, averaged over active layers. tinybert: TinyBERT's released loss to rounding
     (means over all positions, pads included; summed over layers; one projection with bias, for embeddings too)."""
 
-    hidden: float = 1.0
+    hidden: float = result(1.0)
     """Weight of the hidden-state MSE through the projection; 0 switches it off."""
 
-    attention: float = 1.0
+    attention: float = result(1.0)
     """Weight of the MSE of attention scores (before softmax); needs equal head counts."""
 
-    embedding: float = 1.0
+    embedding: float = result(1.0)
     """Weight of the MSE of the embedding outputs (hidden state 0) through the projection."""
 
-    attention_probs: float = 0.0
+    attention_probs: float = result(0.0)
     """Weight of KL(teacher || student) of the attention probabilities; needs equal head counts."""
 
-    relation: float = 0.0
+    relation: float = result(0.0)
     """Weight of the MiniLMv2 relation KL (Q-Q, K-K, V-V); any head counts."""
 
-    cosine: float = 0.0
+    cosine: float = result(0.0)
     """Weight of 1 - cosine of the hidden states through the projection."""
 
-    logits: float = 0.0
+    logits: float = result(0.0)
     """Weight of the KL of the MLM logits at `temperature`; teacher and student need an MLM head and one vocabulary."""
 
-    mlm: float = 0.0
+    mlm: float = result(0.0)
     """Weight of the MLM cross-entropy on masked positions; needs data.mlm_probability > 0."""
 
-    temperature: float = 1.0
+    temperature: float = result(1.0)
     """Temperature T of the logits KL (scaled by T squared)."""
 
-    relation_heads: int | None = None
+    relation_heads: int | None = result(None)
     """Relation heads of `relation`; must divide both widths. Unset: the teacher's number of heads."""
 
-    relation_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    relation_weights: list[float] = result(factory=lambda: [1.0, 1.0, 1.0])
     """Weights of the Q-Q, K-K and V-V relations."""
 
-    projection: Literal["shared", "per_layer", "single", "identity"] | None = None
+    projection: Literal["shared", "per_layer", "single", "identity"] | None = result(None)
     """Student width -> teacher width. shared: one for all layers and one for the embeddings; per_layer: one for each
     student layer; single: the same one for layers and embeddings; identity: none (equal widths). Unset: shared."""
 
-    projection_bias: bool | None = None
+    projection_bias: bool | None = result(None)
     """Whether projections have a bias; unset: no (tinybert: yes)."""
 
-    average_layers: bool | None = None
+    average_layers: bool | None = result(None)
     """Divide each layer-mapped loss by its number of active layers, so that a mapping with skips keeps the effective
     learning rate; unset: yes (tinybert: no, a sum)."""
 
@@ -205,23 +206,23 @@ ATTENTION_MAPPED = ("attention", "attention_probs", "relation")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str = "data/news"
+    path: str = located("data/news")
     """Folder that launch/prepare_data.py wrote (with manifest.json)."""
 
-    seq_len: int | None = None
+    seq_len: int | None = located(None)
     """Sequence length in tokens, as a check: must equal the prepared corpus; unset: whatever that has."""
 
-    eval_sequences: int = 256
+    eval_sequences: int = result(256)
     """Sequences at the end of the corpus that are held out for the evaluation loss and never trained on.
     0, or at least one for each rank."""
 
-    mlm_probability: float = 0.0
+    mlm_probability: float = result(0.0)
     """Share of tokens chosen for masking (80 % mask token, 10 % random, 10 % kept); 0: no masking, as in the method."""
 
-    whole_word_mask: bool = False
+    whole_word_mask: bool = result(False)
     """Choose whole words instead of single tokens for masking."""
 
-    verify: bool = True
+    verify: bool = how(True)
     """Compare every shard with its checksum, in the background: the ranks of a host read the whole corpus once. false:
     only the size of a shard when it is first used, for a corpus whose file system should not be read by every host."""
 
@@ -233,17 +234,17 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    name: Literal["adamw", "lamb", "apex_fused_adam", "apex_fused_lamb"] = "adamw"
+    name: Literal["adamw", "lamb", "apex_fused_adam", "apex_fused_lamb"] = result("adamw")
     """adamw: DeepSpeed FusedAdam on a GPU, DeepSpeedCPUAdam with offload, torch's fused AdamW otherwise; lamb:
     DeepSpeed FusedLamb on a GPU, our own elsewhere (ZeRO stage 0 only); apex_*: NVIDIA Apex, an error when missing."""
 
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = result(factory=lambda: [0.9, 0.999])
     """Decay rates of the first and second moments."""
 
-    eps: float = 1e-8
+    eps: float = result(1e-8)
     """Added to the square root of the second moment."""
 
-    weight_decay: float = 0.01
+    weight_decay: float = result(0.01)
     """Decoupled weight decay; biases and norms get none."""
 
     def __post_init__(self) -> None:
@@ -259,41 +260,41 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int = 300
+    steps: int = result(300)
     """Optimizer steps of the whole run."""
 
-    global_batch: int = 32
+    global_batch: int = result(32)
     """Sequences per optimizer step over all ranks; gradient accumulation is derived from it and the micro batch."""
 
-    lr: float = 5e-4
+    lr: float = result(5e-4)
     """Peak learning rate."""
 
-    warmup_steps: int = 30
+    warmup_steps: int = result(30)
     """Optimizer steps of linear warm-up from 0."""
 
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = result("linear")
     """Learning rate after the warm-up: to 0 at `steps` linearly or by a half cosine, or constant."""
 
-    grad_clip: float = 1.0
+    grad_clip: float = result(1.0)
     """Largest global gradient norm; 0: no clipping."""
 
-    log_every: int = 10
+    log_every: int = how(10)
     """Optimizer steps between step records, TensorBoard points and progress updates."""
 
-    eval_every: int = 100
+    eval_every: int = how(100)
     """Optimizer steps between held-out losses; 0: never."""
 
-    save_every: int = 100
+    save_every: int = how(100)
     """Optimizer steps between checkpoints; one more is written at the end. 0: only at the end."""
 
-    keep: int = 2
+    keep: int = how(2)
     """Newest complete checkpoints that are kept."""
 
-    hang_timeout_s: float = 600.0
+    hang_timeout_s: float = how(600.0)
     """Seconds without a finished micro step, evaluation batch or checkpoint after which a rank writes its stacks to
     `hangs/` in the run directory and ends with code 1 (a lost network, a stuck rank elsewhere); 0: never."""
 
-    skip_bad_steps: int = 0
+    skip_bad_steps: int = how(0)
     """How many steps of a start may be left out because their loss is not finite: the weights stay as they were, and a
     record names terms and sequences. One more ends the run with code 3."""
 
@@ -313,57 +314,57 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    storage: Literal["shared", "local"] = "shared"
+    storage: Literal["shared", "local"] = how("shared")
     """shared: all hosts see one output_dir. local: output_dir lies on a disk of each host, which keeps the shards of
     its own ranks; records, TensorBoard and the student are on the first host alone."""
 
-    on_error: Literal["stop", "continue"] = "stop"
+    on_error: Literal["stop", "continue"] = how("stop")
     """When a checkpoint cannot be written (a full disk): end with code 1, or go on and try again at the next one.
     Earlier checkpoints are intact either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    backend: Literal["auto", "triton", "torch", "reference"] = how("auto")
     """What computes the losses with their gradients. triton: on a GPU; torch: anywhere; reference: the plain formulas,
     by autograd, slow; auto: triton on a GPU where it is installed, else torch."""
 
-    attention: Literal["auto", "tile", "gram"] = "auto"
+    attention: Literal["auto", "tile", "gram"] = how("auto")
     """MSE of attention scores. tile: scores in tiles, never in memory; gram: no scores at all, time grows with the
     length and not with its square; auto: by length, from the measured table in docs/benchmarks.md."""
 
-    gram_sums: Literal["auto", "float32", "float64"] = "auto"
+    gram_sums: Literal["auto", "float32", "float64"] = how("auto")
     """Precision in which Gram matrices are summed; in float32 small losses are noise (their gradients are not). auto:
     float64 where the device is fast enough at it."""
 
-    unpadded: bool = True
+    unpadded: bool = how(True, teacher=True)
     """Run padded batches without their pads, where the model computes the same (tried at start); not with
     loss.preset=tinybert, which counts pads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    output_dir: str = "runs/distill"
+    output_dir: str = how("runs/distill")
     """Run directory; starting the same command again continues the run in it."""
 
-    seed: int = 0
+    seed: int = evaluation(0)
     """Seed of weights, data order, masking and dropout."""
 
-    resume: str = "auto"
+    resume: str = how("auto")
     """auto: continue from the newest complete checkpoint; never: start anew (refused when there are checkpoints);
     or the name of one, like step-00000100."""
 
-    deepspeed_config: str = "auto"
+    deepspeed_config: str = how("auto")
     """DeepSpeed JSON (see ds_configs/README.md); auto: zero1_bf16.json on a GPU, zero0_bf16.json on a CPU with AMX
     or AVX-512 bf16, zero0_fp32.json elsewhere."""
 
-    dry_run: bool = False
+    dry_run: bool = how(False)
     """Stop after the start-up banner."""
 
-    require_fused: bool = False
+    require_fused: bool = how(False)
     """Make a fall-back to a slower optimizer or kernel an error."""
 
-    allow_pickle: bool = False
+    allow_pickle: bool = how(False)
     """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
     only."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, require
+from engine.config.marks import evaluation, how, located, result
 
 GRID_KEYS = ("lr", "epochs", "batch")
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
@@ -43,16 +44,16 @@ class CustomTaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskDataConfig:
-    data_dir: str | None = None
+    data_dir: str | None = located(None)
     """Folder with tasks in their official layout (SST-2/train.tsv, SQuAD/train-v1.1.json …); unset: the hub."""
 
-    custom: dict[str, CustomTaskConfig] = field(default_factory=dict)
+    custom: dict[str, CustomTaskConfig] = located(factory=dict)
     """Tasks of your own by name: files and columns."""
 
-    train_rows: int | None = None
+    train_rows: int | None = located(None)
     """Most training rows of a task, drawn at random once (the same for every seed); unset: all."""
 
-    dev_rows: int | None = None
+    dev_rows: int | None = located(None)
     """Most rows that score, from the front of the file; unset: all."""
 
     def __post_init__(self) -> None:
@@ -63,45 +64,45 @@ class TaskDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(TaskDataConfig):
-    name: str | list[str] = "SST-2"
+    name: str | list[str] = located("SST-2")
     """Task, list of tasks, or `glue` for all nine (those that are missing under data_dir are named and left out)."""
 
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = evaluation(factory=lambda: [0])
     """One fine-tuning for each: head, order of the rows and dropout. Scores are means over them."""
 
-    epochs: float | None = None
+    epochs: float | None = result(None)
     """Passes over the training rows; unset: by task (docs/tasks.md)."""
 
-    lr: float | None = None
+    lr: float | None = result(None)
     """Peak learning rate; unset: by task."""
 
-    batch: int | None = None
+    batch: int | None = result(None)
     """Rows per optimizer step over all ranks; unset: by task."""
 
-    seq_len: int | None = None
+    seq_len: int | None = result(None)
     """Longest input in tokens, longer ones are cut; unset: by task, and never more than the model takes."""
 
-    doc_stride: int = 128
+    doc_stride: int = result(128)
     """SQuAD: tokens by which two windows of one text are apart."""
 
-    grid: dict[str, list[float]] = field(default_factory=dict)
+    grid: dict[str, list[float]] = result(factory=dict)
     """Values to try of lr, epochs and batch, like `{lr: [2e-5, 5e-5], batch: [16, 32]}`: every combination is trained
     with every seed, and the one with the best mean dev score is reported."""
 
-    warmup_share: float = 0.1
+    warmup_share: float = result(0.1)
     """Share of the optimizer steps with linear warm-up."""
 
-    dropout: float = 0.1
+    dropout: float = result(0.1)
     """Dropout of the encoder and the head while it is fine-tuned."""
 
-    patience: int | None = None
+    patience: int | None = result(None)
     """Early stopping: end after so many evaluations without a better dev score, and keep the best weights. Unset: train
     all epochs and keep the last."""
 
-    eval_every: int | None = None
+    eval_every: int | None = result(None)
     """Optimizer steps between evaluations; unset: once per epoch."""
 
-    predict: bool = False
+    predict: bool = how(False)
     """Write predictions for dev and test files in the GLUE submission layout, under `predictions/`."""
 
     def __post_init__(self) -> None:
@@ -141,46 +142,46 @@ class TaskConfig(TaskDataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    path: str = "runs/quickstart"
+    path: str = located("runs/quickstart")
     """What to fine-tune: a student folder, a run directory of launch/distill.py (its `student/`), or any Hugging Face
     encoder by folder or hub name."""
 
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = how("auto")
     """Attention backend; auto picks by device, dtype, length and head width from a measured table."""
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = how(False)
     """Recompute each layer's activations in the backward pass: less memory, about a third more compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskTeacherConfig:
-    path: str | None = None
+    path: str | None = located(None)
     """Folder of a teacher that was fine-tuned on the same task, for task-stage distillation; unset: none. `{task}` in
     it stands for the task's name, as in runs/teacher/{task}/model."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = result("auto")
     """Precision of the teacher's weights and forward; auto follows the student's (ds_configs)."""
 
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = how("auto")
     """Attention backend; auto picks by device, dtype, length and head width from a measured table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskLossConfig(LossConfig):
-    labels: float = 1.0
+    labels: float = result(1.0)
     """Weight of the task's own loss: cross-entropy of the labels or spans, squared error of a regression."""
 
-    logits: float = 1.0
+    logits: float = result(1.0)
     """Weight of the KL to the teacher's task logits at `temperature` (squared error for a regression); only with
     teacher.path."""
 
-    hidden: float = 0.0
+    hidden: float = result(0.0)
     """Weight of the hidden-state MSE on the task's text; only with teacher.path, as all losses below."""
 
-    attention: float = 0.0
+    attention: float = result(0.0)
     """Weight of the MSE of attention scores on the task's text; needs equal head counts."""
 
-    embedding: float = 0.0
+    embedding: float = result(0.0)
     """Weight of the MSE of the embedding outputs on the task's text."""
 
     def __post_init__(self) -> None:
@@ -192,16 +193,16 @@ class TaskLossConfig(LossConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FineTrainConfig:
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = result("linear")
     """Learning rate after the warm-up: to 0 at the last step linearly or by a half cosine, or constant."""
 
-    grad_clip: float = 1.0
+    grad_clip: float = result(1.0)
     """Largest global gradient norm; 0: no clipping."""
 
-    log_every: int = 50
+    log_every: int = how(50)
     """Optimizer steps between step records, TensorBoard points and progress updates."""
 
-    save_every: int = 0
+    save_every: int = how(0)
     """Optimizer steps between checkpoints; 0: at the end of each fine-tuning (with patience: at each better score)."""
 
     def __post_init__(self) -> None:
@@ -212,22 +213,22 @@ class FineTrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    output_dir: str = "runs/finetune"
+    output_dir: str = how("runs/finetune")
     """Folder of all fine-tunings of this command; starting the same command again continues where it stopped."""
 
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "never"] = how("auto")
     """auto: keep finished fine-tunings and continue the unfinished one; never: refuse a folder that has any."""
 
-    deepspeed_config: str = "auto"
+    deepspeed_config: str = how("auto")
     """DeepSpeed JSON (see ds_configs/README.md); auto as in launch/distill.py."""
 
-    dry_run: bool = False
+    dry_run: bool = how(False)
     """Stop after the start-up banner."""
 
-    require_fused: bool = False
+    require_fused: bool = how(False)
     """Make a fall-back to a slower optimizer or kernel an error."""
 
-    allow_pickle: bool = False
+    allow_pickle: bool = how(False)
     """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
     only."""
 

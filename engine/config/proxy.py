@@ -16,6 +16,7 @@ from engine.config.distill import (
     require,
 )
 from engine.config.finetune import TaskDataConfig
+from engine.config.marks import evaluation, how, located, result
 
 PROXY_INIT = "uniform"
 
@@ -24,48 +25,48 @@ PROXY_INIT = "uniform"
 class ProxyConfig:
     """The `proxy` section."""
 
-    steps: int = 60
+    steps: int = result(60)
     """Optimizer steps of each student's distillation (docs/proxy.md says why so few)."""
 
-    tasks: list[str] = field(default_factory=lambda: ["SST-2", "MRPC", "STS-B"])
+    tasks: list[str] = located(factory=lambda: ["SST-2", "MRPC", "STS-B"])
     """Tasks that score a student; its fitness is the mean of their scores."""
 
-    evaluator: Literal["probe", "finetune"] = "probe"
+    evaluator: Literal["probe", "finetune"] = result("probe")
     """probe: frozen mean-pooled features (zero-shot cosine for similarity tasks, logistic and ridge regression
     elsewhere; deterministic); finetune: a short fine-tuning of a copy on each task."""
 
-    folds: int = 5
+    folds: int = result(5)
     """Parts of the cross-validation of the probes that are trained: each labelled row, training and dev, is scored by a
     probe that has not seen it (the dev rows alone are too few to tell mappings apart). 1: train on the training rows,
     score on the dev rows."""
 
-    report_at: list[int] = field(default_factory=list)
+    report_at: list[int] = evaluation(factory=list)
     """Steps at which intermediate scores are taken as well (records of kind step), so that a search can stop early."""
 
-    stop_below: dict[int, float] = field(default_factory=dict)
+    stop_below: dict[int, float] = how(factory=dict)
     """Step of `report_at` -> fitness: a student whose intermediate fitness is lower ends there, without a result."""
 
-    repeats: int = 1
+    repeats: int = evaluation(1)
     """Runs of every genome, with seeds seed, seed + 1 …; two or more print the signal ratio."""
 
-    epochs: float = 2.0
+    epochs: float = result(2.0)
     """Passes over the task's training rows (evaluator finetune)."""
 
-    lr: float = 1e-4
+    lr: float = result(1e-4)
     """Peak learning rate (evaluator finetune)."""
 
-    batch: int = 32
+    batch: int = result(32)
     """Rows per optimizer step (evaluator finetune)."""
 
-    teacher_cache: str | None = None
+    teacher_cache: str | None = how(None)
     """Folder that keeps what the teacher computes for each batch, for later jobs with the same batches (a search's jobs
     all have them); CPU only. Unset: none."""
 
-    teacher_cache_gib: float = 20.0
+    teacher_cache_gib: float = how(20.0)
     """Size that the cache may grow to for one teacher and what the losses look at; what does not fit is computed each
     time."""
 
-    keep_students: bool = False
+    keep_students: bool = how(False)
     """Write each distilled student to `students/`."""
 
     def __post_init__(self) -> None:
@@ -94,22 +95,22 @@ class ProxyStudentConfig(StudentConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyTrainConfig:
-    global_batch: int = 16
+    global_batch: int = result(16)
     """Sequences per optimizer step over all ranks."""
 
-    lr: float = 1e-3
+    lr: float = result(1e-3)
     """Peak learning rate."""
 
-    warmup_steps: int = 20
+    warmup_steps: int = result(20)
     """Optimizer steps of linear warm-up from 0."""
 
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = result("linear")
     """Learning rate after the warm-up: to 0 at `proxy.steps` linearly or by a half cosine, or constant."""
 
-    grad_clip: float = 1.0
+    grad_clip: float = result(1.0)
     """Largest global gradient norm; 0: no clipping."""
 
-    log_every: int = 20
+    log_every: int = how(20)
     """Optimizer steps between step records and TensorBoard points."""
 
     def as_train(self, steps: int) -> TrainConfig:
@@ -131,22 +132,22 @@ class ProxyTrainConfig:
 class ProxySettings:
     """What the jobs of a search have in common with one that is started by hand."""
 
-    output_dir: str
+    output_dir: str = how()
     """Folder of everything that is written."""
 
-    seed: int = 0
+    seed: int = evaluation(0)
     """Seed of weights, data order and dropout, of the first repeat."""
 
-    deepspeed_config: str = "auto"
+    deepspeed_config: str = how("auto")
     """DeepSpeed JSON (see ds_configs/README.md); auto as in launch/distill.py, but ZeRO stage 0 on a CPU."""
 
-    dry_run: bool = False
+    dry_run: bool = how(False)
     """Stop after the start-up banner."""
 
-    require_fused: bool = False
+    require_fused: bool = how(False)
     """Make a fall-back to a slower optimizer or kernel an error."""
 
-    allow_pickle: bool = False
+    allow_pickle: bool = how(False)
     """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
     only."""
 
@@ -174,14 +175,14 @@ class ProxySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyJobConfig(ProxySettings):
-    output_dir: str = "runs/proxy"
+    output_dir: str = how("runs/proxy")
     """Folder for records.jsonl, TensorBoard and kept students; genomes that it holds a result of are not run again."""
 
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "never"] = how("auto")
     """auto: a genome whose result of the same fingerprint and seed is in output_dir is not run again; never: all are
     run."""
 
-    genomes: list[str] = field(default_factory=list)
+    genomes: list[str] = evaluation(factory=list)
     """Layer mappings to compare, like `0-5-0-10`, a preset, or HIDDEN/ATTENTION for two different ones; all of them are
     distilled side by side against one teacher pass."""
 

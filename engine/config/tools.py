@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from engine.config.distill import require
+from engine.config.marks import how, located, result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,42 +33,42 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    sources: list[SourceConfig] = field(default_factory=list)
+    sources: list[SourceConfig] = located(factory=list)
     """Where the text comes from."""
 
-    output_dir: str = "data/corpus"
+    output_dir: str = how("data/corpus")
     """Folder for the shards and manifest.json."""
 
-    tokenizer: str = "models/all-MiniLM-L6-v2"
+    tokenizer: str = located("models/all-MiniLM-L6-v2")
     """Folder or hub name of the tokenizer: the teacher's."""
 
-    seq_len: int = 128
+    seq_len: int = result(128)
     """Tokens per sequence, special tokens included."""
 
-    pack: Literal["contiguous", "document"] = "contiguous"
+    pack: Literal["contiguous", "document"] = result("contiguous")
     """contiguous: a sequence goes on into the next document, with a separator between; document: it ends with it."""
 
-    unit: Literal["sentence", "paragraph", "token"] = "sentence"
+    unit: Literal["sentence", "paragraph", "token"] = result("sentence")
     """What is never cut (unless longer than a whole sequence): sentences or paragraphs; token: cut anywhere, so that
     contiguous sequences are full."""
 
-    short_seq_prob: float = 0.0
+    short_seq_prob: float = result(0.0)
     """Share of sequences that aim at a random shorter length, not below min_tokens (BERT's pre-training: 0.1)."""
 
-    min_tokens: int = 8
+    min_tokens: int = result(8)
     """Sequences with fewer text tokens are dropped."""
 
-    shard_mb: int = 4
+    shard_mb: int = how(4)
     """Text per shard, in MB: the unit of parallel work, of restart, and of memory."""
 
-    workers: int | None = None
+    workers: int | None = how(None)
     """Processes that tokenise; unset: one per core."""
 
-    on_bad_line: Literal["error", "skip"] = "error"
+    on_bad_line: Literal["error", "skip"] = how("error")
     """What to do with a line that is not UTF-8, not JSON, without the field, or too long: stop and name it, or skip
     and count it."""
 
-    seed: int = 0
+    seed: int = result(0)
     """Seed of the short sequences."""
 
     def __post_init__(self) -> None:

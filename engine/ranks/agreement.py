@@ -5,9 +5,9 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+from engine.config.identity import changed_keys
 from engine.errors import UserError
 from engine.ranks.collectives import from_rank_zero, gathered
-from engine.records.fingerprints import changed_keys
 
 
 def require_agreement(mine: dict[str, Any]) -> None:

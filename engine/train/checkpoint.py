@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.deepspeed import Execution
+from engine.config.identity import changed_keys
 from engine.errors import UserError
 from engine.ranks.agreement import require_agreement
 from engine.ranks.collectives import gathered
 from engine.ranks.runtime import Runtime
 from engine.records.files import sync_folder, write_whole
-from engine.records.fingerprints import changed_keys
 from engine.records.run_dir import COMPLETE, RunDir, step_tag, tag_step
 from engine.train import universal
 from engine.train.checkpoint_files import (

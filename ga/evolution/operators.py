@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from engine.config.marks import result
 from engine.errors import UserError
 from ga.evolution.genome import Genes, Space, below
 
@@ -20,23 +21,23 @@ TRIES = 20
 class Settings:
     """How one generation makes the next. The defaults: docs/benchmarks.md, "Search quality"."""
 
-    population: int = 8
+    population: int = result(8)
     """Genomes of a generation, and how many of the best known ones may be parents."""
-    newcomers: float = 0.0
+    newcomers: float = result(0.0)
     """Share of a generation that is random."""
-    selection: Literal["tournament", "roulette", "rank"] = "tournament"
+    selection: Literal["tournament", "roulette", "rank"] = result("tournament")
     """How a parent is chosen; roulette: in proportion to fitness minus the lowest."""
-    tournament_size: int = 5
+    tournament_size: int = result(5)
     """Candidates of a tournament; the best one wins."""
-    rank_pressure: float = 1.8
+    rank_pressure: float = result(1.8)
     """How many children the best expects under rank selection, between 1 (no selection) and 2."""
-    crossover: Literal["one_point", "two_point", "uniform", "none"] = "uniform"
+    crossover: Literal["one_point", "two_point", "uniform", "none"] = result("uniform")
     """How two parents are mixed."""
-    crossover_rate: float = 0.9
+    crossover_rate: float = result(0.9)
     """Probability of a second parent."""
-    reset_rate: float = 0.1
+    reset_rate: float = result(0.1)
     """Probability, for each gene, of any other value."""
-    creep_rate: float = 0.3
+    creep_rate: float = result(0.3)
     """Probability, for each gene, of the next lower or higher value."""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from optuna import Study
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from engine.config.marks import Mark, settings
 from engine.errors import UserError
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
@@ -37,22 +38,13 @@ def search_space(config: SearchConfig, *, student_layers: int, teacher_layers: i
 
 
 def settings_of(config: SearchConfig, space: Space, facts: ProxyFacts) -> dict[str, Any]:
-    """What a continued search must have in common with its beginning; budget, slots, cohort and limits may change."""
-    s = config.search
+    """What a continued search must have in common with its beginning; budget, slots, cohort and limits may change. The
+    proxy's own settings are in its fingerprint."""
+    found = settings(config, Mark.RESULT)
     return {
-        "search.sampler": s.sampler,
-        "search.seed": s.seed,
-        "search.seeds": list(s.seeds),
-        **{f"search.{name}": value for name, value in asdict(s.operators).items()},
-        "search.constraint": s.constraint,
-        "search.min_active": s.min_active,
-        "search.allowed_layers": list(s.allowed_layers),
-        "search.separate_attention": s.separate_attention,
-        "search.second_objective": s.second_objective,
-        "search.halving": s.halving,
-        "proxy.report_at": list(config.proxy.report_at),
-        "proxy.repeats": config.proxy.repeats,
-        "seed": config.seed,
+        **{key: value for key, value in found.items() if key.startswith("search.")},
+        **{f"search.{name}": value for name, value in asdict(config.search.operators).items()},
+        **settings(config, Mark.EVALUATION),
         "student layers": space.student_layers,
         "teacher layers": space.teacher_layers,
         "fingerprint": facts.fingerprint,
@@ -61,7 +53,7 @@ def settings_of(config: SearchConfig, space: Space, facts: ProxyFacts) -> dict[s
 
 def open_search(storage: SearchStorage, config: SearchConfig, space: Space, facts: ProxyFacts) -> SearchSource:
     """Creates the study or continues it. Raises UserError when it was begun with other settings."""
-    settings = settings_of(config, space, facts)
+    wanted = settings_of(config, space, facts)
     directions = [StudyDirection.MAXIMIZE]
     directions += [] if config.search.second_objective is None else [StudyDirection.MINIMIZE]
     with storage.lock():
@@ -70,7 +62,7 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
         )
         begun = study.user_attrs.get(SETTINGS)
         if begun is not None:
-            _check_same(begun, settings, study, facts, where=storage.shown_url)
+            _check_same(begun, wanted, study, facts, where=storage.shown_url)
         elif study.directions != directions or any(
             trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)
         ):
@@ -84,7 +76,7 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
             source.start()
             study.set_user_attr(PARTS, facts.fingerprint_parts)
             study.set_user_attr(COMPARABLE, [facts.fingerprint, config.seed, config.proxy.repeats])
-            study.set_user_attr(SETTINGS, settings)  # last: it says that the others are there
+            study.set_user_attr(SETTINGS, wanted)  # last: it says that the others are there
     return source
 
 
@@ -108,9 +100,9 @@ def load_search(storage: SearchStorage, config: SearchConfig) -> Study:
 
 
 def _check_same(
-    begun: Mapping[str, Any], settings: Mapping[str, Any], study: Study, facts: ProxyFacts, *, where: str
+    begun: Mapping[str, Any], wanted: Mapping[str, Any], study: Study, facts: ProxyFacts, *, where: str
 ) -> None:
-    for key, value in settings.items():
+    for key, value in wanted.items():
         before = begun.get(key)
         if before == value:
             continue

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.config.marks import Mark, settings
 from engine.config.tools import PrepareConfig
 from engine.data.manifest import tokenizer_sha256
 from engine.data.prepare.packing import Packer, SpecialTokens, special_tokens, tokenize
@@ -62,7 +63,7 @@ class UnitSettings:
 
 def unit_settings(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> UnitSettings:
     separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    settings = UnitSettings(
+    found = UnitSettings(
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         special=special_tokens(
@@ -71,19 +72,14 @@ def unit_settings(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> 
             reserved=tokenizer.all_special_ids,
             unknown=tokenizer.unk_token_id,
         ),
-        seq_len=config.seq_len,
-        pack=config.pack,
-        unit=config.unit,
-        short_seq_prob=config.short_seq_prob,
-        min_tokens=config.min_tokens,
-        seed=config.seed,
+        **settings(config, Mark.RESULT),
     )
-    if config.min_tokens > settings.capacity:
+    if config.min_tokens > found.capacity:
         raise UserError(
-            f"min_tokens={config.min_tokens}: a sequence of seq_len={config.seq_len} holds only {settings.capacity} "
+            f"min_tokens={config.min_tokens}: a sequence of seq_len={config.seq_len} holds only {found.capacity} "
             "text tokens; lower min_tokens or raise seq_len"
         )
-    return settings
+    return found
 
 
 def plain_tokenizer(tokenizer_json: str) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from engine.config.deepspeed import Execution
 from engine.config.distill import MappingConfig, RunConfig
+from engine.config.marks import FIXED, settings
 from engine.data.manifest import Manifest, check_tokenizer, corpus_hash, load_manifest
 from engine.errors import UserError
 from engine.jobs.execution import attention_backend, compute_device, plan_execution
@@ -24,7 +24,6 @@ from engine.models.hub import model_hashes
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config
-from engine.records.fingerprints import flatten
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,7 @@ def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world
 
 def identity(plan: Plan) -> dict[str, Any]:
     """What must be the same when a run is continued: every setting that decides what is computed, and its inputs."""
-
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(plan.config)))
-    return flatten(settings) | {
+    return settings(plan.config, *FIXED) | {
         **model_hashes("teacher", plan.config.teacher.path, plan.teacher_config),
         "data.content_sha256": corpus_hash(plan.manifest),
         "mapping.hidden_resolved": str(plan.hidden_map),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from transformers import PretrainedConfig
 from engine.config.deepspeed import Execution
 from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig, TaskConfig
+from engine.config.marks import FIXED, settings
 from engine.errors import UserError
 from engine.jobs.execution import compute_device, plan_execution
 from engine.jobs.finetune.scores import Point
@@ -26,7 +26,7 @@ from engine.models.attention import Backend, resolve_backend
 from engine.models.hub import model_hashes
 from engine.models.shape import ModelShape
 from engine.ranks import runtime
-from engine.records.fingerprints import digest, flatten
+from engine.records.fingerprints import digest
 from engine.tasks.load import TaskData, load_task, resolve_names
 from engine.tasks.model import longest_input, model_folder, require_head, task_tokenizer
 from engine.tasks.specs import task_spec
@@ -357,38 +357,20 @@ def _idle_settings(config: FinetuneConfig) -> list[str]:
 
 def unit_identity(plan: FinetunePlan, unit: Unit) -> dict[str, Any]:
     """What must be the same when a fine-tuning is continued, or its result taken over."""
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(plan.unit_config(unit))))
-    how = ("output_dir", "resume", "deepspeed_config", "dry_run", "require_fused", "allow_pickle", "train", "kernels")
-    for name in how:
-        settings.pop(name)
-    for name in ("path", "attention", "activation_checkpointing"):
-        settings["model"].pop(name)
-    for name in ("path", "attention"):
-        settings["teacher"].pop(name)
-    task = settings["task"]
-    for name in ("data_dir", "custom", "train_rows", "dev_rows", "predict", "name"):  # the rows' hash says it all
-        task.pop(name)
+    fixed = settings(plan.unit_config(unit), *FIXED)
+    teacher = unit.task.teacher
     if unit.task.data.spec.kind != "span":
-        task.pop("doc_stride")
+        del fixed["task.doc_stride"]
     if plan.config.task.patience is None:
-        task.pop("eval_every")
-    teacher, train = unit.task.teacher, plan.config.train
-    of_teacher: dict[str, Any] = {}
+        del fixed["task.eval_every"]
     if teacher is None:
-        for name in ("teacher", "mapping"):
-            settings.pop(name)
-        settings["loss"] = {"labels": plan.config.loss.labels}
+        unused = ("teacher.", "mapping.", "loss.")
+        fixed = {key: value for key, value in fixed.items() if key == "loss.labels" or not key.startswith(unused)}
     else:
-        of_teacher = model_hashes("teacher", teacher.path, teacher.config)
-        of_teacher |= {f"mapping.{key}_resolved": str(found) for key, found in teacher.maps.items()}
-    return (
-        flatten(settings)
-        | of_teacher
-        | {
-            "task.rows_sha256": unit.task.rows_sha256,
-            "train.schedule": train.schedule,
-            "train.grad_clip": train.grad_clip,
-            "tokenizer.sha256": digest([plan.tokenizer.get_vocab(), plan.tokenizer.model_input_names]),
-            **plan.model_identity,
-        }
-    )
+        fixed |= model_hashes("teacher", teacher.path, teacher.config)
+        fixed |= {f"mapping.{key}_resolved": str(found) for key, found in teacher.maps.items()}
+    return fixed | {
+        "task.rows_sha256": unit.task.rows_sha256,
+        "tokenizer.sha256": digest([plan.tokenizer.get_vocab(), plan.tokenizer.model_input_names]),
+        **plan.model_identity,
+    }

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from engine.config.identity import changed_keys
 from engine.errors import UserError
 from engine.jobs.finetune.plan import FinetunePlan, Unit, unit_identity
 from engine.jobs.finetune.scores import UnitScore
@@ -20,7 +21,6 @@ from engine.models.student import enable_activation_checkpointing
 from engine.models.teacher import FrozenTeacher
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime, StopRequest
-from engine.records.fingerprints import changed_keys
 from engine.records.records import final_result, read_records
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.tasks.encode import EncodedTask

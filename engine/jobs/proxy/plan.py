@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import engine
 from engine.config.deepspeed import FOLDER
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, MappingConfig, RunConfig
+from engine.config.marks import Mark, settings
 from engine.config.proxy import ProxyJobConfig
 from engine.data.manifest import corpus_hash
 from engine.errors import UserError
@@ -169,41 +170,22 @@ def code_version() -> str:
 
 
 def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskData]) -> dict[str, Any]:
-    """Seed and mapping are left out: they tell evaluations of one fingerprint apart. So is what changes rounding only
-    (ranks, micro batch, ZeRO stage, attention backend)."""
-    student = asdict(config.student)
-    for name in ("attention", "activation_checkpointing", "fused_layer_norm"):
-        student.pop(name)
+    """Every setting that decides a fitness, by section, and hashes of what is read. Seed and mapping are left out: they
+    tell evaluations of one fingerprint apart. So is what changes rounding only (ranks, micro batch, ZeRO stage,
+    attention backend)."""
+    fixed = settings(config, Mark.RESULT)
+    for name in ("epochs", "lr", "batch") if config.proxy.evaluator == "probe" else ("folds",):
+        del fixed[f"proxy.{name}"]
+    parts: dict[str, Any] = {}
+    for key, value in fixed.items():
+        section, _, name = key.partition(".")
+        parts.setdefault(section, {})[name] = value
     if config.student.path is not None:
-        student["weights_sha256"] = hub.weights_fingerprint(config.student.path, key="student.path")
+        parts["student"]["weights_sha256"] = hub.weights_fingerprint(config.student.path, key="student.path")
     hashes = model_hashes("teacher", config.teacher.path, base.teacher_config)
-    return {
-        "teacher": {**{key.partition(".")[2]: value for key, value in hashes.items()}, "dtype": base.teacher_dtype},
-        "student": student,
-        "losses": asdict(config.loss),
-        "data": {
-            "content_sha256": corpus_hash(base.manifest),
-            "seq_len": base.seq_len,
-            "mlm_probability": config.data.mlm_probability,
-            "whole_word_mask": config.data.whole_word_mask,
-        },
-        "training": {
-            "steps": config.proxy.steps,
-            **{
-                key: getattr(config.train, key)
-                for key in ("global_batch", "lr", "warmup_steps", "schedule", "grad_clip")
-            },
-            "optimizer": asdict(config.optim),
-            "precision": base.execution.precision,
-        },
-        "tasks": {task.spec.name: {"sha256": task.sha256, "metrics": list(task.spec.metrics)} for task in tasks},
-        "evaluator": evaluator_settings(config),
-        "code": {"mapdistill": code_version(), **{name: version(name) for name in PACKAGES}},
-    }
-
-
-def evaluator_settings(config: ProxyJobConfig) -> dict[str, Any]:
-    kind = config.proxy.evaluator
-    if kind == "probe":
-        return {"kind": kind, "folds": config.proxy.folds}
-    return {"kind": kind, **{name: getattr(config.proxy, name) for name in ("epochs", "lr", "batch")}}
+    parts["teacher"] |= {key.partition(".")[2]: value for key, value in hashes.items()} | {"dtype": base.teacher_dtype}
+    parts["data"] |= {"content_sha256": corpus_hash(base.manifest), "seq_len": base.seq_len}
+    parts["train"]["precision"] = base.execution.precision
+    parts["tasks"] = {task.spec.name: {"sha256": task.sha256, "metrics": list(task.spec.metrics)} for task in tasks}
+    parts["code"] = {"mapdistill": code_version(), **{name: version(name) for name in PACKAGES}}
+    return parts

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED
+from engine.config.marks import teacher_settings
 from engine.config.proxy import ProxyJobConfig
 from engine.data.batch import Batch
 from engine.errors import UserError
@@ -309,11 +310,14 @@ def open_cached_teacher(
     wanted = any_mapping_wants(config, plan)
     if wanted == Wanted():
         raise UserError(f"{given}: no loss looks at the teacher's layers, so there is nothing to keep; remove it")
+    resolved: dict[str, Any] = {
+        "teacher.path": model_hashes("teacher", config.teacher.path, plan.teacher_config),
+        "teacher.dtype": plan.teacher_dtype,
+        "teacher.attention": plan.teacher_attention.name,
+        "kernels.unpadded": plan.unpadded,
+    }
     facts = {
-        **model_hashes("teacher", config.teacher.path, plan.teacher_config),
-        "dtype": plan.teacher_dtype,
-        "attention": plan.teacher_attention.name,
-        "unpadded": plan.unpadded,
+        **{key: resolved[key] for key in teacher_settings(config)},
         "hidden": sorted(wanted.hidden),
         "queries and keys": sorted(wanted.attention),
         "values": wanted.values,

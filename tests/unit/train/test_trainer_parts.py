@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ from engine.models.projections import Projections
 from engine.models.shape import ModelShape, forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.records.fingerprints import HOW_KEYS, changed_keys, flatten
 from engine.train.checkpoint import _not_seen
 from engine.train.checkpoint_files import FileFacts
 from engine.train.loss_window import BadMicroStep, LossWindow, WindowReport
@@ -108,17 +106,6 @@ def test_a_micro_step_reads_nothing_back_to_the_host(
     with HostReads() as reads:
         total.item()
     assert reads.seen, "the counter counts"
-
-
-def test_only_what_is_computed_is_compared_at_resume() -> None:
-    saved = flatten({"loss": {"hidden": 1.0}, "train": {"log_every": 10, "lr": 1e-3}})
-    now = flatten({"loss": {"hidden": 2.0}, "train": {"log_every": 20, "lr": 1e-3}, "new": None})
-    assert changed_keys(saved, now) == ["loss.hidden: 1.0 -> 2.0"]
-
-
-def test_every_how_key_is_a_setting() -> None:
-    known = flatten(asdict(RunConfig())).keys()
-    assert known >= HOW_KEYS, HOW_KEYS - known
 
 
 @pytest.mark.parametrize("head", [False, True])

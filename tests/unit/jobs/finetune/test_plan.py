@@ -15,9 +15,9 @@ from tiny_world import TinyWorld
 
 from engine.cli import parse_config
 from engine.config.finetune import FinetuneConfig
+from engine.config.identity import changed_keys
 from engine.errors import UserError
 from engine.jobs.finetune.plan import FinetunePlan, make_finetune_plan, unit_identity
-from engine.records.fingerprints import changed_keys
 from engine.tasks.encode import encode_task
 from engine.tasks.evaluation import Best, TaskEvaluation
 from engine.tasks.model import load_task_model
