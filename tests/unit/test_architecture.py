@@ -1,0 +1,40 @@
+"""docs/architecture.md: what it names exists, and it names every room."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+NAMED = sorted(set(re.findall(r"`((?:engine|ga)/[\w/]+\.py):([\w.]+)`", PAGE)))
+
+
+def defined_in(path: Path) -> set[str]:
+    """Returns every function and class of a file, methods as Class.method."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+            found |= {f"{node.name}.{one.name}" for one in ast.walk(node) if isinstance(one, ast.FunctionDef)}
+    return found
+
+
+@pytest.mark.parametrize(("file", "name"), NAMED)
+def test_what_the_page_names_exists(file: str, name: str) -> None:
+    assert name in defined_in(ROOT / file)
+
+
+def test_the_walks_are_there() -> None:
+    assert len(NAMED) > 30
+
+
+@pytest.mark.parametrize("package", ["engine", "ga"])
+def test_a_package_has_few_entries_and_the_page_names_them_all(package: str) -> None:
+    entries = {path.stem for path in (ROOT / package).iterdir() if path.is_dir() or path.suffix == ".py"}
+    entries -= {"__init__", "__pycache__"}
+    assert len(entries) <= {"engine": 13, "ga": 11}[package]
+    assert not [entry for entry in entries if not re.search(rf"\b{entry}\b", PAGE)]
