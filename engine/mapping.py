@@ -1,14 +1,14 @@
 """Layer mapping: student layer m = 1..M learns from teacher layer g(m) in 1..N, or from none (SKIP = 0).
 
-The only place with mapping arithmetic. Layers are 1-based everywhere; 0 means "no loss for this layer", never
-"the embeddings" (those have a switch of their own, `loss.embedding`).
+The only place with mapping arithmetic, and with the text of a genome. Layers are 1-based everywhere; 0 means "no loss
+for this layer", never "the embeddings" (those have a switch of their own, `loss.embedding`).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.errors import UserError
 
@@ -48,7 +48,11 @@ class LayerMapping:
         return max(self.genes)
 
     def __str__(self) -> str:
-        return "-".join(str(g) for g in self.genes)
+        return _dashed(self.genes)
+
+
+def _dashed(genes: Sequence[int]) -> str:
+    return "-".join(map(str, genes))
 
 
 def round_half_up(numerator: int, denominator: int) -> int:
@@ -83,15 +87,15 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
         return LayerMapping(tuple(named[text]), N)
     if text.startswith("random:"):
         seed = text.removeprefix("random:")
-        if not seed.isdigit():
+        if not seed.isdecimal():
             raise UserError(f"{key}={text!r}: the seed after 'random:' must be a whole number, e.g. random:7")
         rng = random.Random(int(seed))
         return LayerMapping(tuple(rng.randint(0, N) for _ in range(M)), N)
     parts = text.split("-")
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise UserError(
             f"{key}={text!r} is not a layer mapping: write one teacher layer per student layer, e.g. "
-            f"{'-'.join(map(str, uniform(M, N)))} (0 = none), or one of {', '.join(PRESETS)}"
+            f"{_dashed(uniform(M, N))} (0 = none), or one of {', '.join(PRESETS)}"
         )
     if len(parts) != M:
         raise UserError(f"{key}={text!r} has {len(parts)} layers, but the student has {M}")
@@ -99,6 +103,82 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
         return LayerMapping(tuple(int(part) for part in parts), N)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+@dataclass(frozen=True)
+class MappingPair:
+    """What a genome says: which teacher layers the hidden-state losses use, and which the attention losses.
+
+    Its text is `0-5-0-10`, or HIDDEN/ATTENTION where the two differ, after `LAYERS@` where it has kept layers.
+    """
+
+    hidden: LayerMapping
+    attention: LayerMapping
+    layers: tuple[int, ...] | None = None
+    """Kept layers: the teacher layer that each student layer starts from, 0 = random, as in student.init; None: the
+    genome says nothing of it."""
+
+    @classmethod
+    def parse(cls, text: str, *, student_layers: int, teacher_layers: int, key: str) -> MappingPair:
+        """Reads the text of a genome; each of its parts may be a preset. Raises UserError naming `key`."""
+        kept, hidden, attention = _parts(text)
+        if attention == "":
+            raise UserError(f"{key}: {text!r} has nothing after the slash; write HIDDEN/ATTENTION, or one mapping")
+        sizes = {"student_layers": student_layers, "teacher_layers": teacher_layers}
+        pair = cls.of_texts(hidden, attention, **sizes, keys=(key, key))
+        return pair if kept is None else replace(pair, layers=parse_mapping(kept, **sizes, key=key).genes)
+
+    @classmethod
+    def of_texts(
+        cls,
+        hidden: str,
+        attention: str | None,
+        *,
+        student_layers: int,
+        teacher_layers: int,
+        keys: tuple[str, str] = ("mapping.hidden", "mapping.attention"),
+    ) -> MappingPair:
+        """Reads two mappings, as a configuration has them; no text for the attention: the same mapping. Raises
+        UserError naming one of `keys`."""
+        sizes = {"student_layers": student_layers, "teacher_layers": teacher_layers}
+        of_hidden = parse_mapping(hidden, **sizes, key=keys[0])
+        return cls(of_hidden, parse_mapping(attention, **sizes, key=keys[1]) if attention else of_hidden)
+
+    @staticmethod
+    def genes_in(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Reads the genes of the hidden states and of the attention out of the text of a pair, which holds no presets;
+        for those who do not know how many layers the models have."""
+        _, hidden, attention = _parts(text)
+        of_hidden, of_attention = (tuple(map(int, half.split("-"))) for half in (hidden, attention or hidden))
+        return of_hidden, of_attention
+
+    @property
+    def separate(self) -> bool:
+        """Whether the two mappings differ."""
+        return self.hidden != self.attention
+
+    @property
+    def file_name(self) -> str:
+        return str(self).replace("/", "_")
+
+    def refuse_kept_layers(self, key: str) -> None:
+        """Raises UserError naming `key` if there are any: no job uses them yet."""
+        if self.layers is not None:
+            raise UserError(
+                f"{key}='{self}': kept layers cannot be set by a genome yet; write student.init={_dashed(self.layers)} "
+                "and leave out what stands before the @"
+            )
+
+    def __str__(self) -> str:
+        maps = f"{self.hidden}/{self.attention}" if self.separate else str(self.hidden)
+        return maps if self.layers is None else f"{_dashed(self.layers)}@{maps}"
+
+
+def _parts(text: str) -> tuple[str | None, str, str | None]:
+    """Kept layers, hidden and attention mapping of LAYERS@HIDDEN/ATTENTION; None where the sign is not there."""
+    kept, at, maps = text.rpartition("@")
+    hidden, slash, attention = maps.partition("/")
+    return kept if at else None, hidden, attention if slash else None
 
 
 def mapping_table(hidden: LayerMapping, attention: LayerMapping) -> list[str]:
