@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.jobs.execution import attention_backend, compute_device, plan_execution
 from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses.loss_set import LossSet
-from engine.mapping import LayerMapping, parse_mapping
+from engine.mapping import LayerMapping, MappingPair
 from engine.models import hub
 from engine.models.apex import require_fused_layer_norm
 from engine.models.attention import Backend
@@ -38,14 +38,21 @@ class Plan:
     student_config: PretrainedConfig
     teacher_shape: ModelShape
     student_shape: ModelShape
-    hidden_map: LayerMapping
-    attention_map: LayerMapping
+    mapping: MappingPair
     losses: LossSet
     teacher_attention: Backend
     student_attention: Backend
     kernels: Kernels
     seq_len: int
     warnings: tuple[str, ...]
+
+    @property
+    def hidden_map(self) -> LayerMapping:
+        return self.mapping.hidden
+
+    @property
+    def attention_map(self) -> LayerMapping:
+        return self.mapping.attention
 
     @property
     def teacher_dtype(self) -> str:
@@ -93,7 +100,13 @@ def make_plan(config: RunConfig) -> Plan:
         tinybert=config.loss.preset == "tinybert",
         precisions=(execution.precision, teacher_dtype(config, execution)),
     )
-    mapped = map_layers(config, student_shape, teacher_shape, kernels)
+    mapping = MappingPair.of_texts(
+        config.mapping.hidden,
+        config.mapping.attention,
+        student_layers=student_shape.layers,
+        teacher_layers=teacher_shape.layers,
+    )
+    losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels)
     return Plan(
         config=config,
         execution=execution,
@@ -103,7 +116,8 @@ def make_plan(config: RunConfig) -> Plan:
         student_config=student_config,
         teacher_shape=teacher_shape,
         student_shape=student_shape,
-        **vars(mapped),
+        mapping=mapping,
+        losses=losses,
         kernels=kernels,
         teacher_attention=attention_backend(
             config.teacher.attention, teacher_dtype(config, execution), teacher_shape, manifest.seq_len, trained=False
@@ -112,45 +126,36 @@ def make_plan(config: RunConfig) -> Plan:
             config.student.attention, execution.precision, student_shape, manifest.seq_len, trained=True
         ),
         seq_len=manifest.seq_len,
-        warnings=(*mapped.losses.warnings, *idle_settings(config, mapped.losses, student_shape, execution.world_size)),
+        warnings=(*losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
     )
 
 
-@dataclass(frozen=True)
-class MappedLayers:
-    hidden_map: LayerMapping
-    attention_map: LayerMapping
-    losses: LossSet
-
-
-def map_layers(config: RunConfig, student: ModelShape, teacher: ModelShape, kernels: Kernels) -> MappedLayers:
-    """The mappings of `config`, and the losses over them. Raises UserError for what does not fit the two models."""
-    sizes = {"student_layers": student.layers, "teacher_layers": teacher.layers}
-    hidden_map = parse_mapping(config.mapping.hidden, key="mapping.hidden", **sizes)
-    attention_text = config.mapping.attention or config.mapping.hidden
+def mapped_losses(
+    config: RunConfig, mapping: MappingPair, student: ModelShape, teacher: ModelShape, kernels: Kernels
+) -> LossSet:
+    """Builds the losses over `mapping`, which is that of `config`. Raises UserError for what does not fit the two
+    models."""
     if config.student.path is None:
-        resolve_init(config.student.init or "random", student.layers, teacher.layers, hidden_map)
-    attention_map = parse_mapping(attention_text, key="mapping.attention", **sizes)
-    losses = LossSet(
+        resolve_init(config.student.init or "random", student.layers, teacher.layers, mapping.hidden)
+    return LossSet(
         config.loss,
         config.mapping,
-        hidden_map=hidden_map,
-        attention_map=attention_map,
+        hidden_map=mapping.hidden,
+        attention_map=mapping.attention,
         student=student,
         teacher=teacher,
         mlm_probability=config.data.mlm_probability,
         kernels=kernels,
     )
-    return MappedLayers(hidden_map, attention_map, losses)
 
 
-def with_mapping(plan: Plan, mapping: MappingConfig) -> Plan:
-    """The same plan with other layers mapped. Raises UserError."""
-    config = replace(plan.config, mapping=mapping)
-    mapped = map_layers(config, plan.student_shape, plan.teacher_shape, plan.kernels)
-    idle = idle_settings(config, mapped.losses, plan.student_shape, plan.execution.world_size)
-    warnings = (*mapped.losses.warnings, *idle)
-    return replace(plan, config=config, **vars(mapped), warnings=warnings)
+def with_mapping(plan: Plan, mapping: MappingPair) -> Plan:
+    """Returns the same plan with other layers mapped, each with weight 1. Raises UserError."""
+    attention = str(mapping.attention) if mapping.separate else None
+    config = replace(plan.config, mapping=MappingConfig(hidden=str(mapping.hidden), attention=attention))
+    losses = mapped_losses(config, mapping, plan.student_shape, plan.teacher_shape, plan.kernels)
+    idle = idle_settings(config, losses, plan.student_shape, plan.execution.world_size)
+    return replace(plan, config=config, mapping=mapping, losses=losses, warnings=(*losses.warnings, *idle))
 
 
 def teacher_dtype(config: RunConfig, execution: Execution) -> str:

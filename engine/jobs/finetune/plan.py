@@ -20,7 +20,7 @@ from engine.jobs.execution import compute_device, plan_execution
 from engine.jobs.finetune.scores import Point
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
-from engine.mapping import LayerMapping, parse_mapping
+from engine.mapping import LayerMapping, MappingPair
 from engine.models import hub
 from engine.models.attention import Backend, resolve_backend
 from engine.models.hub import model_hashes
@@ -310,14 +310,18 @@ def _plan_teacher(
     losses = None
     mapped = replace(config.loss, logits=0.0, temperature=1.0)  # these two are TaskModule's
     if mapped.active:
-        sizes = {"student_layers": student.layers, "teacher_layers": teacher.layers}
-        texts = {"hidden": config.mapping.hidden, "attention": config.mapping.attention or config.mapping.hidden}
-        maps = {key: parse_mapping(text, key=f"mapping.{key}", **sizes) for key, text in texts.items()}
+        pair = MappingPair.of_texts(
+            config.mapping.hidden,
+            config.mapping.attention,
+            student_layers=student.layers,
+            teacher_layers=teacher.layers,
+        )
+        maps = {"hidden": pair.hidden, "attention": pair.attention}
         losses = LossSet(
             mapped,
             config.mapping,
-            hidden_map=maps["hidden"],
-            attention_map=maps["attention"],
+            hidden_map=pair.hidden,
+            attention_map=pair.attention,
             student=student,
             teacher=teacher,
             mlm_probability=0.0,

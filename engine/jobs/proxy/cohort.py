@@ -105,8 +105,7 @@ def build_member(
     plan = replace(
         plan,
         config=replace(plan.config, seed=seed),
-        hidden_map=genome.hidden_map,  # those of base are not the genome's
-        attention_map=genome.attention_map,
+        mapping=genome.mapping,  # that of base is not the genome's
     )
     if genome.plan is None or teacher is None:
         untrained = initial_student(plan, with_mlm_head=False)
@@ -116,7 +115,7 @@ def build_member(
     flops = flops_per_token(plan, teacher, module, share_of_teacher=1.0 / cohort)
     monitor = Monitor(
         active=here.is_rank_zero,
-        tensorboard=run_dir.tensorboard / f"{genome.file_name}-seed{seed}",
+        tensorboard=run_dir.tensorboard / f"{genome.mapping.file_name}-seed{seed}",
         records=run_dir.records,
         steps=plan.config.train.steps,
         flops_per_token=flops,

@@ -28,7 +28,7 @@ from engine.jobs.distill.build import load_teacher, open_corpus
 from engine.jobs.distill.plan import Plan
 from engine.jobs.proxy.cohort import IntermediateScores, Member, build_member
 from engine.jobs.proxy.evaluators import Evaluator, Scores, Stopped, build_evaluator
-from engine.jobs.proxy.plan import Genome, ProxyPlan, file_name, make_proxy_plan
+from engine.jobs.proxy.plan import Genome, ProxyPlan, make_proxy_plan
 from engine.jobs.proxy.report import Result, closing_text, describe_start, earlier_results, signal_of
 from engine.jobs.proxy.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
 from engine.ranks import run_lock, runtime, watchdog
@@ -65,7 +65,7 @@ class ProxyJob:
         self.plan, self.run_dir, self.here, self.began = plan, run_dir, here, began
         self.config = plan.config
         self.seeds = range(self.config.seed, self.config.seed + self.config.proxy.repeats)
-        self.names = {genome.key: genome.given for genome in plan.genomes}
+        self.genomes = {genome.key: genome for genome in plan.genomes}
         self.stop = runtime.StopRequest()
         self.wall: dict[str, float] = {}
         """Seconds by phase, over all cohorts of this start; a second counts for one phase."""
@@ -111,11 +111,12 @@ class ProxyJob:
 
     def _lacks_student(self, pair: tuple[str, int], result: Result) -> bool:
         """Whether the student of an earlier start is wanted now, and was not kept."""
-        asked = self.config.proxy.keep_students and pair[0] in self.names and pair[1] in self.seeds
-        return asked and not ("student" in result and self._student_folder(*pair).is_dir())
+        key, seed = pair
+        asked = self.config.proxy.keep_students and key in self.genomes and seed in self.seeds
+        return asked and not ("student" in result and self._student_folder(self.genomes[key], seed).is_dir())
 
-    def _student_folder(self, genome: str, seed: int) -> Path:
-        return self.run_dir.root / "students" / f"{file_name(genome)}-seed{seed}"
+    def _student_folder(self, genome: Genome, seed: int) -> Path:
+        return self.run_dir.root / "students" / f"{genome.mapping.file_name}-seed{seed}"
 
     def _run(self) -> int:
         self._record("run", status="started", fingerprint_parts=self.plan.fingerprint_parts)
@@ -139,13 +140,14 @@ class ProxyJob:
         signal = signal_of(list(self.results.values()))
         self._record("run", status="finished", signal=None if signal is None else asdict(signal), wall_s=self.wall)
         if self.here.is_rank_zero:
-            print("\n" + closing_text(list(self.results.values()), self.names, self.failed), flush=True)
-        done = self.stopped or any((genome, seed) in self.results for genome in self.names for seed in self.seeds)
+            given = {key: genome.given for key, genome in self.genomes.items()}
+            print("\n" + closing_text(list(self.results.values()), given, self.failed), flush=True)
+        done = self.stopped or any((key, seed) in self.results for key in self.genomes for seed in self.seeds)
         return EXIT_DONE if done else EXIT_DIVERGED
 
     @property
     def _facts(self) -> dict[str, Any]:
-        facts = {"genomes": list(self.names), "seeds": list(self.seeds), "fingerprint": self.plan.fingerprint}
+        facts = {"genomes": list(self.genomes), "seeds": list(self.seeds), "fingerprint": self.plan.fingerprint}
         return facts | self.plan.base.execution.facts
 
     def _record(self, kind: str, **fields: Any) -> None:
@@ -308,7 +310,7 @@ class ProxyJob:
             "status": "ok",
             "genome": genome.key,
             "seed": seed,
-            "mapping": {"hidden": str(genome.hidden_map), "attention": str(genome.attention_map)},
+            "mapping": {"hidden": str(genome.mapping.hidden), "attention": str(genome.mapping.attention)},
             "scores": scores.tasks,
             "metrics": scores.metrics,
             "fitness": scores.fitness,
@@ -329,7 +331,7 @@ class ProxyJob:
                 result["tokens_per_s"] = history.tokens_per_s
                 wall |= history.seconds_by_phase
         if self.config.proxy.keep_students:
-            folder = self._student_folder(genome.key, seed)
+            folder = self._student_folder(genome, seed)
             watchdog.beat()
             member.save(folder)
             watchdog.beat()

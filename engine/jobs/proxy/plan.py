@@ -13,14 +13,14 @@ from typing import Any
 
 import engine
 from engine.config.deepspeed import FOLDER
-from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, MappingConfig, RunConfig
+from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, RunConfig
 from engine.config.marks import Mark, settings
 from engine.config.proxy import ProxyJobConfig
 from engine.data.manifest import corpus_hash
 from engine.errors import UserError
 from engine.jobs.distill.plan import Plan, make_plan, with_mapping
 from engine.jobs.execution import plan_execution
-from engine.mapping import LayerMapping, parse_mapping
+from engine.mapping import MappingPair
 from engine.models import hub
 from engine.models.hub import model_hashes
 from engine.ranks import runtime
@@ -34,23 +34,17 @@ PACKAGES = ("torch", "deepspeed", "transformers", "torchmetrics")
 class Genome:
     """One candidate of a cohort."""
 
-    key: str
-    """The mapping in integers: `0-5-0-10`, or HIDDEN/ATTENTION where the two differ."""
+    mapping: MappingPair
     given: str
     """As the user wrote it, e.g. `uniform`."""
-    hidden_map: LayerMapping
-    attention_map: LayerMapping
     plan: Plan | None
     """None when no loss is left to learn from (all layers skipped and no other loss): the student is scored as it was
     initialised."""
 
     @property
-    def file_name(self) -> str:
-        return file_name(self.key)
-
-
-def file_name(key: str) -> str:
-    return key.replace("/", "_")
+    def key(self) -> str:
+        """As records name it."""
+        return str(self.mapping)
 
 
 @dataclass(frozen=True)
@@ -138,24 +132,19 @@ def deepspeed_file(given: str) -> str:
 
 def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
     """Each mapping once, in the order given. Raises UserError naming the genome that does not fit the models."""
-    sizes = {"student_layers": base.student_shape.layers, "teacher_layers": base.teacher_shape.layers, "key": "genomes"}
-    found: dict[str, Genome] = {}
+    sizes = {"student_layers": base.student_shape.layers, "teacher_layers": base.teacher_shape.layers}
+    found: dict[MappingPair, Genome] = {}
     for text in config.genomes:
-        hidden_text, slash, attention_text = text.partition("/")
-        if slash and not attention_text:
-            raise UserError(f"genomes: {text!r} has nothing after the slash; write HIDDEN/ATTENTION, or one mapping")
-        hidden = parse_mapping(hidden_text, **sizes)
-        attention = parse_mapping(attention_text or hidden_text, **sizes)
-        differ = attention.genes != hidden.genes
-        key = f"{hidden}/{attention}" if differ else str(hidden)
-        if key in found:
+        mapping = MappingPair.parse(text, **sizes, key="genomes")
+        mapping.refuse_kept_layers("genomes")
+        if mapping in found:
             continue
-        mapping = MappingConfig(hidden=str(hidden), attention=str(attention) if differ else None)
         learns = any(
-            not (name in HIDDEN_MAPPED and not hidden.pairs) and not (name in ATTENTION_MAPPED and not attention.pairs)
+            not (name in HIDDEN_MAPPED and not mapping.hidden.pairs)
+            and not (name in ATTENTION_MAPPED and not mapping.attention.pairs)
             for name in config.loss.active
         )
-        found[key] = Genome(key, text, hidden, attention, with_mapping(base, mapping) if learns else None)
+        found[mapping] = Genome(mapping, text, with_mapping(base, mapping) if learns else None)
     return tuple(found.values())
 
 

@@ -48,8 +48,9 @@ def test_each_mapping_is_run_once_however_it_is_written(tiny_world: TinyWorld, g
         ("3-4", "last"),
     ]
     assert all(g.plan is not None for g in made.genomes), "the embedding loss is left for `none`"
+    assert [g.plan.config.mapping.hidden for g in made.genomes if g.plan] == ["2-4", "0-0", "2-4", "3-4"]
     assert [g.plan.config.mapping.attention for g in made.genomes if g.plan] == [None, None, "0-1", None]
-    assert made.genomes[2].file_name == "2-4_0-1"
+    assert made.genomes[2].mapping.file_name == "2-4_0-1"
 
 
 @pytest.mark.parametrize(("genome", "learns"), [("0-0", False), ("0-0/0-2", True), ("1-0/0-0", True)])
@@ -99,6 +100,10 @@ def test_the_fingerprint_changes_with_what_changes_fitness_and_with_nothing_else
     [
         ({"genomes": "[2-4, 2-4-1]"}, "genomes='2-4-1' has 3 layers, but the student has 2"),
         ({"genomes": "[2-4/]"}, "nothing after the slash"),
+        (
+            {"genomes": "[2-4, 1-2@2-4]"},
+            "genomes='1-2@2-4': kept layers cannot be set by a genome yet; write student.init",
+        ),
         ({"genomes": "[]"}, "name at least one layer mapping"),
         ({"proxy__tasks": "[SST3, MRPC]"}, "did you mean"),
         ({"proxy__tasks": "[SQuAD-v2]"}, "proxy.evaluator=finetune"),
