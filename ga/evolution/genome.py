@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from engine.errors import UserError
-from engine.mapping import SKIP, parse_mapping
+from engine.mapping import SKIP, LayerMapping, MappingPair
 
 Genes = tuple[int, ...]
 """Teacher layer of each student layer, 0 = none; with separate_attention those of the hidden states, then those of the
@@ -189,7 +189,8 @@ class Space:
 
     def text(self, genes: Genes) -> str:
         """`0-3-6`, or HIDDEN/ATTENTION where the two differ: as records of proxy jobs have it."""
-        return "/".join(dict.fromkeys("-".join(map(str, mapping)) for mapping in self.halves(genes)))
+        mappings = [LayerMapping(half, self.teacher_layers) for half in self.halves(genes)]
+        return str(MappingPair(mappings[0], mappings[-1]))
 
     def parse(self, text: str, *, key: str = "genome") -> Genes:
         """The inverse of `text`; also presets, and one mapping for both halves. Raises UserError (naming `key`) for
@@ -200,12 +201,11 @@ class Space:
         return genes
 
     def _read(self, text: str, key: str) -> Genes:
-        parts = text.split("/")
-        if len(parts) > 1 + self.separate_attention:
+        pair = MappingPair.parse(text, student_layers=self.student_layers, teacher_layers=self.teacher_layers, key=key)
+        pair.refuse_kept_layers(key)
+        if pair.separate and not self.separate_attention:
             raise UserError(f"{key}={text!r}: HIDDEN/ATTENTION needs search.separate_attention=true")
-        shape = {"student_layers": self.student_layers, "teacher_layers": self.teacher_layers}
-        mappings = [parse_mapping(part, **shape, key=key).genes for part in parts]
-        return mappings[0] * (2 if self.separate_attention else 1) if len(mappings) == 1 else mappings[0] + mappings[1]
+        return (pair.hidden.genes + pair.attention.genes)[: self.length]
 
     def heuristics(self) -> dict[str, Genes]:
         """The mappings that people guess, by name: repaired where they are outside the space."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from engine.mapping import MappingPair
 from ga.report.confirmation import Confirmed, Difference, compare, seed_deviation
 from ga.report.figures import new_figure, save, spread, whole_numbers
 from ga.study.evaluations import Evaluation, correlation_at, evaluated, ranked, report_steps
@@ -221,10 +222,11 @@ def draw_genes(path: Path, evaluations: Sequence[Evaluation], heuristics: Mappin
     if not best:
         return False
     top = best[: math.ceil(TOP_SHARE * len(best))]
-    known = [one.genome for one in evaluations if one.genome] + list(heuristics.values())
-    halves = max(genome.count("/") for genome in known) + 1
-    teacher_layers = max(gene for genome in known for half in _halves(genome, 1) for gene in half)
-    students = len(_halves(top[0].genome, 1)[0])
+    texts = [one.genome for one in evaluations if one.genome] + list(heuristics.values())
+    known = {text: MappingPair.genes_in(text) for text in texts}
+    halves = 2 if any(hidden != attention for hidden, attention in known.values()) else 1
+    teacher_layers = max(max(hidden + attention) for hidden, attention in known.values())
+    students = len(known[top[0].genome][0])
     size = max(2.6 + 0.55 * students, 4.2)
     figure, panels = new_figure(halves, width=size * halves + 0.8, height=max(3.4, 1.8 + 0.4 * (teacher_layers + 1)))
     uniform = heuristics.get("uniform")
@@ -232,11 +234,11 @@ def draw_genes(path: Path, evaluations: Sequence[Evaluation], heuristics: Mappin
     for half, axes in enumerate(panels):
         shares = np.zeros((teacher_layers + 1, students))
         for one in top:
-            for m, gene in enumerate(_halves(one.genome, halves)[half]):
+            for m, gene in enumerate(known[one.genome][half]):
                 shares[gene, m] += 1 / len(top)
         image = axes.imshow(shares, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
         _label_cells(axes, shares)
-        for m, gene in enumerate(_halves(uniform, halves)[half] if uniform else ()):
+        for m, gene in enumerate(known[uniform][half] if uniform else ()):
             left, right, foot, top_edge = m - 0.47, m + 0.47, gene - 0.47, gene + 0.47
             axes.plot(
                 [left, right, right, left, left], [foot, foot, top_edge, top_edge, foot], color=OTHERS[0], linewidth=1.8
@@ -265,12 +267,6 @@ def _label_cells(axes: Axes, shares: npt.NDArray[np.float64]) -> None:
         if share > 0:
             colour = "white" if share > 0.55 else DARK
             axes.text(m, gene, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
-
-
-def _halves(genome: str, count: int) -> list[list[int]]:
-    """Genes of hidden states and attention; one text form for both counts twice."""
-    parts = [[int(gene) for gene in half.split("-")] for half in genome.split("/")]
-    return parts * count if len(parts) == 1 else parts
 
 
 def draw_seed_noise(path: Path, confirmed: Confirmed, heuristics: Mapping[str, str]) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 
+from engine.mapping import MappingPair
 from engine.records.stats import signal_ratio
 from ga.jobs.outcome import Outcome
 from ga.report.confirmation import METHOD, Confirmed, compare, seed_deviation, verdict, winner
@@ -305,7 +306,8 @@ def _go_on(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed
     if not best:
         return ["Look into the jobs of the failed trials. The same command goes on."]
     genome = winner(confirmed) if confirmed else best[0].genome
-    back = "--mapping.hidden uniform" + (" --mapping.attention uniform" if "/" in genome else "")
+    hidden, attention = MappingPair.genes_in(genome)
+    back = "--mapping.hidden uniform" + (" --mapping.attention uniform" if hidden != attention else "")
     advice = f" For uniform in its place add `{back}`." if genome != facts.uniform else ""
     nothing = [
         "The winner lets no layer learn: in so short a proxy, layer losses do not pay against what the student starts "

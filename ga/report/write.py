@@ -14,6 +14,7 @@ import optuna
 from optuna import Study
 
 from engine.config.distill import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
+from engine.mapping import MappingPair
 from engine.records.run_dir import as_yaml
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
@@ -89,7 +90,8 @@ WARMUP_SHARE = 0.05
 def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConfig:
     """Teacher, student, losses and optimizer of the proxy; one pass over the corpus at launch/distill.py's own batch
     and learning rate."""
-    hidden, _, attention = genome.partition("/")
+    sizes = {"student_layers": facts.student_layers, "teacher_layers": facts.teacher_layers}
+    pair = MappingPair.parse(genome, **sizes, key="genome")
     train = TrainConfig()
     held_out = DataConfig.eval_sequences
     steps = max(1, (facts.sequences - held_out) // train.global_batch)
@@ -99,7 +101,7 @@ def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConf
         allow_pickle=config.allow_pickle,
         teacher=config.teacher,
         student=StudentConfig(**{one.name: getattr(config.student, one.name) for one in fields(StudentConfig)}),
-        mapping=MappingConfig(hidden=hidden, attention=attention or None),
+        mapping=MappingConfig(hidden=str(pair.hidden), attention=str(pair.attention) if pair.separate else None),
         loss=config.loss,
         data=replace(config.data, eval_sequences=held_out),
         optim=config.optim,

@@ -11,6 +11,7 @@ import optuna
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from engine.mapping import MappingPair
 from ga.config import SearchSection
 from ga.evolution.genome import Space
 from ga.evolution.operators import unseen
@@ -125,7 +126,8 @@ class SearchSource:
 
 def deepest_layer(genome: str) -> int:
     """The teacher layer after which a teacher that serves this mapping can stop; 0: none is needed."""
-    return max(int(gene) for half in genome.split("/") for gene in half.split("-"))
+    hidden, attention = MappingPair.genes_in(genome)
+    return max(hidden + attention)
 
 
 def build_sampler(space: Space, settings: SearchSection) -> optuna.samplers.BaseSampler:

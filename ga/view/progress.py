@@ -11,6 +11,7 @@ from statistics import fmean
 
 from optuna import Study
 
+from engine.mapping import MappingPair
 from engine.records.columns import columns, labelled
 from ga.evolution.genome import Genes
 from ga.evolution.operators import diversity
@@ -58,9 +59,9 @@ def format_duration(seconds: float) -> str:
 
 def genes_of(evaluations: Sequence[Evaluation], *, length: int | None = None) -> list[Genes]:
     """Each with as many genes as the longest, or `length`: a genome whose halves are the same is written once."""
-    found = [tuple(int(gene) for half in one.genome.split("/") for gene in half.split("-")) for one in evaluations]
-    longest = length or max(map(len, found), default=0)
-    return [genes * (longest // len(genes)) for genes in found]
+    found = [MappingPair.genes_in(one.genome) for one in evaluations]
+    longest = length or max((len(h) if h == a else len(h + a) for h, a in found), default=0)
+    return [(hidden + attention)[:longest] for hidden, attention in found]
 
 
 class Progress:

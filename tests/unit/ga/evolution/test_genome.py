@@ -127,6 +127,13 @@ def test_one_mapping_stands_for_both_halves() -> None:
         Space(student_layers=2, teacher_layers=4).parse("0-3/1-2")
 
 
+def test_a_genome_cannot_set_kept_layers() -> None:
+    space = Space(student_layers=2, teacher_layers=4, separate_attention=True)
+    for text in ("1-2@0-3", "1-2@0-3/1-2"):
+        with pytest.raises(UserError, match=rf"^search.seeds='{text}': kept layers .* write student.init=1-2 "):
+            space.seeds([text])
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
