@@ -30,6 +30,7 @@ from engine.config.proxy import ProxyJobConfig
 from engine.jobs.distill.build import initial_student, open_corpus
 from engine.jobs.distill.plan import make_plan
 from engine.jobs.proxy.plan import run_config
+from engine.mapping import MappingPair
 from engine.models import hub
 from engine.ranks import runtime
 from engine.records.stats import rank_correlation
@@ -86,11 +87,12 @@ def main() -> None:
     for name, measure in MEASURES.items():
         table = np.array([[measure(s, t) for t in of_teacher] for s in of_student])
         mean = float(table.mean())
-        closeness = {}
+        closeness, whole = {}, {}
         for genome in fitness:
-            genes = [int(gene) for gene in genome.split("-")]
+            genes, _ = MappingPair.genes_in(genome)
             closeness[genome] = -sum(float(table[m, g - 1]) if g else mean for m, g in enumerate(genes))
-        whole = {genome: value for genome, value in closeness.items() if "0" not in genome.split("-")}
+            if 0 not in genes:
+                whole[genome] = closeness[genome]
         correlations = [rank_correlation(some, fitness) for some in (closeness, whole)]
         print(f"| {name} | " + " | ".join("none" if r is None else f"{r:+.2f}" for r in correlations) + " |")
 

@@ -23,10 +23,11 @@ import torch
 from measuring import base_memory, header, machine, peak_above, take_turns
 from step import LEVERS, STUDENTS, Ours, make_batch, student_step
 
+from engine.mapping import LayerMapping
 from engine.ranks import runtime
 
-LAYERS = {2: "5-10", 4: "0-5-0-10", 6: "0-3-0-6-0-10", 8: "0-2-0-5-0-8-0-10"}
-STUDENTS |= {f"{layers}x312": (mapping, 312, 1200) for layers, mapping in LAYERS.items()}
+LAYERS = {2: (5, 10), 4: (0, 5, 0, 10), 6: (0, 3, 0, 6, 0, 10), 8: (0, 2, 0, 5, 0, 8, 0, 10)}
+STUDENTS |= {f"{layers}x312": (LayerMapping(genes, 12), 312, 1200) for layers, genes in LAYERS.items()}
 STEPS = 5
 
 

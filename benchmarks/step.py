@@ -38,7 +38,7 @@ from engine.jobs.distill.module import DistilModule
 from engine.jobs.execution import attention_backend
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
-from engine.mapping import parse_mapping
+from engine.mapping import LayerMapping
 from engine.models.capture import install, runs_unpadded
 from engine.models.hub import shape_of
 from engine.models.projections import Projections
@@ -49,7 +49,11 @@ from engine.train.deepspeed_engine import initialize_engine
 from engine.train.optim import ChosenOptimizer, build_optimizer, build_schedule, parameter_groups
 
 TEACHER = BertConfig(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
-STUDENTS = {"4x312": ("0-5-0-10", 312, 1200), "6x768": ("0-4-0-7-0-10", 768, 3072), "3x384": ("0-5-10", 384, 1536)}
+STUDENTS = {
+    "4x312": (LayerMapping((0, 5, 0, 10), 12), 312, 1200),
+    "6x768": (LayerMapping((0, 4, 0, 7, 0, 10), 12), 768, 3072),
+    "3x384": (LayerMapping((0, 5, 10), 12), 384, 1536),
+}
 """Name -> mapping, width, feed-forward width; 12 heads like the teacher."""
 LR = 1e-4
 
@@ -89,7 +93,7 @@ LEVERS = [
 def student_config(name: str) -> BertConfig:
     mapping, width, inner = STUDENTS[name]
     return BertConfig(
-        num_hidden_layers=len(mapping.split("-")),
+        num_hidden_layers=mapping.student_layers,
         hidden_size=width,
         intermediate_size=inner,
         attention_probs_dropout_prob=0.0,
@@ -130,7 +134,6 @@ AttentionInterface.register("benchmark_scores", keep_scores)
 
 def naive_step(student_name: str, batch: Batch, device: torch.device, *, frozen: bool) -> Step:
     mapping, width, _ = STUDENTS[student_name]
-    pairs = [(m, int(g)) for m, g in enumerate(mapping.split("-"), start=1) if g != "0"]
     torch.manual_seed(0)
     models = []
     for config in (copy.deepcopy(TEACHER), student_config(student_name)):
@@ -160,10 +163,10 @@ def naive_step(student_name: str, batch: Batch, device: torch.device, *, frozen:
         states_s, maps_s = forward(student)
         both = real[:, None, None, :] * real[:, None, :, None]
         loss = torch.zeros((), device=device)
-        for m, g in [(0, 0), *pairs]:
+        for m, g in [(0, 0), *mapping.pairs]:
             gap = (project(states_s[m]) - states_t[g].detach()) * real.view(shape)
             loss = loss + gap.square().sum() / (tokens * TEACHER.hidden_size)
-        for m, g in pairs:
+        for m, g in mapping.pairs:
             gap = (maps_s[m - 1] - maps_t[g - 1].detach()) * both
             loss = loss + gap.square().sum() / (TEACHER.num_attention_heads * (real.sum(1) ** 2).sum())
         loss.backward()
@@ -190,13 +193,12 @@ class Ours:
 
     @property
     def losses(self) -> LossSet:
-        text, _, _ = STUDENTS[self.student]
+        mapping, _, _ = STUDENTS[self.student]
         student, teacher = shape_of(student_config(self.student), False), shape_of(TEACHER, False)
-        mapping = parse_mapping(text, student_layers=student.layers, teacher_layers=teacher.layers, key="mapping")
         kernels = KernelConfig(backend=self.setting.backend)
         return LossSet(
             LossConfig(),
-            MappingConfig(hidden=text),
+            MappingConfig(hidden=str(mapping)),
             hidden_map=mapping,
             attention_map=mapping,
             student=student,
@@ -291,7 +293,7 @@ def limit(student_name: str, batch: Batch, device: torch.device, *, teacher: str
     """Seconds by part: FLOPs at the rate of matrix products of their shapes. Nothing else costs anything."""
     mapping, width, inner = STUDENTS[student_name]
     tokens, length = int(batch.counts.tokens), batch.input_ids.shape[1]
-    pairs, deepest = [g for g in mapping.split("-") if g != "0"], max(map(int, mapping.split("-")))
+    pairs, deepest = mapping.pairs, mapping.deepest_teacher_layer
     sequences = max(1, round(tokens / length))
 
     def linear(d: int, f: int, dtype: str) -> float:
@@ -314,7 +316,7 @@ def limit(student_name: str, batch: Batch, device: torch.device, *, teacher: str
 
         return sum(2.0 * tokens * k * m * n * seconds_a_flop(k, m) for k, m, n in shapes)
 
-    d_t, f_t, layers = TEACHER.hidden_size, TEACHER.intermediate_size, len(mapping.split("-"))
+    d_t, f_t, layers = TEACHER.hidden_size, TEACHER.intermediate_size, mapping.student_layers
     kind = getattr(torch, student)
     hidden = 3 * 2.0 * tokens * width * d_t * (len(pairs) + 1) / product_rate(tokens, width, d_t, kind, device)
     heads = 12
