@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from ga.evolution.genome import Space
 from ga.jobs.launcher import COMMAND
 from ga.jobs.outcome import JobReport, Outcome
 from ga.jobs.pool import JobPool, find_placements
-from ga.loop import GivenUp, Interrupted, Loop
+from ga.loop import GivenUp, Interrupted, Loop, give_up_after_failures
 from ga.study.drivers import Driver, Drivers
 from ga.study.ledger import FOLDER, OWNER, Claim, Ledger
 from ga.study.sources import SearchSource
@@ -155,10 +156,15 @@ def test_a_search_that_gave_up_may_try_again(tmp_path: Path) -> None:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
     for _ in range(2):  # the second driver does not look at the first one's failures
+        began = datetime.datetime.now()
         with Show(config, space, study, tasks=["SST-2"]) as show:
-            show.update()
+
+            def look(show: Show = show, began: datetime.datetime = began) -> None:
+                give_up_after_failures(show.update(), since=began, most=config.search.max_failures)
+
+            look()
             fail()
-            show.update()
+            look()
             fail()
             with pytest.raises(GivenUp, match="the last 2 genomes got no fitness"):
-                show.update()
+                look()
