@@ -72,7 +72,7 @@ class TaskSpec:
     labels: tuple[str, ...]
     """By index, as the files write them; () for regressions and spans."""
     metrics: tuple[str, ...]
-    """Names in engine.metrics; the score is their mean (SQuAD: f1)."""
+    """Names in engine.tasks.metrics; the score is their mean (SQuAD: f1)."""
     dev_splits: tuple[str, ...] = ("dev",)
     test_splits: tuple[str, ...] = ("test",)
     pair: bool

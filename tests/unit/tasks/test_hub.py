@@ -113,7 +113,7 @@ def test_broken_saved_data_sets(sample: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", ["sst2", "squad_v2"])
 def test_the_hub_out_of_reach_is_one_line_at_once(tmp_path: Path, task: str) -> None:
     code = (
-        "from engine.tasks.load import load_task; from engine.task_config import TaskDataConfig\n"
+        "from engine.tasks.load import load_task; from engine.config.finetune import TaskDataConfig\n"
         "from engine.errors import UserError\n"
         f"try: load_task({task!r}, TaskDataConfig())\n"
         "except UserError as error: print(error)"
