@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint format docs data install clean
+.PHONY: demo test test-all gpu-check lint format docs data install clean
 
 demo: data
 	deepspeed launch/distill.py
@@ -13,7 +13,14 @@ data: install
 	python launch/prepare_data.py --config examples/quickstart_corpus.yaml
 
 test: data
-	pytest
+	pytest -n 2 tests/unit tests/kernels
+	pytest tests/distributed tests/faults tests/integration tests/multinode
+
+test-all: data
+	MAPDISTILL_FAULTS=2 MAPDISTILL_LAUNCHER=real pytest tests
+
+gpu-check: data
+	python benchmarks/gpu_check.py
 
 lint: install
 	ruff check .

@@ -39,7 +39,7 @@ MakeRun = Callable[..., Run]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     left_out = {}
     if "MAPDISTILL_FAULTS" not in os.environ:
-        left_out["thorough"] = pytest.mark.skip(reason="takes minutes; MAPDISTILL_FAULTS=20 runs it")
+        left_out["thorough"] = pytest.mark.skip(reason="a row of `make test-all` (it sets MAPDISTILL_FAULTS)")
     if any(item.get_closest_marker("fp16") for item in items) and not has_fp16():
         left_out["fp16"] = pytest.mark.skip(reason="this processor has no AVX-512 FP16, so DeepSpeed refuses fp16")
     for item in items:

@@ -123,9 +123,9 @@ def needs_training_rows(spec: TaskSpec) -> bool:
 def probe_outputs(
     spec: TaskSpec, train: ProbeFeatures | None, train_labels: Labels | None, dev: dict[str, ProbeFeatures]
 ) -> dict[str, Outputs]:
-    """Outputs of each dev split as engine.tasks.metrics.score_task takes them: cosine for similarity tasks, where `train` and
-    `train_labels` are not read; (m, labels) logits of a classification; predictions of another regression. Pairs are
-    seen as pair_features. Where a student's features are not finite, neither are its outputs.
+    """Outputs of each dev split as engine.tasks.metrics.score_task takes them: cosine for similarity tasks, where
+    `train` and `train_labels` are not read; (m, labels) logits of a classification; predictions of another
+    regression. Pairs are seen as pair_features. Where a student's features are not finite, neither are its outputs.
 
     Raises UserError for a span task.
     """

@@ -51,6 +51,7 @@ def test_everything_right(two_hosts: Hosts) -> None:
     two_hosts.assert_idle()
 
 
+@pytest.mark.thorough
 def test_ssh_over_a_network_of_its_own(two_hosts: Hosts) -> None:
     """`login` knows worker-1, then worker-2, by an address that leads nowhere from the other worker."""
 
@@ -70,6 +71,7 @@ def test_ssh_over_a_network_of_its_own(two_hosts: Hosts) -> None:
         ]
 
 
+@pytest.mark.thorough
 def test_sshd_down_host_down_port_taken_and_folder_not_shared(two_hosts: Hosts) -> None:
     """Four mistakes that are found before any rank is started."""
     output = check(two_hosts, "--shared", str(two_hosts.local), expect=2)
@@ -99,6 +101,7 @@ def test_sshd_down_host_down_port_taken_and_folder_not_shared(two_hosts: Hosts) 
     assert "timed out; it is down, or the network to it is" in line_of(output, "worker-2")
 
 
+@pytest.mark.thorough
 def test_other_versions_other_code_no_python_no_key(two_hosts: Hosts, tmp_path: Path) -> None:
     """Mounted over what worker-1 has, on worker-2 only."""
 
@@ -130,6 +133,7 @@ def test_other_versions_other_code_no_python_no_key(two_hosts: Hosts, tmp_path: 
     assert "put your public key there (`ssh-copy-id worker-2`)" in output
 
 
+@pytest.mark.thorough
 def test_a_name_that_is_the_loopback(two_hosts: Hosts) -> None:
     """Debian's installer writes `127.0.1.1 name`. gloo would listen there, and nobody would come."""
     without_interface(two_hosts)
@@ -145,6 +149,7 @@ def test_a_name_that_is_the_loopback(two_hosts: Hosts) -> None:
     assert f"GLOO_SOCKET_IFNAME=ib0, but up are only: {INTERFACE}" in line_of(output, "worker-1")
 
 
+@pytest.mark.thorough
 @pytest.mark.launcher
 @pytest.mark.skipif(
     not (ROOT / "data/news/manifest.json").is_file() or not (ROOT / "models/all-MiniLM-L6-v2").is_dir(),
@@ -165,6 +170,7 @@ def test_the_commands_of_the_documentation(two_hosts: Hosts, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_mistakes_in_its_own_files(two_hosts: Hosts) -> None:
     two_hosts.exports.write_text(f"{GLOO}\nPATH=/bin\n")
     assert "line 2: '' is not NAME=value" in check(two_hosts, expect=2)

@@ -118,6 +118,7 @@ def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
     print(f"{', '.join(f'{seconds:.0f}' for seconds in took)} s at a limit of {LIMIT_S} s")
 
 
+@pytest.mark.thorough
 def test_a_network_that_drops(make_run, hosts: Hosts, tmp_path: Path) -> None:
     """Both hosts live, but not a packet passes: each rank ends itself, with its stacks."""
     run = make_run("run", stage=1, **ENDLESS)
@@ -138,6 +139,7 @@ def test_a_network_that_drops(make_run, hosts: Hosts, tmp_path: Path) -> None:
     assert assert_checkpoints_whole(run)
 
 
+@pytest.mark.thorough
 def test_an_error_on_one_host_ends_all_at_once(make_run, hosts: Hosts, tiny_world) -> None:
     """The corpus is on disks of the hosts, and worker-2 has none: nobody waits for half an hour."""
     shutil.copytree(tiny_world.corpus, hosts.disk("worker-1") / "corpus")
@@ -152,6 +154,7 @@ def test_an_error_on_one_host_ends_all_at_once(make_run, hosts: Hosts, tiny_worl
     shutil.rmtree(hosts.disk("worker-1") / "corpus")
 
 
+@pytest.mark.thorough
 def test_hosts_with_other_models(make_run, hosts: Hosts, tiny_world) -> None:
     """At the same path, on disks of their own: the ranks would train on different targets, and nothing would say so."""
     for name in hosts.names:
@@ -181,9 +184,10 @@ def slots(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[int]:
     hosts.write_hostfile(slots=1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("stage", "slots"),
-    [pytest.param(1, 1, marks=pytest.mark.thorough), (3, 1), pytest.param(3, 2, marks=pytest.mark.thorough)],
+    [(1, 1), (3, 1), (3, 2)],
     indirect=["slots"],
 )
 def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int, slots: int) -> None:
@@ -276,12 +280,13 @@ def test_hosts_that_do_not_share_the_run_directory(make_run, hosts: Hosts) -> No
     assert not Run(hosts.disk("worker-1") / "unshared").run_dir.complete_tags()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "how",
     [
         "SIGTERM to deepspeed",
-        pytest.param("SIGTERM to its group", marks=pytest.mark.thorough),
-        pytest.param("login host killed", marks=pytest.mark.thorough),
+        "SIGTERM to its group",
+        "login host killed",
     ],
 )
 def test_the_launcher_is_stopped_or_lost(make_run, hosts: Hosts, tmp_path: Path, how: str) -> None:
@@ -311,6 +316,7 @@ def test_the_launcher_is_stopped_or_lost(make_run, hosts: Hosts, tmp_path: Path,
     assert run.run_dir.newest_tag() == step_tag(last["step"])
 
 
+@pytest.mark.thorough
 def test_pdsh_outlives_a_killed_deepspeed_command(make_run, hosts: Hosts, tmp_path: Path) -> None:
     """Nothing tells pdsh, so the job trains on; without pdsh it stops, with a checkpoint."""
     run = make_run("run", stage=1, **{**ENDLESS, "train__save_every": 50})

@@ -49,6 +49,7 @@ def test_hosts_are_apart_and_leave_nothing(two_hosts: Hosts) -> None:
     assert not root.exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_outlives_its_maker(two_hosts: Hosts, number: signal.Signals) -> None:
     code = """

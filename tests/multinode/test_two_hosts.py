@@ -67,6 +67,7 @@ def go_back(run: Run, step: int) -> None:
     assert run.run_dir.newest_tag() == step_tag(step)
 
 
+@pytest.mark.thorough
 def test_two_hosts_give_the_run_of_one_host(make_run, two_hosts: Hosts) -> None:
     """ZeRO 1, 2 and 3 through pdsh, continued through OpenMPI, against one host with two ranks."""
     one = make_run("one host", ranks=2, **SETTINGS)
