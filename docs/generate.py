@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.config.distill import RunConfig
 from engine.config.finetune import CustomTaskConfig, FinetuneConfig
+from engine.config.marks import Mark
 from engine.config.proxy import ProxyJobConfig
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig, SourceConfig
 from ga.config import SearchConfig
@@ -28,6 +29,9 @@ Every script takes `--config FILE.yaml` and any field as `--section.field value`
 `--help` lists the fields, `--print_config` prints the resolved file. A mistake names key, value and remedy, and exits
 with code 2 before any model is loaded. How a run executes (precision, ZeRO stage, offload, micro batch) is set in one
 file of [ds_configs](../ds_configs/README.md).
+
+"continued" says what may change when the same command goes on with what it has begun: `fixed` settings may not, `free`
+ones may; with `same content` the file may lie elsewhere, if its content is the same.
 """
 
 
@@ -48,8 +52,12 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
     return docs
 
 
+CONTINUED = {Mark.RESULT: "fixed", Mark.EVALUATION: "fixed", Mark.INPUT: "same content", Mark.HOW: "free"}
+"""What a mark lets a user change when the same command is started again."""
+
+
 def rows(instance: Any, prefix: str) -> list[str]:
-    """One table row per plain field; fields that are sections are left to `sections`."""
+    """One table row per plain field; fields that are sections are left to `script`."""
     docs, out = field_docs(type(instance)), []
     for f in dataclasses.fields(instance):
         default = getattr(instance, f.name)
@@ -57,12 +65,14 @@ def rows(instance: Any, prefix: str) -> list[str]:
             continue
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         shown = "required" if required else "unset" if default is None else f"`{default}`"
-        out.append(f"| `{prefix}{f.name}` | {shown} | {docs[f.name].replace('|', chr(92) + '|')} |")
+        may_change = CONTINUED.get(f.metadata.get("mark"), "")
+        out.append(f"| `{prefix}{f.name}` | {shown} | {may_change} | {docs[f.name].replace('|', chr(92) + '|')} |")
     return out
 
 
 def table(title: str, instance: Any, prefix: str = "") -> str:
-    lines = [f"## {title}", "", "| key | default | meaning |", "| --- | --- | --- |", *rows(instance, prefix), ""]
+    lines = [f"## {title}", "", "| key | default | continued | meaning |", "| --- | --- | --- | --- |"]
+    lines += [*rows(instance, prefix), ""]
     return "\n".join(lines)
 
 
