@@ -42,12 +42,12 @@ def settings_of(config: SearchConfig, space: Space, facts: ProxyFacts) -> dict[s
     proxy's own settings are in its fingerprint."""
     found = settings(config, Mark.RESULT)
     return {
+        "fingerprint": facts.fingerprint,  # first, as the most telling one of several differences
         **{key: value for key, value in found.items() if key.startswith("search.")},
         **{f"search.{name}": value for name, value in asdict(config.search.operators).items()},
         **settings(config, Mark.EVALUATION),
         "student layers": space.student_layers,
         "teacher layers": space.teacher_layers,
-        "fingerprint": facts.fingerprint,
     }
 
 
