@@ -12,12 +12,11 @@ import torch
 from glue_sample import write_glue_sample
 from interpreter import import_triton_interpreted
 from launching import Run, write_ds_config
-from searching import SearchRun
 from tiny_world import TinyWorld, save_tiny_teacher, write_text
 
 from engine.ranks.runtime import has_fp16
 
-pytest_plugins = ["postgres", "small_disk"]
+pytest_plugins = ["postgres", "searching", "small_disk"]
 
 if not torch.cuda.is_available():
     import_triton_interpreted()
@@ -118,30 +117,5 @@ def make_run(tiny_world: TinyWorld, tmp_path: Path) -> MakeRun:
         values.update({key.replace("__", "."): value for key, value in settings.items()})
         argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
         return Run(tmp_path / name, ranks=ranks, argv=argv, launcher=launcher)
-
-    return make
-
-
-@pytest.fixture
-def make_search(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> Callable[..., SearchRun]:
-    """make_search(name, storage=…, section__key=…, **settings of the search section): a search over 4 x 32 -> 2 x 16,
-    six steps, fp32."""
-
-    def make(name: str, *, storage: str | None = None, **settings: object) -> SearchRun:
-        values: dict[str, object] = {
-            "deepspeed_config": write_ds_config(tmp_path / f"ds {name}", zero_optimization={"stage": 0}),
-            "teacher.path": tiny_world.teacher,
-            "student.layers": 2,
-            "student.hidden_size": 16,
-            "data.path": tiny_world.corpus,
-            "task.data_dir": glue,
-            "train.global_batch": 8,
-            "train.warmup_steps": 2,
-            "proxy.steps": 6,
-        }
-        for key, value in settings.items():
-            values[key.replace("__", ".") if "__" in key else f"search.{key}"] = value
-        argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-        return SearchRun(tmp_path / name, argv, storage)
 
     return make

@@ -84,11 +84,19 @@ class JobPool:
     """The jobs of one driver."""
 
     def __init__(
-        self, placements: Sequence[Placement], *, launcher: Launcher, hostfile: Path | None, limit_s: float
+        self,
+        placements: Sequence[Placement],
+        *,
+        launcher: Launcher,
+        hostfile: Path | None,
+        limit_s: float,
+        stand_in: Sequence[str] = (),
     ) -> None:
+        """stand_in: for tests, a program that is given the launcher's command line and takes its place."""
         self.placements = tuple(placements)
         self.running: list[Running] = []
         self._launcher, self._hostfile, self._limit_s = launcher, hostfile, limit_s
+        self._stand_in = tuple(stand_in)
 
     @property
     def free(self) -> list[Placement]:
@@ -100,7 +108,7 @@ class JobPool:
         hostfile = self._hostfile
         if not placement.is_local and self._launcher == "openmpi":
             hostfile = folder / HOSTFILE
-        return command(
+        words = command(
             placement,
             script=str(SCRIPT),
             arguments=["--config", str(RunDir(folder).config)],
@@ -109,6 +117,7 @@ class JobPool:
             launcher=self._launcher,
             python=sys.executable,
         )
+        return [*self._stand_in, *words]
 
     def start(self, placement: Placement, config: ProxyJobConfig) -> Running:
         """Starts a job in config.output_dir. Raises UserError when the launcher or the folder cannot be used."""

@@ -1,36 +1,123 @@
-"""Whole searches: real drivers, the real launcher, tiny models."""
+"""Whole searches with real drivers: one with real jobs, all others with stand-ins that train nothing."""
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from launching import Run
+from launching import ROOT, Run
 from postgres import Cluster
-from searching import SearchRun, finish
+from searching import SearchRun, finish, make_tiny_search, wait_until
+from tiny_world import TinyWorld
 
+from engine.records.records import read_records
+from ga.jobs.launcher import LOG
 from ga.study.evaluations import REPEATED
 
 MakeSearch = Callable[..., SearchRun]
 SPACE = 25
 """Genomes: 2 student layers, 4 teacher layers or none."""
+GOLDEN = ROOT / "tests" / "golden" / "job_logs"
+SLOWLY = {"seconds": 0.1}
 
 
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not holds():
-        assert process.poll() is None, f"ended early:\n{process.stdout.read()[-4000:] if process.stdout else ''}"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+@pytest.fixture(scope="module")
+def real_search(tiny_world: TinyWorld, glue: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SearchRun, str]:
+    """Two jobs through the real launcher, and what their driver said."""
+    folder = tmp_path_factory.mktemp("searched") / "real"
+    settings = {"trials": 4, "population": 2, "cohort": 2, "confirm_top": 0, "proxy__report_at": "[2]"}
+    search = make_tiny_search(folder, tiny_world, glue, **settings)
+    return search, search.finish()
 
 
-def test_a_search_from_start_to_a_distillation_with_its_winner(make_search: MakeSearch, tmp_path: Path) -> None:
-    search = make_search("whole", trials=8, population=4, cohort=4, confirm_top=1, confirm_seeds=2)
+@pytest.mark.launcher
+def test_a_real_search_ends_with_a_report_and_is_over(real_search: tuple[SearchRun, str]) -> None:
+    search, output = real_search
+    found = search.evaluations()
+    assert len({one.genome for one in found}) == len(found) == 4
+    assert all(one.outcome == "ok" and one.by_seed == {0: one.fitness} for one in found), found
+    assert set(search.results().values()) == {1}
+    for text in ("generation 0", "best ", "4 of 4", "REPORT.md"):
+        assert text in output, output
+    assert {"REPORT.md", "leaderboard.csv"} <= {path.name for path in (search.output_dir / "report").iterdir()}
+    assert list((search.output_dir / "tensorboard").rglob("events.out.tfevents.*"))
+
+    folders = search.folders()
+    assert len(folders) == 2
+    assert "4 done already" in search.finish()
+    assert search.folders() == folders, "finished trials were run again"
+
+
+def test_a_distillation_with_the_winner(real_search: tuple[SearchRun, str], tmp_path: Path) -> None:
+    search, _ = real_search
+    best = search.output_dir / "report" / "best.yaml"
+    assert yaml.safe_load(best.read_text())["mapping"]["hidden"] in {one.genome for one in search.evaluations()}
+    steps = ["--train.steps", "2", "--train.warmup_steps", "1", "--train.global_batch", "4"]
+    run = Run(tmp_path / "distilled", argv=["--config", str(best), *steps], launcher=False)
+    run.finish()
+    assert (run.run_dir.student / "model.safetensors").is_file()
+
+
+def test_a_stand_in_writes_what_a_real_job_writes(real_search: tuple[SearchRun, str], tmp_path: Path) -> None:
+    """The same records in the same order, with the same fields and types; of students that end early, those of real
+    jobs in tests/golden."""
+    real = real_search[0].folders()[0]
+    stand_in = run_stand_in(tmp_path / "same", real)
+    for name in (LOG, "records.jsonl"):
+        wanted = [(identity(record), shape(record)) for record in read_records(real / name)]
+        assert [(identity(record), shape(record)) for record in read_records(stand_in / name)] == wanted
+    assert {record["kind"] for record in read_records(real / "records.jsonl")} == {"run", "step", "result"}
+
+    first = read_records(real / LOG)[0]["genomes"][0]
+    for status, case, settings, told in (
+        ("stopped", "one_stopped_early", {"stop_below": {2: 2.0}}, {}),
+        ("diverged", "one_diverged", {}, {"genomes": {first: "diverges"}}),
+    ):
+        (wanted,) = [r for r in read_records(GOLDEN / case / LOG) if r.get("status") == status]
+        for record in read_records(run_stand_in(tmp_path / status, real, settings, told) / LOG):
+            if record.get("status") == status:
+                assert {key: type(value) for key, value in record.items()} == {k: type(v) for k, v in wanted.items()}
+                break
+        else:
+            pytest.fail(f"nothing {status}")
+
+
+def run_stand_in(
+    folder: Path, real: Path, proxy: dict[str, Any] | None = None, told: dict[str, object] | None = None
+) -> Path:
+    """The job of another folder, but for `proxy`."""
+    folder.mkdir()
+    config = yaml.safe_load((real / "config.yaml").read_text())
+    config |= {"output_dir": str(folder), "proxy": config["proxy"] | (proxy or {})}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    words = [sys.executable, "tests/support/stand_in_proxy.py", "--config", str(folder / "config.yaml")]
+    env = os.environ | {"STAND_IN": json.dumps(told or {})}
+    with (folder / LOG).open("w") as log:
+        subprocess.run(words, cwd=ROOT, env=env, stdout=log, check=True, timeout=60)
+    return folder
+
+
+def identity(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record.get(key) for key in ("kind", "status", "genome", "seed", "step", "genomes", "seeds")}
+
+
+def shape(value: object) -> object:
+    """Keys and types."""
+    if isinstance(value, dict):
+        return {key: shape(inner) for key, inner in value.items()}
+    return [shape(inner) for inner in value] if isinstance(value, list) else type(value)
+
+
+def test_a_search_from_dry_run_to_confirmation(make_stand_in_search: MakeSearch) -> None:
+    search = make_stand_in_search("whole", trials=8, population=4, cohort=4, confirm_top=1, confirm_seeds=2)
     rehearsed = search.finish("--dry_run")
     assert "25 genomes" in rehearsed
     assert "s per evaluation" in rehearsed
@@ -43,23 +130,14 @@ def test_a_search_from_start_to_a_distillation_with_its_winner(make_search: Make
     measured = [one for one in found if one.seconds == 0.0]  # taken over from --dry_run
     assert len(measured) == 4
     assert search.results().total() == 4
-    for text in ("generation 0", "best ", "8 of 8", "REPORT.md"):
+    for text in ("generation 0", "best ", "8 of 8", "confirmation: ", "REPORT.md"):
         assert text in output, output
-    report = search.output_dir / "report"
-    assert {"REPORT.md", "leaderboard.csv"} <= {path.name for path in report.iterdir()}
-    assert list((search.output_dir / "tensorboard").rglob("events.out.tfevents.*"))
+    assert {path.name for path in (search.output_dir / "confirmations").iterdir()} == {"00000", "00002"}
     assert "8 of 8 done" in search.finish("--status")
 
     folders = search.folders()
     search.finish()
     assert search.folders() == folders, "finished trials were run again"
-
-    best = report / "best.yaml"
-    assert yaml.safe_load(best.read_text())["mapping"]["hidden"] in {one.genome for one in found}
-    steps = ["--train.steps", "2", "--train.warmup_steps", "1", "--train.global_batch", "4"]
-    run = Run(tmp_path / "distilled", argv=["--config", str(best), *steps], launcher=False)
-    run.finish()
-    assert (run.run_dir.student / "model.safetensors").is_file()
 
     changed = search.finish("--proxy.steps", "5", expect=2)
     assert changed.count("error: ") == 1
@@ -67,14 +145,35 @@ def test_a_search_from_start_to_a_distillation_with_its_winner(make_search: Make
     assert "training" in changed
 
 
-def test_two_drivers_share_a_search_on_sqlite(make_search: MakeSearch) -> None:
-    share_a_search(make_search("shared", sampler="exhaustive", trials=SPACE, cohort=7, confirm_top=0), SPACE)
+def test_what_goes_wrong_in_jobs_costs_the_genomes_that_it_concerns(make_stand_in_search: MakeSearch) -> None:
+    told = {"fits": 1, "genomes": {"1-2": "diverges", "3-4": "crashes"}}
+    search = make_stand_in_search("wrong", trials=5, population=5, cohort=5, confirm_top=0, told=told)
+    output = search.finish()
+    assert "out of memory with 5 students side by side; going on with 2" in output
+    assert "out of memory with 2 students side by side; going on with 1" in output
+    found = {one.genome: one for one in search.evaluations()}
+    assert len(found) == 5
+    assert {genome: one.outcome for genome, one in found.items() if one.outcome != "ok"} == {
+        "1-2": "diverged",
+        "3-4": "lost",
+    }
+    assert "told to crash at 3-4" in found["3-4"].message
+    assert search.results().total() == 3
+    assert len([folder for folder in search.folders() if "3-4" in (folder / "config.yaml").read_text()]) >= 2
+    report = (search.output_dir / "report" / "REPORT.md").read_text()
+    assert "diverged" in report
 
 
-def test_two_drivers_share_a_search_on_postgresql(make_search: MakeSearch, postgres: Cluster) -> None:
+def test_two_drivers_share_a_search_on_sqlite(make_stand_in_search: MakeSearch) -> None:
+    share_a_search(
+        make_stand_in_search("shared", sampler="exhaustive", trials=SPACE, cohort=7, confirm_top=0, told=SLOWLY), SPACE
+    )
+
+
+def test_two_drivers_share_a_search_on_postgresql(make_stand_in_search: MakeSearch, postgres: Cluster) -> None:
     storage = postgres.url("searches")
     settings = {"trials": 12, "cohort": 3, "confirm_top": 1, "confirm_seeds": 2}
-    share_a_search(make_search("shared", sampler="random", storage=storage, **settings), 12)
+    share_a_search(make_stand_in_search("shared", sampler="random", storage=storage, told=SLOWLY, **settings), 12)
 
 
 def share_a_search(search: SearchRun, trials: int) -> None:
@@ -90,23 +189,24 @@ def share_a_search(search: SearchRun, trials: int) -> None:
     assert len(set(ports)) == len(ports)
 
 
-def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(make_search: MakeSearch) -> None:
-    search = make_search("stopped", sampler="random", trials=4, cohort=2, local_slots=2, confirm_top=0)
+def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(make_stand_in_search: MakeSearch) -> None:
+    settings = {"sampler": "random", "trials": 4, "cohort": 2, "local_slots": 2, "confirm_top": 0}
+    search = make_stand_in_search("stopped", told={"seconds": 600}, **settings)
     driver = search.start()
-    trials = search.output_dir / "trials"
-    wait_until(lambda: trials.exists() and len(list(trials.glob("*/output.log"))) == 2, driver)  # side by side
+    wait_until(lambda: len(list(search.output_dir.glob("trials/*/output.log"))) == 2, driver)  # side by side
     driver.send_signal(signal.SIGINT)
     output = finish(driver, expect=130)
     assert "the same command goes on" in output
     assert not search.job_processes()
+    search.told = {}
     search.finish()
     assert {one.outcome for one in search.evaluations()} == {"ok"}
     assert set(search.results().values()) == {1}
 
 
 @pytest.mark.faults
-def test_a_job_that_refuses_its_configuration_stops_the_search(make_search: MakeSearch) -> None:
-    search = make_search("refused", trials=4, proxy__tasks="[SST-2, NoSuchTask]")
+def test_a_job_that_refuses_its_configuration_stops_the_search(make_stand_in_search: MakeSearch) -> None:
+    search = make_stand_in_search("refused", trials=4, told={"refuses": "proxy.tasks='NoSuchTask'"})
     output = search.finish(expect=2)
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -114,30 +214,32 @@ def test_a_job_that_refuses_its_configuration_stops_the_search(make_search: Make
     assert "Traceback" not in output
     assert not (search.output_dir / "study.db").exists()
 
-    blocked = make_search("blocked", trials=4)
+    blocked = make_stand_in_search("blocked", trials=4)
     (blocked.output_dir / "leader.lock").mkdir(parents=True)
     output = blocked.finish(expect=2)
     assert "leader.lock: Is a directory; mend that, and the same command goes on" in output
     assert "Traceback" not in output
 
 
-def test_nsga2_with_a_second_objective_and_tpe_reuse_known_results(make_search: MakeSearch, tmp_path: Path) -> None:
+def test_nsga2_with_a_second_objective_and_tpe_reuse_known_results(
+    make_stand_in_search: MakeSearch, tmp_path: Path
+) -> None:
     storage = f"sqlite:///{tmp_path / 'all.db'}"
     settings = {"trials": SPACE, "cohort": 13, "confirm_top": 0}
-    everything = make_search("everything", sampler="exhaustive", storage=storage, **settings)
+    everything = make_stand_in_search("everything", sampler="exhaustive", storage=storage, **settings)
     everything.finish()
     for sampler, more in (("nsga2", {"second_objective": "deepest_layer"}), ("tpe", {}), ("random", {}), ("ga", {})):
-        search = make_search(sampler, sampler=sampler, trials=12, confirm_top=0, storage=storage, **more)
+        search = make_stand_in_search(sampler, sampler=sampler, trials=8, confirm_top=0, storage=storage, **more)
         output = search.finish()
         found = [one for one in search.evaluations() if one.outcome != REPEATED]
-        assert len({one.genome for one in found}) == len(found) == 12, sampler
+        assert len({one.genome for one in found}) == len(found) == 8, sampler
         assert {one.seconds for one in found} == {0.0}, "known results were computed again"
         assert "REPORT.md" in output
     front = (tmp_path / "nsga2" / "report" / "REPORT.md").read_text()
     assert "deepest" in front
 
 
-def test_halving_ends_the_worse_half_early_and_reports_how_well_that_went(make_search: MakeSearch) -> None:
+def test_halving_ends_the_worse_half_early_and_reports_how_well_that_went(make_stand_in_search: MakeSearch) -> None:
     settings = {
         "trials": 16,
         "population": 5,
@@ -146,7 +248,7 @@ def test_halving_ends_the_worse_half_early_and_reports_how_well_that_went(make_s
         "halving": 2,
         "proxy__report_at": "[2, 4]",
     }
-    search = make_search("halved", **settings)
+    search = make_stand_in_search("halved", **settings)
     search.finish()
     found = search.evaluations()
     assert len(found) == 16
@@ -162,8 +264,9 @@ def test_halving_ends_the_worse_half_early_and_reports_how_well_that_went(make_s
 
 
 @pytest.mark.faults
-def test_a_search_whose_jobs_all_run_out_of_time_gives_up(make_search: MakeSearch) -> None:
-    search = make_search("late", sampler="random", trials=8, cohort=2, job_minutes=0.03, max_failures=4)
+def test_a_search_whose_jobs_all_run_out_of_time_gives_up(make_stand_in_search: MakeSearch) -> None:
+    settings = {"sampler": "random", "trials": 8, "cohort": 2, "job_minutes": 0.03, "max_failures": 4}
+    search = make_stand_in_search("late", told={"seconds": 600}, **settings)
     output = search.finish(expect=1)
     assert output.count("error: the last 4 genomes got no fitness, the last one: timeout") == 1, output
     assert not search.job_processes()

@@ -8,13 +8,12 @@ import select
 import sqlite3
 import subprocess
 import termios
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launching import ROOT, environment, hear_signals
-from searching import SearchRun, finish
+from searching import SearchRun, finish, wait_until
 from small_disk import SmallDisk
 
 from engine.errors import EXIT_PREEMPTED
@@ -36,24 +35,19 @@ def take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-@pytest.mark.thorough
-@pytest.mark.launcher
 def test_a_full_disk_of_the_driver_and_of_the_database(
-    make_search: MakeSearch, small_disk: Callable[[int], SmallDisk]
+    make_stand_in_search: MakeSearch, small_disk: Callable[[int], SmallDisk]
 ) -> None:
-    runs, database = small_disk(40), small_disk(2)
-    settings = {"sampler": "random", "trials": 4, "cohort": 2, "confirm_top": 0}
-    search = make_search("full", storage=f"sqlite:///{database.folder}/study.db", **settings)
+    runs, database = small_disk(4), small_disk(2)
+    settings = {"sampler": "random", "trials": 4, "cohort": 2, "confirm_top": 0, "told": {"seconds": 1}}
+    search = make_stand_in_search("full", storage=f"sqlite:///{database.folder}/study.db", **settings)
     search.output_dir = runs.folder / "search"
     runs.fill()
     assert "cannot be written: [Errno 28] No space left on device" in error_of(search.finish(expect=2))
     runs.free()
 
     driver = search.start()
-    trials = search.output_dir / "trials"
-    while not (trials.exists() and list(trials.glob("*/output.log"))):
-        assert driver.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: bool(list(search.output_dir.glob("trials/*/output.log"))), driver)
     database.fill()
     said = error_of(finish(driver, expect=2))
     assert f"search.storage=sqlite:///{database.folder}/study.db: " in said
@@ -98,9 +92,9 @@ def test_a_terminal_that_goes_ends_the_search_in_order(make_search: MakeSearch) 
         driver.kill()
 
 
-def test_a_database_that_is_none_or_of_another_optuna(make_search: MakeSearch, tmp_path: Path) -> None:
+def test_a_database_that_is_none_or_of_another_optuna(make_stand_in_search: MakeSearch, tmp_path: Path) -> None:
     path = tmp_path / "study.db"
-    search = make_search("refused", storage=f"sqlite:///{path}")
+    search = make_stand_in_search("refused", storage=f"sqlite:///{path}")
     path.write_text("trials: 64\n" * 100)
     said = error_of(search.finish("--status", expect=2))
     assert "study.db: file is not a database; name another file" in said

@@ -1,46 +1,64 @@
-"""SIGKILL at random moments: to the driver, to the launcher of a job, to one of its ranks. What must hold: every
+"""SIGKILL at random moments: to the driver, to a job, and with real jobs to a launcher or a rank. What must hold: every
 genome gets its result exactly once, and no process is left.
 
-MAPDISTILL_KILLS says how many (3 unless it is set); MAPDISTILL_KILL_SEED which moments.
+MAPDISTILL_KILLS says how many (3 unless it is set; 6 where jobs are stand-ins); MAPDISTILL_KILL_SEED which moments.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import optuna
 import psutil
 import pytest
-from searching import SearchRun, finish
+from searching import SearchRun, finish, wait_until
 
 from ga.study.ledger import LOSSES
 from ga.study.storage import open_storage
 
-KILLS = int(os.environ.get("MAPDISTILL_KILLS", "3"))
 SEED = int(os.environ.get("MAPDISTILL_KILL_SEED", "0"))
 SPACE = 25
 
+MakeSearch = Callable[..., SearchRun]
+pytestmark = pytest.mark.faults
 
-@pytest.mark.faults
-def test_nothing_is_lost_or_run_twice_or_left_behind(make_search: Callable[..., SearchRun]) -> None:
-    search = make_search("killed", sampler="exhaustive", trials=SPACE, cohort=3, confirm_top=0)
+
+@dataclass
+class Situation:
+    make: MakeSearch
+    kills: int
+    longest_s: float
+    """Between two kills."""
+    of_a_job: tuple[str, ...]
+    """Kinds of its processes."""
+
+
+@pytest.fixture(params=["stand-in", pytest.param("real", marks=[pytest.mark.thorough, pytest.mark.launcher])])
+def situation(request: pytest.FixtureRequest, make_search: MakeSearch, make_stand_in_search: MakeSearch) -> Situation:
+    kills = int(os.environ.get("MAPDISTILL_KILLS", "0"))
+    if request.param == "real":
+        return Situation(make_search, kills or 3, 15.0, ("launcher", "rank"))
+    make = functools.partial(make_stand_in_search, told={"seconds": 0.2})
+    return Situation(make, kills or 6, 2.5, ("job",))
+
+
+def test_nothing_is_lost_or_run_twice_or_left_behind(situation: Situation) -> None:
+    search = situation.make("killed", sampler="exhaustive", trials=SPACE, cohort=3, confirm_top=0)
     rng = random.Random(SEED)
     killed: Counter[str] = Counter()
     driver = search.start()
-    while killed.total() < KILLS and driver.poll() is None:
-        time.sleep(rng.uniform(0.5, 15.0))
+    while killed.total() < situation.kills and driver.poll() is None:
+        time.sleep(rng.uniform(0.3, situation.longest_s))
         # launchers and ranks seldom: a trial that is lost twice while its driver lives has failed for good
-        kind = (
-            "driver"
-            if killed["driver"] <= 3 * (killed["launcher"] + killed["rank"])
-            else rng.choice(["launcher", "rank"])
-        )
+        others = killed.total() - killed["driver"]
+        kind = "driver" if killed["driver"] <= 3 * others else rng.choice(situation.of_a_job)
         victim = driver.pid if kind == "driver" else process_of(search, kind)
         if victim is None or driver.poll() is not None:
             continue
@@ -50,6 +68,7 @@ def test_nothing_is_lost_or_run_twice_or_left_behind(make_search: Callable[..., 
             driver.communicate()
             driver = search.start()
     output = finish(driver)
+    assert killed["driver"], "the search was over before the first kill"
     found = search.evaluations()
     results = search.results()
     left = search.job_processes()
@@ -68,7 +87,7 @@ def test_nothing_is_lost_or_run_twice_or_left_behind(make_search: Callable[..., 
 
 
 def process_of(search: SearchRun, kind: str) -> int | None:
-    """A launcher or a rank of a running job, if there is one."""
+    """A launcher or a rank of a running job, or any of its processes (`job`), if there is one."""
     for pid in search.job_processes():
         try:
             words = psutil.Process(pid).cmdline()
@@ -76,7 +95,7 @@ def process_of(search: SearchRun, kind: str) -> int | None:
             continue
         is_rank = any(word.startswith("--local_rank") for word in words)
         is_launcher = any(word.endswith("deepspeed.launcher.launch") for word in words)
-        if (is_rank and kind == "rank") or (is_launcher and kind == "launcher"):
+        if kind == "job" or (is_rank and kind == "rank") or (is_launcher and kind == "launcher"):
             return pid
     return None
 
@@ -90,12 +109,13 @@ def losses_of(search: SearchRun, number: int) -> dict[str, int]:
         storage.close()
 
 
-@pytest.mark.faults
-def test_a_driver_killed_alone_leaves_its_job_to_the_next(make_search: Callable[..., SearchRun]) -> None:
+def test_a_driver_killed_alone_leaves_its_job_to_the_next(situation: Situation) -> None:
     """The job ends by itself, what it has recorded counts, and is not run again."""
-    search = make_search("orphaned", sampler="random", trials=4, cohort=4, confirm_top=0)
+    search = situation.make("orphaned", sampler="random", trials=4, cohort=4, confirm_top=0)
+    search.told = {"seconds": 0.5}  # of stand-ins
     driver = search.start()
-    wait_for_rank(search, driver)
+    trials = search.output_dir / "trials"
+    wait_until(lambda: trials.exists() and process_of(search, situation.of_a_job[-1]) is not None, driver)
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate()
     assert search.job_processes(), "the job was to go on"
@@ -106,11 +126,3 @@ def test_a_driver_killed_alone_leaves_its_job_to_the_next(make_search: Callable[
     search.finish()
     assert len(search.folders()) == 1
     assert {one.outcome for one in search.evaluations()} == {"ok"}
-
-
-def wait_for_rank(search: SearchRun, driver: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not (search.output_dir / "trials").exists() or process_of(search, "rank") is None:
-        assert driver.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

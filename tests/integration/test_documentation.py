@@ -7,10 +7,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from glue_sample import write_glue_sample
 from launching import ROOT, environment, free_port
+from searching import STAND_IN_DRIVER
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -34,16 +36,30 @@ needs_quickstart = pytest.mark.skipif(
 LAUNCHED = [c for d in DOCUMENTS for c in commands(d, "deepspeed") if "--hostfile" not in c]
 """Commands with a hostfile are run by tests/multinode/test_check_hosts.py."""
 BANNER_SAYS = {"launch/distill.py": "student layer", "launch/finetune.py": "tasks  ", "launch/proxy.py": "fingerprint"}
+SEARCHES = sorted({c for d in DOCUMENTS for c in commands(d, "python launch/search.py")})
+
+
+def script_of(command: str) -> str:
+    return next(word for word in command.split() if word.startswith("launch/"))
+
+
+def first_of_each_script() -> list[Any]:
+    """The launched commands, each once; but for the first of each script they are thorough."""
+    first = {script_of(command): command for command in reversed(LAUNCHED)}
+    return [
+        pytest.param(command, marks=[] if command == first[script_of(command)] else pytest.mark.thorough)
+        for command in dict.fromkeys(LAUNCHED)
+    ]
 
 
 @needs_quickstart
 @pytest.mark.launcher
-@pytest.mark.parametrize("command", LAUNCHED)
+@pytest.mark.parametrize("command", first_of_each_script())
 def test_commands_pass_every_check_up_to_the_banner(command: str, tmp_path: Path) -> None:
     """On what `make data` fetched; the GLUE download of the documents is a small sample here, and a student that the
     reader will have distilled by then is the teacher."""
     words = shlex.split(command)
-    script = next(word for word in words if word.startswith("launch/"))
+    script = script_of(command)
     extra = ["--config", "examples/quickstart.yaml"] if words == ["deepspeed", "launch/distill.py"] else []
     if script != "launch/distill.py":
         write_glue_sample(tmp_path / "glue")
@@ -57,15 +73,18 @@ def test_commands_pass_every_check_up_to_the_banner(command: str, tmp_path: Path
 
 
 @needs_quickstart
-@pytest.mark.launcher
-@pytest.mark.parametrize("command", sorted({c for d in DOCUMENTS for c in commands(d, "python launch/search.py")}))
-def test_search_commands_rehearse(command: str, tmp_path: Path) -> None:
-    """With one short job in place of the measured one. What --status shows is tested with a whole search."""
+@pytest.mark.parametrize(
+    "script", [STAND_IN_DRIVER, pytest.param("launch/search.py", marks=[pytest.mark.thorough, pytest.mark.launcher])]
+)
+@pytest.mark.parametrize("command", SEARCHES)
+def test_search_commands_rehearse(command: str, script: str, tmp_path: Path) -> None:
+    """With one short job in place of the measured one, or a stand-in of it. What --status shows is tested with a whole
+    search."""
     write_glue_sample(tmp_path / "glue")
     small = ["--proxy.steps", "2", "--train.warmup_steps", "1", "--train.global_batch", "2", "--search.cohort", "1"]
-    words = [word for word in shlex.split(command)[1:] if word != "--status"]
+    words = [word for word in shlex.split(command)[2:] if word != "--status"]
     paths = ["--task.data_dir", str(tmp_path / "glue"), "--output_dir", str(tmp_path / "run")]
-    done = run([sys.executable, *words, *small, *paths, "--dry_run"])
+    done = run([sys.executable, script, *words, *small, *paths, "--dry_run"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "343 genomes" in done.stdout
     assert "s per evaluation" in done.stdout
@@ -107,4 +126,5 @@ def test_the_table_of_faults_names_tests_that_are_marked() -> None:
 
 
 def test_there_are_commands_to_test() -> None:
-    assert {word for command in LAUNCHED for word in command.split() if word.startswith("launch/")} == set(BANNER_SAYS)
+    assert {script_of(command) for command in LAUNCHED} == set(BANNER_SAYS)
+    assert SEARCHES

@@ -1,22 +1,29 @@
-"""Starts real searches over a tiny world, and looks at what they left."""
+"""Starts searches over a tiny world, with real jobs or with stand-ins of them, and looks at what they left."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
-from launching import ROOT, environment, hear_signals
+import pytest
+from launching import ROOT, environment, hear_signals, write_ds_config
+from tiny_world import TinyWorld
 
 from engine.records.records import read_records
 from ga.jobs.launcher import MARKER
 from ga.study.evaluations import Evaluation, read_history
 from ga.study.storage import open_storage
+
+STAND_IN_DRIVER = "tests/support/stand_in_driver.py"
 
 
 @dataclass
@@ -26,16 +33,19 @@ class SearchRun:
     output_dir: Path
     argv: list[str] = field(default_factory=list)
     storage: str | None = None
+    script: str = "launch/search.py"
+    told: dict[str, object] = field(default_factory=dict)
+    """What goes otherwise than well in stand-ins of jobs (stand_in_proxy.py)."""
 
     def command(self, *more: str) -> list[str]:
-        words = [sys.executable, "launch/search.py", "--output_dir", str(self.output_dir), *self.argv, *more]
+        words = [sys.executable, self.script, "--output_dir", str(self.output_dir), *self.argv, *more]
         return words if self.storage is None else [*words, "--search.storage", self.storage]
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.command(*more),
             cwd=ROOT,
-            env=environment(),
+            env=environment() | {"STAND_IN": json.dumps(self.told)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -60,9 +70,8 @@ class SearchRun:
     def results(self) -> Counter[str]:
         """genome -> how often any job has recorded a result of it."""
         found: Counter[str] = Counter()
-        for folder in self.folders():
-            records = folder / "records.jsonl"
-            found.update(r["genome"] for r in read_records(records) if r["kind"] == "result") if records.exists() else 0
+        for records in (self.output_dir / "trials").glob("*/records.jsonl"):
+            found.update(record["genome"] for record in read_records(records) if record["kind"] == "result")
         return found
 
     def job_processes(self) -> list[int]:
@@ -89,3 +98,55 @@ def finish(process: subprocess.Popen[str], *, expect: int = 0) -> str:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == expect, f"exit {process.returncode}, expected {expect}:\n{output[-6000:]}"
     return output
+
+
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """While the process runs."""
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert process.poll() is None, f"ended early:\n{process.stdout.read()[-4000:] if process.stdout else ''}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def make_tiny_search(
+    output_dir: Path, world: TinyWorld, glue: Path, *, storage: str | None = None, **settings: object
+) -> SearchRun:
+    """Over 4 x 32 -> 2 x 16, six steps, fp32. settings: of the search section, or section__key."""
+    values: dict[str, object] = {
+        "deepspeed_config": write_ds_config(
+            output_dir.with_name(f"ds {output_dir.name}"), zero_optimization={"stage": 0}
+        ),
+        "teacher.path": world.teacher,
+        "student.layers": 2,
+        "student.hidden_size": 16,
+        "data.path": world.corpus,
+        "task.data_dir": glue,
+        "train.global_batch": 8,
+        "train.warmup_steps": 2,
+        "proxy.steps": 6,
+    }
+    for key, value in settings.items():
+        values[key.replace("__", ".") if "__" in key else f"search.{key}"] = value
+    argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    return SearchRun(output_dir, argv, storage)
+
+
+@pytest.fixture
+def make_search(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> Callable[..., SearchRun]:
+    """make_search(name, storage=…, **settings): make_tiny_search in tmp_path, with real jobs."""
+
+    def make(name: str, **settings: object) -> SearchRun:
+        return make_tiny_search(tmp_path / name, tiny_world, glue, **settings)
+
+    return make
+
+
+@pytest.fixture
+def make_stand_in_search(make_search: Callable[..., SearchRun]) -> Callable[..., SearchRun]:
+    """As make_search, with real drivers, and jobs that train nothing. told: what goes wrong in them."""
+
+    def make(name: str, *, told: dict[str, object] | None = None, **settings: object) -> SearchRun:
+        return replace(make_search(name, **settings), script=STAND_IN_DRIVER, told=told or {})
+
+    return make
