@@ -1,4 +1,4 @@
-"""Whole searches with real drivers: one with real jobs, all others with stand-ins that train nothing."""
+"""Whole searches: one with real jobs through the real launcher, all others with stand-ins that train nothing."""
 
 from __future__ import annotations
 
@@ -118,11 +118,11 @@ def shape(value: object) -> object:
 
 def test_a_search_from_dry_run_to_confirmation(make_stand_in_search: MakeSearch) -> None:
     search = make_stand_in_search("whole", trials=8, population=4, cohort=4, confirm_top=1, confirm_seeds=2)
-    rehearsed = search.finish("--dry_run")
+    rehearsed = search.finish_here("--dry_run")
     assert "25 genomes" in rehearsed
     assert "s per evaluation" in rehearsed
     assert not (search.output_dir / "trials").exists()
-    output = search.finish()
+    output = search.finish_here()
     found = search.evaluations()
     assert len({one.genome for one in found}) == len(found) == 8
     assert all(one.outcome == "ok" and one.by_seed == {0: one.fitness} for one in found), found
@@ -133,22 +133,22 @@ def test_a_search_from_dry_run_to_confirmation(make_stand_in_search: MakeSearch)
     for text in ("generation 0", "best ", "8 of 8", "confirmation: ", "REPORT.md"):
         assert text in output, output
     assert {path.name for path in (search.output_dir / "confirmations").iterdir()} == {"00000", "00002"}
-    assert "8 of 8 done" in search.finish("--status")
+    assert "8 of 8 done" in search.finish_here("--status")
 
     folders = search.folders()
-    search.finish()
+    search.finish_here()
     assert search.folders() == folders, "finished trials were run again"
 
-    changed = search.finish("--proxy.steps", "5", expect=2)
+    changed = search.finish_here("--proxy.steps", "5", expect=2)
     assert changed.count("error: ") == 1
     assert "fingerprint" in changed
-    assert "training" in changed
+    assert ": proxy)" in changed
 
 
 def test_what_goes_wrong_in_jobs_costs_the_genomes_that_it_concerns(make_stand_in_search: MakeSearch) -> None:
     told = {"fits": 1, "genomes": {"1-2": "diverges", "3-4": "crashes"}}
     search = make_stand_in_search("wrong", trials=5, population=5, cohort=5, confirm_top=0, told=told)
-    output = search.finish()
+    output = search.finish_here()
     assert "out of memory with 5 students side by side; going on with 2" in output
     assert "out of memory with 2 students side by side; going on with 1" in output
     found = {one.genome: one for one in search.evaluations()}
@@ -207,7 +207,7 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(make_stand_in_search:
 @pytest.mark.faults
 def test_a_job_that_refuses_its_configuration_stops_the_search(make_stand_in_search: MakeSearch) -> None:
     search = make_stand_in_search("refused", trials=4, told={"refuses": "proxy.tasks='NoSuchTask'"})
-    output = search.finish(expect=2)
+    output = search.finish_here(expect=2)
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "NoSuchTask" in errors[0]
@@ -216,21 +216,19 @@ def test_a_job_that_refuses_its_configuration_stops_the_search(make_stand_in_sea
 
     blocked = make_stand_in_search("blocked", trials=4)
     (blocked.output_dir / "leader.lock").mkdir(parents=True)
-    output = blocked.finish(expect=2)
+    output = blocked.finish_here(expect=2)
     assert "leader.lock: Is a directory; mend that, and the same command goes on" in output
     assert "Traceback" not in output
 
 
-def test_nsga2_with_a_second_objective_and_tpe_reuse_known_results(
-    make_stand_in_search: MakeSearch, tmp_path: Path
-) -> None:
+def test_all_samplers_reuse_known_results(make_stand_in_search: MakeSearch, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'all.db'}"
     settings = {"trials": SPACE, "cohort": 13, "confirm_top": 0}
     everything = make_stand_in_search("everything", sampler="exhaustive", storage=storage, **settings)
-    everything.finish()
+    everything.finish_here()
     for sampler, more in (("nsga2", {"second_objective": "deepest_layer"}), ("tpe", {}), ("random", {}), ("ga", {})):
         search = make_stand_in_search(sampler, sampler=sampler, trials=8, confirm_top=0, storage=storage, **more)
-        output = search.finish()
+        output = search.finish_here()
         found = [one for one in search.evaluations() if one.outcome != REPEATED]
         assert len({one.genome for one in found}) == len(found) == 8, sampler
         assert {one.seconds for one in found} == {0.0}, "known results were computed again"
@@ -249,7 +247,7 @@ def test_halving_ends_the_worse_half_early_and_reports_how_well_that_went(make_s
         "proxy__report_at": "[2, 4]",
     }
     search = make_stand_in_search("halved", **settings)
-    search.finish()
+    search.finish_here()
     found = search.evaluations()
     assert len(found) == 16
     outcomes = {one.outcome for one in found if one.generation == 0}

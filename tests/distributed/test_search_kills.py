@@ -1,7 +1,7 @@
 """SIGKILL at random moments: to the driver, to a job, and with real jobs to a launcher or a rank. What must hold: every
 genome gets its result exactly once, and no process is left.
 
-MAPDISTILL_KILLS says how many (3 unless it is set; 6 where jobs are stand-ins); MAPDISTILL_KILL_SEED which moments.
+MAPDISTILL_KILLS says how many (3 unless it is set; 4 where jobs are stand-ins); MAPDISTILL_KILL_SEED which moments.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def situation(request: pytest.FixtureRequest, make_search: MakeSearch, make_stan
     if request.param == "real":
         return Situation(make_search, kills or 3, 15.0, ("launcher", "rank"))
     make = functools.partial(make_stand_in_search, told={"seconds": 0.2})
-    return Situation(make, kills or 6, 2.5, ("job",))
+    return Situation(make, kills or 4, 2.5, ("job",))
 
 
 def test_nothing_is_lost_or_run_twice_or_left_behind(situation: Situation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,6 +57,19 @@ class SearchRun:
 
     def finish(self, *more: str, expect: int = 0) -> str:
         return finish(self.start(*more), expect=expect)
+
+    def finish_here(self, *more: str, expect: int = 0) -> str:
+        """As `finish` with stand-ins of jobs, in this process, which has imported everything."""
+        from stand_in_driver import StandInPool, search_main
+
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+            patch.setattr("ga.search.JobPool", StandInPool)
+            patch.setenv("DS_ACCELERATOR", "cpu")
+            patch.setenv("STAND_IN", json.dumps(self.told))
+            code = search_main(self.command(*more)[2:])
+        assert code == expect, f"exit {code}, expected {expect}:\n{output.getvalue()[-6000:]}"
+        return output.getvalue()
 
     def evaluations(self) -> list[Evaluation]:
         storage = open_storage(self.storage or f"sqlite:///{self.output_dir / 'study.db'}")
@@ -144,7 +159,7 @@ def make_search(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> Callable[.
 
 @pytest.fixture
 def make_stand_in_search(make_search: Callable[..., SearchRun]) -> Callable[..., SearchRun]:
-    """As make_search, with real drivers, and jobs that train nothing. told: what goes wrong in them."""
+    """As make_search, with jobs that train nothing. told: what goes wrong in them."""
 
     def make(name: str, *, told: dict[str, object] | None = None, **settings: object) -> SearchRun:
         return replace(make_search(name, **settings), script=STAND_IN_DRIVER, told=told or {})

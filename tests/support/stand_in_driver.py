@@ -8,7 +8,8 @@ import ga.search
 from ga.cli import search_main
 from ga.jobs.pool import JobPool
 
+StandInPool = functools.partial(JobPool, stand_in=[sys.executable, str(Path(__file__).with_name("stand_in_proxy.py"))])
+
 if __name__ == "__main__":
-    stand_in = Path(__file__).with_name("stand_in_proxy.py")
-    ga.search.JobPool = functools.partial(JobPool, stand_in=[sys.executable, str(stand_in)])
+    ga.search.JobPool = StandInPool
     sys.exit(search_main())

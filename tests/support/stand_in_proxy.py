@@ -16,129 +16,114 @@ import json
 import os
 import sys
 import time
+from dataclasses import is_dataclass
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
+from engine.config.marks import Mark, settings
+from engine.config.proxy import ProxyJobConfig
 from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DIVERGED, EXIT_DONE
-from engine.mapping import LayerMapping, parse_mapping
+from engine.mapping import MappingPair
 from engine.records.fingerprints import digest
 from engine.records.records import RecordWriter, format_record
 from engine.records.run_dir import RunDir
 
 METRICS = {"SST-2": ("accuracy",), "MRPC": ("accuracy", "f1"), "STS-B": ("pearson", "spearman")}
 CODE = ("mapdistill", "torch", "deepspeed", "transformers", "torchmetrics")
+EXECUTION = {"precision": "float32", "world_size": 1, "zero_stage": 0}
 Fields = dict[str, Any]
 
 
+def read_config(kind: Any, values: Fields) -> Any:
+    """Makes a configuration of what its YAML holds; parse_config would take half of a job's time."""
+    kinds = get_type_hints(kind)
+    return kind(**{key: read_config(kinds[key], v) if is_dataclass(kinds[key]) else v for key, v in values.items()})
+
+
 class StandIn:
-    def __init__(self, config: Fields, told: Fields) -> None:
-        self.config, self.told, self.proxy = config, told, config["proxy"]
-        self.teacher = json.loads((Path(config["teacher"]["path"]) / "config.json").read_text())
-        self.corpus = json.loads((Path(config["data"]["path"]) / "manifest.json").read_text())
-        self.maps = {self._key(text): self._maps(text) for text in config["genomes"]}
-        self.seeds = list(range(config["seed"], config["seed"] + self.proxy["repeats"]))
+    def __init__(self, config: ProxyJobConfig, told: Fields) -> None:
+        self.config, self.proxy, self.told = config, config.proxy, told
+        self.teacher = json.loads((Path(str(config.teacher.path)) / "config.json").read_text(encoding="utf-8"))
+        self.corpus = json.loads((Path(config.data.path) / "manifest.json").read_text(encoding="utf-8"))
+        self.layers = {"student_layers": config.student.layers, "teacher_layers": self.teacher["num_hidden_layers"]}
+        pairs = [MappingPair.parse(text, **self.layers, key="genomes") for text in config.genomes]
+        self.genomes = {str(pair): pair for pair in pairs}
+        self.seeds = list(range(config.seed, config.seed + self.proxy.repeats))
         self.parts = self._fingerprint_parts()
-        self.execution = {"precision": "float32", "world_size": 1, "zero_stage": 0}
-        self.facts = {"genomes": list(self.maps), "seeds": self.seeds, "fingerprint": digest(self.parts)}
-        self.facts |= self.execution
-
-    def _maps(self, text: str) -> tuple[LayerMapping, LayerMapping]:
-        sizes = {
-            "student_layers": self.config["student"]["layers"],
-            "teacher_layers": self.teacher["num_hidden_layers"],
+        self.facts = {
+            "genomes": list(self.genomes),
+            "seeds": self.seeds,
+            "fingerprint": digest(self.parts),
+            **EXECUTION,
         }
-        hidden, _, attention = text.partition("/")
-        return parse_mapping(hidden, **sizes), parse_mapping(attention or hidden, **sizes)
-
-    def _key(self, text: str) -> str:
-        return "/".join(dict.fromkeys(map(str, self._maps(text))))
 
     def _fingerprint_parts(self) -> Fields:
         """As in engine/jobs/proxy/plan.py, without reading weights and rows."""
-        c = self.config
-        how = ("attention", "activation_checkpointing", "fused_layer_norm")
-        training = {key: c["train"][key] for key in ("global_batch", "lr", "warmup_steps", "schedule", "grad_clip")}
-        return {
-            "teacher": {
-                "config_sha256": digest(self.teacher),
-                "weights_sha256": digest(c["teacher"]["path"]),
-                "dtype": "float32",
-            },
-            "student": {key: value for key, value in c["student"].items() if key not in how},
-            "losses": c["loss"],
-            "data": {
-                "content_sha256": digest(self.corpus),
-                "seq_len": self.corpus["seq_len"],
-                "mlm_probability": c["data"]["mlm_probability"],
-                "whole_word_mask": c["data"]["whole_word_mask"],
-            },
-            "training": {
-                "steps": self.proxy["steps"],
-                **training,
-                "optimizer": c["optim"],
-                "precision": "float32",
-            },
-            "tasks": {task: {"sha256": digest(task), "metrics": list(METRICS[task])} for task in self.proxy["tasks"]},
-            "evaluator": {"kind": self.proxy["evaluator"], "folds": self.proxy["folds"]},
-            "code": dict.fromkeys(CODE, "0"),
-        }
+        parts: Fields = {}
+        for key, value in settings(self.config, Mark.RESULT).items():
+            section, _, name = key.partition(".")
+            parts.setdefault(section, {})[name] = value
+        for name in ("epochs", "lr", "batch"):  # of an evaluator that no test uses
+            del parts["proxy"][name]
+        hashes = {f"{what}_sha256": digest([what, self.teacher]) for what in ("config", "weights")}
+        parts["teacher"] |= hashes | {"dtype": "float32"}
+        parts["data"] |= {"content_sha256": digest(self.corpus), "seq_len": self.corpus["seq_len"]}
+        parts["train"]["precision"] = "float32"
+        parts["tasks"] = {task: {"sha256": digest(task), "metrics": list(METRICS[task])} for task in self.proxy.tasks}
+        return parts | {"code": dict.fromkeys(CODE, "0")}
 
     def run(self) -> int:
         if "refuses" in self.told:
             print(f"error: {self.told['refuses']}", file=sys.stderr)
             return EXIT_BAD_INPUT
-        if self.config["dry_run"]:
-            facts = {
-                "student_layers": self.config["student"]["layers"],
-                "teacher_layers": self.teacher["num_hidden_layers"],
+        if self.config.dry_run:
+            corpus = {
                 "sequences": sum(source["sequences"] for source in self.corpus["sources"]),
                 "seq_len": self.corpus["seq_len"],
-                "tasks": self.proxy["tasks"],
-                "fingerprint_parts": self.parts,
             }
-            print(format_record("run", status="planned", **self.facts, **facts))
+            known = {"tasks": self.proxy.tasks, "fingerprint_parts": self.parts, **self.layers, **corpus}
+            print(format_record("run", status="planned", **self.facts, **known))
             return EXIT_DONE
-        records = RunDir(Path(self.config["output_dir"])).records
+        records = RunDir(Path(self.config.output_dir)).records
         self.aloud = RecordWriter(records)
         self.silent = RecordWriter(records, stream=io.StringIO())  # what the students' monitors write
         self.aloud.write("run", status="started", fingerprint_parts=self.parts, **self.facts)
-        if len(self.maps) > self.told.get("fits", len(self.maps)):
+        if len(self.genomes) > self.told.get("fits", len(self.genomes)):
             print("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate too much")
             return EXIT_CRASH
-        ended = [self._cohort(seed) for seed in self.seeds]
+        for seed in self.seeds:
+            self._cohort(seed)
         wall = dict.fromkeys(("start", "encode", "load", "train", "evaluate"), 0.1)
         self.aloud.write("run", status="finished", signal=None, wall_s=wall, **self.facts)
-        return EXIT_DONE if any(ended) else EXIT_DIVERGED
+        return EXIT_DIVERGED if all(self._is(genome, "diverges") for genome in self.genomes) else EXIT_DONE
 
-    def _cohort(self, seed: int) -> bool:
-        """Whether any genome has a result, or was stopped early."""
-        last, every = self.proxy["steps"], self.config["train"]["log_every"]
-        reports: dict[str, dict[str, float]] = {genome: {} for genome in self.maps}
+    def _is(self, genome: str, what: str) -> bool:
+        return bool(self.told.get("genomes", {}).get(genome) == what)
+
+    def _cohort(self, seed: int) -> None:
+        last, every = self.proxy.steps, self.config.train.log_every
+        reports: dict[str, dict[str, float]] = {genome: {} for genome in self.genomes}
         stopped: dict[str, int] = {}
-        for step in sorted({*self.proxy["report_at"], *range(every, last, every), last}):
-            alive = [genome for genome in self.maps if genome not in stopped and not self._diverges(genome)]
+        for step in sorted({*self.proxy.report_at, *range(every, last, every), last}):
+            alive = [genome for genome in self.genomes if genome not in stopped and not self._is(genome, "diverges")]
             for genome in alive:
-                self.silent.write("step", genome=genome, seed=seed, **self._progress(genome, step))
-            for genome in alive if step in self.proxy["report_at"] else ():
+                self.silent.write("step", genome=genome, seed=seed, step=step, **self._progress(genome, step))
+            for genome in alive if step in self.proxy.report_at else ():
                 scores = self._scores(genome, seed, step)
                 self.silent.write("step", genome=genome, seed=seed, step=step, **scores)
                 reports[genome][str(step)] = scores["fitness"]
-                if scores["fitness"] < self.proxy["stop_below"].get(step, 0.0):
+                if scores["fitness"] < self.proxy.stop_below.get(step, 0.0):
                     stopped[genome] = step
-        for genome in self.maps:
+        for genome in self.genomes:
             self._finish(genome, seed, reports[genome], stopped.get(genome))
-        return any(not self._diverges(genome) for genome in self.maps)
-
-    def _diverges(self, genome: str) -> bool:
-        return self.told.get("genomes", {}).get(genome) == "diverges"
 
     def _finish(self, genome: str, seed: int, reports: dict[str, float], stopped: int | None) -> None:
         mine = {"genome": genome, "seed": seed, "fingerprint": self.facts["fingerprint"]}
-        if self._diverges(genome):
+        if self._is(genome, "diverges"):
             self.aloud.write("error", status="diverged", **mine)
             return
         if stopped is not None:
@@ -146,51 +131,51 @@ class StandIn:
             self.aloud.write("step", status="stopped", reports=reports, **at, **mine)
             return
         time.sleep(self.told.get("seconds", 0.0))
-        if self.told.get("genomes", {}).get(genome) == "crashes":
+        if self._is(genome, "crashes"):
             raise RuntimeError(f"told to crash at {genome}")
-        steps = self.proxy["steps"]
+        steps, pair = self.proxy.steps, self.genomes[genome]
         progress, scores = self._progress(genome, steps), self._scores(genome, seed, steps)
         self.silent.write("step", genome=genome, seed=seed, step=steps, **scores)
         phases = ("start", "encode", "load", "train", "evaluate", "student", "teacher", "optimizer")
         self.aloud.write(
             "result",
             status="ok",
-            mapping=dict(zip(("hidden", "attention"), map(str, self.maps[genome]), strict=True)),
+            mapping={"hidden": str(pair.hidden), "attention": str(pair.attention)},
             reports=reports,
             steps=steps,
-            cohort=len(self.maps),
+            cohort=len(self.genomes),
             wall_s=dict.fromkeys(phases, 0.1),
             **{key: progress[key] for key in ("losses", "total", "tokens_per_s", "peak_memory_gib")},
             **scores,
             **mine,
-            **self.execution,
+            **EXECUTION,
         )
 
     def _scores(self, genome: str, seed: int, step: int) -> Fields:
         """Those of a genome are alike."""
         quality, noise = Random(genome).uniform(0.6, 0.9), Random(f"{genome} {seed} {step}")
         metrics = {
-            task: {name: quality + noise.uniform(-0.01, 0.01) for name in METRICS[task]} for task in self.proxy["tasks"]
+            task: {name: quality + noise.uniform(-0.01, 0.01) for name in METRICS[task]} for task in self.proxy.tasks
         }
         scores = {task: fmean(values.values()) for task, values in metrics.items()}
         return {"metrics": metrics, "scores": scores, "fitness": fmean(scores.values())}
 
     def _progress(self, genome: str, step: int) -> Fields:
-        pairs = dict(zip(("hidden", "attention"), self.maps[genome], strict=True))
+        """What a monitor says of a step, with ones for numbers."""
+        pair, loss = self.genomes[genome], self.config.loss
+        mapped = {"hidden": (loss.hidden, pair.hidden), "attention": (loss.attention, pair.attention)}
         terms = {
             f"{name}/{student}-{teacher}": 1.0
-            for name, mapping in pairs.items()
-            if self.config["loss"][name]
-            for student, teacher in mapping.pairs
+            for name, (weight, mapping) in mapped.items()
+            for student, teacher in (mapping.pairs if weight else ())
         }
-        terms |= {"embedding": 1.0} if self.config["loss"]["embedding"] else {}
+        terms |= {"embedding": 1.0} if loss.embedding else {}
         floats = ("total", "lr", "seconds", "data_wait_share", "fill", "samples_per_s", "tflops", "tokens_per_s")
         return {
-            "step": step,
             "terms": terms,
             "losses": {term.partition("/")[0]: 1.0 for term in terms},
-            "rho": {f"{student}-{teacher}": 1.0 for student, teacher in pairs["attention"].pairs},
-            "grad_norm": None if step in self.proxy["report_at"] else 1.0,
+            "rho": {f"{student}-{teacher}": 1.0 for student, teacher in pair.attention.pairs},
+            "grad_norm": None if step in self.proxy.report_at else 1.0,
             "loss_scale": None,
             "skipped_steps": 0,
             "tokens": 100,
@@ -201,5 +186,6 @@ class StandIn:
 
 
 if __name__ == "__main__":
-    config = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
-    sys.exit(StandIn(config, json.loads(os.environ.get("STAND_IN", "{}"))).run())
+    text = Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8")
+    told = json.loads(os.environ.get("STAND_IN", "{}"))
+    sys.exit(StandIn(read_config(ProxyJobConfig, yaml.safe_load(text)), told).run())
