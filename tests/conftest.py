@@ -11,7 +11,7 @@ import pytest
 import torch
 from glue_sample import write_glue_sample
 from interpreter import import_triton_interpreted
-from launching import Run, write_ds_config
+from launching import Launcher, Run, write_ds_config
 from tiny_world import TinyWorld, save_tiny_teacher, write_text
 
 from engine.ranks.runtime import has_fp16
@@ -88,7 +88,7 @@ def make_run(tiny_world: TinyWorld, tmp_path: Path) -> MakeRun:
         precision: str = "fp32",
         micro: int | str = "auto",
         ranks: int = 1,
-        launcher: bool = True,
+        launcher: Launcher | bool = "forked",
         zero: dict[str, Any] | None = None,
         **settings: object,
     ) -> Run:

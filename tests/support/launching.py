@@ -1,7 +1,8 @@
-"""Starts the real scripts, with or without the real deepspeed launcher, and reads what they left."""
+"""Starts the real scripts, through the real deepspeed launcher or as it would, and reads what they left."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -11,16 +12,22 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import psutil
 import torch
+from fork_server import ForkedStart, ForkServer
 from safetensors.torch import load_file
 
 from engine.records.records import read_records
 from engine.records.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
+
+Launcher = Literal["forked", "real", "none"]
+"""forked: from the fork server (tests/support/fork_server.py), several ranks as `deepspeed` starts them, one as plain
+`python` does; with MAPDISTILL_LAUNCHER=real, through those. real: the `deepspeed` launcher. none: plain `python`."""
+Started = subprocess.Popen[str] | ForkedStart
 
 
 def free_port() -> int:
@@ -36,6 +43,12 @@ def environment() -> dict[str, str]:
     return env | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{bin_dir}{os.pathsep}{env['PATH']}"}
 
 
+@functools.cache
+def fork_server() -> ForkServer:
+    """Started when the first test asks."""
+    return ForkServer(environment(), ROOT)
+
+
 @dataclass
 class Run:
     """One start of a script of launch/ in a run directory; the same object can be started again."""
@@ -43,18 +56,25 @@ class Run:
     output_dir: Path
     ranks: int = 1
     argv: list[str] = field(default_factory=list)
-    launcher: bool = True
+    launcher: Launcher | bool = "forked"
+    """True and False: as real and none."""
     script: str = "distill.py"
 
-    def command(self, *more: str) -> list[str]:
-        script = [f"launch/{self.script}", "--output_dir", str(self.output_dir), *self.argv, *more]
-        if not self.launcher:
-            return [sys.executable, *script]
-        launcher = str(Path(sys.executable).parent / "deepspeed")
-        return [launcher, "--num_accelerators", str(self.ranks), "--master_port", str(free_port()), *script]
+    def script_words(self, *more: str) -> list[str]:
+        return [f"launch/{self.script}", "--output_dir", str(self.output_dir), *self.argv, *more]
 
-    def start(self, *more: str, output: IO[str] | None = None) -> subprocess.Popen[str]:
+    def command(self, *more: str) -> list[str]:
+        """For a start of its own."""
+        if self.launcher in (False, "none") or (self.launcher == "forked" and self.ranks == 1):
+            return [sys.executable, *self.script_words(*more)]
+        launcher = str(Path(sys.executable).parent / "deepspeed")
+        ranks, port = str(self.ranks), str(free_port())
+        return [launcher, "--num_accelerators", ranks, "--master_port", port, *self.script_words(*more)]
+
+    def start(self, *more: str, output: IO[str] | None = None) -> Started:
         """output: a file, for a start that says more than fits into a pipe that nobody reads."""
+        if self.launcher == "forked" and os.environ.get("MAPDISTILL_LAUNCHER") != "real":
+            return fork(self.script_words(*more), self.ranks, output)
         return spawn(self.command(*more), output)
 
     def finish(self, *more: str, expect: int = 0) -> str:
@@ -64,13 +84,15 @@ class Run:
         """Pids of the rank processes, in the order of their ranks."""
         found = []
         for child in psutil.Process(launcher_pid).children(recursive=True):
+            if child.name().startswith("rank ") and child.ppid() == launcher_pid:  # forked
+                found.append((int(child.name()[5:]), child.pid))
             words = child.cmdline()
             local = [w for w in words if w.startswith("--local_rank=")]
             if local and f"launch/{self.script}" in words:
                 found.append((int(local[0].partition("=")[2]), child.pid))
         return [pid for _, pid in sorted(found)]
 
-    def wait_for_step(self, step: int, process: subprocess.Popen[str], *, within_s: float = 300) -> None:
+    def wait_for_step(self, step: int, process: Started, *, within_s: float = 300) -> None:
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             if any(r["step"] >= step for r in self.steps()):
@@ -114,7 +136,12 @@ def spawn(argv: list[str], output: IO[str] | None = None) -> subprocess.Popen[st
     )
 
 
-def finished(process: subprocess.Popen[str], expect: int) -> str:
+def fork(script: list[str], ranks: int = 1, output: IO[str] | None = None) -> ForkedStart:
+    """As `spawn`, from the fork server."""
+    return fork_server().start(script, ranks=ranks, port=free_port(), env=environment(), output=output)
+
+
+def finished(process: Started, expect: int) -> str:
     """Waits for the end, which must have that exit code; returns the output."""
     try:
         output, _ = process.communicate(timeout=400)
@@ -131,7 +158,7 @@ def hear_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def kill_session(process: subprocess.Popen[str]) -> None:
+def kill_session(process: Started) -> None:
     """Ranks outlive a killed launcher; they share its session."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
