@@ -77,8 +77,7 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def make_run(tiny_world: TinyWorld, tmp_path: Path) -> MakeRun:
+def run_maker(tiny_world: TinyWorld, folder: Path) -> MakeRun:
     """make_run(name, stage=…, precision=…, micro=…, ranks=…, **settings): a small distillation, 4 x 32 -> 2 x 16."""
 
     def make(
@@ -93,7 +92,7 @@ def make_run(tiny_world: TinyWorld, tmp_path: Path) -> MakeRun:
         **settings: object,
     ) -> Run:
         ds = write_ds_config(
-            tmp_path / f"ds {name}",
+            folder / f"ds {name}",
             train_micro_batch_size_per_gpu=micro,
             zero_optimization={"stage": stage, **(zero or {})},
             **PRECISION[precision],
@@ -116,6 +115,29 @@ def make_run(tiny_world: TinyWorld, tmp_path: Path) -> MakeRun:
         }
         values.update({key.replace("__", "."): value for key, value in settings.items()})
         argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-        return Run(tmp_path / name, ranks=ranks, argv=argv, launcher=launcher)
+        return Run(folder / name, ranks=ranks, argv=argv, launcher=launcher)
 
     return make
+
+
+@pytest.fixture
+def make_run(tiny_world: TinyWorld, tmp_path: Path) -> MakeRun:
+    return run_maker(tiny_world, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """finished_run(**settings of make_run): run to its end, once for all tests of the module that ask for the same.
+    They look at it, or change a copy."""
+    make = run_maker(tiny_world, tmp_path_factory.mktemp("finished"))
+    runs: dict[str, Run] = {}
+
+    def finish(**settings: Any) -> Run:
+        key = repr(sorted(settings.items()))
+        if key not in runs:
+            run = make(f"run {len(runs)}", **settings)
+            run.finish()
+            runs[key] = run
+        return runs[key]
+
+    return finish

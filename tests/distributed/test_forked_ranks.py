@@ -6,9 +6,9 @@ import os
 import signal
 
 import pytest
-import torch
+from compare import assert_same_bits
 from faulting import assert_gone, processes_of
-from launching import fork, kill_session
+from launching import kill_session, start
 
 from engine.ranks import guard
 
@@ -23,9 +23,8 @@ def test_the_same_losses_and_student_as_through_the_real_launcher(make_run) -> N
         run.finish()
     for key in ("total", "grad_norm", "lr"):
         assert forked.curve(key) == real.curve(key)
-    for ours, theirs in ((forked.student(), real.student()), (forked.projections(), real.projections())):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same_bits(forked.student(), real.student())
+    assert_same_bits(forked.projections(), real.projections())
 
 
 def test_a_killed_rank_ends_the_others_and_their_guards(make_run) -> None:
@@ -61,7 +60,7 @@ def test_a_start_has_the_environment_and_the_words_of_a_script(tmp_path, monkeyp
         "sys.exit(7)\n"
     )
     monkeypatch.setenv("MINE", "ours")
-    process = fork([str(script), "one", "two words"])
+    process = start([str(script), "one", "two words"])
     output, _ = process.communicate(timeout=60)
     assert output == "__main__ ['one', 'two words'] ours False 1 None \nunflushed"
     assert process.returncode == 7

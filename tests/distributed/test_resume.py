@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from compare import assert_same_bits
 from launching import kill_session
 from safetensors.torch import load_file, save_file
 
@@ -20,38 +21,34 @@ from engine.train.export import load_full_state
 
 pytestmark = pytest.mark.launcher
 
-
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, different
+HALF = 5
+TWO_RANKS = {
+    "ranks": 2,
+    "micro": 2,
+    "train__steps": 2 * HALF,
+    "train__save_every": HALF,
+    "student__dropout": 0.1,
+    "data__mlm_probability": 0.15,
+    "loss__mlm": 1.0,
+}
+"""Accumulation, dropout and masking on."""
+LONG = {"ranks": 2, "train__steps": 120}
+"""To be stopped on the way."""
+ONE_RANK = {"micro": 8, "train__steps": 6, "train__save_every": 1, "train__keep": 3}
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_half_and_half_equals_the_whole_bitwise(make_run, stage: int) -> None:
-    """2k steps in one go; k steps, a new process, k more. fp32, 2 ranks, accumulation, dropout and masking on."""
-    k = 5
-    settings = {
-        "stage": stage,
-        "ranks": 2,
-        "micro": 2,
-        "train__steps": 2 * k,
-        "train__save_every": k,
-        "student__dropout": 0.1,
-        "data__mlm_probability": 0.15,
-        "loss__mlm": 1.0,
-    }
-    whole = make_run("whole", **settings)
-    whole.finish()
-    half = make_run("half", **settings)
+def test_half_and_half_equals_the_whole_bitwise(finished_run, tmp_path, stage: int) -> None:
+    """2k steps in one go; k steps, a new process, k more. fp32."""
+    whole = finished_run(stage=stage, **TWO_RANKS)
     # the same run as it lay on disk after k steps, in another folder, continued by a new process
-    shutil.copytree(whole.output_dir, half.output_dir)
-    shutil.rmtree(half.run_dir.checkpoints / step_tag(2 * k))
+    half = whole.copied(tmp_path / "half")
+    shutil.rmtree(half.run_dir.checkpoints / step_tag(2 * HALF))
     shutil.rmtree(half.run_dir.student)
     output = half.finish()
-    assert f"continues from {step_tag(k)}" in output
+    assert f"continues from {step_tag(HALF)}" in output
     resumed = [r["step"] for r in half.steps()]
-    assert resumed == [*range(1, 2 * k + 1), *range(k + 1, 2 * k + 1)]
+    assert resumed == [*range(1, 2 * HALF + 1), *range(HALF + 1, 2 * HALF + 1)]
     assert half.curve() == whole.curve()
     assert half.curve("grad_norm") == whole.curve("grad_norm")
     assert half.curve("lr") == whole.curve("lr")
@@ -59,10 +56,9 @@ def test_half_and_half_equals_the_whole_bitwise(make_run, stage: int) -> None:
     assert_same_bits(whole.projections(), half.projections())
 
 
-def test_a_signal_to_one_rank_stops_all_with_a_complete_checkpoint(make_run) -> None:
+def test_a_signal_to_one_rank_stops_all_with_a_complete_checkpoint(make_run, finished_run) -> None:
     """Stopped twice, by either signal, and continued: the same bits as a run that nobody stopped."""
-    whole = make_run("whole", ranks=2, train__steps=120)
-    stopped = make_run("stopped", ranks=2, train__steps=120)
+    whole, stopped = finished_run(**LONG), make_run("stopped", **LONG)
     last = 0
     for number in (signal.SIGTERM, signal.SIGUSR1):
         process = stopped.start()
@@ -79,33 +75,38 @@ def test_a_signal_to_one_rank_stops_all_with_a_complete_checkpoint(make_run) -> 
         assert stopped.records("run")[-1]["status"] == "preempted"
         assert not stopped.records("result")
         assert not stopped.run_dir.student.exists()
-    whole.finish()
     stopped.finish()
     assert stopped.curve() == whole.curve()
     assert_same_bits(whole.student(), stopped.student())
 
 
-def test_sigterm_to_the_launcher_leaves_a_complete_checkpoint(make_run) -> None:
-    """What a scheduler's preemption does: the launcher passes the signal on and waits for its ranks."""
-    run = make_run("preempted", ranks=2, train__steps=400)
+def test_preempted_and_continued_through_the_real_launcher(make_run, finished_run) -> None:
+    """What a scheduler does: the launcher passes SIGTERM on and waits for its ranks, which leave a complete checkpoint.
+    Continued, the run has the same bits as one that nobody stopped."""
+    whole, run = finished_run(**LONG), make_run("preempted", launcher="real", **LONG)
     process = run.start()
     try:
         run.wait_for_step(3, process)
         ranks = [psutil.Process(pid) for pid in run.rank_pids(process.pid)]
+        assert len(ranks) == 2
         os.killpg(process.pid, signal.SIGTERM)
         _, alive = psutil.wait_procs(ranks, timeout=60)
     finally:
         kill_session(process)
         process.communicate()
     assert not alive
-    assert run.run_dir.complete_tags() == [step_tag(run.steps()[-1]["step"])]
+    last = run.steps()[-1]["step"]
+    assert last < 120
+    assert run.run_dir.complete_tags() == [step_tag(last)]
     assert run.records("run")[-1]["status"] == "preempted"
+    assert f"continues from {step_tag(last)}" in run.finish()
+    assert run.curve() == whole.curve()
+    assert_same_bits(whole.student(), run.student())
 
 
-def test_a_changed_what_is_refused_and_a_changed_how_is_not(make_run) -> None:
-    run = make_run("run", launcher=False, train__steps=4, train__save_every=2)
-    run.finish()
-    shutil.rmtree(run.run_dir.checkpoints / step_tag(4))
+def test_a_changed_what_is_refused_and_a_changed_how_is_not(finished_run, tmp_path) -> None:
+    run = finished_run(**ONE_RANK).copied(tmp_path / "run")
+    shutil.rmtree(run.run_dir.checkpoints / step_tag(6))
     before = sorted(p.name for p in run.run_dir.checkpoints.iterdir())
     output = run.finish("--mapping.hidden", "last", "--loss.attention", "2", "--train.log_every", "2", expect=2)
     errors = [line for line in output.splitlines() if line.startswith("error:")]
@@ -115,55 +116,50 @@ def test_a_changed_what_is_refused_and_a_changed_how_is_not(make_run) -> None:
     assert "log_every" not in errors[0]
     assert sorted(p.name for p in run.run_dir.checkpoints.iterdir()) == before
     output = run.finish("--train.log_every", "2", "--student.activation_checkpointing", "true")
-    assert "continues from step-00000002" in output
-    assert run.records("result")[-1]["step"] == 4
+    assert "continues from step-00000005" in output
+    assert run.records("result")[-1]["step"] == 6
 
 
-def test_unfinished_checkpoints_are_removed_and_never_used(make_run) -> None:
-    run = make_run("run", launcher=False, train__steps=4, train__save_every=2)
-    run.finish()
-    (run.run_dir.checkpoints / step_tag(4) / COMPLETE).unlink()
+def test_unfinished_checkpoints_are_removed_and_never_used(finished_run, tmp_path) -> None:
+    run = finished_run(**ONE_RANK).copied(tmp_path / "run")
+    (run.run_dir.checkpoints / step_tag(6) / COMPLETE).unlink()
     output = run.finish()
-    assert "removed step-00000004: an unfinished checkpoint" in output
-    assert "continues from step-00000002" in output
-    assert run.run_dir.complete_tags() == [step_tag(2), step_tag(4)]
+    assert "removed step-00000006: an unfinished checkpoint" in output
+    assert "continues from step-00000005" in output
+    assert run.run_dir.complete_tags() == [step_tag(s) for s in (4, 5, 6)]
 
 
-def test_resume_by_name_sets_later_checkpoints_aside(make_run) -> None:
-    run = make_run("run", launcher=False, train__steps=6, train__save_every=2, train__keep=3)
-    run.finish()
+def test_resume_by_name_sets_later_checkpoints_aside(finished_run, tmp_path) -> None:
+    run = finished_run(**ONE_RANK).copied(tmp_path / "run")
     weights = run.student()
-    output = run.finish("--resume", step_tag(2))
+    output = run.finish("--resume", step_tag(4))
     assert "renamed step-00000006 to superseded-step-00000006" in output
     assert_same_bits(weights, run.student())
-    assert run.run_dir.complete_tags() == [step_tag(s) for s in (2, 4, 6)]
-    assert "complete ones: step-00000002" in run.finish("--resume", "step-00000003", expect=2)
+    assert run.run_dir.complete_tags() == [step_tag(s) for s in (4, 5, 6)]
+    assert "complete ones: step-00000004" in run.finish("--resume", "step-00000003", expect=2)
     assert "resume='never'" in run.finish("--resume", "never", expect=2)
 
 
-def test_only_the_newest_checkpoints_are_kept(make_run) -> None:
-    run = make_run("run", launcher=False, train__steps=5, train__save_every=1, train__keep=2)
-    run.finish()
-    assert run.run_dir.complete_tags() == [step_tag(4), step_tag(5)]
-    assert [r["step"] for r in run.records("checkpoint")] == [1, 2, 3, 4, 5]
+def test_only_the_newest_checkpoints_are_kept(finished_run) -> None:
+    run = finished_run(**ONE_RANK)
+    assert run.run_dir.complete_tags() == [step_tag(s) for s in (4, 5, 6)]
+    assert [r["step"] for r in run.records("checkpoint")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_finished_run_started_again_changes_nothing(make_run) -> None:
-    run = make_run("run", launcher=False, train__steps=3)
-    run.finish()
+def test_a_finished_run_started_again_changes_nothing(finished_run, tmp_path) -> None:
+    run = finished_run(**ONE_RANK).copied(tmp_path / "run")
     weights = run.student()
     output = run.finish()
     assert_same_bits(weights, run.student())
     first, second = run.records("result")
-    assert first == second
+    assert first | {"student": second["student"]} == second, "but for the folder of the copy"
     assert "step 1" in output
     assert "tokens/s over 1 rank(s)" in output, "the table is printed again"
-    assert len(run.steps()) == 3
+    assert len(run.steps()) == 6
 
 
-def test_a_fresh_start_sets_the_logs_of_an_earlier_run_aside(make_run) -> None:
-    run = make_run("run", launcher=False, train__steps=3)
-    run.finish()
+def test_a_fresh_start_sets_the_logs_of_an_earlier_run_aside(finished_run, tmp_path) -> None:
+    run = finished_run(**ONE_RANK).copied(tmp_path / "run")
     shutil.rmtree(run.run_dir.checkpoints)
     output = run.finish("--train.lr", "1e-3")
     assert "renamed records.jsonl to superseded-records.jsonl: the run starts anew" in output
@@ -182,22 +178,23 @@ def test_weights_that_are_not_finite_are_never_saved(make_run) -> None:
 def test_a_replaced_teacher_is_noticed(make_run, tiny_world, tmp_path) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny_world.teacher, teacher)
-    run = make_run("run", launcher=False, train__steps=4, train__save_every=2, teacher__path=teacher)
+    run = make_run("run", train__steps=2, train__save_every=1, teacher__path=teacher)
     run.finish()
-    shutil.rmtree(run.run_dir.checkpoints / step_tag(4))
+    shutil.rmtree(run.run_dir.checkpoints / step_tag(2))
     weights = load_file(teacher / "model.safetensors")
     save_file({k: v + 1e-3 for k, v in weights.items()}, teacher / "model.safetensors", metadata={"format": "pt"})
     assert "teacher.weights_sha256" in run.finish(expect=2)
 
 
-def test_micro_batch_may_change_on_the_way(make_run, tmp_path) -> None:
-    whole = make_run("whole", launcher=False, train__steps=6, train__save_every=3, micro=8)
-    whole.finish()
-    half = make_run("half", launcher=False, train__steps=6, train__save_every=3, micro=2)
+def test_micro_batch_may_change_on_the_way(make_run, finished_run) -> None:
+    whole = finished_run(**ONE_RANK)
+    half = make_run("half", **{**ONE_RANK, "micro": 2})
     shutil.copytree(whole.output_dir, half.output_dir)
-    shutil.rmtree(half.run_dir.checkpoints / step_tag(6))
+    for step in (5, 6):
+        shutil.rmtree(half.run_dir.checkpoints / step_tag(step))
     output = half.finish()
     assert "2 micro batch x 4 accumulation" in output
+    assert [r["step"] for r in half.steps()][-2:] == [5, 6]
     assert half.curve() == pytest.approx(whole.curve(), rel=1e-5)
 
 
@@ -226,10 +223,9 @@ def test_no_shared_memory_is_left_behind(make_run) -> None:
     assert set(Path("/dev/shm").glob("deepspeed_*")) <= before
 
 
-def test_records_on_stdout_are_the_records_in_the_file(make_run) -> None:
-    run = make_run("run", ranks=2)
-    output = run.finish()
-    printed = [record for line in output.splitlines() if (record := parse_record(line)) is not None]
+def test_records_on_stdout_are_the_records_in_the_file(finished_run) -> None:
+    run = finished_run(stage=1, **TWO_RANKS)
+    printed = [record for line in run.output.splitlines() if (record := parse_record(line)) is not None]
     kept = [r for kind in ("run", "step", "checkpoint", "result") for r in run.records(kind)]
     assert len(printed) == len(kept) > 0
     assert printed[-1]["kind"] == "result"

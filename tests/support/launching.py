@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -60,25 +61,28 @@ class Run:
     """True and False: as real and none."""
     script: str = "distill.py"
 
+    output: str = ""
+    """Of the last `finish`."""
+
     def script_words(self, *more: str) -> list[str]:
         return [f"launch/{self.script}", "--output_dir", str(self.output_dir), *self.argv, *more]
 
     def command(self, *more: str) -> list[str]:
         """For a start of its own."""
-        if self.launcher in (False, "none") or (self.launcher == "forked" and self.ranks == 1):
-            return [sys.executable, *self.script_words(*more)]
-        launcher = str(Path(sys.executable).parent / "deepspeed")
-        ranks, port = str(self.ranks), str(free_port())
-        return [launcher, "--num_accelerators", ranks, "--master_port", port, *self.script_words(*more)]
+        return command(self.script_words(*more), self.ranks, self.launcher)
 
     def start(self, *more: str, output: IO[str] | None = None) -> Started:
         """output: a file, for a start that says more than fits into a pipe that nobody reads."""
-        if self.launcher == "forked" and os.environ.get("MAPDISTILL_LAUNCHER") != "real":
-            return fork(self.script_words(*more), self.ranks, output)
-        return spawn(self.command(*more), output)
+        return start(self.script_words(*more), self.ranks, self.launcher, output)
 
     def finish(self, *more: str, expect: int = 0) -> str:
-        return finished(self.start(*more), expect)
+        self.output = finished(self.start(*more), expect)
+        return self.output
+
+    def copied(self, folder: Path) -> Run:
+        """The run as it lies on the disk, in another folder."""
+        shutil.copytree(self.output_dir, folder)
+        return replace(self, output_dir=folder)
 
     def rank_pids(self, launcher_pid: int) -> list[int]:
         """Pids of the rank processes, in the order of their ranks."""
@@ -123,6 +127,23 @@ class Run:
         return load_file(self.run_dir.student / "projections.safetensors")
 
 
+def command(script: list[str], ranks: int = 1, launcher: Launcher | bool = "forked") -> list[str]:
+    """For a start of its own."""
+    if launcher in (False, "none") or (launcher == "forked" and ranks == 1):
+        return [sys.executable, *script]
+    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    return [deepspeed, "--num_accelerators", str(ranks), "--master_port", str(free_port()), *script]
+
+
+def start(
+    script: list[str], ranks: int = 1, launcher: Launcher | bool = "forked", output: IO[str] | None = None
+) -> Started:
+    """A script with its arguments. output: as of `spawn`."""
+    if launcher == "forked" and os.environ.get("MAPDISTILL_LAUNCHER") != "real":
+        return fork_server().start(script, ranks=ranks, port=free_port(), env=environment(), output=output)
+    return spawn(command(script, ranks, launcher), output)
+
+
 def spawn(argv: list[str], output: IO[str] | None = None) -> subprocess.Popen[str]:
     """In a session of its own; stdout and stderr come together, through a pipe or into the file."""
     return subprocess.Popen(
@@ -134,11 +155,6 @@ def spawn(argv: list[str], output: IO[str] | None = None) -> subprocess.Popen[st
         text=True,
         start_new_session=True,
     )
-
-
-def fork(script: list[str], ranks: int = 1, output: IO[str] | None = None) -> ForkedStart:
-    """As `spawn`, from the fork server."""
-    return fork_server().start(script, ranks=ranks, port=free_port(), env=environment(), output=output)
 
 
 def finished(process: Started, expect: int) -> str:
