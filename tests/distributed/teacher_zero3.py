@@ -1,4 +1,4 @@
-"""Run by the deepspeed launcher: a teacher sharded with ZeRO-3 against the same teacher on each rank.
+"""Run on each rank: a teacher sharded with ZeRO-3 against the same teacher on each rank.
 
 usage: teacher_zero3.py OUT_DIR MODEL_DIR...   Each rank writes rank<R>.json with what it saw for each model. All but
 the last model are tiny, so for them nothing is kept whole.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import relative_gap
 from launching import write_ds_config
 
 pytestmark = pytest.mark.launcher
@@ -12,19 +13,13 @@ FP32, BF16, FP16 = 1e-5, 2e-2, 2e-3
 """Relative tolerance of losses: sums in another order; 8 and 11 bits of mantissa over 6 updates."""
 
 
-def relative_gap(a: list[float], b: list[float]) -> float:
-    assert len(a) == len(b) > 0
-    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("fp32", FP32), ("bf16", BF16), pytest.param("fp16", FP16, marks=pytest.mark.fp16)]
 )
-def test_zero_stages_give_one_curve_on_two_ranks(make_run, precision: str, tolerance: float) -> None:
+def test_zero_stages_give_one_curve_on_two_ranks(finished_run, precision: str, tolerance: float) -> None:
     curves, norms = {}, {}
     for stage in (0, 1, 2, 3):
-        run = make_run(f"zero{stage}", stage=stage, precision=precision, ranks=2, micro=2)
-        run.finish()
+        run = finished_run(stage=stage, precision=precision, ranks=2, micro=2)
         curves[stage], norms[stage] = run.curve(), run.curve("grad_norm")
     gaps = {stage: relative_gap(curves[0], curves[stage]) for stage in (1, 2, 3)}
     norm_gaps = {stage: relative_gap(norms[0], norms[stage]) for stage in (1, 2, 3)}
@@ -34,13 +29,12 @@ def test_zero_stages_give_one_curve_on_two_ranks(make_run, precision: str, toler
     assert max(norm_gaps.values()) < 10 * tolerance
 
 
-def test_the_gradient_does_not_depend_on_the_split(make_run) -> None:
+def test_the_gradient_does_not_depend_on_the_split(finished_run) -> None:
     """1x8, 2x4 and 8x1 (accumulation x micro batch), on one rank and on two, over padded sequences."""
     splits = {"1x8": (1, 8), "2x4": (1, 4), "8x1": (1, 1), "2 ranks 2x2": (2, 2), "2 ranks 4x1": (2, 1)}
     losses, norms, weights = {}, {}, {}
     for name, (ranks, micro) in splits.items():
-        run = make_run(name, ranks=ranks, micro=micro, stage=1 if ranks > 1 else 0, launcher=ranks > 1)
-        run.finish()
+        run = finished_run(stage=1 if ranks > 1 else 0, precision="fp32", ranks=ranks, micro=micro)
         losses[name], norms[name], weights[name] = run.curve(), run.curve("grad_norm"), run.student()
     first = "1x8"
     for name in splits:
@@ -53,32 +47,28 @@ def test_the_gradient_does_not_depend_on_the_split(make_run) -> None:
     )
 
 
-def test_activation_checkpointing_and_sharded_teacher_change_nothing(make_run) -> None:
-    plain = make_run("plain", stage=3, ranks=2)
-    plain.finish()
-    other = make_run("other", stage=3, ranks=2, student__activation_checkpointing=True, teacher__placement="zero3")
-    other.finish()
+def test_activation_checkpointing_and_sharded_teacher_change_nothing(finished_run) -> None:
+    settings = {"stage": 3, "precision": "fp32", "ranks": 2, "micro": 2}
+    plain = finished_run(**settings)
+    other = finished_run(student__activation_checkpointing=True, teacher__placement="zero3", **settings)
     assert relative_gap(plain.curve(), other.curve()) < FP32
 
 
 @pytest.mark.fp16
 @pytest.mark.parametrize("clip", [1.0, 100.0])
 @pytest.mark.parametrize(("name", "stage"), [("lamb", 0), ("adamw", 0), ("adamw", 1), ("adamw", 2), ("adamw", 3)])
-def test_fp16_follows_fp32(make_run, name: str, stage: int, clip: float) -> None:
+def test_fp16_follows_fp32(finished_run, name: str, stage: int, clip: float) -> None:
     """DeepSpeed's 16-bit stage 0 makes a hidden first update, and its fp16 neither scales losses nor clips gradients;
     all of its stages halve the gradients of a step in which the loss scale grows, unless they are clipped."""
     runs = {}
     for precision in ("fp32", "fp16"):
-        run = runs[precision] = make_run(
-            precision,
+        runs[precision] = finished_run(
             stage=0 if precision == "fp32" else stage,
             precision=precision,
-            launcher=False,
             micro=4,
             optim__name=name,
             train__grad_clip=clip,
         )
-        run.finish()
     norms = [run.curve("grad_norm") for run in runs.values()]
     assert 2 < min(norms[0]) < max(norms[0]) < 100, "one of the limits clips all, the other none"
     scales = runs["fp16"].curve("loss_scale")
@@ -94,7 +84,7 @@ def test_fp16_follows_fp32(make_run, name: str, stage: int, clip: float) -> None
 @pytest.mark.fp16
 @pytest.mark.parametrize("stage", [0, 1])
 def test_fp16_overflow_halves_the_scale_and_skips_the_step(make_run, tmp_path, stage: int) -> None:
-    run = make_run("overflow", stage=stage, precision="fp16", launcher=False)
+    run = make_run("overflow", stage=stage, precision="fp16")
     scaler = {"enabled": True, "loss_scale": 0, "initial_scale_power": 32, "hysteresis": 1}
     ds = write_ds_config(tmp_path / "overflow ds", fp16=scaler, zero_optimization={"stage": stage})
     run.finish("--deepspeed_config", str(ds), "--train.steps", "40")
@@ -104,16 +94,10 @@ def test_fp16_overflow_halves_the_scale_and_skips_the_step(make_run, tmp_path, s
     assert steps[-1]["total"] < steps[0]["total"], "training goes on once the scale fits"
 
 
-def test_offload_runs_on_this_machine(make_run) -> None:
-    run = make_run(
-        "offload",
-        stage=3,
-        precision="bf16",
-        ranks=2,
-        zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+def test_offload_runs_on_this_machine(finished_run) -> None:
+    settings = {"stage": 3, "precision": "bf16", "ranks": 2, "micro": 2}
+    offload = finished_run(
+        zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}, **settings
     )
-    output = run.finish()
-    assert "DeepSpeedCPUAdam" in output
-    plain = make_run("no offload", stage=3, precision="bf16", ranks=2)
-    plain.finish()
-    assert relative_gap(plain.curve(), run.curve()) < BF16
+    assert "DeepSpeedCPUAdam" in offload.output
+    assert relative_gap(finished_run(**settings).curve(), offload.curve()) < BF16
