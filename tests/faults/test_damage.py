@@ -7,14 +7,12 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from faulting import TIMES, assert_checkpoints_whole, end, output_file, seed_of, start_again
-from launching import Run
 from small_disk import mounted
 
 from engine.config.deepspeed import Execution
@@ -48,18 +46,7 @@ def swap(path: Path, rng: random.Random) -> None:
     path.write_bytes(other.read_bytes())
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    """One run for the module, made by the first test that asks."""
-    return []
-
-
-def a_finished_run(make_run: Callable[..., Run], finished: list[Run]) -> Run:
-    if not finished:
-        run = make_run("base", ranks=2, stage=1, train__steps=6, train__save_every=2, train__keep=3)
-        run.finish()
-        finished.append(run)
-    return finished[0]
+BASE = {"ranks": 2, "stage": 1, "train__steps": 6, "train__save_every": 2, "train__keep": 3}
 
 
 def checkpointer_of(folder: Path) -> Checkpointer:
@@ -72,10 +59,10 @@ def checkpointer_of(folder: Path) -> Checkpointer:
 
 @pytest.mark.launcher
 @pytest.mark.parametrize("damage", [flip, truncate, remove, swap])
-def test_any_damage_to_any_file_is_noticed(make_run, finished, tmp_path, damage) -> None:
+def test_any_damage_to_any_file_is_noticed(finished_run, tmp_path, damage) -> None:
     """Never chosen, named, set aside; the checkpoint before it is."""
     rng = seed_of(f"damage {damage.__name__}")
-    base = a_finished_run(make_run, finished)
+    base = finished_run(**BASE)
     names = sorted(p.name for p in (base.run_dir.checkpoints / step_tag(6)).iterdir())
     for turn in range(20 * TIMES):
         folder = tmp_path / str(turn)
@@ -96,10 +83,10 @@ def test_any_damage_to_any_file_is_noticed(make_run, finished, tmp_path, damage)
 
 
 @pytest.mark.launcher
-def test_all_damaged_or_the_named_one_is_an_error(make_run, finished, tmp_path) -> None:
+def test_all_damaged_or_the_named_one_is_an_error(finished_run, tmp_path) -> None:
     rng = seed_of("all damaged")
     folder = tmp_path / "copy"
-    shutil.copytree(a_finished_run(make_run, finished).output_dir, folder)
+    shutil.copytree(finished_run(**BASE).output_dir, folder)
     flip(folder / "checkpoints" / step_tag(4) / "mp_rank_00_model_states.pt", rng)
     with pytest.raises(UserError, match=r"step-00000004 is damaged: mp_rank_00_model_states\.pt has changed"):
         checkpointer_of(folder).choose(step_tag(4))
@@ -114,10 +101,10 @@ def test_all_damaged_or_the_named_one_is_an_error(make_run, finished, tmp_path) 
 
 
 @pytest.mark.launcher
-def test_ranks_on_other_hosts_than_before_are_refused(make_run, finished, tmp_path) -> None:
+def test_ranks_on_other_hosts_than_before_are_refused(finished_run, tmp_path) -> None:
     """With checkpoint.storage=local the shards are where their ranks were."""
     folder = tmp_path / "copy"
-    shutil.copytree(a_finished_run(make_run, finished).output_dir, folder)
+    shutil.copytree(finished_run(**BASE).output_dir, folder)
     for tag in (step_tag(2), step_tag(4), step_tag(6)):
         marker = {**json.loads((folder / "checkpoints" / tag / COMPLETE).read_text()), "ranks": [1]}
         marker["sha256"] = seal(marker)
@@ -131,22 +118,21 @@ def test_ranks_on_other_hosts_than_before_are_refused(make_run, finished, tmp_pa
 
 
 @pytest.mark.launcher
-def test_a_start_says_what_was_damaged_and_goes_on(make_run) -> None:
+def test_a_start_says_what_was_damaged_and_goes_on(finished_run, tmp_path) -> None:
     """The real thing: two ranks, a flipped byte in the newest, a shard missing before it, `latest` pointing nowhere."""
     rng = seed_of("start")
-    run = make_run("run", ranks=2, stage=1, train__steps=8, train__save_every=2, train__keep=4)
-    run.finish()
-    whole = run.curve()
-    flip(run.run_dir.checkpoints / step_tag(8) / "zero_pp_rank_0_mp_rank_00_optim_states.pt", rng)
-    remove(run.run_dir.checkpoints / step_tag(6) / "mp_rank_00_model_states.pt", rng)
+    whole = finished_run(**BASE)
+    run = whole.copied(tmp_path / "run")
+    flip(run.run_dir.checkpoints / step_tag(6) / "zero_pp_rank_0_mp_rank_00_optim_states.pt", rng)
+    remove(run.run_dir.checkpoints / step_tag(4) / "mp_rank_00_model_states.pt", rng)
     (run.run_dir.checkpoints / "latest").write_text("step-00000777")
     output = run.finish()
-    assert "step-00000008 is damaged: zero_pp_rank_0_mp_rank_00_optim_states.pt has changed" in output
-    assert "step-00000006 is damaged: mp_rank_00_model_states.pt is missing; it is now damaged-step-00000006" in output
-    assert "continues from step-00000004" in output
-    assert run.curve() == whole
-    assert assert_checkpoints_whole(run) == [step_tag(s) for s in (2, 4, 6, 8)]
-    assert (run.run_dir.checkpoints / "latest").read_text() == step_tag(8)
+    assert "step-00000006 is damaged: zero_pp_rank_0_mp_rank_00_optim_states.pt has changed" in output
+    assert "step-00000004 is damaged: mp_rank_00_model_states.pt is missing; it is now damaged-step-00000004" in output
+    assert "continues from step-00000002" in output
+    assert run.curve() == whole.curve()
+    assert assert_checkpoints_whole(run) == [step_tag(s) for s in (2, 4, 6)]
+    assert (run.run_dir.checkpoints / "latest").read_text() == step_tag(6)
 
 
 @pytest.mark.launcher
@@ -176,7 +162,7 @@ def test_two_starts_in_one_run_directory(make_run) -> None:
 
 def test_a_full_disk_at_a_checkpoint_stops_or_goes_on(make_run) -> None:
     """A disk with room for three checkpoints of about 160 KB; later ones fail, on whichever rank writes last."""
-    settings = {"launcher": False, "stage": 1, "train__steps": 40, "train__save_every": 2, "train__keep": 100}
+    settings = {"stage": 1, "train__steps": 40, "train__save_every": 2, "train__keep": 100}
     run = make_run("full", **settings)
     with mounted(run.run_dir.checkpoints, "700k"):
         output = run.finish(expect=1)
@@ -207,6 +193,7 @@ def test_a_full_disk_at_a_checkpoint_stops_or_goes_on(make_run) -> None:
     assert int(newest[5:]) > int(tags[-1][5:]), "it has written checkpoints again"
 
 
+@pytest.mark.thorough
 def test_a_full_disk_on_one_of_two_ranks_hangs_nobody(make_run) -> None:
     """DeepSpeed alone would leave the other rank in a barrier. ZeRO-3: both write large files at the same time."""
     run = make_run("full", ranks=2, stage=3, train__steps=40, train__save_every=2, train__keep=100)
@@ -218,9 +205,10 @@ def test_a_full_disk_on_one_of_two_ranks_hangs_nobody(make_run) -> None:
         assert assert_checkpoints_whole(run)
 
 
+@pytest.mark.thorough
 def test_no_room_for_a_conversion_is_one_line(make_run) -> None:
     """The disk holds the checkpoint, and not a second one beside it."""
-    settings = {"launcher": False, "train__steps": 2, "train__save_every": 2}
+    settings = {"train__steps": 2, "train__save_every": 2}
     run = make_run("run", stage=1, **settings)
     other = make_run("other", stage=2, **settings)
     other.output_dir = run.output_dir

@@ -44,9 +44,10 @@ def test_a_stopped_rank_ends_the_job_with_stacks(make_run, rank: int) -> None:
         end(run, process)
 
 
+@pytest.mark.thorough
 def test_slow_work_that_goes_on_is_no_hang(make_run) -> None:
     """The limit is on one micro step, evaluation batch or checkpoint, and not on the whole."""
-    run = make_run("slow", launcher=False, train__hang_timeout_s=5, train__steps=1000, train__save_every=20)
+    run = make_run("slow", train__hang_timeout_s=5, train__steps=1000, train__save_every=20)
     run.finish()
     assert not run.records("error")
     trained_s = sum(record["seconds"] for record in run.steps())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -28,24 +29,33 @@ ENDLESS = {"ranks": 2, "micro": 2, "train__steps": 100_000, "train__schedule": "
 
 
 def victims(run: Run, launcher: int) -> dict[str, int]:
-    """Pids by what is killed. The launcher is two processes: `deepspeed`, and one that starts the ranks."""
+    """Pids by what is killed. The real launcher is two processes: `deepspeed`, and one that starts the ranks."""
     first, second = run.rank_pids(launcher)
-    per_host = psutil.Process(first).ppid()
-    return {"rank 0": first, "rank 1": second, "launcher": launcher, "launcher of the host": per_host}
+    ranks = {"rank 0": first, "rank 1": second}
+    if run.launcher != "real":
+        return ranks
+    return {**ranks, "launcher": launcher, "launcher of the host": psutil.Process(first).ppid()}
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.thorough), 3])
-def test_killed_at_random_moments(make_run, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "launcher"),
+    [
+        (3, "forked"),
+        pytest.param(1, "real", marks=pytest.mark.thorough),
+        pytest.param(3, "real", marks=pytest.mark.thorough),
+    ],
+)
+def test_killed_at_random_moments(make_run, stage: int, launcher: str) -> None:
     """Launchers at any moment; ranks too, or when a checkpoint has just been begun."""
     rng = seed_of(f"kills {stage}")
-    run = make_run("killed", stage=stage, **ENDLESS)
+    run = make_run("killed", stage=stage, launcher=launcher, **ENDLESS)
     told, torn = [], 0
     for turn in range(2 * TIMES):
         process = start_again(run)
         try:
             time.sleep(rng.uniform(0, 3))
             found = victims(run, process.pid)
-            name = rng.choice(sorted(found)[:2] if turn % 2 else sorted(found)[2:])
+            name = rng.choice(sorted(found)[:2] if turn % 2 else sorted(found)[-2:])
             while turn % 4 == 0 and not unfinished_checkpoints(run):
                 assert process.poll() is None
             send(found[name], signal.SIGKILL)
@@ -72,10 +82,11 @@ def test_killed_at_random_moments(make_run, stage: int) -> None:
     assert run.curve()[:reached] == undisturbed.curve()[:reached]
 
 
+@pytest.mark.thorough
 def test_launcher_killed_while_it_starts_the_ranks(make_run) -> None:
     """Before a rank can see who started it: nobody else would end it, or let the next start in."""
     rng = seed_of("early kills")
-    run = make_run("run", **ENDLESS)
+    run = make_run("run", launcher="real", **ENDLESS)
     told = []
     for turn in range(max(2, TIMES)):
         with output_file(run).open("w") as output:
@@ -95,12 +106,13 @@ def test_launcher_killed_while_it_starts_the_ranks(make_run) -> None:
     end(run, start_again(run))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_preempted_at_random_moments(make_run, signum: int) -> None:
     """A scheduler's grace time: any rank is told, or the whole group, and 30 s later all are killed. Code 4, a complete
     checkpoint."""
     rng = seed_of(f"preemption {signum}")
-    run = make_run("preempted", **{**ENDLESS, "train__save_every": 0})
+    run = make_run("preempted", launcher="real", **{**ENDLESS, "train__save_every": 0})
     for turn in range(max(1, TIMES // 2)):
         whole_group = signum == signal.SIGTERM and turn % 2 == 1
         process = start_again(run)
@@ -126,12 +138,12 @@ def test_preempted_at_random_moments(make_run, signum: int) -> None:
 
 def test_the_next_start_waits_for_the_ranks_of_a_killed_launcher(make_run) -> None:
     """Started again at once: they are still writing their checkpoint, and it goes on from that."""
-    run = make_run("run", **{**ENDLESS, "train__save_every": 0})
+    run = make_run("run", launcher="real", **{**ENDLESS, "train__save_every": 0})
     process = start_again(run)
     try:
         run.wait_for_step(5, process)
         send(process.pid, signal.SIGKILL)
-        again = run.start()
+        again = replace(run, launcher="forked").start()
         try:
             until = time.monotonic() + 120
             while not any(record["resumed_from"] for record in run.records("run") if "resumed_from" in record):
@@ -142,7 +154,8 @@ def test_the_next_start_waits_for_the_ranks_of_a_killed_launcher(make_run) -> No
             kill_session(again)
             again.communicate()
     finally:
-        end(run, process)
+        output = end(run, process)
+    assert "is gone; its rank" in output
     started = [record for record in run.records("run") if record["status"] == "started"]
     preempted = [record for record in run.records("run") if record["status"] == "preempted"]
     assert started[1]["step"] == preempted[0]["step"] >= 5

@@ -125,7 +125,7 @@ def test_soak(make_run, tmp_path: Path) -> None:
         "train__lr": 1e-3,
         "train__hang_timeout_s": HANG_S,
     }
-    run = make_run("soak", ranks=2, stage=1, **settings)
+    run = make_run("soak", launcher="real", ranks=2, stage=1, **settings)
     began = time.monotonic()
     with mounted(run.run_dir.checkpoints, "20m"):
         soak = Soak(run, SmallDisk(run.run_dir.checkpoints), rng)

@@ -13,7 +13,7 @@ import pytest
 from faulting import assert_checkpoints_whole, assert_gone, output_file
 from launching import Run, kill_session, spawn
 
-pytestmark = [pytest.mark.faults, pytest.mark.launcher]
+pytestmark = [pytest.mark.faults, pytest.mark.launcher, pytest.mark.thorough]
 
 
 def start(run: Run, *options: str) -> subprocess.Popen[str]:
@@ -43,7 +43,6 @@ def test_a_killed_rank_is_started_again(make_run) -> None:
     assert assert_checkpoints_whole(run)[-1] == "step-00000400"
 
 
-@pytest.mark.thorough
 def test_the_agent_is_killed(make_run) -> None:
     """Its ranks have nobody to end them, and end themselves."""
     run = make_run("run", micro=2, train__steps=100_000, train__schedule="constant", train__save_every=10)
