@@ -1,5 +1,5 @@
-"""Files that are damaged, or that would run code if they were trusted, given to the real scripts. Every start must end
-with exit code 2 and one line that names the file, without waiting for an answer on stdin."""
+"""Files that are damaged, or that would run code if they were trusted, given to the scripts. Every start must end with
+exit code 2 and one line that names the file, without a question."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, Run, environment, kill_session
+from in_process import MAINS, only_error, refuse, refuse_run
+from launching import Run, kill_session
 from safetensors.torch import load_file
 from tiny_world import TinyWorld
 
@@ -25,37 +24,6 @@ from engine.data.manifest import load_manifest
 
 MakeRun = Callable[..., Run]
 pytestmark = pytest.mark.faults
-SCRIPTS = ("distill", "proxy", "search", "finetune", "prepare_data", "export")
-
-
-def refuse(script: str, *words: object) -> str:
-    """The one line that a script refuses its input with. stdin stays open and silent: a question would hang."""
-    process = subprocess.Popen(
-        [sys.executable, f"launch/{script}.py", *map(str, words)],
-        cwd=ROOT,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        output = process.stdout.read()  # communicate() would close stdin
-        code = process.wait(120)
-    finally:
-        process.kill()
-    errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert (code, len(errors)) == (2, 1), output
-    assert "Traceback" not in output
-    return errors[0]
-
-
-def arguments(run: Run, **others: object) -> list[str]:
-    words = ["--output_dir", str(run.output_dir), *run.argv]
-    for key, value in others.items():
-        words += [f"--{key.replace('__', '.')}", str(value)]
-    return words
 
 
 @pytest.fixture
@@ -70,24 +38,24 @@ def flip(path: Path) -> None:
 
 
 def test_a_flipped_bit_is_named_before_anything_is_written(
-    make_run: MakeRun, corpus: Path, glue: Path, tmp_path: Path
+    make_run: MakeRun, tiny_world: TinyWorld, corpus: Path, glue: Path, tmp_path: Path
 ) -> None:
     flip(corpus / "shard-00000.arrow")
     run = make_run("flipped", data__path=corpus)
     said = f"error: {corpus}/shard-00000.arrow: its bytes have changed since it was written"
-    assert refuse("distill", *arguments(run)).startswith(said)
-    assert not run.output_dir.exists()
-    words = ["--output_dir", tmp_path / "proxy", "--teacher.path", run.argv[run.argv.index("--teacher.path") + 1]]
-    words += ["--student.layers", 2, "--student.hidden_size", 16, "--data.path", corpus, "--task.data_dir", glue]
-    words += ["--proxy.steps", 6, "--train.warmup_steps", 2, "--genomes", "1-3"]
-    assert refuse("proxy", *words).startswith(said)
+    assert refuse_run(run).startswith(said)
+    words = ["--teacher.path", str(tiny_world.teacher), "--student.layers", "2", "--student.hidden_size", "16"]
+    words += ["--data.path", str(corpus), "--task.data_dir", str(glue), "--proxy.steps", "6"]
+    words += ["--train.warmup_steps", "2", "--genomes", "1-3"]
+    proxy = Run(tmp_path / "proxy", argv=words, launcher=False, script="proxy.py")
+    assert only_error(proxy.finish(expect=2)).startswith(said)
 
 
 def test_a_corpus_of_another_tokenizer(make_run: MakeRun, tiny_world: TinyWorld, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tiny_world.teacher, tmp_path / "other teacher"))
     file = other / "tokenizer.json"
     file.write_text(file.read_text().replace('"today"', '"tomorrow"'))
-    said = refuse("distill", *arguments(make_run("tokenised", teacher__path=other)))
+    said = refuse_run(make_run("tokenised", teacher__path=other))
     assert "data.path: the corpus was tokenised with" in said
     assert f"--tokenizer {other}" in said
 
@@ -130,10 +98,9 @@ def test_code_that_comes_with_a_model_is_never_run(make_run: MakeRun, tiny_world
     model = Path(shutil.copytree(tiny_world.teacher, tmp_path / "model"))
     plant(model, marker)
     change(model / "config.json", model_type="theirs", auto_map={"AutoConfig": "theirs.Config"})
-    run = make_run("code")
     refusal = "asks for Python code that comes with the model (auto_map), and such code is never run"
     for script, key, words in (
-        ("distill", "teacher.path", arguments(run, teacher__path=model)),
+        ("distill", "teacher.path", ["--teacher.path", model, "--output_dir", tmp_path / "distilled"]),
         ("finetune", "model.path", ["--model.path", model, "--output_dir", tmp_path / "tuned"]),
     ):
         said = refuse(script, *words)
@@ -174,16 +141,16 @@ def test_pickled_weights_only_when_asked_for_and_then_only_tensors(
     (model / "model.safetensors").unlink()
     torch.save(weights, model / "pytorch_model.bin")
     run = make_run("pickled", launcher=False, teacher__path=model)
-    said = refuse("distill", *arguments(run))
+    said = refuse_run(run)
     assert said.startswith(f"error: teacher.path={str(model)!r}: its weights are in pytorch_model.bin, a Python pickle")
     assert ".save_pretrained('NEW')" in said
     assert "allow_pickle=true" in said
-    student = make_run("pickled student")
+    student = make_run("pickled student", launcher=False)
     for key in ("--student.layers", "--student.hidden_size", "--student.init"):
         at = student.argv.index(key)
         del student.argv[at : at + 2]
-    assert f"student.path={str(model)!r}: its weights are in" in refuse(
-        "distill", *arguments(student, student__path=model)
+    assert f"student.path={str(model)!r}: its weights are in" in only_error(
+        student.finish("--student.path", str(model), expect=2)
     )
     words = ["--model.path", model, "--output_dir", tmp_path / "tuned", "--task.data_dir", glue]
     assert f"model.path={str(model)!r}: its weights are in" in refuse("finetune", *words)
@@ -192,20 +159,14 @@ def test_pickled_weights_only_when_asked_for_and_then_only_tensors(
     assert "teacher" in run.finish(*dry)
     marker = tmp_path / "marker"
     torch.save({**weights, "extra": Runs(marker)}, model / "pytorch_model.bin")
-    assert f"teacher.path={str(model)!r}: cannot read the weights in this folder" in refuse(
-        "distill", *arguments(run), *dry
-    )
+    assert f"teacher.path={str(model)!r}: cannot read the weights in this folder" in refuse_run(run, *dry)
     with (model / "pytorch_model.bin").open("wb") as file:
         pickle.dump(Runs(marker), file)
-    assert f"teacher.path={str(model)!r}: cannot read the weights in this folder" in refuse(
-        "distill", *arguments(run), *dry
-    )
+    assert f"teacher.path={str(model)!r}: cannot read the weights in this folder" in refuse_run(run, *dry)
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    "script", [*SCRIPTS[:2], *(pytest.param(name, marks=pytest.mark.thorough) for name in SCRIPTS[2:])]
-)
+@pytest.mark.parametrize("script", MAINS)
 def test_yaml_makes_no_objects(script: str, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     started = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(marker)]}}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from in_process import refuse
 from launching import ROOT, Run, environment
 from searching import SearchRun
 from tiny_world import TinyWorld
@@ -83,11 +84,11 @@ def test_a_leading_dash(odd: Path, make_run: Callable[..., Run]) -> None:
     AutoModel.from_pretrained(odd / "-exported", add_pooling_layer=False)
 
 
-def test_patterns_are_refused_where_deepspeed_would_take_them_for_such(tmp_path: Path) -> None:
-    for script, key in (("distill", "--output_dir"), ("finetune", "--output_dir"), ("export", "--run")):
-        folder = tmp_path / "run[1]"
-        words = [sys.executable, f"launch/{script}.py", key, str(folder)]
-        done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
-        assert done.returncode == 2, done.stderr
-        assert f"error: run directory {str(folder)!r}: DeepSpeed cannot find checkpoints below" in done.stderr
-        assert not folder.exists()
+@pytest.mark.parametrize(
+    ("script", "key"), [("distill", "--output_dir"), ("finetune", "--output_dir"), ("export", "--run")]
+)
+def test_patterns_are_refused_where_deepspeed_would_take_them_for_such(script: str, key: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run[1]"
+    said = refuse(script, key, folder)
+    assert said.startswith(f"error: run directory {str(folder)!r}: DeepSpeed cannot find checkpoints below")
+    assert not folder.exists()
