@@ -47,7 +47,7 @@ def test_a_flipped_bit_is_named_before_anything_is_written(
     words = ["--teacher.path", str(tiny_world.teacher), "--student.layers", "2", "--student.hidden_size", "16"]
     words += ["--data.path", str(corpus), "--task.data_dir", str(glue), "--proxy.steps", "6"]
     words += ["--train.warmup_steps", "2", "--genomes", "1-3"]
-    proxy = Run(tmp_path / "proxy", argv=words, launcher=False, script="proxy.py")
+    proxy = Run(tmp_path / "proxy", argv=words, script="proxy.py")
     assert only_error(proxy.finish(expect=2)).startswith(said)
 
 
@@ -140,12 +140,12 @@ def test_pickled_weights_only_when_asked_for_and_then_only_tensors(
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     torch.save(weights, model / "pytorch_model.bin")
-    run = make_run("pickled", launcher=False, teacher__path=model)
+    run = make_run("pickled", teacher__path=model)
     said = refuse_run(run)
     assert said.startswith(f"error: teacher.path={str(model)!r}: its weights are in pytorch_model.bin, a Python pickle")
     assert ".save_pretrained('NEW')" in said
     assert "allow_pickle=true" in said
-    student = make_run("pickled student", launcher=False)
+    student = make_run("pickled student")
     for key in ("--student.layers", "--student.hidden_size", "--student.init"):
         at = student.argv.index(key)
         del student.argv[at : at + 2]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, Run, environment, kill_session
+from in_process import only_error, succeed
+from launching import Run, kill_session
 from small_disk import SmallDisk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -27,7 +26,7 @@ def make_run_on(make_run: MakeRun, tmp_path: Path) -> Callable[..., Run]:
     """A run whose directory is on that disk, but for its checkpoints."""
 
     def make(disk: SmallDisk, steps: int) -> Run:
-        run = make_run("run", launcher=False, train__steps=steps, train__global_batch=2)
+        run = make_run("run", train__steps=steps, train__global_batch=2)
         run.output_dir = disk.folder / "run"
         run.output_dir.mkdir()
         (tmp_path / "checkpoints").mkdir()
@@ -87,15 +86,13 @@ def test_a_result_that_does_not_fit_is_an_exit_code_and_the_same_command_mends_i
     make_run: MakeRun, small_disk: MakeDisk
 ) -> None:
     disk = small_disk(1)
-    run = make_run("run", launcher=False, train__steps=20)
+    run = make_run("run", train__steps=20)
     run.output_dir.mkdir()
     run.run_dir.records.symlink_to(disk.folder / "records.jsonl")
     code, output = with_disk_filled_at_step(run, 10, disk, until=lambda line: False)
     assert code == 1, output
-    errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, output
-    assert f"{run.run_dir.records}: the result is not in it (No space left on device), although the job is" in errors[0]
-    assert "Traceback" not in output
+    error = only_error(output)
+    assert f"{run.run_dir.records}: the result is not in it (No space left on device), although the job is" in error
     assert final_result([r for line in output.splitlines() if (r := parse_record(line))]) is not None
     assert final_result(read_records(run.run_dir.records)) is None
     assert run.student()
@@ -109,16 +106,13 @@ def test_an_export_without_room_names_the_checkpoint(make_run_on: Callable[..., 
     run = make_run_on(disk, 20)
     code, output = with_disk_filled_at_step(run, 10, disk, until=lambda line: False)
     assert code == 1, output
-    errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, output
-    assert re.search(
-        r"run/student cannot be written: .*No space left.* checkpoint step-00000020 is complete", errors[0]
-    )
-    assert "Traceback" not in output
+    error = only_error(output)
+    assert re.search(r"run/student cannot be written: .*No space left.* checkpoint step-00000020 is complete", error)
     assert not list(run.output_dir.glob("student*"))
     disk.free()
-    command = shlex.split(errors[0].partition(", or python ")[2])
-    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), check=True)
+    script, *words = shlex.split(error.partition(", or python ")[2])
+    assert script == "launch/export.py"
+    succeed("export", *words)
     assert run.student()
     run.finish()
     assert final_result(read_records(run.run_dir.records)) is not None

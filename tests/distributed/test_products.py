@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from in_process import only_error, refuse, refuse_run
-from launching import ROOT, Run, environment
+from in_process import only_error, refuse, refuse_run, succeed
+from launching import Launcher, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import TinyWorld
 from transformers import AutoModel, AutoTokenizer
@@ -26,9 +26,27 @@ from engine.jobs.distill.plan import make_plan
 from engine.models.capture import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
-from engine.ranks.runtime import has_fp16
 
 pytestmark = pytest.mark.launcher
+
+MakeRun = FinishedRun = Callable[..., Run]
+EVALUATED = {"ranks": 2, "train__eval_every": 3}
+BF16 = EVALUATED | {"stage": 0, "precision": "bf16", "micro": 2}
+OTHER_LOSSES: dict[str, Any] = {
+    "ranks": 2,
+    "stage": 3,
+    "student__heads": 2,
+    "loss__attention": 0,
+    "loss__relation": 1.0,
+    "loss__relation_heads": 8,
+    "loss__cosine": 1.0,
+    "loss__logits": 1.0,
+    "loss__mlm": 0.5,
+    "data__mlm_probability": 0.2,
+    "loss__temperature": 2.0,
+    "train__steps": 8,
+    "train__save_every": 3,
+}
 
 
 def held_out_terms(run: Run, world: TinyWorld) -> dict[str, float]:
@@ -62,42 +80,29 @@ def held_out_terms(run: Run, world: TinyWorld) -> dict[str, float]:
     return dict(zip(names, terms.tolist()[: len(names)], strict=True))
 
 
-@pytest.mark.parametrize(("stage", "precision", "tolerance"), [(1, "fp32", 1e-5), (3, "fp32", 1e-5), (0, "bf16", 3e-2)])
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [(EVALUATED, 1e-5), (EVALUATED | {"stage": 3}, 1e-5), (BF16, 3e-2)],
+    ids=["fp32", "fp32, stage 3", "bf16"],
+)
 def test_the_export_gives_the_training_modules_outputs(
-    make_run, tiny_world: TinyWorld, stage: int, precision: str, tolerance: float
+    finished_run: FinishedRun, tiny_world: TinyWorld, settings: dict[str, Any], tolerance: float
 ) -> None:
-    run = make_run("run", stage=stage, precision=precision, ranks=2, train__eval_every=3)
-    run.finish()
+    run = finished_run(**settings)
     during = run.records("result")[-1]["held_out"]
     assert during["step"] == 6
     after = held_out_terms(run, tiny_world)
     assert set(after) == set(during["terms"])
     assert len(after) == 5  # two hidden pairs, two attention pairs, the embeddings
-    for name, value in after.items():
-        assert value == pytest.approx(during["terms"][name], rel=tolerance), name
+    for term, value in after.items():
+        assert value == pytest.approx(during["terms"][term], rel=tolerance), term
 
 
-def test_export_script_needs_neither_ranks_nor_teacher(make_run, tmp_path: Path) -> None:
-    run = make_run("run", stage=3, ranks=2, loss__mlm=1.0, data__mlm_probability=0.2, train__save_every=3)
-    run.finish()
-    target = tmp_path / "exported here"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "launch/export.py",
-            "--run",
-            str(run.output_dir),
-            "--to",
-            str(target),
-            "--tag",
-            "step-00000003",
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_export_script_needs_neither_ranks_nor_teacher(
+    finished_run: FinishedRun, tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    run, target = finished_run(**OTHER_LOSSES), tmp_path / "exported here"
+    succeed("export", "--run", run.output_dir, "--to", target, "--tag", "step-00000006")
     model = AutoModel.from_pretrained(target)
     assert model.config.num_hidden_layers == 2
     assert model.config.hidden_size == 16
@@ -106,11 +111,7 @@ def test_export_script_needs_neither_ranks_nor_teacher(make_run, tmp_path: Path)
         hidden = model(**tokenizer("one small model", return_tensors="pt")).last_hidden_state
     assert torch.isfinite(hidden).all()
     card = (target / "README.md").read_text()
-    for fact in (
-        "| optimizer step | 3 |",
-        "| hidden-state mapping | 2-4 |",
-        str(run.argv[run.argv.index("--teacher.path") + 1]),
-    ):
+    for fact in ("| optimizer step | 6 |", "| hidden-state mapping | 2-4 |", str(tiny_world.teacher)):
         assert fact in card
     assert not list(target.glob("*.bin"))
     names = model.state_dict().keys()
@@ -122,12 +123,15 @@ def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     assert "run" in refuse("export", "--to", "x").removeprefix("error: ")
 
 
-def test_tensorboard_has_every_promised_number_by_optimizer_step(make_run) -> None:
-    scaled = has_fp16()
-    run = make_run("run", ranks=2, precision="fp16" if scaled else "bf16", train__eval_every=3, micro=2)
-    run.finish()
+def curves(run: Run) -> EventAccumulator:
     events = EventAccumulator(str(run.run_dir.tensorboard), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
+    return events
+
+
+def test_tensorboard_has_every_promised_number_by_optimizer_step(finished_run: FinishedRun) -> None:
+    run = finished_run(**BF16)
+    events = curves(run)
     tags = set(events.Tags()["scalars"])
     promised = {
         "loss/total", "loss/hidden", "loss/attention", "loss/embedding",
@@ -139,7 +143,6 @@ def test_tensorboard_has_every_promised_number_by_optimizer_step(make_run) -> No
         "memory/peak_gib", "loss_held_out/total", "loss_held_out/hidden/1-2",
     }  # fmt: skip
     assert promised <= tags, promised - tags
-    assert ("optimizer/loss_scale" in tags) == scaled
     assert [e.step for e in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
     assert [e.step for e in events.Scalars("loss_held_out/total")] == [3, 6]
     shares = [events.Scalars(f"share/{name}")[0].value for name in ("hidden", "attention", "embedding")]
@@ -148,8 +151,8 @@ def test_tensorboard_has_every_promised_number_by_optimizer_step(make_run) -> No
     assert len(list(run.run_dir.tensorboard.glob("events*"))) == 1, "one writer"
 
 
-def test_dry_run_prints_the_banner_and_writes_nothing(make_run) -> None:
-    run = make_run("run", launcher=False, mapping__hidden="0-3", mapping__attention="4-0")
+def test_dry_run_prints_the_banner_and_writes_nothing(make_run: MakeRun) -> None:
+    run = make_run("run", mapping__hidden="0-3", mapping__attention="4-0")
     output = run.finish("--dry_run")
     assert "student layer      1  2" in output
     assert "teacher hidden     ·  3" in output
@@ -179,22 +182,27 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("argv", "says"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_mistakes_exit_2_with_one_line(make_run, argv: list[str], says: str) -> None:
+def test_mistakes_exit_2_with_one_line(make_run: MakeRun, argv: list[str], says: str) -> None:
     assert says in refuse_run(make_run("run"), *argv)
 
 
-def test_a_processor_without_fp16_exits_2_with_one_line(make_run, monkeypatch) -> None:
+def test_a_processor_without_fp16_exits_2_with_one_line(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # so that one with fp16 does as one without
-    said = only_error(make_run("run", precision="fp16", launcher=False).finish(expect=2))
+    said = only_error(make_run("run", precision="fp16", launcher="none").finish(expect=2))
     assert "fp16 on a CPU needs AVX-512 FP16" in said
     assert "ds_configs/zero0_bf16.json" in said
 
 
 @pytest.mark.parametrize(
-    "argv", [["--loss.hiden", "3"], ["--output_dir", "/proc/nowhere"], ["--data.eval_sequences", "5000"]]
+    ("launcher", "argv"),
+    [
+        ("real", ["--data.eval_sequences", "5000"]),
+        ("forked", ["--loss.hiden", "3"]),
+        ("forked", ["--output_dir", "/proc/nowhere"]),
+    ],
 )
-def test_the_launcher_shows_a_mistake_once(make_run, argv: list[str]) -> None:
-    run = make_run("run", ranks=2)
+def test_the_launcher_shows_a_mistake_once(make_run: MakeRun, launcher: Launcher, argv: list[str]) -> None:
+    run = make_run("run", ranks=2, launcher=launcher)
     began = time.monotonic()
     output = run.finish(*argv, expect=2)
     assert len([line for line in output.splitlines() if "error: " in line]) == 1, output
@@ -203,9 +211,10 @@ def test_the_launcher_shows_a_mistake_once(make_run, argv: list[str]) -> None:
     assert not run.run_dir.config.exists()
 
 
-def test_require_fused_makes_a_fall_back_an_error(make_run) -> None:
-    run = make_run("run", launcher=False, stage=0, optim__name="lamb")
-    assert "require_fused=true, but DeepSpeed FusedLamb needs CUDA" in run.finish("--require_fused", expect=2)
+def test_require_fused_makes_a_fall_back_an_error(make_run: MakeRun) -> None:
+    run = make_run("run", stage=0, optim__name="lamb")
+    said = only_error(run.finish("--require_fused", expect=2))
+    assert "require_fused=true, but DeepSpeed FusedLamb needs CUDA" in said
 
 
 @pytest.mark.parametrize(
@@ -219,14 +228,15 @@ def test_require_fused_makes_a_fall_back_an_error(make_run) -> None:
         "zero0_fp32",
     ],
 )
-def test_shipped_ds_configs_train(make_run, name: str) -> None:
-    run = make_run("run", launcher=False, deepspeed_config=FOLDER / f"{name}.json", train__steps=3, train__lr=1e-4)
+def test_shipped_ds_configs_train(make_run: MakeRun, name: str) -> None:
+    run = make_run("run", deepspeed_config=FOLDER / f"{name}.json", train__steps=3, train__lr=1e-4)
     run.finish()
     assert [r["step"] for r in run.steps()] == [1, 2, 3]
+    assert ("optimizer/loss_scale" in curves(run).Tags()["scalars"]) == name.endswith("fp16")
 
 
-def test_settings_without_effect_are_warnings(make_run) -> None:
-    run = make_run("run", launcher=False)
+def test_settings_without_effect_are_warnings(make_run: MakeRun) -> None:
+    run = make_run("run")
     output = run.finish(
         "--dry_run", "--data.whole_word_mask", "true", "--loss.temperature", "2", "--mapping.hidden", "2-0"
     )
@@ -235,23 +245,9 @@ def test_settings_without_effect_are_warnings(make_run) -> None:
     assert "data.whole_word_mask" in warnings[0] + warnings[1] + warnings[2]
 
 
-def test_other_encoders_and_losses_run_end_to_end(make_run) -> None:
+def test_other_losses_run_end_to_end(finished_run: FinishedRun) -> None:
     """Relation KL with other head counts, probabilities KL, cosine, logits KL and MLM together, once."""
-    run = make_run(
-        "run",
-        ranks=2,
-        student__heads=2,
-        loss__attention=0,
-        loss__relation=1.0,
-        loss__relation_heads=8,
-        loss__cosine=1.0,
-        loss__logits=1.0,
-        loss__mlm=0.5,
-        data__mlm_probability=0.2,
-        loss__temperature=2.0,
-        train__steps=8,
-    )
-    run.finish()
+    run = finished_run(**OTHER_LOSSES)
     first, last = run.steps()[0], run.steps()[-1]
     assert set(first["losses"]) == {"hidden", "embedding", "relation", "cosine", "logits", "mlm"}
     assert last["total"] < first["total"]
