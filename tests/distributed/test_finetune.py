@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import many_fine_tunings
 import pytest
 import torch
+from compare import assert_same_bits
 from glue_sample import write_glue_sample
-from launching import ROOT, Run, environment, finished, kill_session, spawn, write_ds_config
+from launching import ROOT, Launcher, Run, finished, kill_session, start, write_ds_config
+from odd_name import ODD_NAME
 from safetensors.torch import load_file
 from squad_sample import write_squad_sample
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -40,7 +41,7 @@ def make_job(tiny_world: TinyWorld, tmp_path: Path) -> MakeJob:
     """make_job(name, *argv, ranks=…, launcher=…): fine-tunes the tiny teacher on the GLUE sample, fp32."""
     write_glue_sample(tmp_path / "glue")
 
-    def make(name: str, *argv: str, ranks: int = 1, launcher: bool = False, stage: int = 1) -> Run:
+    def make(name: str, *argv: str, ranks: int = 1, launcher: Launcher = "forked", stage: int = 1) -> Run:
         usual = {
             "model.path": tiny_world.teacher,
             "task.data_dir": tmp_path / "glue",
@@ -75,15 +76,10 @@ def weights(run: Run, unit: str) -> dict[str, torch.Tensor]:
     return load_file(run.output_dir / unit / "model" / "model.safetensors")
 
 
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
 def test_stopped_and_continued_equals_uninterrupted(make_job: MakeJob) -> None:
     """2 ranks, two tasks; a signal to one rank in the second one. Same scores and weights, bit for bit."""
     argv = ("--task.name", "RTE,STS-B", "--task.epochs", "40", "--train.log_every", "20", "--task.eval_every", "60")
-    whole, half = (make_job(name, *argv, ranks=2, launcher=True) for name in ("whole", "half"))
+    whole, half = (make_job(name, *argv, ranks=2) for name in ("whole", "half"))
     whole.finish()
     process = half.start()
     try:
@@ -110,9 +106,10 @@ def test_stopped_and_continued_equals_uninterrupted(make_job: MakeJob) -> None:
 
 
 def test_ranks_agree(make_job: MakeJob) -> None:
-    """Two ranks train and score what one does, to the rounding of sums. Dropout differs by rank, so it is off."""
+    """Two ranks train and score what one does, to the rounding of sums, in a folder of any name. Dropout differs by
+    rank, so it is off."""
     argv = ("--task.name", "STS-B,MNLI", "--task.dropout", "0")
-    one, two = make_job("one", *argv), make_job("two", *argv, ranks=2, launcher=True)
+    one, two = make_job("one", *argv), make_job(ODD_NAME, *argv, ranks=2, launcher="real")
     one.finish()
     two.finish()
     for name in ("STS-B", "MNLI"):
@@ -122,6 +119,7 @@ def test_ranks_agree(make_job: MakeJob) -> None:
         metrics = [unit_records(f, "result")[0]["metrics"] for f in folders]
         assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
     assert metrics[0].keys() == {"accuracy_matched", "accuracy_mismatched"}
+    assert not (ROOT / "X").exists(), "a shell has read the folder's name"
 
 
 def test_grid_seeds_and_predictions(make_job: MakeJob, tiny_world: TinyWorld) -> None:
@@ -226,16 +224,17 @@ def test_teacher_patience_and_export(make_job: MakeJob) -> None:
 
 
 @pytest.mark.faults
-def test_a_hang_while_predictions_are_written_leaves_stacks(make_job: MakeJob) -> None:
+def test_a_hang_while_predictions_are_written_leaves_stacks(make_job: MakeJob, tmp_path: Path) -> None:
     """The file of the predictions is a pipe that nobody reads. A user cannot set the limit, which is 600 s."""
     run = make_job("hangs", "--task.epochs", "1", "--task.predict", "true")
     (run.output_dir / "predictions" / "dev").mkdir(parents=True)
     os.mkfifo(run.output_dir / "predictions" / "dev" / "RTE.tsv")
-    code = (
-        "from engine.config.distill import TrainConfig; from engine.cli import finetune_main;"
-        "TrainConfig.hang_timeout_s = 5.0; finetune_main()"
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "from engine.cli import finetune_main\nfrom engine.config.distill import TrainConfig\n"
+        "from engine.ranks.exit import run_rank\nTrainConfig.hang_timeout_s = 5.0\nrun_rank(finetune_main)\n"
     )
-    output = finished(spawn([sys.executable, "-c", code, *run.command()[2:]]), 1)
+    output = finished(start([str(script), "--output_dir", str(run.output_dir), *run.argv]), 1)
     assert "has finished nothing for 5 s" in output
     unit = run.output_dir / "RTE" / "seed-0"
     (stacks,) = (unit / "hangs").iterdir()
@@ -272,63 +271,9 @@ def test_many_fine_tunings_in_one_process(tmp_path: Path, tiny_world: TinyWorld,
     """The same fine-tuning first and third in a process: the same bits; and no module stays behind."""
     write_glue_sample(tmp_path / "glue")
     ds_config = write_ds_config(tmp_path / "ds", zero_optimization={"stage": stage})
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path / "glue"), str(tiny_world.teacher), str(ds_config), "2 0 2"],
-        cwd=ROOT,
-        env=environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    words = [str(tmp_path / "glue"), str(tiny_world.teacher), str(ds_config), "2 0 2"]
+    output = finished(start([many_fine_tunings.__file__, *words]), 0)
+    found = json.loads(next(line for line in output.splitlines() if line.startswith('{"results"')))
     alone, other, third = found["results"]
     assert third == alone != other
     assert found["modules_left"] == 0
-
-
-def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> None:
-    """Prints what each fine-tuning gave, and how many TaskModules are still alive."""
-    import gc
-
-    from engine.config.distill import OptimConfig
-    from engine.config.finetune import TaskDataConfig
-    from engine.jobs.execution import plan_execution
-    from engine.models.hub import load_config
-    from engine.ranks import runtime
-    from engine.tasks.encode import encode_task
-    from engine.tasks.load import load_task
-    from engine.tasks.model import load_task_model, task_tokenizer
-    from engine.tasks.module import TaskModule
-    from engine.tasks.train import task_train_config, train_on_task
-    from engine.train.monitor import Monitor
-
-    here = runtime.start(0)
-    data = load_task("RTE", TaskDataConfig(data_dir=data_dir))
-    tokenizer, _ = task_tokenizer(model, "model.path", load_config(model, "model.path"))
-    task = encode_task(data, tokenizer, seq_len=64)
-    train = task_train_config(len(task.train), epochs=2, lr=3e-3, batch=8)
-    execution = plan_execution(ds_config, train, OptimConfig())
-    stop = runtime.StopRequest()
-    results = []
-    for seed in map(int, seeds.split()):
-        student = load_task_model(model, key="model.path", spec=data.spec, dropout=0.1, seed=seed, backend="sdpa")
-        module = TaskModule(student, kind=data.spec.kind)
-        monitor = Monitor(
-            active=False, tensorboard=Path("none"), records=Path("none"), steps=train.steps, flops_per_token=1.0,
-            device=here.device, config_text="",
-        )  # fmt: skip
-        found = train_on_task(
-            module=module, task=task, train=train, optim=OptimConfig(), execution=execution, runtime=here,
-            stop=stop, seed=seed, monitor=monitor,
-        )  # fmt: skip
-        weight = student.classifier.weight
-        held = getattr(weight, "ds_tensor", weight).detach().double()
-        results.append([found.score, found.step, held.sum().item(), held.square().sum().item()])
-        del student, module, weight, held, found
-    gc.collect()
-    left = sum(type(thing).__name__ == "TaskModule" for thing in gc.get_objects())
-    print(json.dumps({"results": results, "modules_left": left}))
-
-
-if __name__ == "__main__":
-    train_many(*sys.argv[1:])

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from in_process import refuse
+from in_process import refuse, succeed
 from launching import ROOT, Run, environment
+from odd_name import ODD_NAME
 from searching import SearchRun
 from tiny_world import TinyWorld
 from transformers import AutoModel
@@ -19,12 +20,11 @@ from transformers import AutoModel
 from engine.data.manifest import load_manifest
 
 pytestmark = pytest.mark.faults
-NAME = """run "a" 'b' ü $(touch X) `touch X`; touch X & | > X %s {0} #1 \\ ~"""
 
 
 @pytest.fixture
 def odd(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / NAME
+    folder = tmp_path / ODD_NAME
     folder.mkdir()
     shutil.copytree(tiny_world.teacher, folder / "teacher")
     shutil.copytree(glue, folder / "glue")
@@ -32,36 +32,34 @@ def odd(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def start(*words: object, cwd: Path = ROOT) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.launcher
-def test_every_script_works_in_a_folder_of_an_odd_name(
-    odd: Path, make_run: Callable[..., Run], make_search: Callable[..., SearchRun]
-) -> None:
+def test_every_script_works_in_a_folder_of_an_odd_name(odd: Path, make_run: Callable[..., Run]) -> None:
+    """Fine-tuning and proxy jobs through the real launcher: test_finetune.py, test_proxy.py."""
     prepare = ["--output_dir", odd / "corpus", "--tokenizer", odd / "teacher", "--seq_len", 16, "--min_tokens", 2]
-    start("launch/prepare_data.py", *prepare, "--sources", json.dumps([{"path": str(odd / "text.txt")}]))
+    succeed("prepare_data", *prepare, "--sources", json.dumps([{"path": str(odd / "text.txt")}]))
     assert load_manifest(odd / "corpus").sequences > 100
 
     inputs = {"teacher__path": odd / "teacher", "data__path": odd / "corpus"}
-    run = make_run(f"{NAME}/distilled", ranks=2, train__steps=4, train__save_every=2, **inputs)
+    run = make_run(f"{ODD_NAME}/distilled", ranks=2, train__steps=4, train__save_every=2, **inputs)
     run.finish()
     assert [record["step"] for record in run.steps()] == [1, 2, 3, 4]
     run.finish("--resume", "step-00000002")
     assert [record["step"] for record in run.steps()] == [1, 2, 3, 4, 3, 4]
     assert len(set(run.curve())) == 4
     assert (run.run_dir.checkpoints / "superseded-step-00000004").is_dir()
-    start("launch/export.py", "--run", run.output_dir, "--to", odd / "exported")
+    succeed("export", "--run", run.output_dir, "--to", odd / "exported")
     AutoModel.from_pretrained(odd / "exported", add_pooling_layer=False)
+    assert not list(ROOT.glob("X")) + list(odd.rglob("X"))
 
-    # its jobs are launch/proxy.py
-    settings = {"trials": 4, "population": 4, "cohort": 4, "confirm_top": 0, "task__data_dir": odd / "glue", **inputs}
-    search = make_search(f"{NAME}/searched", **settings)
+
+@pytest.mark.thorough
+@pytest.mark.launcher
+def test_a_search_works_in_a_folder_of_an_odd_name(
+    odd: Path, tiny_world: TinyWorld, make_search: Callable[..., SearchRun]
+) -> None:
+    corpus = shutil.copytree(tiny_world.corpus, odd / "corpus")
+    settings = {"trials": 4, "population": 4, "cohort": 4, "confirm_top": 0, "task__data_dir": odd / "glue"}
+    search = make_search(f"{ODD_NAME}/searched", teacher__path=odd / "teacher", data__path=corpus, **settings)
     search.finish()
     assert {one.outcome for one in search.evaluations()} == {"ok"}
     assert not list(ROOT.glob("X")) + list(odd.rglob("X"))
@@ -73,14 +71,15 @@ def test_a_leading_dash(odd: Path, make_run: Callable[..., Run]) -> None:
     for name in ("teacher", "text.txt"):
         (odd / name).rename(odd / f"-{name}")
     words = ["--output_dir=-corpus", "--tokenizer=-teacher", "--seq_len", "16", "--min_tokens", "2", "--workers", "1"]
-    start(ROOT / "launch/prepare_data.py", *words, "--sources", json.dumps([{"path": "-text.txt"}]), cwd=odd)
+    succeed("prepare_data", *words, "--sources", json.dumps([{"path": "-text.txt"}]), cwd=odd)
     run = make_run("dash", train__steps=2)
     for key in ("--teacher.path", "--data.path"):
         at = run.argv.index(key)
         del run.argv[at : at + 2]
     own = ["--output_dir=-run", "--teacher.path=-teacher", "--data.path=-corpus"]
-    start(ROOT / "launch/distill.py", *own, *run.argv, cwd=odd)
-    start(ROOT / "launch/export.py", "--run=-run", "--to=-exported", cwd=odd)
+    command = [sys.executable, str(ROOT / "launch/distill.py"), *own, *run.argv]
+    subprocess.run(command, cwd=odd, env=environment(), check=True, timeout=200)
+    succeed("export", "--run=-run", "--to=-exported", cwd=odd)
     AutoModel.from_pretrained(odd / "-exported", add_pooling_layer=False)
 
 

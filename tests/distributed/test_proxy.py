@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from in_process import refuse_run
-from launching import Run, write_ds_config
+from launching import ROOT, Launcher, Run, write_ds_config
+from odd_name import ODD_NAME
 from safetensors.torch import load_file
 from tiny_world import TinyWorld
 
@@ -21,18 +22,17 @@ from ga.jobs.outcome import Outcome, read_job
 MakeProxy = Callable[..., Run]
 
 
-@pytest.fixture
-def make_proxy(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> MakeProxy:
-    """make_proxy(name, genomes, ranks=…, **settings): 4 x 32 -> 2 x 16, six steps, fp32."""
+def proxies(world: TinyWorld, glue: Path, folder: Path) -> MakeProxy:
+    """make_proxy(name, genomes, ranks=…, launcher=…, **settings), in that folder: 4 x 32 -> 2 x 16, six steps, fp32."""
 
-    def make(name: str, *genomes: str, ranks: int = 1, launcher: bool = False, **settings: object) -> Run:
+    def make(name: str, *genomes: str, ranks: int = 1, launcher: Launcher = "forked", **settings: object) -> Run:
         values: dict[str, object] = {
-            "deepspeed_config": write_ds_config(tmp_path / f"ds {name}", zero_optimization={"stage": 0}),
-            "teacher.path": tiny_world.teacher,
+            "deepspeed_config": write_ds_config(folder / f"ds {name}", zero_optimization={"stage": 0}),
+            "teacher.path": world.teacher,
             "student.layers": 2,
             "student.hidden_size": 16,
             "student.dropout": 0.1,
-            "data.path": tiny_world.corpus,
+            "data.path": world.corpus,
             "task.data_dir": glue,
             "train.global_batch": 8,
             "train.warmup_steps": 2,
@@ -43,10 +43,24 @@ def make_proxy(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> MakeProxy:
         values.update({key.replace("__", "."): value for key, value in settings.items()})
         argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
         return Run(
-            tmp_path / name, ranks=ranks, argv=["--genomes", *genomes, *argv], launcher=launcher, script="proxy.py"
+            folder / name, ranks=ranks, argv=["--genomes", *genomes, *argv], launcher=launcher, script="proxy.py"
         )
 
     return make
+
+
+@pytest.fixture
+def make_proxy(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> MakeProxy:
+    return proxies(tiny_world, glue, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def cohort(tiny_world: TinyWorld, glue: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four genomes with two seeds each, finished. Tests only look at it."""
+    make = proxies(tiny_world, glue, tmp_path_factory.mktemp("finished"))
+    run = make("cohort", "2-4", "0-3", "none", "1-0/0-2", proxy__report_at=[2, 4], proxy__repeats=2)
+    run.finish()
+    return run
 
 
 def weights(run: Run, name: str) -> dict[str, torch.Tensor]:
@@ -57,40 +71,38 @@ def results(run: Run) -> dict[tuple[str, int], dict[str, Any]]:
     return {(r["genome"], r["seed"]): r for r in run.records("result")}
 
 
-def test_a_member_of_a_cohort_equals_the_same_genome_alone(make_proxy: MakeProxy) -> None:
-    together = make_proxy("together", "2-4", "0-3", "none", "1-0/0-2", proxy__report_at=[2, 4], proxy__repeats=2)
-    output = together.finish()
+def test_a_member_of_a_cohort_equals_the_same_genome_alone(make_proxy: MakeProxy, cohort: Run) -> None:
     alone = make_proxy("alone", "0-3", seed=1, proxy__report_at=[2, 4])
     alone.finish()
-    both = results(together)
+    both = results(cohort)
     assert set(both) == {(g, s) for g in ("2-4", "0-3", "0-0", "1-0/0-2") for s in (0, 1)}
     mine, theirs = both["0-3", 1], results(alone)["0-3", 1]
     for key in ("fitness", "scores", "metrics", "losses", "total", "reports", "fingerprint"):
         assert mine[key] == theirs[key], key
     assert set(mine["reports"]) == {"2", "4"}
-    one, other = weights(together, "0-3-seed1"), weights(alone, "0-3-seed1")
+    one, other = weights(cohort, "0-3-seed1"), weights(alone, "0-3-seed1")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert not torch.equal(*(weights(together, f"0-3-seed{s}")["embeddings.word_embeddings.weight"] for s in (0, 1)))
+    assert not torch.equal(*(weights(cohort, f"0-3-seed{s}")["embeddings.word_embeddings.weight"] for s in (0, 1)))
     assert mine["cohort"] == 4
     assert theirs["cohort"] == 1
     assert mine["mapping"] == {"hidden": "0-3", "attention": "0-3"}
     assert mine["fitness"] == pytest.approx(sum(mine["scores"].values()) / 3)
     assert set(mine["scores"]) == {"SST-2", "MRPC", "STS-B"}
     assert {"start", "encode", "load", "train", "evaluate", "teacher", "student", "optimizer"} <= set(mine["wall_s"])
-    assert "signal ratio" in output
-    finished = together.records("run")[-1]["wall_s"]
+    assert "signal ratio" in cohort.output
+    finished = cohort.records("run")[-1]["wall_s"]
     assert mine["wall_s"]["train"] == pytest.approx(finished["train"] - both["0-3", 0]["wall_s"]["train"])
-    assert together.records("run")[-1]["signal"]["seeds"] == 2
-    check_restart(together)
+    assert cohort.records("run")[-1]["signal"]["seeds"] == 2
 
 
-def check_restart(run: Run) -> None:
-    """The same command finds everything done; other steps make another fingerprint."""
-    before = run.output_dir.joinpath("records.jsonl").read_text()
+def test_the_same_command_finds_everything_done(cohort: Run, tmp_path: Path) -> None:
+    """Other steps make another fingerprint."""
+    run = cohort.copied(tmp_path / "again")
+    before = run.run_dir.records.read_text()
     again = run.finish()
     assert "8 of 8 results are here already" in again
-    new = run.output_dir.joinpath("records.jsonl").read_text().removeprefix(before)
+    new = run.run_dir.records.read_text().removeprefix(before)
     assert [json.loads(line.partition(" ")[2])["kind"] for line in new.splitlines()] == ["run", "run"]
     dry = run.finish("--train.lr", "2e-3", "--dry_run")
     assert "are here already" not in dry
@@ -134,9 +146,10 @@ def test_the_fine_tuning_evaluator_scores_copies(make_proxy: MakeProxy) -> None:
 
 @pytest.mark.launcher
 def test_two_ranks_through_the_launcher(make_proxy: MakeProxy) -> None:
-    """Another number of ranks changes rounding only, only rank 0 speaks, and no shared memory stays behind."""
+    """Another number of ranks changes rounding only, only rank 0 speaks, no shared memory stays behind, and the folder
+    may have any name."""
     before = set(Path("/dev/shm").glob("deepspeed_*"))
-    two = make_proxy("two", "2-4", "0-3", ranks=2, launcher=True, student__dropout=0.0)
+    two = make_proxy(ODD_NAME, "2-4", "0-3", ranks=2, launcher="real", student__dropout=0.0)
     output = two.finish()
     one = make_proxy("one", "2-4", "0-3", student__dropout=0.0)
     one.finish()
@@ -147,6 +160,7 @@ def test_two_ranks_through_the_launcher(make_proxy: MakeProxy) -> None:
         assert twin["scores"]["STS-B"] == pytest.approx(result["scores"]["STS-B"], abs=1e-3)
     assert output.count("fitness 0.") == 2
     assert set(Path("/dev/shm").glob("deepspeed_*")) <= before
+    assert not (ROOT / "X").exists(), "a shell has read the folder's name"
 
 
 def test_a_mistake_ends_with_one_line_and_leaves_nothing(make_proxy: MakeProxy) -> None:
@@ -154,17 +168,16 @@ def test_a_mistake_ends_with_one_line_and_leaves_nothing(make_proxy: MakeProxy) 
     assert said.startswith("error: genomes: mapping 2-9: student layer 2 names teacher layer 9")
 
 
-def test_a_student_below_the_threshold_ends_early_and_its_cohort_goes_on(make_proxy: MakeProxy) -> None:
-    plain = make_proxy("plain", "2-4", "0-3", proxy__report_at=[2, 4])
-    plain.finish()
-    reports = {genome: result["reports"] for (genome, _), result in results(plain).items()}
+def test_a_student_below_the_threshold_ends_early_and_its_cohort_goes_on(make_proxy: MakeProxy, cohort: Run) -> None:
+    plain = results(cohort)
+    reports = {genome: plain[genome, 0]["reports"] for genome in ("2-4", "0-3")}
     low, high = sorted(reports, key=lambda genome: reports[genome]["4"])
     between = (reports[low]["4"] + reports[high]["4"]) / 2
     assert reports[low]["4"] < between < reports[high]["4"], "these two genomes score alike: take others"
     halved = make_proxy("halved", low, high, proxy__report_at=[2, 4], proxy__stop_below=f"{{4: {between}}}")
     output = halved.finish()
     assert set(results(halved)) == {(high, 0)}
-    assert results(halved)[high, 0]["fitness"] == results(plain)[high, 0]["fitness"]
+    assert results(halved)[high, 0]["fitness"] == plain[high, 0]["fitness"]
     stopped = [record for record in halved.records("step") if record.get("status") == "stopped"]
     assert [(record["genome"], record["step"], record["reports"]) for record in stopped] == [(low, 4, reports[low])]
     assert not any(r["step"] > 4 and r.get("genome") == low for r in halved.steps())
@@ -176,8 +189,8 @@ def test_a_student_below_the_threshold_ends_early_and_its_cohort_goes_on(make_pr
     assert report.stopped == {low: {2: reports[low]["2"], 4: reports[low]["4"]}}
 
 
-def test_a_dry_run_says_what_a_search_must_know(make_proxy: MakeProxy) -> None:
-    run = make_proxy("planned", "none")
+def test_a_dry_run_says_what_a_search_must_know(make_proxy: MakeProxy, cohort: Run) -> None:
+    run = make_proxy("planned", "none", proxy__report_at=[2, 4])
     found = [parse_record(line) for line in run.finish("--dry_run").splitlines()]
     planned = [record for record in found if record is not None]
     assert [(r["kind"], r["status"], r["student_layers"], r["teacher_layers"]) for r in planned] == [
@@ -186,5 +199,4 @@ def test_a_dry_run_says_what_a_search_must_know(make_proxy: MakeProxy) -> None:
     assert planned[0]["tasks"] == ["SST-2", "MRPC", "STS-B"]
     assert planned[0]["sequences"] > 100
     assert not run.output_dir.exists()
-    run.finish()
-    assert {r["fingerprint"] for r in run.records("result")} == {planned[0]["fingerprint"]}
+    assert {r["fingerprint"] for r in cohort.records("result")} == {planned[0]["fingerprint"]}
