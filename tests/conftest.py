@@ -87,7 +87,7 @@ def run_maker(tiny_world: TinyWorld, folder: Path) -> MakeRun:
         precision: str = "fp32",
         micro: int | str = "auto",
         ranks: int = 1,
-        launcher: Launcher | bool = "forked",
+        launcher: Launcher = "forked",
         zero: dict[str, Any] | None = None,
         **settings: object,
     ) -> Run:

@@ -61,7 +61,7 @@ def test_a_distillation_with_the_winner(real_search: tuple[SearchRun, str], tmp_
     best = search.output_dir / "report" / "best.yaml"
     assert yaml.safe_load(best.read_text())["mapping"]["hidden"] in {one.genome for one in search.evaluations()}
     steps = ["--train.steps", "2", "--train.warmup_steps", "1", "--train.global_batch", "4"]
-    run = Run(tmp_path / "distilled", argv=["--config", str(best), *steps], launcher=False)
+    run = Run(tmp_path / "distilled", argv=["--config", str(best), *steps], launcher="none")
     run.finish()
     assert (run.run_dir.student / "model.safetensors").is_file()
 

@@ -57,8 +57,7 @@ class Run:
     output_dir: Path
     ranks: int = 1
     argv: list[str] = field(default_factory=list)
-    launcher: Launcher | bool = "forked"
-    """True and False: as real and none."""
+    launcher: Launcher = "forked"
     script: str = "distill.py"
 
     output: str = ""
@@ -127,17 +126,15 @@ class Run:
         return load_file(self.run_dir.student / "projections.safetensors")
 
 
-def command(script: list[str], ranks: int = 1, launcher: Launcher | bool = "forked") -> list[str]:
+def command(script: list[str], ranks: int = 1, launcher: Launcher = "forked") -> list[str]:
     """For a start of its own."""
-    if launcher in (False, "none") or (launcher == "forked" and ranks == 1):
+    if launcher == "none" or (launcher == "forked" and ranks == 1):
         return [sys.executable, *script]
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     return [deepspeed, "--num_accelerators", str(ranks), "--master_port", str(free_port()), *script]
 
 
-def start(
-    script: list[str], ranks: int = 1, launcher: Launcher | bool = "forked", output: IO[str] | None = None
-) -> Started:
+def start(script: list[str], ranks: int = 1, launcher: Launcher = "forked", output: IO[str] | None = None) -> Started:
     """A script with its arguments. output: as of `spawn`."""
     if launcher == "forked" and os.environ.get("MAPDISTILL_LAUNCHER") != "real":
         return fork_server().start(script, ranks=ranks, port=free_port(), env=environment(), output=output)
