@@ -13,7 +13,7 @@ from types import FrameType
 
 import torch
 
-from engine.ranks import allocator, environment, extension_locks, rendezvous, watchdog
+from engine.ranks import allocator, environment, extension_locks, rendezvous, threads, watchdog
 from engine.ranks.collectives import summed
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -58,10 +58,20 @@ class Runtime:
     """Ranks on this host."""
     device: torch.device
     threads: int
+    cores_of_others: float = 0.0
+    """Cores that other jobs kept busy when this rank started on a CPU."""
 
     @property
     def is_rank_zero(self) -> bool:
         return self.rank == 0
+
+    @property
+    def where(self) -> str:
+        """Device and threads, and what slows them down, for a banner."""
+        text = f"{self.device}, {self.threads} threads"
+        if self.cores_of_others < 0.5:
+            return text
+        return f"{text}; other jobs keep {self.cores_of_others:.1f} of {len(os.sched_getaffinity(0))} cores busy"
 
 
 def _use_free_port() -> None:
@@ -100,6 +110,7 @@ def start(seed: int) -> Runtime:
     on_gpu = uses_gpu()
     if not on_gpu:
         allocator.keep_freed_memory()
+        allocator.bound_compiled_kernels(os.environ)
         if "OMP_NUM_THREADS" not in os.environ:
             # every rank would otherwise start a thread per core: 2 ranks on 2 cores then run several times slower
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
@@ -134,6 +145,7 @@ def start(seed: int) -> Runtime:
         local_size=local_size,
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
         threads=torch.get_num_threads(),
+        cores_of_others=0.0 if on_gpu else threads.cores_of_others(local_size),
     )
 
 

@@ -156,7 +156,7 @@ class Job:
             student_unpadded=module.unpadded,
             optimizer=optimizer.name + (f"; {optimizer.why_not_faster}" if optimizer.why_not_faster else ""),
             epoch_sequences=self.loader.order.slots,
-            device=f"{self.here.device}, {self.here.threads} threads",
+            device=self.here.where,
             start=start,
         )
 

@@ -106,7 +106,7 @@ class FinetuneJob:
         return banner.start(
             self.plan,
             optimizer=chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else ""),
-            device=f"{self.here.device}, {self.here.threads} threads",
+            device=self.here.where,
             finished=len(self.results),
             unfinished=unfinished,
         )

@@ -103,8 +103,7 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
         ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(wanted)} results are here already" if done else "")),
         (
             "execution",
-            f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {here.world_size} ranks, {here.device}, "
-            f"{here.threads} threads",
+            f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {here.world_size} ranks, {here.where}",
         ),
         ("kernels", str(base.kernels)),
         ("fingerprint", plan.fingerprint),
