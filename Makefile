@@ -13,7 +13,7 @@ data: install
 	python launch/prepare_data.py --config examples/quickstart_corpus.yaml
 
 test: data
-	pytest -n 2 tests/unit tests/kernels
+	pytest -n 2 --dist worksteal tests/unit tests/kernels
 	pytest tests/distributed tests/faults tests/integration tests/multinode
 
 test-all: data

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from glue_sample import write_glue_sample
@@ -20,6 +21,9 @@ pytest_plugins = ["postgres", "searching", "small_disk"]
 
 if not torch.cuda.is_available():
     import_triton_interpreted()
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # machines are busy; speed is measured in benchmarks/
+hypothesis.settings.load_profile("untimed")
 
 # Two threads on two busy cores wait for each other longer than they work; the tests' tensors are tiny anyway.
 torch.set_num_threads(1)

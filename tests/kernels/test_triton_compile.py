@@ -14,6 +14,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton")
 def test_every_kernel_compiles_without_register_spills() -> None:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
