@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
-from transformers.utils.output_capturing import OutputRecorder
 
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
@@ -26,7 +25,10 @@ __all__ = ["capture", "install", "layer_modules", "resolve_backend"]
 IGNORED_LABEL = -100
 FULL_FROM = 0.95
 """Share of real tokens from which a batch runs with its pads: leaving them out costs copies."""
-REMEDY = "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT or another encoder that does"
+REMEDY = (
+    "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT (transformers 5.1 or newer) or another "
+    "encoder that does"
+)
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -38,10 +40,9 @@ def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
     spec = (getattr(base, "_can_record_outputs", None) or {}).get("hidden_states")
     found: dict[int, nn.Module] = {}
     for one in spec if isinstance(spec, list) else [spec]:
-        wanted, name = one, None
-        if isinstance(one, OutputRecorder):
-            wanted, name = one.target_class, one.class_name
-        elif isinstance(one, str):
+        # a class, the end of a name, or an OutputRecorder, which transformers 5.0 keeps in another module than 5.23
+        wanted, name = getattr(one, "target_class", one), getattr(one, "class_name", None)
+        if isinstance(one, str):
             wanted, name = None, one
         for path, module in base.named_modules():
             if (wanted is not None and isinstance(module, wanted)) or (name is not None and path.endswith(name)):
