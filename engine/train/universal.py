@@ -121,7 +121,7 @@ def _own_step_counts(optimizer: torch.optim.Optimizer) -> None:
     CPU, where fused kernels of a GPU do not look. From a run with offload it is a plain number, which PyTorch's
     optimizers do not take."""
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    of_torch = isinstance(optimizer, torch.optim.Adam)  # AdamW too
+    of_torch = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)  # not one kind before PyTorch 2.7
     for state in optimizer.state.values():
         step = state.get("step")
         if of_torch and isinstance(step, int | float):
