@@ -67,8 +67,10 @@ with watchdog.armed(6.0, Path(sys.argv[1]), lambda: print("reported", flush=True
     while not guard.LOOK.unpack_from(watchdog._heartbeat, guard.HEARTBEAT.size)[0]:
         watchdog.beat()
         time.sleep(0.05)
+    until = time.monotonic() + 13  # 11 of them stopped, be it before the first sleep
     print("go", flush=True)
-    time.sleep(13)  # in all; 11 of them stopped
+    while time.monotonic() < until:
+        time.sleep(0.05)
     print("done", flush=True)
 """
 
