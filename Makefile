@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-all gpu-check lint format docs data install clean
+.PHONY: demo test test-all test-oldest gpu-check lint format docs data install clean
 
 demo: data
 	deepspeed launch/distill.py
@@ -18,6 +19,15 @@ test: data
 
 test-all: data
 	MAPDISTILL_FAULTS=2 MAPDISTILL_LAUNCHER=real pytest tests
+
+# Real runs first: they wait for DeepSpeed's operators, which are compiled anew for the oldest torch
+test-oldest: export PATH := $(CURDIR)/.venv-oldest/bin:$(PATH)
+test-oldest:
+	$(MAKE) install VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	pytest tests/distributed/test_products.py -k 'export_script or tensorboard'
+	pytest tests/distributed/test_proxy.py -k two_ranks
+	pytest tests/distributed/test_finetune.py -k patience
+	pytest -n 2 tests/unit tests/kernels
 
 gpu-check: data
 	python benchmarks/gpu_check.py
@@ -38,11 +48,11 @@ docs: install
 install: $(VENV)/.installed
 
 # torch first and alone: the exact version resolves to a CPU build where one is at hand, a bare name to gigabytes
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
+	python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .cache .pytest_cache .mypy_cache .ruff_cache
