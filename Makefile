@@ -19,6 +19,7 @@ test: data
 
 test-all: data
 	MAPDISTILL_FAULTS=2 MAPDISTILL_LAUNCHER=real pytest tests
+	$(MAKE) test-oldest
 
 # Real runs first: they wait for DeepSpeed's operators, which are compiled anew for the oldest torch
 test-oldest: export PATH := $(CURDIR)/.venv-oldest/bin:$(PATH)
