@@ -124,7 +124,7 @@ def test_the_hub_out_of_reach_is_one_line_at_once(tmp_path: Path, task: str) -> 
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path
     )
-    assert time.monotonic() - start < 15, "huggingface_hub retried"
+    assert time.monotonic() - start < 25, "huggingface_hub retried"  # for half a minute; imports take ten seconds
     assert done.returncode == 0, done.stderr
     hub_name = {"sst2": "nyu-mll/glue (sst2)", "squad_v2": "rajpurkar/squad_v2"}[task]
     assert re.fullmatch(r"task\.data_dir is unset, .*; set task\.data_dir to a folder.*\n", done.stdout), done.stdout
