@@ -13,9 +13,10 @@ data: install
 	python examples/quickstart_data.py
 	python launch/prepare_data.py --config examples/quickstart_corpus.yaml
 
+# Real runs first: they wait for DeepSpeed's operators, which are compiled once
 test: data
-	pytest -n 2 --dist worksteal tests/unit tests/kernels
 	pytest tests/distributed tests/faults tests/integration tests/multinode
+	pytest -n 2 --dist worksteal tests/unit tests/kernels
 
 test-all: data
 	MAPDISTILL_FAULTS=2 MAPDISTILL_LAUNCHER=real pytest tests
