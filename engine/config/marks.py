@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any
 
 from engine.records.fingerprints import flatten
@@ -64,14 +65,9 @@ def marked_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[An
 def settings(config: Any, *marks: Mark) -> dict[str, Any]:
     """Returns the values with one of these marks as {"section.name": value}; a dict as one entry for each of its keys.
     Raises KeyError for a setting without a mark."""
-    chosen = {}
-    for key, one in marked_fields(config):
-        if one.metadata["mark"] in marks:
-            value: Any = config
-            for name in key.split("."):
-                value = getattr(value, name)
-            chosen[key] = value
-    return flatten(chosen)
+    return flatten(
+        {key: attrgetter(key)(config) for key, one in marked_fields(config) if one.metadata["mark"] in marks}
+    )
 
 
 def teacher_settings(config: Any) -> list[str]:

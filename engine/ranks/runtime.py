@@ -59,7 +59,7 @@ class Runtime:
     device: torch.device
     threads: int
     cores_of_others: float = 0.0
-    """Cores that other jobs kept busy when this rank started on a CPU."""
+    """Cores that other jobs kept busy when rank 0 started on a CPU; 0 on other ranks, which have no banner."""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -145,7 +145,7 @@ def start(seed: int) -> Runtime:
         local_size=local_size,
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
         threads=torch.get_num_threads(),
-        cores_of_others=0.0 if on_gpu else threads.cores_of_others(local_size),
+        cores_of_others=0.0 if on_gpu or os.environ["RANK"] != "0" else threads.cores_of_others(local_size),
     )
 
 
