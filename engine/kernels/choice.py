@@ -27,10 +27,11 @@ FAST_FLOAT64 = ((8, 0), (9, 0))
 
 
 class Rows(NamedTuple):
-    """Which rows of a batch are real tokens: a mask over padded sequences, or packed sequences without pads."""
+    """Which rows of a batch are real tokens: a mask over padded sequences, or packed sequences, with a mask where some
+    of their pads were kept."""
 
     mask: torch.Tensor | None = None
-    """(B, L) bool; None: all"""
+    """(B, L) or (1, T) bool; None: all"""
     segments: Segments | None = None
     """Of tensors (1, T, D) or (1, H, T, d)"""
 
@@ -53,6 +54,10 @@ class Attention(NamedTuple):
 
     def padded(self, segments: Segments) -> Attention:
         tensors = (segments.padded(x, 2) for x in self[:4])
+        return Attention(*tensors, self.scale_s, self.scale_t)
+
+    def without_kept_pads(self, segments: Segments) -> Attention:
+        tensors = (x[:, :, : segments.tokens] for x in self[:4])
         return Attention(*tensors, self.scale_s, self.scale_t)
 
 
@@ -91,8 +96,9 @@ class Kernels:
             if self._on_triton(*inputs[:4], widest_head=WIDEST_HEAD):
                 from engine.kernels.triton import attention
 
+                inputs, mask = _as_packed(inputs, rows)
                 return attention.score_mse(
-                    *inputs[:4], **scales, segments=rows.segments, mask=rows.mask, factor=factor, tinybert=tinybert
+                    *inputs[:4], **scales, segments=rows.segments, mask=mask, factor=factor, tinybert=tinybert
                 )
             inputs, mask = _as_padded(inputs, rows)
             return attention_tile.score_mse(*inputs[:4], **scales, mask=mask, factor=factor, tinybert=tinybert)
@@ -110,12 +116,13 @@ class Kernels:
         if self._on_triton(*inputs[:4], widest_head=WIDEST_HEAD):
             from engine.kernels.triton import kl
 
+            inputs, mask = _as_packed(inputs, rows)
             return kl.softmax_kl(
                 *inputs[:4],
                 scale_s=inputs.scale_s,
                 scale_t=inputs.scale_t,
                 segments=rows.segments,
-                mask=rows.mask,
+                mask=mask,
                 factor=factor,
             )
         inputs, mask = _as_padded(inputs, rows)
@@ -172,6 +179,13 @@ class Kernels:
         """Kernels of float32 products, or of wider heads, would not fit into the registers; PyTorch computes those."""
         fits = widest_head is None or max(x.shape[-1] for x in tensors) <= widest_head
         return self.backend == "triton" and fits and all(x.dtype in SIXTEEN_BITS for x in tensors)
+
+
+def _as_packed(inputs: Attention, rows: Rows) -> tuple[Attention, torch.Tensor | None]:
+    """For kernels that go through the sequences alone: gradients of kept pads would stay unwritten."""
+    if rows.segments is None:
+        return inputs, rows.mask
+    return inputs.without_kept_pads(rows.segments), None
 
 
 def _as_padded(inputs: Attention, rows: Rows) -> tuple[Attention, torch.Tensor | None]:

@@ -19,9 +19,12 @@ class Segments:
     Lengths are plain numbers: kernels and loops are laid out without asking the device.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], rows: int | None = None) -> None:
+        """rows: T, where some pads are kept behind the sequences, from whose padded batch they come; unset: none."""
         self.lengths = tuple(lengths)
         self.tokens, self.longest = sum(self.lengths), max(self.lengths)
+        self.rows = self.tokens if rows is None else rows
+        assert self.tokens <= self.rows <= len(self) * self.longest, (self.lengths, rows)
         self._copies: dict[tuple[str, torch.device], torch.Tensor] = {}
         self._grouped: dict[torch.device, tuple[list[tuple[Segments, torch.Tensor | None]], torch.Tensor | None]] = {}
 
@@ -39,23 +42,33 @@ class Segments:
         if what == "places":
             values = self._places
         elif what == "mask":
-            values = np.arange(self.longest) < np.array(self.lengths)[:, None]
+            values = self._is_real
+        elif what == "real rows":
+            values = np.arange(self.rows)[None, :] < self.tokens
         else:
             starts = {"starts": ends - self.lengths, "lengths": self.lengths, "bounds": [0, *ends]}
             values = np.array(starts[what], dtype=np.int32)
         on_host = torch.from_numpy(values)
         return on_host.to(device, non_blocking=True)
 
+    @property
+    def _is_real(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """(S, longest)"""
+        return np.arange(self.longest) < np.array(self.lengths)[:, None]
+
     @functools.cached_property
     def _places(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Of each token in a batch that is padded to the longest sequence."""
-        ends = np.cumsum(self.lengths)
-        within = np.arange(self.tokens) - np.repeat(ends - self.lengths, self.lengths)
-        return np.repeat(np.arange(len(self)) * self.longest, self.lengths) + within
+        """Of each row in a batch that is padded to the longest sequence."""
+        real = self._is_real.ravel()
+        return np.concatenate([np.flatnonzero(real), np.flatnonzero(~real)[: self.rows - self.tokens]])
 
     def places_on(self, device: torch.device) -> torch.Tensor:
-        """(T,) int64: where each token lies in (S * longest) positions of padded sequences."""
+        """(T,) int64: where each row lies in (S * longest) positions of padded sequences."""
         return self._on("places", device)
+
+    def real_rows_on(self, device: torch.device) -> torch.Tensor | None:
+        """(1, T) bool, False for pads that were kept; None when none was."""
+        return None if self.rows == self.tokens else self._on("real rows", device)
 
     def mask_on(self, device: torch.device) -> torch.Tensor | None:
         """(S, longest) bool of `padded`; None when no sequence is shorter than another."""
@@ -64,7 +77,7 @@ class Segments:
         return self._on("mask", device)
 
     def padded(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """(1, …, T, …) with tokens at `dim` -> (S, …, longest, …), 0 at pads; differentiable."""
+        """(1, …, T, …) with rows at `dim` -> (S, …, longest, …), 0 at pads that were not kept; differentiable."""
         x = x.squeeze(0).movedim(dim - 1, 0)
         if self.mask_on(x.device) is None:
             out = x
@@ -73,8 +86,8 @@ class Segments:
         return out.unflatten(0, (len(self), self.longest)).movedim(1, dim)
 
     def packed(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """The inverse of `padded`, also of sequences padded to more than the longest: pads are dropped;
-        differentiable."""
+        """The inverse of `padded`, also of sequences padded to more than the longest: pads that are not kept are
+        dropped; differentiable."""
         flat = x.narrow(dim, 0, self.longest).movedim(dim, 1).flatten(0, 1)
         if self.mask_on(x.device) is not None:
             flat = flat.index_select(0, self.places_on(x.device))
@@ -100,7 +113,8 @@ class Segments:
 
     def groups_on(self, device: torch.device) -> tuple[list[tuple[Segments, torch.Tensor | None]], torch.Tensor | None]:
         """The sequences in groups that are padded together: for each group its own segments and where its tokens lie
-        here (None: in this order, all of them), and where each token lies when the groups' tokens are joined."""
+        here (None: in this order, all of them), and where each row lies when the groups' tokens are joined (a pad that
+        was kept: anywhere, since nobody looks at it)."""
         if device not in self._grouped:
             ends = np.cumsum(self.lengths)
             parts, joined = [], []
@@ -110,10 +124,11 @@ class Segments:
                 parts.append((Segments([self.lengths[i] for i in group]), at))
                 joined.append(tokens)
             order = np.concatenate(joined)
-            if (order == np.arange(self.tokens)).all() and len(parts) == 1:
+            if len(parts) == 1 and self.rows == self.tokens and (order == np.arange(self.tokens)).all():
                 self._grouped[device] = [(parts[0][0], None)], None
             else:
-                self._grouped[device] = list(parts), torch.from_numpy(np.argsort(order)).to(device, non_blocking=True)
+                back = np.concatenate([np.argsort(order), np.zeros(self.rows - self.tokens, dtype=np.int64)])
+                self._grouped[device] = list(parts), torch.from_numpy(back).to(device, non_blocking=True)
         return self._grouped[device]
 
     def starts_on(self, device: torch.device) -> torch.Tensor:
@@ -130,6 +145,6 @@ class Segments:
 
 
 @functools.lru_cache(maxsize=64)
-def segments_of_lengths(lengths: tuple[int, ...]) -> Segments:
+def segments_of_lengths(lengths: tuple[int, ...], rows: int) -> Segments:
     """One object for all layers and models that meet a batch, so that its tensors are made once."""
-    return Segments(lengths)
+    return Segments(lengths, rows)

@@ -95,7 +95,9 @@ class StepInputs:
     @property
     def rows(self) -> Rows:
         """Which rows of the captured tensors are real tokens."""
-        return Rows(mask=self.batch.token_mask) if self.segments is None else Rows(segments=self.segments)
+        if self.segments is None:
+            return Rows(mask=self.batch.token_mask)
+        return Rows(mask=self.segments.real_rows_on(self.batch.input_ids.device), segments=self.segments)
 
     def captured(self, loss: str, side: Side, kind: str, layer: int) -> torch.Tensor:
         """Features.<kind>[layer] of one side."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ __all__ = ["capture", "install", "layer_modules", "resolve_backend"]
 
 IGNORED_LABEL = -100
 FULL_FROM = 0.95
-"""Share of real tokens from which a batch runs with its pads: leaving them out costs copies."""
+"""Share of its rows from which a batch runs with all its pads: leaving them out costs copies."""
+MOST_ROUNDED_UP = 1 / 16
+"""Of a batch's positions, pads that a CPU keeps (engine/models/unpadding.py)."""
 REMEDY = (
     "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT (transformers 5.1 or newer) or another "
     "encoder that does"
@@ -162,13 +165,16 @@ def capture(
 
 
 def segments_of(batch: Batch) -> Segments | None:
-    """Where the real tokens of a padded batch lie without its pads; None for a batch that has (nearly) none."""
+    """Where the real tokens of a padded batch lie without (most of) its pads; None for a batch that has nearly none."""
     if batch.attention_mask is None or batch.lengths is None:
         return None
-    segments = segments_of_lengths(batch.lengths)
-    if segments.longest != batch.input_ids.shape[1]:  # its heads expect pads that nobody would bring back
+    if max(batch.lengths) != batch.input_ids.shape[1]:  # its heads expect pads that nobody would bring back
         return None
-    return segments if segments.tokens < FULL_FROM * batch.input_ids.numel() else None
+    rows, positions = sum(batch.lengths), batch.input_ids.numel()
+    if batch.input_ids.device.type == "cpu":
+        step = 2 ** int(math.log2(max(1.0, MOST_ROUNDED_UP * positions)))
+        rows = min(-(-rows // step) * step, positions)
+    return segments_of_lengths(batch.lengths, rows) if rows < FULL_FROM * positions else None
 
 
 def runs_unpadded(model: PreTrainedModel) -> bool:
@@ -296,7 +302,10 @@ def _rows(hidden: torch.Tensor, batch: Batch, progress: _Progress) -> torch.Tens
     segments = progress.features.segments
     if segments is not None:
         hidden = without_pads(hidden, segments)
-        chosen = None if batch.labels is None else segments.packed((batch.labels != IGNORED_LABEL).unsqueeze(-1), 1)
+        if batch.labels is None:
+            hidden, chosen = hidden[:, : segments.tokens], None
+        else:
+            chosen = segments.packed((batch.labels != IGNORED_LABEL).unsqueeze(-1), 1)
     rows = hidden.flatten(0, 1)
     if chosen is None:
         return rows.unsqueeze(0)

@@ -26,8 +26,8 @@ class Features:
     mlm_head: MlmHead | WholeLogits | None = None
     """What makes the MLM logits of the P positions that were asked for, row-major over (B, L)."""
     segments: Segments | None = None
-    """Set when the batch ran without its pads: hidden states are (1, T, D) then, queries, keys and values (1, H, T,
-    d)."""
+    """Set when the batch ran without its pads: hidden states are (1, T, D) then, queries, keys and values (1, H, T, d),
+    T its `rows`."""
     task_logits: torch.Tensor | None = None
     """(B, labels) of a sequence classifier, (B, 1) of a regression, (B, L, 2) start and end of a span."""
 

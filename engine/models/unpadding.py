@@ -4,7 +4,11 @@ after the last, so that embeddings, positions and heads see padded batches as al
 The attention mask is what every layer of every encoder hands on to its attention function, also when a checkpointed
 layer is run again in the backward pass. So a packed forward's mask is a list of the sequences' lengths (a tensor on the
 CPU, which others may copy and detach), and whoever meets it knows: hooks of the first and the last layer, and our
-attention functions."""
+attention functions.
+
+A CPU keeps a few pads, behind the sequences, so that batches have few different numbers of rows: what is compiled or
+allocated for one number serves the next batch (docs/benchmarks.md, "Memory of a long run"). No sequence attends to
+them, and no loss looks at them."""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ NO_PADS, PADS_AT_END = -0x5EC5, -0x5EC6
 class Packing(NamedTuple):
     segments: Segments
     pad_at_end: bool
-    """Whether the last layer's output gets its pads back (as 0), for heads that look at positions."""
+    """Whether the last layer's output gets its pads back, for heads that look at positions."""
 
 
 _active: ContextVar[Packing | None] = ContextVar("mapdistill_packing", default=None)
@@ -42,20 +46,24 @@ def packing(segments: Segments | None, *, pad_at_end: bool) -> Iterator[None]:
 
 
 def packed_mask() -> torch.Tensor | None:
-    """In place of an attention mask, (1 + S,) int64: a mark and S lengths. None outside of `packing`."""
+    """In place of an attention mask, (2 + S,) int64: a mark, the number of rows and S lengths. None outside of
+    `packing`."""
     active = _active.get()
     if active is None:
         return None
     mark = PADS_AT_END if active.pad_at_end else NO_PADS
-    return torch.tensor([mark, *active.segments.lengths], dtype=torch.int64)
+    return torch.tensor([mark, active.segments.rows, *active.segments.lengths], dtype=torch.int64)
 
 
 def packing_of(mask: Any) -> Packing | None:
     """What `packed_mask` says; None for anything else that a layer is given."""
     if not isinstance(mask, torch.Tensor) or (mask.dim(), mask.dtype, mask.device.type) != (1, torch.int64, "cpu"):
         return None
-    mark, *lengths = mask.tolist() or [0]
-    return Packing(segments_of_lengths(tuple(lengths)), mark == PADS_AT_END) if mark in (NO_PADS, PADS_AT_END) else None
+    mark, *numbers = mask.tolist() or [0]
+    if mark not in (NO_PADS, PADS_AT_END):
+        return None
+    rows, *lengths = numbers
+    return Packing(segments_of_lengths(tuple(lengths), rows), mark == PADS_AT_END)
 
 
 def install_packing(layers: list[nn.Module]) -> None:
@@ -92,9 +100,9 @@ def _pad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
 
 
 def _is_packed(hidden: torch.Tensor, segments: Segments) -> bool:
-    return hidden.shape[:2] == (1, segments.tokens)
+    return hidden.shape[:2] == (1, segments.rows)
 
 
 def without_pads(hidden: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """(1, T, D), whether or not the pads have come back already."""
+    """(1, T, D), whether or not the pads have come back already. T: segments.rows."""
     return hidden if _is_packed(hidden, segments) else segments.packed(hidden, 1)

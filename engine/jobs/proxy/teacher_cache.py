@@ -67,7 +67,7 @@ class Entry:
     at: int
     """Offset of its first tensor, in bytes."""
     rows: tuple[int, int]
-    """Sequences and their length; (1, T) without pads."""
+    """Sequences and their length; (1, T) without pads, T as in Features."""
     lengths: tuple[int, ...] | None
     """Of the sequences, without pads."""
     pieces: tuple[Piece, ...]
@@ -154,7 +154,7 @@ class CachedTeacher:
         tokens = entry.rows[0] * entry.rows[1]
         features = Features(scaling=dict(entry.scaling))
         if entry.lengths is not None:
-            features.segments = segments_of_lengths(entry.lengths)
+            features.segments = segments_of_lengths(entry.lengths, entry.rows[1])
         # copy on write: PyTorch knows no read-only tensors, and nobody writes to a teacher's
         memory = np.memmap(
             entry.data, mode="c", offset=entry.at, shape=self._span(entry.pieces, tokens), dtype=np.uint8
