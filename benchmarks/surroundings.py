@@ -44,7 +44,13 @@ def busy_cores(count: int) -> Iterator[None]:
 def run(setting: str, steps: int, more: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the step records of one run of the quick start."""
     variables = dict(word.split("=", 1) for word in setting.split(",") if word)
-    dropped = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    dropped = (
+        "OMP_NUM_THREADS",
+        "OMP_WAIT_POLICY",
+        "GOMP_SPINCOUNT",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+        "LRU_CACHE_CAPACITY",
+    )
     env = {key: value for key, value in os.environ.items() if key not in dropped} | variables
     with tempfile.TemporaryDirectory() as folder:
         words = [str(Path(sys.executable).parent / "deepspeed"), "launch/distill.py"]

@@ -22,7 +22,7 @@ from engine.config.finetune import FinetuneConfig
 from engine.config.proxy import ProxyJobConfig
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
 from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, RunFailure, UserError
-from engine.ranks import environment, rendezvous, threads
+from engine.ranks import allocator, environment, rendezvous, threads
 
 RANK_ZERO_SPEAKS_WITHIN_S = 20.0
 
@@ -171,6 +171,7 @@ def run_main(body: Callable[[], int]) -> int:
     try:
         environment.complete(os.environ)
         threads.wait_briefly(os.environ)
+        allocator.bound_compiled_kernels(os.environ)
         return body()
     except (UserError, RunFailure) as error:
         _say_error(str(error))

@@ -24,8 +24,9 @@ from engine.models.unpadding import install_packing, packing, without_pads
 __all__ = ["capture", "install", "layer_modules", "resolve_backend"]
 
 IGNORED_LABEL = -100
-FULL_FROM = 0.95
-"""Share of its rows from which a batch runs with all its pads: leaving them out costs copies."""
+FULL_FROM = {"cpu": 0.85, "cuda": 0.95}
+"""Share of its positions from which a batch runs with its pads: leaving them out costs copies, and on a CPU shapes that
+change. CPU: measured (docs/benchmarks.md, "Batches without pads"); CUDA: not measured."""
 MOST_ROUNDED_UP = 1 / 16
 """Of a batch's positions, pads that a CPU keeps (engine/models/unpadding.py)."""
 REMEDY = (
@@ -174,7 +175,8 @@ def segments_of(batch: Batch) -> Segments | None:
     if batch.input_ids.device.type == "cpu":
         step = 2 ** int(math.log2(max(1.0, MOST_ROUNDED_UP * positions)))
         rows = min(-(-rows // step) * step, positions)
-    return segments_of_lengths(batch.lengths, rows) if rows < FULL_FROM * positions else None
+    full = rows >= FULL_FROM[batch.input_ids.device.type] * positions
+    return None if full else segments_of_lengths(batch.lengths, rows)
 
 
 def runs_unpadded(model: PreTrainedModel) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import MutableMapping
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """glibc's malloc.h"""
-MOST_COMPILED = "64"
-"""Matrix products and the like that oneDNN keeps compiled: more than one step has, teacher and student together."""
+MOST_COMPILED = "256"
+"""Matrix products that are kept compiled: those of a dozen numbers of rows for a small teacher and student."""
 
 
 def _glibc() -> ctypes.CDLL | None:
@@ -33,7 +33,9 @@ def return_freed_memory() -> None:
 
 
 def bound_compiled_kernels(environ: MutableMapping[str, str]) -> None:
-    """Bounds the cache of oneDNN, which compiles a matrix product anew for every shape and keeps 1024 of them. Batches
-    without pads have another number of tokens each step, so that a run grew by 1.6 GiB (docs/benchmarks.md, "Memory
-    of a long run"). Call it before the first one; what the user has set stays."""
+    """Bounds the caches of oneDNN, which compiles a matrix product anew for every shape, and of PyTorch's layer over
+    it, which keeps a quarter of a MiB for each: 1024 of both by default, the second for every thread, so that a run
+    grew by 1.6 GiB (docs/benchmarks.md, "Memory of a long run"). Call it before torch is imported; what the user has
+    set stays."""
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", MOST_COMPILED)
+    environ.setdefault("LRU_CACHE_CAPACITY", MOST_COMPILED)

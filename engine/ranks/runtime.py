@@ -110,7 +110,6 @@ def start(seed: int) -> Runtime:
     on_gpu = uses_gpu()
     if not on_gpu:
         allocator.keep_freed_memory()
-        allocator.bound_compiled_kernels(os.environ)
         if "OMP_NUM_THREADS" not in os.environ:
             # every rank would otherwise start a thread per core: 2 ranks on 2 cores then run several times slower
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))

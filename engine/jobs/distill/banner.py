@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engine.config.deepspeed import Execution
 from engine.config.distill import ATTENTION_MAPPED
 from engine.jobs.distill.plan import Plan
-from engine.jobs.execution import versions
+from engine.jobs.execution import compute_device, versions
 from engine.mapping import mapping_table
 from engine.models.capture import FULL_FROM
 from engine.models.shape import ModelShape
@@ -96,7 +96,7 @@ def describe_pads(plan: Plan, *, teacher: bool, student: bool) -> str:
     if not able:
         return "every batch runs with its pads: neither model was found to compute the same without them"
     who = "both models run" if len(able) == 2 else f"the {able[0]} runs (the other was not found to compute the same)"
-    return f"{who} without pads in batches that are less than {FULL_FROM:.0%} full"
+    return f"{who} without pads in batches that are less than {FULL_FROM[compute_device().type]:.0%} full"
 
 
 def start(

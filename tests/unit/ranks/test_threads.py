@@ -10,6 +10,7 @@ import time
 import pytest
 from launching import ROOT, environment
 
+from engine.ranks.allocator import MOST_COMPILED
 from engine.ranks.threads import SPIN_COUNT, cores_of_others, wait_briefly
 
 
@@ -23,13 +24,23 @@ def test_what_the_user_has_set_stays() -> None:
     assert environ == {"GOMP_SPINCOUNT": SPIN_COUNT}
 
 
-def test_openmp_is_told_before_torch_is_loaded() -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GOMP_SPINCOUNT", SPIN_COUNT),
+        ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", MOST_COMPILED),
+        ("LRU_CACHE_CAPACITY", MOST_COMPILED),
+    ],
+)
+def test_libraries_are_told_before_torch_is_loaded(name: str, value: str) -> None:
     code = (
         "import os, sys; from engine.cli import run_main\n"
-        "run_main(lambda: print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT']) or 0)"
+        f"run_main(lambda: print('torch' in sys.modules, os.environ['{name}']) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.stdout.split() == ["False", SPIN_COUNT], done.stderr
+    for given in ({}, {name: "3"}):
+        env = environment() | given
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.stdout.split() == ["False", given.get(name, value)], done.stderr
 
 
 def test_a_busy_process_is_seen_and_a_sibling_rank_is_not() -> None:
