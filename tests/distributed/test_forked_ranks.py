@@ -15,6 +15,12 @@ from engine.ranks import guard
 pytestmark = pytest.mark.launcher
 
 
+@pytest.fixture(autouse=True)
+def forked_even_in_test_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test-all` starts everything else through the real launcher."""
+    monkeypatch.delenv("MAPDISTILL_LAUNCHER", raising=False)
+
+
 def test_the_same_losses_and_student_as_through_the_real_launcher(make_run) -> None:
     settings = {"ranks": 2, "stage": 1, "micro": 2, "student__dropout": 0.1}
     forked = make_run("forked", launcher="forked", **settings)
