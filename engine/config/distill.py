@@ -145,10 +145,23 @@ class LossConfig:
 
     projection: Literal["shared", "per_layer", "single", "identity"] | None = result(None)
     """Student width -> teacher width. shared: one for all layers and one for the embeddings; per_layer: one for each
-    student layer; single: the same one for layers and embeddings; identity: none (equal widths). Unset: shared."""
+    student layer; single: the same one for layers and embeddings; identity: none (equal widths). Unset: identity where
+    the student starts from teacher layers of its own width, else shared (tinybert: single)."""
 
     projection_bias: bool | None = result(None)
     """Whether projections have a bias; unset: no (tinybert: yes)."""
+
+    projection_init: Literal["fitted", "random"] | None = result(None)
+    """fitted: projections start as the ridge regression of the teacher's states on those of the initial student, over
+    `slice_tokens` of the corpus; random: from the seed. Unset: fitted (tinybert: random)."""
+
+    scale: Literal["teacher", "none"] | None = result(None)
+    """teacher: each hidden-state, embedding and attention-score term is divided by the variance of its target over
+    `slice_tokens` of the corpus, so that it reads as the share of the teacher's variance that is not explained; none:
+    raw. Unset: teacher (tinybert: none)."""
+
+    slice_tokens: int = result(12288)
+    """Positions of the corpus that `projection_init` and `scale` look at once, before the first step."""
 
     average_layers: bool | None = result(None)
     """Divide each layer-mapped loss by its number of active layers, so that a mapping with skips keeps the effective
@@ -158,6 +171,7 @@ class LossConfig:
         for name in LOSS_NAMES:
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "a loss weight must be >= 0")
         require(self.temperature > 0, "loss.temperature", self.temperature, "must be > 0")
+        require(self.slice_tokens >= 1, "loss.slice_tokens", self.slice_tokens, "must be at least 1")
         require(
             self.relation_heads is None or self.relation_heads >= 1,
             "loss.relation_heads",
@@ -171,7 +185,7 @@ class LossConfig:
             "give three weights >= 0 for Q-Q, K-K and V-V, not all 0",
         )
         if self.preset == "tinybert":
-            for name in ("projection", "projection_bias", "average_layers"):
+            for name in ("projection", "projection_bias", "average_layers", "projection_init", "scale"):
                 require(
                     getattr(self, name) is None,
                     f"loss.{name}",
@@ -184,13 +198,23 @@ class LossConfig:
         """The losses with a weight above 0, in the order of LOSS_NAMES."""
         return {name: getattr(self, name) for name in LOSS_NAMES if getattr(self, name) > 0}
 
-    @property
-    def resolved_projection(self) -> str:
-        return self.projection or ("single" if self.preset == "tinybert" else "shared")
+    def projection_kind(self, *, same_space: bool) -> str:
+        """same_space: whether the student's states start as the teacher's, of one width and made by copied layers."""
+        if self.projection is not None:
+            return self.projection
+        return "single" if self.preset == "tinybert" else "identity" if same_space else "shared"
 
     @property
     def resolved_projection_bias(self) -> bool:
         return self.preset == "tinybert" if self.projection_bias is None else self.projection_bias
+
+    @property
+    def fits_projections(self) -> bool:
+        return (self.projection_init or ("random" if self.preset == "tinybert" else "fitted")) == "fitted"
+
+    @property
+    def scales(self) -> bool:
+        return (self.scale or ("none" if self.preset == "tinybert" else "teacher")) == "teacher"
 
     @property
     def resolved_average_layers(self) -> bool:

@@ -36,9 +36,9 @@ class ProxyConfig:
     elsewhere; deterministic); finetune: a short fine-tuning of a copy on each task."""
 
     folds: int = result(5)
-    """Parts of the cross-validation of the probes that are trained: each labelled row, training and dev, is scored by a
-    probe that has not seen it (the dev rows alone are too few to tell mappings apart). 1: train on the training rows,
-    score on the dev rows."""
+    """Parts that a task's training rows are divided into. probe: each part is scored by a probe that was trained on the
+    others (cross-validation); finetune: the last part is scored, the others are trained on. Dev rows are not looked at:
+    they are for the final evaluation."""
 
     report_at: list[int] = evaluation(factory=list)
     """Steps at which intermediate scores are taken as well (records of kind step), so that a search can stop early."""
@@ -70,8 +70,9 @@ class ProxyConfig:
     """Write each distilled student to `students/`."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "repeats", "batch", "folds"):
+        for name in ("steps", "repeats", "batch"):
             require(getattr(self, name) >= 1, f"proxy.{name}", getattr(self, name), "must be at least 1")
+        require(self.folds >= 2, "proxy.folds", self.folds, "must be at least 2: one part is held out")
         require(bool(self.tasks), "proxy.tasks", self.tasks, "name at least one task")
         for name in ("epochs", "lr", "teacher_cache_gib"):
             require(getattr(self, name) > 0, f"proxy.{name}", getattr(self, name), "must be > 0")

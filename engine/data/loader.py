@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 
 _EVALUATION_SAMPLES = 1 << 62  # sample ids of held-out sequences for masking: far from any training position
+_FIRST_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,15 @@ class CorpusLoader:
         for chosen in np.array_split(np.arange(self._rank, count, self._world), rounds):
             yield self._batch(self._evaluation[chosen], _EVALUATION_SAMPLES + chosen)
 
-    def _batch(self, rows: Ints, samples: Ints) -> Batch:
+    def first(self, sequences: int) -> Iterator[Batch]:
+        """The first sequences that training will see, without masking, the same on every rank whatever the micro
+        batch."""
+        for start in range(0, sequences, _FIRST_AT_ONCE):
+            positions = np.arange(start, min(start + _FIRST_AT_ONCE, sequences), dtype=np.int64)
+            yield self._batch(self._rows(positions), None)
+
+    def _batch(self, rows: Ints, samples: Ints | None) -> Batch:
+        """samples: numbers of the sequences in the stream of random masks; None: no masking."""
         sequences = self._store.rows(rows)
         lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
         length = int(lengths.max())
@@ -181,7 +190,7 @@ class CorpusLoader:
             raise self._damage(rows, ((ids < 0) | (ids >= self.manifest.vocab_size)).any(1))
         mask = None if (lengths == length).all() else (np.arange(length) < lengths[:, None]).astype(np.int64)
         labels = None
-        if self._tables is not None:
+        if self._tables is not None and samples is not None:
             ids, labels = mask_tokens(
                 ids,
                 mask,

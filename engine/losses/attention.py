@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine.errors import UserError
-from engine.losses.base import AttentionMapped, Evaluated, LossSetup, StepInputs
+from engine.losses.base import AttentionMapped, Evaluated, LossSetup, StepInputs, Target
 
 TARGET = "attention_target"
 """What is observed: the mean of the teacher's squared scores. With the loss it gives rho = |A_s - A_t| / |A_t|."""
@@ -32,8 +32,12 @@ class AttentionScoreLoss(AttentionMapped):
         check_equal_heads(self.name, self.setup)
 
     @property
-    def observed(self) -> tuple[str, ...]:
-        return tuple(f"{TARGET}/{pair}" for pair in self.pairs)
+    def targets(self) -> dict[str, Target]:
+        return {f"{self.name}/{pair}": Target("scores", pair.teacher) for pair in self.pairs}
+
+    @property
+    def observed(self) -> dict[str, str]:
+        return {f"{TARGET}/{pair}": f"{self.name}/{pair}" for pair in self.pairs}
 
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         values, targets = {}, {}

@@ -22,6 +22,13 @@ from engine.models.shape import ModelShape
 Side = Literal["student", "teacher"]
 
 
+class Target(NamedTuple):
+    """What of the teacher a term is the mean squared distance to."""
+
+    kind: Literal["hidden", "scores"]
+    layer: int
+
+
 @dataclass(frozen=True)
 class Pair:
     """One student layer that learns from one teacher layer (both 1-based)."""
@@ -187,14 +194,20 @@ class Loss(ABC):
         """What one side has to capture."""
 
     @property
-    def projected_layers(self) -> frozenset[int]:
-        """The student's hidden states that go through a projection."""
-        return frozenset()
+    def targets(self) -> dict[str, Target]:
+        """Of the terms that are squared distances, which loss.scale=teacher divides by the variance of their target."""
+        return {}
 
     @property
-    def observed(self) -> tuple[str, ...]:
-        """Names of what it logs beside its terms."""
-        return ()
+    def state_pairs(self) -> dict[str, tuple[int, int]]:
+        """Hidden states (0 = embeddings) that are compared through a projection, the student's and the teacher's, by
+        their name in the log."""
+        return {}
+
+    @property
+    def observed(self) -> dict[str, str]:
+        """What it logs beside its terms, and the term in whose unit that is."""
+        return {}
 
     @abstractmethod
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
@@ -214,8 +227,8 @@ class HiddenMapped(Loss):
         return Wanted(hidden=frozenset(pair.layer(side) for pair in self.pairs))
 
     @property
-    def projected_layers(self) -> frozenset[int]:
-        return frozenset(pair.student for pair in self.pairs)
+    def state_pairs(self) -> dict[str, tuple[int, int]]:
+        return {str(pair): (pair.student, pair.teacher) for pair in self.pairs}
 
 
 class AttentionMapped(Loss):

@@ -8,7 +8,7 @@ import torch
 
 from engine.kernels import reference
 from engine.kernels.choice import Rows
-from engine.losses.base import Evaluated, HiddenMapped, Loss, LossSetup, Side, StepInputs
+from engine.losses.base import Evaluated, HiddenMapped, Loss, LossSetup, Side, StepInputs, Target
 from engine.models.features import Wanted
 from engine.models.projections import EMBEDDINGS
 
@@ -46,6 +46,10 @@ class HiddenLoss(HiddenMapped):
 
     name = "hidden"
 
+    @property
+    def targets(self) -> dict[str, Target]:
+        return {f"{self.name}/{pair}": Target("hidden", pair.teacher) for pair in self.pairs}
+
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         pairs = {f"{self.name}/{pair}": (pair.student, pair.teacher) for pair in self.pairs}
         return hidden_state_mse(self.name, pairs, self.setup, inputs, weights)
@@ -80,8 +84,12 @@ class EmbeddingLoss(Loss):
         return Wanted(hidden=frozenset({EMBEDDINGS}))
 
     @property
-    def projected_layers(self) -> frozenset[int]:
-        return frozenset({EMBEDDINGS})
+    def targets(self) -> dict[str, Target]:
+        return {self.name: Target("hidden", EMBEDDINGS)}
+
+    @property
+    def state_pairs(self) -> dict[str, tuple[int, int]]:
+        return {self.name: (EMBEDDINGS, EMBEDDINGS)}
 
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         return hidden_state_mse(self.name, {self.name: (EMBEDDINGS, EMBEDDINGS)}, self.setup, inputs, weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from functools import reduce
 from operator import or_
 
@@ -11,7 +13,7 @@ from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, LossConfig, M
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels.choice import Kernels
-from engine.losses.base import Loss, LossSetup, Pair, StepInputs
+from engine.losses.base import Loss, LossSetup, Pair, StepInputs, Target
 from engine.losses.registry import LOSSES
 from engine.mapping import LayerMapping
 from engine.models.features import Features, Wanted
@@ -67,7 +69,7 @@ def _idle_settings(config: LossConfig, mapping: MappingConfig, *, projects: bool
     )
     check("loss.projection", config.projection, config.projection is not None, projects, projecting)
     check("loss.projection_bias", config.projection_bias, config.projection_bias is not None, projects, projecting)
-    if projects and config.resolved_projection == "identity" and config.projection_bias is not None:
+    if projects and config.projection == "identity" and config.projection_bias is not None:
         idle.append(f"loss.projection_bias={config.projection_bias} has no effect: loss.projection='identity' has none")
     mapped = bool({*HIDDEN_MAPPED, *ATTENTION_MAPPED} & set(active))
     check(
@@ -89,7 +91,8 @@ class LossSet:
     """The active losses of a run.
 
     Built from configuration alone, before any weight is loaded; raises UserError for what cannot work. Then called
-    once per micro batch, inside the trained module's forward. total = sum of coefficients * terms.
+    once per micro batch, inside the trained module's forward. total = sum of coefficients * terms, each divided by its
+    scale (`scaled`; 1 before).
     """
 
     observed_names: tuple[str, ...]
@@ -100,8 +103,10 @@ class LossSet:
     """Of each term: loss weight * layer weight / number of active layers (that only when averaged)."""
     wanted_student: Wanted
     wanted_teacher: Wanted
-    projected_layers: frozenset[int]
-    """The student's hidden states (0 = embeddings) for which `projections` must have a map."""
+    state_pairs: dict[str, tuple[int, int]]
+    """Hidden states (0 = embeddings) that are compared through a projection, by their name in the log."""
+    targets: dict[str, Target]
+    """What of the teacher a term is the mean squared distance to, for the terms that are one."""
     warnings: tuple[str, ...]
     """Settings without effect."""
 
@@ -120,6 +125,7 @@ class LossSet:
         """kernels: what computes them; unset: those that run anywhere."""
         for layer_map in (hidden_map, attention_map):
             assert (layer_map.student_layers, layer_map.teacher_layers) == (student.layers, teacher.layers), layer_map
+        self.config = config
         average = config.resolved_average_layers
         setup = LossSetup(
             config=config,
@@ -135,14 +141,17 @@ class LossSet:
         )
         self._losses, empty = self._build(setup, {"hidden": hidden_map, "attention": attention_map})
         self._kernels = kernels
-        self.projected_layers = frozenset().union(*(loss.projected_layers for loss in self._losses))
-        if self.projected_layers:
-            check_projection(config.resolved_projection, student_width=student.width, teacher_width=teacher.width)
-        self.warnings = (*empty, *_idle_settings(config, mapping, projects=bool(self.projected_layers)))
+        self.state_pairs = {name: pair for loss in self._losses for name, pair in loss.state_pairs.items()}
+        self.targets = {term: target for loss in self._losses for term, target in loss.targets.items()}
+        if self.state_pairs:
+            check_projection(config.projection, student_width=student.width, teacher_width=teacher.width)
+        self.warnings = (*empty, *_idle_settings(config, mapping, projects=bool(self.state_pairs)))
         shares = {term: share for loss in self._losses for term, share in loss.shares.items()}
         self._weights = {term: config.active[term.partition("/")[0]] * share for term, share in shares.items()}
         self.term_names, self.coefficients = tuple(self._weights), tuple(self._weights.values())
-        self.observed_names = tuple(name for loss in self._losses for name in loss.observed)
+        self._observed = {name: term for loss in self._losses for name, term in loss.observed.items()}
+        self.observed_names = tuple(self._observed)
+        self._scales: Mapping[str, float] = {}
         self.wanted_student = reduce(or_, (loss.wanted("student") for loss in self._losses))
         self.wanted_teacher = reduce(or_, (loss.wanted("teacher") for loss in self._losses))
 
@@ -172,6 +181,23 @@ class LossSet:
             "mapping.attention, or switch on a loss without layers, like loss.embedding=1"
         )
 
+    @property
+    def projected_layers(self) -> frozenset[int]:
+        """The student's hidden states (0 = embeddings) for which `projections` must have a map."""
+        return frozenset(student for student, _ in self.state_pairs.values())
+
+    @property
+    def looks_at_slice(self) -> bool:
+        """Whether something is measured of the corpus before the first step (engine/losses/measure.py)."""
+        return bool(self.state_pairs or (self.config.scales and self.targets))
+
+    def scaled(self, scales: Mapping[str, float]) -> LossSet:
+        """Returns the same losses with these terms divided by a number each; coefficients stay as they are."""
+        found = copy.copy(self)
+        found._scales = scales
+        found._weights = {term: weight / scales.get(term, 1.0) for term, weight in self._weights.items()}
+        return found
+
     def __call__(
         self, student: Features, teacher: Features, batch: Batch, per_micro: Counts, projections: Projections
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,5 +218,6 @@ class LossSet:
         )
         evaluated = [loss(inputs, self._weights) for loss in self._losses]
         values = {name: value for one in evaluated for name, value in (one.terms | dict(one.observed)).items()}
-        logged = torch.stack([values[name] for name in (*self.term_names, *self.observed_names)])
+        units = {**dict.fromkeys(self.term_names), **self._observed}
+        logged = torch.stack([values[name] / self._scales.get(unit or name, 1.0) for name, unit in units.items()])
         return torch.stack([one.total for one in evaluated]).sum(), logged

@@ -11,12 +11,13 @@ from torch import nn
 from engine.config.distill import LossConfig
 from engine.errors import UserError
 from engine.kernels.choice import Kernels, Rows
+from engine.models.moments import LinearMap
 
 EMBEDDINGS = 0
 """Index of the embedding output among the hidden states."""
 
 
-def check_projection(kind: str, *, student_width: int, teacher_width: int) -> None:
+def check_projection(kind: str | None, *, student_width: int, teacher_width: int) -> None:
     """Raises UserError when `loss.projection` cannot join the two widths."""
     if kind == "identity" and student_width != teacher_width:
         raise UserError(
@@ -63,9 +64,18 @@ class Projections(nn.Module):
     have no gradient. Maps are created in a fixed order, so the global torch seed determines them.
     """
 
-    def __init__(self, config: LossConfig, *, student_width: int, teacher_width: int, layers: Iterable[int]) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        *,
+        student_width: int,
+        teacher_width: int,
+        layers: Iterable[int],
+        same_space: bool = False,
+    ) -> None:
+        """same_space: whether the student's states start as the teacher's (LossConfig.projection_kind)."""
         super().__init__()
-        self.kind = config.resolved_projection
+        self.kind, self._width = config.projection_kind(same_space=same_space), student_width
         check_projection(self.kind, student_width=student_width, teacher_width=teacher_width)
         self.layers = frozenset(layers)
         self.linears = nn.ModuleDict()
@@ -85,6 +95,29 @@ class Projections(nn.Module):
     def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         linear = self._linear(layer)
         return hidden if linear is None else linear(hidden)
+
+    @property
+    def has_bias(self) -> bool:
+        return any(linear.bias is not None for linear in self.linears.values())
+
+    def as_map(self, layer: int) -> LinearMap:
+        """What it computes of hidden state `layer` now, before DeepSpeed shards it."""
+        linear = self._linear(layer)
+        if linear is None:
+            return LinearMap(torch.eye(self._width, dtype=torch.float64), None)
+        assert isinstance(linear, nn.Linear)
+        bias = None if linear.bias is None else linear.bias.detach().double()
+        return LinearMap(linear.weight.detach().double(), bias)
+
+    @torch.no_grad()
+    def start_from(self, maps: Mapping[int, LinearMap]) -> None:
+        """Overwrites the map of each of these hidden states; before DeepSpeed shards it."""
+        for layer, found in maps.items():
+            linear = self._linear(layer)
+            assert isinstance(linear, nn.Linear)
+            linear.weight.copy_(found.weight)
+            if found.bias is not None:
+                linear.bias.copy_(found.bias)
 
     def sharing(self, layers: Mapping[str, int]) -> list[list[str]]:
         """The names of hidden states, grouped by the map that they share."""

@@ -46,6 +46,7 @@ __all__ = [
 
 AnySplit = TypeVar("AnySplit", bound="Split | SquadSplit")
 GLUE_HUB = "nyu-mll/glue"
+HELD_OUT = "held-out"
 _SQUAD_FILES = {"SQuAD-v1.1": "{}-v1.1.json", "SQuAD-v2": "{}-v2.0.json"}
 _SQUAD_HUB = {"SQuAD-v1.1": "rajpurkar/squad", "SQuAD-v2": "rajpurkar/squad_v2"}
 
@@ -101,6 +102,18 @@ def load_task(name: str, config: TaskDataConfig, *, test: bool = False) -> TaskD
         for split in spec.dev_splits:
             splits[split] = _take(splits[split], np.arange(len(splits[split]))[: config.dev_rows])
     return TaskData(spec, splits, _digest(spec, splits), warnings)
+
+
+def hold_out(task: TaskData, *, parts: int) -> TaskData:
+    """Returns the task with every `parts`-th of its training rows as its only dev split; its own dev rows are left
+    alone, for the final evaluation."""
+    train = task.splits["train"]
+    held = np.arange(len(train)) % parts == parts - 1
+    splits = {
+        "train": _take(train, np.flatnonzero(~held)),
+        HELD_OUT: replace(_take(train, np.flatnonzero(held)), name=HELD_OUT),
+    }
+    return replace(task, spec=replace(task.spec, dev_splits=(HELD_OUT,)), splits=splits)
 
 
 def _root(config: TaskDataConfig) -> Path:

@@ -41,7 +41,7 @@ class TaskModule(nn.Module):
         loss = loss or TaskLossConfig()
         self.student = student
         self.projections: nn.Module = projections if projections is not None else nn.ModuleDict()
-        self._kind, self._losses, self._temperature = kind, losses, loss.temperature
+        self._kind, self.losses, self._temperature = kind, losses, loss.temperature
         self._unpadded = unpadded and runs_unpadded(student)  # type: ignore[arg-type]
         weights = {"labels": loss.labels, "logits": loss.logits if with_teacher else 0.0}
         self._own = {name: weight for name, weight in weights.items() if weight > 0}
@@ -64,17 +64,17 @@ class TaskModule(nn.Module):
         values = self._own_losses(features, teacher, batch, per_micro)
         total = torch.stack([weight * value for weight, value in zip(self._own.values(), values, strict=True)]).sum()
         terms = torch.stack(values).detach()
-        if self._losses is None:
+        if self.losses is None:
             return total, terms
         assert teacher is not None
-        mapped, mapped_terms = self._losses(features, teacher, batch, per_micro, self.projections)  # type: ignore[arg-type]
+        mapped, mapped_terms = self.losses(features, teacher, batch, per_micro, self.projections)  # type: ignore[arg-type]
         return total + mapped, torch.cat([terms, mapped_terms])
 
     def _features(self, batch: TaskBatch) -> Features:
-        if self._losses is None:
+        if self.losses is None:
             return Features(task_logits=self._logits(batch))
         student: Any = self.student
-        wanted = self._losses.wanted_student | Wanted(task_logits=True)
+        wanted = self.losses.wanted_student | Wanted(task_logits=True)
         return capture(student, batch, wanted, unpadded=self._unpadded)
 
     def _own_losses(

@@ -115,11 +115,6 @@ def ridge_probe(train: torch.Tensor, targets: Labels, dev: torch.Tensor, *, l2: 
     return _apply(scale, torch.cat([slopes, middle.reshape(1, 1)]), dev)[:, 0]
 
 
-def needs_training_rows(spec: TaskSpec) -> bool:
-    """Whether probe_outputs wants `train`."""
-    return not spec.similarity
-
-
 def probe_outputs(
     spec: TaskSpec, train: ProbeFeatures | None, train_labels: Labels | None, dev: dict[str, ProbeFeatures]
 ) -> dict[str, Outputs]:

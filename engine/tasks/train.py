@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
+from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.tasks.encode import EncodedTask
 from engine.tasks.evaluation import TaskEvaluation
@@ -88,12 +89,21 @@ def train_on_task(
     cannot be trained again; everything that DeepSpeed holds of it is given back. With patience, the score is that of
     the best evaluation, whose weights a checkpointer keeps. The caller closes the monitor.
     """
+    loader = _loader(task, seed, execution, runtime, train)
+    measured = Measured()
+    if chosen is None and module.losses is not None and module.losses.looks_at_slice:
+        assert teacher is not None
+        rows = loader.first(sequences_of(module.losses.config, task.mean_tokens))
+        measured = begin(module, TeacherSlice(rows, teacher, runtime.device))
     optimizer = choose_optimizer(module, optim, train, execution, runtime.device, require_fused=require_fused)
     ds_engine = start_engine(module, optimizer, train, execution)
     try:
         state: dict[str, Any] = {"step": 0}
         if checkpointer is not None and chosen is not None:
             state = checkpointer.load(ds_engine, chosen)
+            measured = Measured(**state["measured"])
+            if module.losses is not None:
+                module.losses = module.losses.scaled(measured.scales)
         trainee = Trainee(
             ds_engine,
             train=train,
@@ -123,9 +133,10 @@ def train_on_task(
             stop=stop,
             trainees=[trainee],
             teacher=teacher,
-            loader=_loader(task, seed, execution, runtime, train),
+            loader=loader,
             evaluation=evaluation,
             step=state["step"],
+            kept={"measured": asdict(measured)},
         )
         outcome = trainer.run()
         done = outcome is Outcome.DONE

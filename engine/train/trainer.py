@@ -4,9 +4,9 @@ one, a proxy cohort several. No host synchronisation between log steps."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
@@ -82,6 +82,8 @@ class Trainer:
     loader: BatchSource
     evaluation: Evaluation | None = None
     step: int = 0
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """What every checkpoint holds beside the state of training."""
 
     def __post_init__(self) -> None:
         self._timer = PhaseTimer(self.runtime.device)
@@ -186,7 +188,7 @@ class Trainer:
 
     def save(self, *, needed: bool) -> None:
         """needed: there will be no later checkpoint in this start."""
-        state = {} if self.evaluation is None else self.evaluation.state()
+        state = {**self.kept, **({} if self.evaluation is None else self.evaluation.state())}
         with self._pause():
             for trainee in self.live:
                 watchdog.beat()

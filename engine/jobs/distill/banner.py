@@ -9,6 +9,7 @@ from engine.config.deepspeed import Execution
 from engine.config.distill import ATTENTION_MAPPED
 from engine.jobs.distill.plan import Plan
 from engine.jobs.execution import compute_device, versions
+from engine.losses.measure import Measured
 from engine.mapping import mapping_table
 from engine.models.capture import FULL_FROM
 from engine.models.shape import ModelShape
@@ -99,6 +100,23 @@ def describe_pads(plan: Plan, *, teacher: bool, student: bool) -> str:
     return f"{who} without pads in batches that are less than {FULL_FROM[compute_device().type]:.0%} full"
 
 
+def describe_start(plan: Plan, measured: Measured | None) -> list[str]:
+    """What the projections start as, and by what terms are divided."""
+    loss, pairs = plan.config.loss, plan.losses.state_pairs
+    if measured is None:
+        return ["projections and scales as the checkpoint has them"]
+    lines = []
+    if pairs:
+        kind = "fitted" if loss.fits_projections else "random"
+        what = "the identity" if plan.projection == "identity" else f"{kind} projections"
+        shares = ", ".join(f"{pair} {share:.1%}" for pair, share in measured.explained.items())
+        lines.append(f"{what} explain of the teacher's variance at the start: {shares} ({measured.tokens:,} tokens)")
+    if measured.scales:
+        names = ", ".join(dict.fromkeys(term.partition("/")[0] for term in measured.scales))
+        lines.append(f"{names}: each term as a share of its target's variance")
+    return lines
+
+
 def start(
     plan: Plan,
     *,
@@ -106,6 +124,7 @@ def start(
     student_parameters: int,
     projection_parameters: int,
     student_unpadded: bool,
+    measured: Measured | None,
     optimizer: str,
     epoch_sequences: int,
     device: str,
@@ -155,8 +174,11 @@ def start(
         ("mapping", mapping_table(plan.hidden_map, plan.attention_map)),
         (
             "losses",
-            ", ".join(f"{name} {weight:g}" for name, weight in cfg.loss.active.items())
-            + f"; preset {cfg.loss.preset}, projection {cfg.loss.resolved_projection}",
+            [
+                ", ".join(f"{name} {weight:g}" for name, weight in cfg.loss.active.items())
+                + f"; preset {cfg.loss.preset}, projection {plan.projection}",
+                *describe_start(plan, measured),
+            ],
         ),
         (
             "corpus",

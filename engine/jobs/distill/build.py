@@ -99,6 +99,7 @@ def build_module(
     torch.manual_seed(config.seed + 1)  # the projections do not depend on how the student was initialised
     projections = Projections(
         config.loss,
+        same_space=plan.same_space,
         student_width=plan.student_shape.width,
         teacher_width=plan.teacher_shape.width,
         layers=plan.losses.projected_layers,
@@ -119,7 +120,7 @@ def flops_per_token(
     """
     head_share = plan.config.data.mlm_probability or 1.0
     student = forward_flops_per_token(module.student, plan.student_shape, plan.seq_len, head_share=head_share)
-    used = len(plan.losses.projected_layers) if plan.config.loss.resolved_projection != "identity" else 0
+    used = len(plan.losses.projected_layers) if plan.projection != "identity" else 0
     projections = 2.0 * used * plan.student_shape.width * plan.teacher_shape.width
     forward = teacher.flops_per_token(plan.seq_len, head_share=head_share)
     return share_of_teacher * forward + 3.0 * (student + projections)

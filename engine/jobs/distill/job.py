@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from engine.jobs.distill import banner
 from engine.jobs.distill.build import build_module, flops_per_token, load_teacher, open_corpus
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
+from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.models.teacher import FrozenTeacher
 from engine.ranks import run_lock, runtime, watchdog
 from engine.ranks.collectives import from_rank_zero, summed
@@ -83,14 +84,22 @@ class Job:
             self._tidy(chosen)
         teacher = load_teacher(plan, plan.losses.wanted_teacher, self.here.device)
         module, optimizer = build_module(plan, self.here.device)
+        measured = None
+        if chosen is None:
+            measured = self._measure(module, teacher)
         self.checkpointer = replace(self.checkpointer, export=describe_for_export(plan, module.student.config))
         if self.here.is_rank_zero:
-            print(self._banner(teacher, module, optimizer, chosen), flush=True)
+            print(self._banner(teacher, module, optimizer, chosen, measured), flush=True)
         if self.config.dry_run:
             return 0
         monitor = self._open_monitor(flops_per_token(plan, teacher, module))
         ds_engine = start_engine(module, optimizer, self.config.train, plan.execution)
-        step = self.checkpointer.load(ds_engine, chosen)["step"] if chosen is not None else 0
+        step = 0
+        if chosen is not None:
+            state = self.checkpointer.load(ds_engine, chosen)
+            step, measured = state["step"], Measured(**state["measured"])
+            module.losses = plan.losses.scaled(measured.scales)
+        assert measured is not None
         trainee = Trainee(
             ds_engine,
             train=self.config.train,
@@ -113,9 +122,16 @@ class Job:
             loader=self.loader,
             evaluation=HeldOutLosses(trainee, teacher, self.loader, every=self.config.train.eval_every),
             step=step,
+            kept={"measured": asdict(measured)},
         )
         monitor.write_record(
-            "run", status="started", step=step, resumed_from=tag, **self._facts(), steps=self.config.train.steps
+            "run",
+            status="started",
+            step=step,
+            resumed_from=tag,
+            **self._facts(),
+            steps=self.config.train.steps,
+            measured=asdict(measured),
         )
         try:
             outcome = trainer.run()
@@ -125,6 +141,13 @@ class Job:
         finally:
             monitor.close()
         return outcome.exit_code
+
+    def _measure(self, module: DistilModule, teacher: FrozenTeacher) -> Measured:
+        """Collective. Of a new student, which then starts from it."""
+        if not module.losses.looks_at_slice:
+            return Measured()
+        batches = self.loader.first(sequences_of(self.config.loss, self.plan.seq_len))
+        return begin(module, TeacherSlice(batches, teacher, self.here.device))
 
     def _tidy(self, chosen: Chosen | None) -> None:
         """Puts what earlier starts left out of the way, and says so."""
@@ -143,7 +166,12 @@ class Job:
                 print("\n".join(said), flush=True)
 
     def _banner(
-        self, teacher: FrozenTeacher, module: DistilModule, optimizer: ChosenOptimizer, chosen: Chosen | None
+        self,
+        teacher: FrozenTeacher,
+        module: DistilModule,
+        optimizer: ChosenOptimizer,
+        chosen: Chosen | None,
+        measured: Measured | None,
     ) -> str:
         start = "fresh"
         if chosen is not None:
@@ -154,6 +182,7 @@ class Job:
             student_parameters=parameters_of(module.student),
             projection_parameters=parameters_of(module.projections),
             student_unpadded=module.unpadded,
+            measured=measured,
             optimizer=optimizer.name + (f"; {optimizer.why_not_faster}" if optimizer.why_not_faster else ""),
             epoch_sequences=self.loader.order.slots,
             device=self.here.where,

@@ -25,7 +25,8 @@ class DistilModule(nn.Module):
         self.unpadded = unpadded
         self.student = student
         self.projections = projections
-        self._losses = losses
+        self.losses = losses
+        """Set anew once their scales are known."""
 
     def forward(
         self, batch: Batch, teacher: Features | None = None, per_micro: Counts | None = None
@@ -41,5 +42,5 @@ class DistilModule(nn.Module):
                 output = self.student.base_model(**inputs_of(batch))
             last: torch.Tensor = output.last_hidden_state
             return last
-        features = capture(self.student, batch, self._losses.wanted_student, unpadded=self.unpadded)
-        return self._losses(features, teacher, batch, per_micro, self.projections)
+        features = capture(self.student, batch, self.losses.wanted_student, unpadded=self.unpadded)
+        return self.losses(features, teacher, batch, per_micro, self.projections)

@@ -65,6 +65,18 @@ class Plan:
         return self.config.kernels.unpadded and self.config.loss.preset != "tinybert"  # which counts pads
 
     @property
+    def same_space(self) -> bool:
+        """Whether the student's states start as the teacher's: of one width, made by copied layers."""
+        student = self.config.student
+        copied = student.path is None and (student.init or "random") != "random"
+        return copied and self.student_shape.width == self.teacher_shape.width
+
+    @property
+    def projection(self) -> str:
+        """What joins the two widths (loss.projection)."""
+        return self.config.loss.projection_kind(same_space=self.same_space)
+
+    @property
     def mlm_head(self) -> bool:
         return self.losses.wanted_student.logits
 
@@ -181,6 +193,7 @@ def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world
 def identity(plan: Plan) -> dict[str, Any]:
     """What must be the same when a run is continued: every setting that decides what is computed, and its inputs."""
     return settings(plan.config, *FIXED) | {
+        "loss.projection": plan.projection,
         **model_hashes("teacher", plan.config.teacher.path, plan.teacher_config),
         "data.content_sha256": corpus_hash(plan.manifest),
         "mapping.hidden_resolved": str(plan.hidden_map),

@@ -17,6 +17,7 @@ from engine.jobs.distill.plan import Plan, describe_for_export
 from engine.jobs.proxy.evaluators import Scores
 from engine.jobs.proxy.plan import Genome
 from engine.jobs.proxy.teacher_cache import AnyTeacher
+from engine.losses.measure import TeacherSlice, begin
 from engine.models.capture import inputs_of
 from engine.models.compact_embedding import whole_vocabulary
 from engine.ranks.runtime import Runtime
@@ -96,11 +97,12 @@ def build_member(
     teacher: AnyTeacher | None,
     cohort: int,
     tokens: torch.Tensor,
+    on: TeacherSlice | None,
     here: Runtime,
     run_dir: RunDir,
 ) -> Member:
     """base: a plan for what does not depend on the genome. cohort: how many students share the teacher's passes.
-    tokens: ids that the student will meet, each once."""
+    tokens: ids that the student will meet, each once. on: what its losses are measured on."""
     plan = genome.plan or base
     plan = replace(
         plan,
@@ -112,6 +114,8 @@ def build_member(
         untrained.to(device=here.device, dtype=getattr(torch, plan.execution.precision))  # type: ignore[arg-type]
         return Member(genome, plan, untrained, run_dir.tokenizer, trainee=None)
     module, chosen = build_module(plan, here.device, tokens=tokens)
+    if on is not None:
+        begin(module, on)
     flops = flops_per_token(plan, teacher, module, share_of_teacher=1.0 / cohort)
     monitor = Monitor(
         active=here.is_rank_zero,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ from engine.ranks.collectives import gather_rows
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.run_dir import RunDir
 from engine.tasks.encode import EncodedTask, encode_split, encode_task
-from engine.tasks.load import TaskData
+from engine.tasks.load import TaskData, hold_out
 from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.model import load_task_model, longest_input
 from engine.tasks.module import TaskModule
-from engine.tasks.probe import ProbeFeatures, in_threads, needs_training_rows, pool, probe_outputs
+from engine.tasks.probe import ProbeFeatures, in_threads, pool, probe_outputs
 from engine.tasks.rows import Encoded, Split
 from engine.tasks.train import task_train_config, train_on_task
 from engine.train.monitor import Monitor
@@ -53,8 +53,10 @@ class Student(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
+    """Of training rows alone: dev rows are for the final evaluation."""
+
     metrics: dict[str, dict[str, float]]
-    """task -> metric -> value; means over the task's dev splits, or of a cross-validation (proxy.folds)."""
+    """task -> metric -> value."""
     tasks: dict[str, float]
     """task -> its score, the mean of its metrics."""
 
@@ -73,12 +75,9 @@ class Evaluator(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows `start:stop` of the one big table of texts, and what they are."""
+class _Rows(NamedTuple):
+    """Where a task's texts lie in the one big table."""
 
-    task: str
-    split: str
     first: slice
     second: slice | None
 
@@ -97,7 +96,7 @@ class ProbeEvaluator:
     ) -> None:
         self._tasks, self._runtime, self._folds = tasks, runtime, folds
         texts: list[str] = []
-        self._parts: list[_Part] = []
+        self._rows: dict[str, _Rows] = {}
 
         def table(rows: list[str] | None) -> slice | None:
             if rows is None:
@@ -106,13 +105,10 @@ class ProbeEvaluator:
             return slice(len(texts) - len(rows), len(texts))
 
         for task in tasks:
-            names = (*(("train",) if needs_training_rows(task.spec) else ()), *task.spec.dev_splits)
-            for name in names:
-                split = task.splits[name]
-                assert isinstance(split, Split)
-                first = table(split.first)
-                assert first is not None
-                self._parts.append(_Part(task.spec.name, name, first, table(split.second)))
+            split = _training_rows(task)
+            first = table(split.first)
+            assert first is not None
+            self._rows[task.spec.name] = _Rows(first, table(split.second))
         seq_len = min(longest, max(task.spec.defaults.seq_len for task in tasks))
         self._encoded: Encoded = encode_split(texts, None, tokenizer, seq_len=seq_len)
         self._pad_id = tokenizer.pad_token_id or 0
@@ -124,20 +120,9 @@ class ProbeEvaluator:
         metrics: dict[str, dict[str, float]] = {}
         for task in self._tasks:
             watchdog.beat()
-            parts = {
-                part.split: ProbeFeatures(features[part.first], None if part.second is None else features[part.second])
-                for part in self._parts
-                if part.task == task.spec.name
-            }
-            if self._folds > 1 and "train" in parts:
-                metrics[task.spec.name] = _cross_validated(task, parts, self._folds)
-                continue
-            train = parts.pop("train", None)
-            labels = _labels(task, "train") if train is not None else None
-            outputs = probe_outputs(task.spec, train, labels, parts)
-            metrics[task.spec.name] = mean_of(
-                [score_task(task.spec, outputs[name], _labels(task, name)) for name in task.spec.dev_splits]
-            )
+            at = self._rows[task.spec.name]
+            rows = ProbeFeatures(features[at.first], None if at.second is None else features[at.second])
+            metrics[task.spec.name] = _cross_validated(task, rows, self._folds)
         return scores_of(self._tasks, metrics)
 
     def _features(self, student: Student) -> torch.Tensor:
@@ -160,28 +145,28 @@ class ProbeEvaluator:
         return gather_rows(torch.cat(pooled), torch.cat(rows), total=len(self._encoded)).cpu()
 
 
-def _labels(task: TaskData, split: str) -> np.ndarray[Any, Any]:
-    rows = task.splits[split]
+def _training_rows(task: TaskData) -> Split:
+    rows = task.splits["train"]
     assert isinstance(rows, Split)
-    assert rows.labels is not None
-    return rows.labels
+    return rows
 
 
-def _cross_validated(task: TaskData, parts: Mapping[str, ProbeFeatures], folds: int) -> dict[str, float]:
-    """Metrics over all labelled rows; row i is scored by the probe that was trained without rows i mod `folds`."""
-    first = torch.cat([part.first for part in parts.values()])
-    seconds = [part.second for part in parts.values() if part.second is not None]
-    second = torch.cat(seconds) if seconds else None
-    labels = np.concatenate([_labels(task, name) for name in parts])
+def _cross_validated(task: TaskData, rows: ProbeFeatures, folds: int) -> dict[str, float]:
+    """Metrics over all training rows; row i is scored by the probe that was trained without rows i mod `folds`. A
+    similarity task has nothing to train."""
+    labels = _training_rows(task).labels
+    assert labels is not None
+    if task.spec.similarity:
+        return score_task(task.spec, probe_outputs(task.spec, None, None, {"rows": rows})["rows"], labels)
     fold = torch.arange(len(labels)) % folds
 
-    def rows(chosen: torch.Tensor) -> ProbeFeatures:
-        return ProbeFeatures(first[chosen], None if second is None else second[chosen])
+    def only(chosen: torch.Tensor) -> ProbeFeatures:
+        return ProbeFeatures(rows.first[chosen], None if rows.second is None else rows.second[chosen])
 
     def held_out(k: int) -> np.ndarray[Any, Any]:
         rest = fold != k
-        dev = {"held out": rows(~rest)}
-        outputs = probe_outputs(task.spec, rows(rest), labels[rest.numpy()], dev)["held out"]
+        parts = {"held out": only(~rest)}
+        outputs = probe_outputs(task.spec, only(rest), labels[rest.numpy()], parts)["held out"]
         watchdog.beat()
         return outputs
 
@@ -190,10 +175,6 @@ def _cross_validated(task: TaskData, parts: Mapping[str, ProbeFeatures], folds: 
     for k, values in enumerate(found):
         outputs[(fold == k).numpy()] = values
     return score_task(task.spec, outputs, labels)
-
-
-def mean_of(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
 
 
 def scores_of(tasks: Sequence[TaskData], metrics: dict[str, dict[str, float]]) -> Scores:
@@ -214,7 +195,7 @@ class FinetuneEvaluator:
         self.tokens = torch.empty(0, dtype=torch.int64)  # a copy with the whole vocabulary is fine-tuned
         longest = longest_input(plan.base.student_config)
         self._tasks = []
-        for data in plan.tasks:
+        for data in (hold_out(task, parts=plan.config.proxy.folds) for task in plan.tasks):
             seq_len = min(data.spec.defaults.seq_len, longest or data.spec.defaults.seq_len)
             self._tasks.append(encode_task(data, plan.base.tokenizer, seq_len=seq_len))
 

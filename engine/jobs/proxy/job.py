@@ -31,6 +31,7 @@ from engine.jobs.proxy.evaluators import Evaluator, Scores, Stopped, build_evalu
 from engine.jobs.proxy.plan import Genome, ProxyPlan, make_proxy_plan
 from engine.jobs.proxy.report import Result, closing_text, describe_start, earlier_results, signal_of
 from engine.jobs.proxy.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
+from engine.losses.measure import TeacherSlice, sequences_of
 from engine.ranks import run_lock, runtime, watchdog
 from engine.ranks.agreement import require_agreement
 from engine.ranks.collectives import from_rank_zero, gathered
@@ -211,6 +212,10 @@ class ProxyJob:
             if isinstance(teacher, CachedTeacher):
                 batches = (micro for step in range(self.config.proxy.steps) for micro in loader.step(step).micro)
                 teacher.expect(batches, ranks=self.here.world_size)
+            learning = [genome.plan for genome in genomes if genome.plan is not None]
+            on = None
+            if teacher is not None and any(plan.losses.looks_at_slice for plan in learning):
+                on = TeacherSlice(loader.first(self._slice), teacher, self.here.device)
             members = [
                 build_member(
                     genome,
@@ -219,6 +224,7 @@ class ProxyJob:
                     teacher=teacher,
                     cohort=len(genomes),
                     tokens=tokens,
+                    on=on,
                     here=self.here,
                     run_dir=self.run_dir,
                 )
@@ -240,9 +246,15 @@ class ProxyJob:
             members.clear()
             gc.collect()  # engines hold themselves in cycles of hooks
 
+    @property
+    def _slice(self) -> int:
+        """Sequences that the losses are measured on."""
+        return sequences_of(self.config.loss, self.plan.base.seq_len)
+
     def _tokens(self, loader: CorpusLoader, evaluator: Evaluator) -> torch.Tensor:
         """Collective. The ids that a student of this cohort will meet, each once: in its batches and in its texts."""
         met = [evaluator.tokens]
+        met += [batch.input_ids.flatten() for batch in loader.first(self._slice)]
         for step in range(self.config.proxy.steps):
             met += [micro.input_ids.flatten() for micro in loader.step(step).micro]
         tokens = torch.unique(torch.cat(met))

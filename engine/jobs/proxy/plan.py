@@ -163,7 +163,7 @@ def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskDa
     tell evaluations of one fingerprint apart. So is what changes rounding only (ranks, micro batch, ZeRO stage,
     attention backend)."""
     fixed = settings(config, Mark.RESULT)
-    for name in ("epochs", "lr", "batch") if config.proxy.evaluator == "probe" else ("folds",):
+    for name in ("epochs", "lr", "batch") if config.proxy.evaluator == "probe" else ():
         del fixed[f"proxy.{name}"]
     parts: dict[str, Any] = {}
     for key, value in fixed.items():

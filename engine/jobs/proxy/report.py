@@ -75,9 +75,7 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
     done = sum(pair in known for pair in wanted)
     genomes = [genome.key + ("" if genome.given == genome.key else f"  ({genome.given})") for genome in plan.genomes]
     tasks = [
-        f"{task.spec.name}: "
-        + ", ".join(f"{len(rows):,} {name}" for name, rows in task.splits.items())
-        + f" rows, {' + '.join(task.spec.metrics)}"
+        f"{task.spec.name}: {len(task.splits['train']):,} training rows, {' + '.join(task.spec.metrics)}"
         for task in plan.tasks
     ]
     positions = proxy.steps * config.train.global_batch * base.seq_len
@@ -95,8 +93,11 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
         ),
         (
             "evaluator",
-            proxy.evaluator
-            + (f", {proxy.folds}-fold cross-validation" if proxy.evaluator == "probe" and proxy.folds > 1 else "")
+            (
+                f"probe, {proxy.folds}-fold cross-validation"
+                if proxy.evaluator == "probe"
+                else f"finetune, scored on one row in {proxy.folds}"
+            )
             + (f", also after steps {proxy.report_at}" if proxy.report_at else ""),
         ),
         ("tasks", tasks),

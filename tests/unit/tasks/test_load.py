@@ -14,7 +14,7 @@ from task_checks import check_error, config_of, rows_of
 from tiny_world import WORDS
 
 from engine.config.finetune import CustomTaskConfig, TaskDataConfig
-from engine.tasks.load import GLUE_TASKS, load_task, resolve_names, task_spec
+from engine.tasks.load import GLUE_TASKS, HELD_OUT, hold_out, load_task, resolve_names, task_spec
 
 GLUE = Path(os.environ.get("MAPDISTILL_GLUE", ROOT.parent / "shared/data/glue"))
 OFFICIAL_ROWS = {
@@ -173,6 +173,16 @@ def test_train_rows_are_drawn_once_and_nested(sample: Path) -> None:
     assert whole.labels is not None
     assert few.labels.tolist() == whole.labels[positions].tolist()
     assert len(load_task("sst2", config_of(sample, train_rows=999)).splits["train"]) == TRAIN_ROWS
+
+
+def test_held_out_rows_are_training_rows_and_dev_rows_are_gone(sample: Path) -> None:
+    for name in ("mnli", "stsb"):
+        whole = load_task(name, config_of(sample))
+        task = hold_out(whole, parts=3)
+        ids = {split: rows_of(task, split).ids for split in task.splits}
+        every = rows_of(whole, "train").ids
+        assert ids == {"train": [one for i, one in enumerate(every) if i % 3 != 2], HELD_OUT: every[2::3]}, name
+        assert task.spec.dev_splits == (HELD_OUT,)
 
 
 def test_dev_rows_are_the_first(sample: Path) -> None:

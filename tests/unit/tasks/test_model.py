@@ -203,7 +203,7 @@ def full_module(tmp_path: Path) -> tuple[TaskModule, TaskLossConfig]:
 def test_total_is_the_weighted_sum_and_does_not_depend_on_the_split(tmp_path: Path) -> None:
     module, _ = full_module(tmp_path)
     teacher = load(save_tiny("bert", tmp_path / "teacher", seed=9), seed=2).eval()
-    wanted = module._losses.wanted_teacher | Wanted(task_logits=True)
+    wanted = module.losses.wanted_teacher | Wanted(task_logits=True)
     batch = task_batch("classification")
 
     def features(part: TaskBatch) -> Features:

@@ -22,7 +22,6 @@ from engine.tasks.probe import (
     cosine,
     default_l2,
     logistic_probe,
-    needs_training_rows,
     pair_features,
     pool,
     probe_outputs,
@@ -259,14 +258,11 @@ def test_similarity_needs_no_training():
     second, _ = make_rows(9, 4, seed=1)
     outputs = probe_outputs(spec, None, None, {"dev": ProbeFeatures(first, second)})
     np.testing.assert_array_equal(outputs["dev"], cosine(first, second))
-    assert not needs_training_rows(spec)
-    assert all(needs_training_rows(spec_of(name)) for name in ("SST-2", "MRPC", "CoLA", "MNLI"))
 
 
 def test_other_regressions_are_ridge():
     spec = replace(spec_of("STS-B"), similarity=False, pair=False, name="length")
     train, labels = make_rows(100, 5, classes=4)
-    assert needs_training_rows(spec)
     outputs = probe_outputs(spec, ProbeFeatures(train, None), labels, {"dev": ProbeFeatures(train[:8], None)})["dev"]
     np.testing.assert_allclose(outputs, ridge_probe(train, labels, train[:8], l2=5 / 100))
 
@@ -303,7 +299,7 @@ def test_real_encoder_beats_the_same_one_with_random_weights():
         train, dev = data.splits["train"], data.splits["dev"]
         first = pooled(model, dev.first)
         features = {"dev": ProbeFeatures(first, None if dev.second is None else pooled(model, dev.second))}
-        known = ProbeFeatures(pooled(model, train.first), None) if needs_training_rows(data.spec) else None
+        known = ProbeFeatures(pooled(model, train.first), None) if not data.spec.similarity else None
         outputs = probe_outputs(data.spec, known, train.labels, features)["dev"]
         return task_score(data.spec, score_task(data.spec, outputs, dev.labels))
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from engine.config.finetune import TaskDataConfig
 from engine.data.batch import Batch
-from engine.jobs.proxy.evaluators import ProbeEvaluator
+from engine.jobs.proxy.evaluators import ProbeEvaluator, Scores
 from engine.ranks.runtime import Runtime
 from engine.records.records import read_records
 from engine.records.run_dir import RunDir
@@ -52,8 +52,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("folds", [1, 4])
-def test_scores_follow_from_the_pooled_features(tiny_world: TinyWorld, tmp_path: Path, folds: int) -> None:
+def test_scores_follow_from_the_pooled_features_of_training_rows(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    folds = 4
     write_glue_sample(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_world.teacher)
     tasks = [load_task(name, TaskDataConfig(data_dir=str(tmp_path))) for name in ("SST-2", "MRPC", "STS-B", "MNLI")]
@@ -72,17 +72,10 @@ def test_scores_follow_from_the_pooled_features(tiny_world: TinyWorld, tmp_path:
         return counts / counts.sum(1, keepdim=True)
 
     sst, sts = tasks[0], tasks[2]
-    dev = sts.splits["dev"]
-    outputs = probe_outputs(sts.spec, None, None, {"dev": ProbeFeatures(bag(dev.first), bag(dev.second))})
-    assert scores.metrics["STS-B"] == pytest.approx(score_task(sts.spec, outputs["dev"], dev.labels), abs=1e-4)
-    if folds == 1:
-        train, dev = sst.splits["train"], sst.splits["dev"]
-        features = ProbeFeatures(bag(train.first), None), {"dev": ProbeFeatures(bag(dev.first), None)}
-        outputs = probe_outputs(sst.spec, features[0], train.labels, features[1])
-        assert scores.metrics["SST-2"] == score_task(sst.spec, outputs["dev"], dev.labels)
-        return
-    texts = sst.splits["train"].first + sst.splits["dev"].first
-    labels = np.concatenate([sst.splits["train"].labels, sst.splits["dev"].labels])
+    pairs = sts.splits["train"]
+    outputs = probe_outputs(sts.spec, None, None, {"rows": ProbeFeatures(bag(pairs.first), bag(pairs.second))})
+    assert scores.metrics["STS-B"] == pytest.approx(score_task(sts.spec, outputs["rows"], pairs.labels), abs=1e-4)
+    texts, labels = sst.splits["train"].first, sst.splits["train"].labels
     every, right = bag(texts), 0
     for i in range(len(texts)):  # leave the row's whole fold out
         rest = [j for j in range(len(texts)) if j % folds != i % folds]
@@ -90,6 +83,22 @@ def test_scores_follow_from_the_pooled_features(tiny_world: TinyWorld, tmp_path:
         logits = probe_outputs(sst.spec, ProbeFeatures(every[rest], None), labels[rest], one)["one"]
         right += int(logits.argmax() == labels[i])
     assert scores.metrics["SST-2"]["accuracy"] == pytest.approx(right / len(texts))
+
+
+@pytest.mark.usefixtures("alone")
+def test_dev_rows_change_nothing(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.teacher)
+    here = Runtime(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+    write_glue_sample(tmp_path)
+
+    def scores(**rows: int) -> Scores:
+        config = TaskDataConfig(data_dir=str(tmp_path), **rows)
+        tasks = [load_task(name, config) for name in ("SST-2", "MRPC", "STS-B", "MNLI")]
+        evaluator = ProbeEvaluator(tasks, tokenizer, longest=64, folds=3, runtime=here)
+        return evaluator(WordCounter(len(tokenizer)))
+
+    assert scores(dev_rows=2) == scores()
+    assert scores(train_rows=10) != scores()
 
 
 @pytest.mark.faults

@@ -70,7 +70,7 @@ CHANGES_FITNESS = [
     {"task__train_rows": 5},
     {"proxy__evaluator": "finetune"},
     {"optim__weight_decay": 0.0},
-    {"proxy__folds": 1},
+    {"proxy__folds": 3},
 ]
 SAME_FITNESS = [
     {"seed": 5},

@@ -1,0 +1,171 @@
+"""What is measured on a slice of the corpus before the first step, and what a student then starts from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_encoders import make_batch, tiny_config, tiny_model
+from transformers import PreTrainedModel
+
+from engine.config.distill import LossConfig, MappingConfig
+from engine.data.batch import Batch, Counts
+from engine.losses.base import Target
+from engine.losses.loss_set import LossSet
+from engine.losses.measure import TeacherSlice, begin
+from engine.mapping import parse_mapping
+from engine.models.capture import capture, install
+from engine.models.features import Features, Wanted
+from engine.models.hub import shape_of
+from engine.models.projections import Projections
+from engine.models.student import new_model
+
+CPU = torch.device("cpu")
+MAPPING = "0-1-0-4"
+
+
+def batches(count: int, **settings: Any) -> list[Batch]:
+    """Of different tokens."""
+    found = []
+    for i in range(count):
+        batch = make_batch(sequences=4, **settings)
+        ids = (batch.input_ids * (3 * i + 1)) % 40 + 5
+        mask = batch.attention_mask
+        lengths = tuple(np.full(4, 11) if mask is None else mask.sum(1).numpy())
+        counts = Counts.of(np.array(lengths))
+        found.append(replace(batch, input_ids=ids, counts=counts, lengths=tuple(map(int, lengths))))
+    return found
+
+
+@pytest.fixture(scope="module")
+def teacher() -> PreTrainedModel:
+    model = tiny_model("bert", seed=1).double()
+    install(model, "eager")
+    return model
+
+
+def passes(model: PreTrainedModel, *, unpadded: bool) -> Callable[[Batch], Features]:
+    wanted = Wanted(hidden=frozenset({0, 1, 4}), attention=frozenset({1, 4}))
+
+    def run(batch: Batch) -> Features:
+        with torch.no_grad():
+            return capture(model, batch, wanted, unpadded=unpadded)
+
+    return run
+
+
+def learner(width: int = 24, mapping: str = MAPPING, **loss: Any) -> Any:
+    """A module as far as `begin` looks at it, with a student of this width."""
+    config = tiny_config("bert")
+    config.hidden_size = width
+    student = new_model(config, False, 0).double()
+    install(student, "eager")
+    shapes = shape_of(config, False), shape_of(tiny_config("bert"), False)
+    maps = parse_mapping(mapping, student_layers=4, teacher_layers=4, key="mapping")
+    losses = LossSet(
+        LossConfig(**loss), MappingConfig(hidden=mapping), hidden_map=maps, attention_map=maps, student=shapes[0],
+        teacher=shapes[1], mlm_probability=0.0,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    layers = losses.projected_layers
+    projections = Projections(losses.config, student_width=width, teacher_width=48, layers=layers)
+    return SimpleNamespace(student=student, projections=projections.double(), losses=losses)
+
+
+def terms(module: Any, on: list[Batch], teacher: Callable[[Batch], Features]) -> dict[str, float]:
+    """Of all batches together, as they are logged."""
+    total = sum((batch.counts for batch in on), Counts())
+    sums: Any = 0.0
+    with torch.no_grad():
+        for batch in on:
+            features = capture(module.student.eval(), batch, module.losses.wanted_student)
+            sums = sums + module.losses(features, teacher(batch), batch, total, module.projections)[1]
+    return dict(zip((*module.losses.term_names, *module.losses.observed_names), sums.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("unpadded", [False, True])
+def test_variances_are_those_of_real_tokens(teacher: PreTrainedModel, padded: bool, unpadded: bool) -> None:
+    on = batches(3, padded=padded)
+    found = TeacherSlice(on, passes(teacher, unpadded=unpadded), CPU)
+    assert found.tokens == sum(sum(batch.lengths or ()) for batch in on)
+    states, scores = [], []
+    for batch in on:
+        features = passes(teacher, unpadded=False)(batch)
+        for row, length in enumerate(batch.lengths or ()):
+            states.append(features.hidden[4][row, :length])
+            q, k = features.query[4][row, :, :length], features.key[4][row, :, :length]
+            scores.append((features.scaling[4] * q @ k.transpose(1, 2)).flatten(1))
+    rows, maps = torch.cat(states), torch.cat(scores, dim=1)
+    assert found.variance(Target("hidden", 4)) == pytest.approx(float(rows.var(0, correction=0).mean()))
+    assert found.variance(Target("scores", 4)) == pytest.approx(float(maps.var(1, correction=0).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["shared", "per_layer", "single"])
+def test_terms_are_shares_of_variance_and_the_fit_is_the_least(teacher: PreTrainedModel, kind: str) -> None:
+    on, run = batches(5), passes(teacher, unpadded=False)
+    module = learner(projection=kind, projection_bias=True)
+    raw = terms(module, on, run)
+    measured = begin(module, TeacherSlice(on, run, CPU))
+    assert set(measured.explained) == {"2-1", "4-4", "embedding"}
+    assert set(measured.scales) == {"hidden/2-1", "hidden/4-4", "attention/2-1", "attention/4-4", "embedding"}
+    fitted = terms(module, on, run)
+    for name in ("attention/2-1", "attention/4-4"):  # no projection is there
+        assert fitted[name] * measured.scales[name] == pytest.approx(raw[name], rel=1e-5)
+        target = name.replace("attention", "attention_target")
+        assert fitted[target] / fitted[name] == pytest.approx(raw[target] / raw[name], rel=1e-5)
+    names = ("hidden/2-1", "hidden/4-4", "embedding")
+    least = sum(fitted[name] for name in names)
+    assert least < 0.5 * sum(raw[name] / measured.scales[name] for name in names)
+    assert max(fitted[name] for name in names) < 1.0, "better than the teacher's mean"
+    for linear in module.projections.linears.values():  # no other map is better
+        for factor in (0.97, 1.03):
+            changed = copy.deepcopy(linear.weight.detach())
+            with torch.no_grad():
+                linear.weight.mul_(factor)
+                assert sum(terms(module, on, run)[name] for name in names) > least
+                linear.weight.copy_(changed)
+
+
+def test_explained_shares_come_from_text_that_the_map_was_not_fitted_on(teacher: PreTrainedModel) -> None:
+    """With fewer tokens than dimensions a map explains all that it was fitted on, and nothing else."""
+    on, run = batches(5), passes(teacher, unpadded=False)
+    shuffled = [replace(batch, input_ids=batch.input_ids.flip(0)) for batch in on]
+    module = learner(width=48, projection="per_layer")
+    measured = begin(module, TeacherSlice(shuffled, run, CPU))
+    trained_on = terms(module, shuffled[:4], run)
+    assert 1.0 - trained_on["hidden/4-4"] > measured.explained["4-4"] + 0.1
+
+
+def test_identity_and_random_maps_are_judged_and_left_alone(teacher: PreTrainedModel) -> None:
+    on, run = batches(5), passes(teacher, unpadded=False)
+    copied = learner(width=48, mapping="1-2-3-4", projection="identity")
+    copied.student.load_state_dict(teacher.state_dict())
+    everything = Wanted(hidden=frozenset(range(5)), attention=frozenset({1, 2, 3, 4}))
+
+    def all_layers(batch: Batch) -> Features:
+        with torch.no_grad():
+            return capture(teacher, batch, everything)
+
+    found = begin(copied, TeacherSlice(on, all_layers, CPU))
+    assert all(share == pytest.approx(1.0) for share in found.explained.values()), "the student is the teacher"
+    module = learner(projection_init="random", scale="none")
+    before = copy.deepcopy(module.projections.state_dict())
+    measured = begin(module, TeacherSlice(on, run, CPU))
+    assert measured.scales == {}
+    assert all(torch.equal(module.projections.state_dict()[name], tensor) for name, tensor in before.items())
+    assert max(measured.explained.values()) < 0.0, "a random map is worse than the mean"
+
+
+def test_tinybert_measures_nothing(teacher: PreTrainedModel) -> None:
+    module = learner(preset="tinybert")
+    before = copy.deepcopy(module.projections.state_dict())
+    measured = begin(module, TeacherSlice(batches(2), passes(teacher, unpadded=False), CPU))
+    assert measured.scales == {}
+    assert all(torch.equal(module.projections.state_dict()[name], tensor) for name, tensor in before.items())
