@@ -64,7 +64,7 @@ with Hosts(1) as hosts:
     print(hosts.root, *(p.pid for p in hosts.processes("worker-1")), *inits, flush=True)
     time.sleep(100)
 """
-    env = environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
     maker = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
     assert maker.stdout is not None
     root, *pids = maker.stdout.readline().split()
