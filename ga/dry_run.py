@@ -17,6 +17,7 @@ import optuna
 from engine.errors import UserError
 from engine.records.columns import labelled
 from engine.records.run_dir import RunDir
+from engine.records.yardstick import Yardstick
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.launcher import LOG, end_lost_job
@@ -53,7 +54,8 @@ def describe_search(
         ),
         (
             "fitness",
-            f"mean of {', '.join(facts.tasks)} ({proxy.evaluator}), {proxy.repeats} seed(s) from {config.seed}",
+            f"share of the gap from untrained student to teacher, {', '.join(facts.tasks)} ({proxy.evaluator}), "
+            f"weights {'given' if proxy.yardstick else 'measured first'}; {proxy.repeats} seed(s) from {config.seed}",
         ),
         ("fingerprint", facts.fingerprint),
         ("slots", [f"{one}, up to {s.cohort} genomes a job" for one in placements]),
@@ -206,7 +208,7 @@ def _read_cost(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def measured_evaluations(config: SearchConfig, facts: ProxyFacts) -> dict[str, Evaluation]:
+def measured_evaluations(config: SearchConfig, facts: ProxyFacts, yardstick: Yardstick) -> dict[str, Evaluation]:
     """What --dry_run has evaluated, by genome, if it can be compared."""
     folder = config.root / MEASURED
     cost = _read_cost(folder)
@@ -218,4 +220,4 @@ def measured_evaluations(config: SearchConfig, facts: ProxyFacts) -> dict[str, E
     records = RunDir(folder).records
     report = read_job(folder / LOG, records, genomes=genomes, exit_code=None, timed_out=False)
     complete = [genome for genome in genomes if report.outcomes[genome] is Outcome.OK]
-    return {genome: from_records(genome, report.results[genome], job=str(folder)) for genome in complete}
+    return {genome: from_records(genome, report.results[genome], yardstick, job=str(folder)) for genome in complete}

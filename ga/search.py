@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
+from optuna import Study
 
 from engine.config.proxy import ProxyConfig
 from engine.errors import EXIT_CRASH, EXIT_DONE, UserError
 from engine.records.run_dir import RunDir
+from engine.records.yardstick import Yardstick, describe_yardstick
 from ga.config import STUDY_FILE, SearchConfig
 from ga.dry_run import describe_search, end_lost_measurement, measured_evaluations, rehearse
 from ga.evolution.genome import Space
@@ -22,15 +24,16 @@ from ga.jobs.proxy_facts import ProxyFacts, ask_proxy
 from ga.loop import GivenUp, Interrupted, Loop, StopSignals, give_up_after_failures
 from ga.report.write import publish
 from ga.study.drivers import Driver, Drivers
-from ga.study.evaluations import ranked, read_history
+from ga.study.evaluations import Evaluation, ranked, read_history
 from ga.study.ledger import Ledger, known_evaluations
-from ga.study.sources import ConfirmationSource, SearchSource
+from ga.study.sources import ListSource, SearchSource
 from ga.study.storage import SearchStorage, open_storage
-from ga.study.studies import COMPARABLE, load_search, open_confirmation, open_search, search_space
+from ga.study.studies import COMPARABLE, load_search, open_confirmation, open_search, open_yardstick, search_space
+from ga.study.yardstick import KEPT, Measured, free_space, genomes_of, given, known_from, measured, seeds_of
 from ga.view.live import Show
 from ga.view.progress import status_text
 
-TRIALS, CONFIRMATIONS = "trials", "confirmations"
+YARDSTICK, TRIALS, CONFIRMATIONS = "yardstick", "trials", "confirmations"
 """Folders of job folders."""
 
 
@@ -112,9 +115,10 @@ class Search:
             evaluations = read_history(source.study)
             print(describe_search(self.config, self.space, self.facts, self.pool.placements, evaluations), flush=True)
             with Show(self.config, self.space, source.study, tasks=self.facts.tasks) as show:
-                self._evaluate(source, drivers, show)
-                self._confirm(source, show)
-                publish(self.config, self.storage, source.study, self.space, self.facts, say=show.say)
+                yardstick, known = self._yardstick(source, show)
+                self._evaluate(source, drivers, show, yardstick, known)
+                self._confirm(source, show, yardstick)
+                publish(self.config, self.storage, source.study, self.space, self.facts, yardstick, say=show.say)
             if not ranked(read_history(source.study)):
                 raise GivenUp("no genome got a fitness; the report's leaderboard says why of each")
         except Interrupted:
@@ -127,20 +131,60 @@ class Search:
             drivers.leave()
         return EXIT_DONE
 
-    def _evaluate(self, source: SearchSource, drivers: Drivers, show: Show) -> None:
-        known = known_evaluations(self.storage, source.study, COMPARABLE)
-        known |= measured_evaluations(self.config, self.facts)
-        ledger = Ledger(self.storage, source, drivers, known=known)
-        self._loop(ledger, drivers, show, folders=self.config.root / TRIALS, proxy=lambda: self._proxy(source)).run()
+    def _yardstick(self, source: SearchSource, show: Show) -> tuple[Measured, dict[str, Evaluation]]:
+        """What fitness is measured by, kept in the study, and the evaluations that measuring it has brought. Raises
+        GivenUp when there is nothing to measure it by."""
+        if (own := given(self.config)) is not None:
+            return own, {}
+        study = open_yardstick(self.storage, self.config, self.facts)
+        self._run_list(
+            study,
+            free_space(self.space),
+            {genome: seeds_of(self.config) for genome in genomes_of(self.space)},
+            show,
+            folders=self.config.root / YARDSTICK,
+            proxy=replace(self.config.proxy, repeats=1, report_at=[]),
+            yardstick={},
+            say="measuring the yardstick",
+        )
+        with self.storage.lock():
+            kept = source.study.user_attrs.get(KEPT)
+            found = measured(study) if kept is None else Measured.of(kept)
+            if found is None:
+                raise GivenUp(f"none of {', '.join(genomes_of(self.space))} got a score: see {YARDSTICK}/*/output.log")
+            if kept is None:
+                source.study.set_user_attr(KEPT, found.kept())
+                show.say(f"fitness: {describe_yardstick(found.scales)}")
+        if self.config.proxy.report_at:  # they have no intermediate scores by this yardstick
+            return found, {}
+        return found, known_from(study, found, seeds_of(self.config)[: self.config.proxy.repeats])
+
+    def _evaluate(
+        self,
+        source: SearchSource,
+        drivers: Drivers,
+        show: Show,
+        yardstick: Measured,
+        known: Mapping[str, Evaluation],
+    ) -> None:
+        known = {
+            **known,
+            **known_evaluations(self.storage, source.study, COMPARABLE),
+            **measured_evaluations(self.config, self.facts, yardstick.scales),
+        }
+        ledger = Ledger(self.storage, source, drivers, yardstick=yardstick.scales, known=known)
+        folders = self.config.root / TRIALS
+        self._loop(ledger, drivers, show, folders=folders, proxy=lambda: self._proxy(source, yardstick)).run()
         self._look(show, over=True)
 
     def _look(self, show: Show, *, over: bool = False) -> None:
         """Raises GivenUp when too many genomes in a row got no fitness."""
         give_up_after_failures(show.update(over=over), since=self.began, most=self.config.search.max_failures)
 
-    def _proxy(self, source: SearchSource) -> ProxyConfig:
+    def _proxy(self, source: SearchSource, yardstick: Measured) -> ProxyConfig:
         """With the thresholds of halving, as things are."""
-        proxy, rate = self.config.proxy, self.config.search.halving
+        rate = self.config.search.halving
+        proxy = replace(self.config.proxy, yardstick=dict(yardstick.scales), other_tasks=[])
         if rate is None:
             return proxy
         thresholds: dict[int, float] = {}
@@ -150,28 +194,49 @@ class Search:
                 thresholds[step] = scores[-int(len(scores) / rate)]
         return replace(proxy, stop_below=thresholds)
 
-    def _confirm(self, source: SearchSource, show: Show) -> None:
+    def _confirm(self, source: SearchSource, show: Show, yardstick: Measured) -> None:
         """Runs the best genomes and uniform again with seeds that the search has not seen."""
         s = self.config.search
         best = [one.genome for one in ranked(read_history(source.study))[: s.confirm_top]]
         if not best:
             return
         reference = self.space.text(self.space.heuristics()["uniform"])
-        study = open_confirmation(self.storage, self.config, self.facts)
-        confirmation = ConfirmationSource(study, self.space)
-        first = self.config.seed + self.config.proxy.repeats
+        first = seeds_of(self.config).stop
+        self._run_list(
+            open_confirmation(self.storage, self.config, self.facts),
+            self.space,
+            dict.fromkeys([*best, reference], range(first, first + s.confirm_seeds)),
+            show,
+            folders=self.config.root / CONFIRMATIONS,
+            proxy=replace(self.config.proxy, repeats=1, report_at=[], yardstick=dict(yardstick.scales)),
+            yardstick=yardstick.scales,
+            say="confirmation",
+        )
+
+    def _run_list(
+        self,
+        study: Study,
+        space: Space,
+        wanted: Mapping[str, range],
+        show: Show,
+        *,
+        folders: Path,
+        proxy: ProxyConfig,
+        yardstick: Yardstick,
+        say: str,
+    ) -> None:
+        """Evaluates each of these genomes with each of its seeds, as trials of `study`."""
+        source = ListSource(study, space)
         with self.storage.lock():
-            for seed in range(first, first + s.confirm_seeds):
-                for genome in dict.fromkeys([*best, reference]):
-                    confirmation.add(genome, seed)
+            for seed, genome in sorted((seed, place) for place, seeds in enumerate(wanted.values()) for seed in seeds):
+                source.add(list(wanted)[genome], seed)
         drivers = Drivers(study, Driver.this_process(), placements=len(self.pool.placements))
         try:
             if any(not trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
-                genomes = " ".join(dict.fromkeys([*best, reference]))
-                show.say(f"confirmation: {genomes} with {s.confirm_seeds} new seeds")
-            proxy = replace(self.config.proxy, repeats=1, report_at=[])
-            ledger = Ledger(self.storage, confirmation, drivers)
-            self._loop(ledger, drivers, show, folders=self.config.root / CONFIRMATIONS, proxy=lambda: proxy).run()
+                seeds = sorted({seed for seeds in wanted.values() for seed in seeds})
+                show.say(f"{say}: {' '.join(wanted)} with seeds {', '.join(map(str, seeds))}")
+            ledger = Ledger(self.storage, source, drivers, yardstick=yardstick)
+            self._loop(ledger, drivers, show, folders=folders, proxy=lambda: proxy).run()
         finally:
             drivers.leave()
 

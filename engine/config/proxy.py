@@ -17,6 +17,7 @@ from engine.config.distill import (
 )
 from engine.config.finetune import TaskDataConfig
 from engine.config.marks import evaluation, how, located, result
+from engine.records.yardstick import TaskScale
 
 PROXY_INIT = "uniform"
 
@@ -29,7 +30,16 @@ class ProxyConfig:
     """Optimizer steps of each student's distillation (docs/proxy.md says why so few)."""
 
     tasks: list[str] = located(factory=lambda: ["SST-2", "MRPC", "STS-B"])
-    """Tasks that score a student; its fitness is the mean of their scores."""
+    """Tasks whose scores make a student's fitness."""
+
+    other_tasks: list[str] = evaluation(factory=list)
+    """Tasks that are scored, too, and never count (a search scores them in its confirmation alone)."""
+
+    yardstick: dict[str, TaskScale] = evaluation(factory=dict)
+    """Task -> `start`, `teacher` and `weight`: the fitness is the weighted mean over tasks of the share of the gap
+    between the untrained student's score and the teacher's that a student closes. Empty: a proxy job scores both itself
+    (and distils `none`, too) and weighs alike all tasks that the teacher is better at; a search measures weights by the
+    reliability of tasks, once."""
 
     evaluator: Literal["probe", "finetune"] = result("probe")
     """probe: frozen mean-pooled features (zero-shot cosine for similarity tasks, logistic and ridge regression
@@ -74,6 +84,15 @@ class ProxyConfig:
             require(getattr(self, name) >= 1, f"proxy.{name}", getattr(self, name), "must be at least 1")
         require(self.folds >= 2, "proxy.folds", self.folds, "must be at least 2: one part is held out")
         require(bool(self.tasks), "proxy.tasks", self.tasks, "name at least one task")
+        for task, scale in self.yardstick.items():
+            key = f"proxy.yardstick.{task}"
+            require(scale.weight >= 0, key, scale.weight, "the weight must be >= 0")
+            require(
+                not scale.weight or scale.teacher > scale.start,
+                key,
+                scale.teacher,
+                f"the teacher must be above the start, {scale.start}, in a task that counts; give it weight 0",
+            )
         for name in ("epochs", "lr", "teacher_cache_gib"):
             require(getattr(self, name) > 0, f"proxy.{name}", getattr(self, name), "must be > 0")
         for step in self.report_at:

@@ -165,6 +165,16 @@ def capture(
     return recorder.features
 
 
+def hidden_states(
+    model: PreTrainedModel, batch: Batch, layers: frozenset[int], *, unpadded: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """The states of these layers (0: embeddings) in their order, (B, L, D) each; what stands at pads means nothing. The
+    model's head, if it has one, does not run. Arguments as of `capture`."""
+    features = capture(model.base_model, batch, Wanted(hidden=layers), unpadded=unpadded)
+    states = (features.hidden[layer] for layer in sorted(layers))
+    return tuple(x if features.segments is None else features.segments.padded(x, 1) for x in states)
+
+
 def segments_of(batch: Batch) -> Segments | None:
     """Where the real tokens of a padded batch lie without (most of) its pads; None for a batch that has nearly none."""
     if batch.attention_mask is None or batch.lengths is None:

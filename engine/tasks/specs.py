@@ -77,6 +77,9 @@ class TaskSpec:
     test_splits: tuple[str, ...] = ("test",)
     pair: bool
     defaults: TaskDefaults
+    every_layer: bool = False
+    """Whether a probe reads the pooled states of all layers and not of the last alone: acceptability shows in lower
+    ones (docs/proxy.md)."""
     similarity: bool = False
     """A regression of how alike two texts are, which a cosine can score without training."""
     glue: bool = False
@@ -147,7 +150,7 @@ _RTE = Layout(config="rte", first="sentence1", second="sentence2")
 _WNLI = Layout(config="wnli", first="sentence1", second="sentence2")
 
 _SPECS = (
-    _glue("CoLA", _COLA, ("matthews",), SMALL),
+    replace(_glue("CoLA", _COLA, ("matthews",), SMALL), every_layer=True),
     _glue("SST-2", _SST2, _ACCURACY, LARGE),
     _glue("MRPC", _MRPC, _ACCURACY_F1, SMALL),
     replace(

@@ -13,11 +13,13 @@ from statistics import fmean, median, stdev
 
 from engine.mapping import MappingPair
 from engine.records.stats import signal_ratio
+from engine.records.yardstick import NOT_A_RESULT, beaten_text, counted, describe_yardstick, is_none
 from ga.jobs.outcome import Outcome
 from ga.report.confirmation import METHOD, Confirmed, compare, seed_deviation, verdict, winner
 from ga.report.plots import Plot
 from ga.study.evaluations import RUNNING, STOPPED_EARLY, Evaluation, correlation_at, evaluated, ranked, report_steps
 from ga.study.sources import deepest_layer
+from ga.study.yardstick import Measured
 
 LEADERBOARD = "leaderboard.csv"
 SHOWN, SHOWN_FAILURES = 10, 20
@@ -40,6 +42,8 @@ class Facts:
     teacher: str
     student: str
     tasks: tuple[str, ...]
+    """Searched on."""
+    yardstick: Measured
     evaluator: str
     proxy: str
     """Steps, batch and text."""
@@ -65,6 +69,7 @@ def report_text(
     evaluations: Sequence[Evaluation],
     others: Mapping[str, Sequence[Evaluation]],
     confirmed: Confirmed,
+    scores: Mapping[str, Confirmed],
     plots: Sequence[Plot],
     *,
     best_yaml: Path,
@@ -74,6 +79,8 @@ def report_text(
     if ranked(evaluations):
         parts += ["## Best genomes", *_best_genomes(facts, evaluations)]
         parts += ["## Confirmation with new seeds", *_confirmation(facts, evaluations, confirmed)] if confirmed else []
+        parts += ["## Task by task", *_by_task(facts, confirmed, scores)] if confirmed else []
+        parts += ["## What fitness is measured by", *_yardstick(facts)]
         parts += ["## How settled it is", _settled(evaluations, confirmed)]
     parts += [f"![{plot.caption}]({plot.file})" for plot in plots]
     parts += ["## Against other searches", *_other_searches(evaluations, others)] if others else []
@@ -99,6 +106,22 @@ def headline(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirm
         return (
             f"No genome has a fitness ({found or 'nothing was evaluated'}): nothing is known about any layer mapping."
         )
+    return " ".join(part for part in (_warning(facts, evaluations), _found(facts, evaluations, confirmed)) if part)
+
+
+def _warning(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
+    """Where training with a mapping has not been better than none: there a ranking of mappings means nothing."""
+    scales, none = facts.yardstick.scales, dict(facts.yardstick.none)
+    scores = {one.genome: one.scores for one in ranked(evaluations) if not is_none(one.genome)}
+    said = beaten_text(scores | ({"0": none} if none else {}), scales)
+    warning = f"**{said}.**" if said.startswith(NOT_A_RESULT) else ""
+    if scales and not counted(scales):
+        warning = f"**{NOT_A_RESULT}: fitness is {describe_yardstick(scales)}.** {warning}".strip()
+    return warning
+
+
+def _found(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
+    best = ranked(evaluations)
     if confirmed:
         return verdict(confirmed, facts.uniform)
     first = best[0]
@@ -141,8 +164,62 @@ def _best_genomes(facts: Facts, evaluations: Sequence[Evaluation]) -> list[str]:
         rows.append([place.get(genome, ""), genome, facts.names(genome), *values])
     return [
         f"The {min(SHOWN, len(best))} best of {len(best)} genomes, then the heuristics that are not among them. "
-        f"Fitness is the mean of the task scores{_over_seeds(facts)}. All are in [{LEADERBOARD}]({LEADERBOARD}).",
+        f"Fitness is what [the yardstick](#what-fitness-is-measured-by) makes of the task scores{_over_seeds(facts)}. "
+        f"All are in [{LEADERBOARD}]({LEADERBOARD}).",
         _table(["place", "genome", "heuristic", "fitness", *facts.tasks, "minus uniform", "trial"], rows, left=(1, 2)),
+    ]
+
+
+def _yardstick(facts: Facts) -> list[str]:
+    """What each task's scores are measured against, and how far they are trusted."""
+    scales, noise, none = facts.yardstick.scales, facts.yardstick.noise, facts.yardstick.none
+    total = sum(scale.weight for scale in scales.values())
+    rows = []
+    for task, scale in scales.items():
+        gap = scale.teacher - scale.start
+        known = [f"{noise[task].deviation:.4f}", f"{noise[task].reliability:.2f}"] if task in noise else ["", ""]
+        rows.append(
+            [
+                task,
+                f"{scale.start:.4f}",
+                f"{none[task]:.4f}" if task in none else "",
+                f"{scale.teacher:.4f}",
+                f"{gap:.4f}",
+                *known,
+                f"{scale.weight / total:.2f}" if scale.weight else "does not count",
+            ]
+        )
+    header = ["scored on", "untrained", "none", "teacher", "gap", "deviation between seeds", "reliability", "weight"]
+    return [
+        "The share of the gap between the untrained student (of the uniform mapping) and the teacher that a student "
+        "closes, on training rows: 0 as it started, 1 as good as the teacher. `none` had the same steps without any "
+        "mapped layer. A task counts if its gap is larger than three deviations between seeds, by its reliability: "
+        "variance between mappings over that plus variance between seeds, of the heuristics. Fixed before the first "
+        "evaluation.",
+        _table(header, rows, left=(0,)),
+    ]
+
+
+def _by_task(facts: Facts, confirmed: Confirmed, scores: Mapping[str, Confirmed]) -> list[str]:
+    """The winner against uniform, on tasks that were searched on and on those that were not."""
+    best = winner(confirmed)
+    if best == facts.uniform:
+        return ["uniform itself won."]
+    rows = []
+    for task, by_genome in sorted(scores.items(), key=lambda one: one[0] not in facts.tasks):
+        pair = {genome: by_genome[genome] for genome in (best, facts.uniform) if genome in by_genome}
+        difference = next(iter(compare(pair, facts.uniform)), None)
+        if difference is None or difference.mean is None:
+            continue
+        means = [f"{fmean(pair[genome].values()):.4f}" for genome in (best, facts.uniform)]
+        ends = "" if difference.low is None else f"{difference.low:.4f} to {difference.high:.4f}"
+        searched = "yes" if task in facts.tasks else "no"
+        rows.append([task, searched, *means, f"{difference.mean:.4f}", ends])
+    header = ["task", "searched on", best, f"uniform ({facts.uniform})", "difference", "95 % interval"]
+    return [
+        "Raw scores with the new seeds. Tasks that were not searched on (proxy.other_tasks) show whether the winner is "
+        "better in general, or at these tasks alone.",
+        _table(header, rows, left=(0, 1)),
     ]
 
 
@@ -288,7 +365,8 @@ def _searched(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
         ["teacher", facts.teacher],
         ["student", facts.student],
         ["proxy", facts.proxy],
-        ["fitness", f"mean of {', '.join(facts.tasks)}, evaluator {facts.evaluator}"],
+        ["fitness", f"{describe_yardstick(facts.yardstick.scales)}; evaluator {facts.evaluator}"],
+        ["measuring the yardstick", f"{facts.yardstick.seconds:.0f} s of jobs, before the first evaluation"],
         ["proxy seeds", ", ".join(map(str, facts.seeds))],
     ]
     return _table(["", ""], rows, left=(0, 1))

@@ -27,6 +27,7 @@ from ga.study.evaluations import SEED, Evaluation, evaluated, evaluation, ranked
 from ga.study.sources import confirmation_name
 from ga.study.storage import SearchStorage, hide_password
 from ga.study.studies import COMPARABLE, SETTINGS
+from ga.study.yardstick import Measured
 
 REPORT, BEST = "REPORT.md", "best.yaml"
 
@@ -37,14 +38,15 @@ def write_report(
     evaluations: Sequence[Evaluation],
     others: Mapping[str, Sequence[Evaluation]],
     confirmed: Confirmed,
+    scores: Mapping[str, Confirmed],
     *,
     best_yaml: str | None = None,
 ) -> Path:
     """Returns the path of REPORT.md. `folder` is replaced as a whole, with all that was in it: after a kill it holds
     the old report or the new one.
 
-    others: other searches with the same proxy. confirmed: genome -> seed -> fitness. best_yaml: text of that file;
-    None: there is no winner.
+    others: other searches with the same proxy. confirmed: genome -> seed -> fitness. scores: the same of each task, and
+    of tasks that were not searched on. best_yaml: text of that file; None: there is no winner.
     """
     confirmed = {genome: by_seed for genome, by_seed in confirmed.items() if by_seed}
     with replaced(folder) as draft:
@@ -52,7 +54,7 @@ def write_report(
             draft, evaluations, others, confirmed, heuristics=facts.heuristics, population=facts.population
         )
         write_leaderboard(draft / LEADERBOARD, facts, evaluations)
-        text = report_text(facts, evaluations, others, confirmed, plots, best_yaml=folder / BEST)
+        text = report_text(facts, evaluations, others, confirmed, scores, plots, best_yaml=folder / BEST)
         (draft / REPORT).write_text(text, encoding="utf-8")
         if best_yaml is not None:
             (draft / BEST).write_text(best_yaml, encoding="utf-8")
@@ -124,12 +126,13 @@ def publish(
     study: Study,
     space: Space,
     facts: ProxyFacts,
+    yardstick: Measured,
     *,
     say: Callable[[str], None],
 ) -> None:
     """Writes report/, and says what it found and where that is."""
     evaluations = read_history(study)
-    confirmed = confirmed_fitness(storage, config, facts)
+    confirmed, scores = confirmed_fitness(storage, config, facts)
     folder = config.root / FOLDER
     best = ranked(evaluations)
     genome = winner(confirmed) if confirmed else best[0].genome if best else None
@@ -139,24 +142,31 @@ def publish(
         why = f"Layer mapping {genome}, found by search {config.study!r}: {report} says how sure that is."
         best_yaml = as_commented_yaml(best_config(config, facts, genome), path=folder / BEST, why=why)
     others = comparable_searches(storage, study)
-    write_report(folder, report_facts(config, space, facts), evaluations, others, confirmed, best_yaml=best_yaml)
-    say(f"\n{headline(report_facts(config, space, facts), evaluations, confirmed)}\n\nreport     {report}")
+    about = report_facts(config, space, facts, yardstick)
+    write_report(folder, about, evaluations, others, confirmed, scores, best_yaml=best_yaml)
+    say(f"\n{headline(about, evaluations, confirmed)}\n\nreport     {report}")
     if best_yaml is not None:
         say(f"go on      deepspeed launch/distill.py --config {folder / BEST}")
 
 
-def confirmed_fitness(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> dict[str, dict[int, float]]:
-    """genome -> seed -> fitness of the confirmation, as far as there is one."""
+def confirmed_fitness(
+    storage: SearchStorage, config: SearchConfig, facts: ProxyFacts
+) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, dict[int, float]]]]:
+    """genome -> seed -> fitness of the confirmation, and task -> genome -> seed -> score, as far as there is one."""
     try:
         study = optuna.load_study(storage=storage.optuna, study_name=confirmation_name(config.study, facts.fingerprint))
     except KeyError:
-        return {}
+        return {}, {}
     found: dict[str, dict[int, float]] = {}
+    scores: dict[str, dict[str, dict[int, float]]] = {}
     for trial in study.get_trials(deepcopy=False):
-        fitness = evaluation(trial).fitness
-        if fitness is not None:
-            found.setdefault(evaluation(trial).genome, {})[int(trial.user_attrs[SEED])] = fitness
-    return found
+        one = evaluation(trial)
+        if one.fitness is not None:
+            seed = int(trial.user_attrs[SEED])
+            found.setdefault(one.genome, {})[seed] = one.fitness
+            for task, score in one.scores.items():
+                scores.setdefault(task, {}).setdefault(one.genome, {})[seed] = score
+    return found, scores
 
 
 def comparable_searches(storage: SearchStorage, study: Study) -> Mapping[str, list[Evaluation]]:
@@ -171,7 +181,7 @@ def comparable_searches(storage: SearchStorage, study: Study) -> Mapping[str, li
     return found
 
 
-def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts) -> Facts:
+def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts, yardstick: Measured) -> Facts:
     s, proxy = config.search, config.proxy
     student = config.student.path or f"{space.student_layers} layers, init {config.student.init or 'random'}"
     return Facts(
@@ -186,6 +196,7 @@ def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts) -> Facts
         teacher=f"{config.teacher.path}: {space.teacher_layers} layers",
         student=student,
         tasks=facts.tasks,
+        yardstick=yardstick,
         evaluator=proxy.evaluator,
         proxy=f"{proxy.steps} steps x {config.train.global_batch} sequences of {facts.seq_len}, {config.data.path}",
         seeds=tuple(range(config.seed, config.seed + proxy.repeats)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -12,10 +12,12 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from engine.records.stats import rank_correlation
+from engine.records.yardstick import Yardstick, fitness_of
 
 GENOME, SEED, GENERATION, OUTCOME, MESSAGE = "genome", "seed", "generation", "outcome", "message"
 SCORES, BY_SEED, REPORTS = "scores", "fitness_by_seed", "reports"
 SECONDS, COHORT, JOB, SAME_AS = "seconds", "cohort", "job", "same_as"
+BASELINES = "baselines"
 """Names of a trial's user attributes, which optuna-dashboard shows."""
 
 RUNNING, STOPPED_EARLY, REPEATED = "running", "stopped early", "repeated"
@@ -94,9 +96,9 @@ def ranked(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return list(best.values())
 
 
-def from_records(genome: str, results: Sequence[Mapping[str, Any]], *, job: str) -> Evaluation:
+def from_records(genome: str, results: Sequence[Mapping[str, Any]], yardstick: Yardstick, *, job: str) -> Evaluation:
     """A complete evaluation outside a study. results: its `result` records, one for each seed."""
-    found = summary(results)
+    found = summary(results, yardstick)
     return Evaluation(
         number=-1,
         genome=genome,
@@ -109,12 +111,20 @@ def from_records(genome: str, results: Sequence[Mapping[str, Any]], *, job: str)
     )
 
 
-def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A trial's user attributes from its `result` records, one for each seed."""
-    tasks = results[0].get("scores", {})
-    steps = set.intersection(*(set(result.get("reports", {})) for result in results))
+def summary(results: Sequence[Mapping[str, Any]], yardstick: Yardstick) -> dict[str, Any]:
+    """A trial's user attributes from its `result` records, one for each seed. yardstick: empty: that of each job.
+    Intermediate fitness counts where the job had this yardstick."""
+    tasks = results[0]["scores"]
+    wanted = {task: asdict(scale) for task, scale in yardstick.items()}
+    comparable = all(not wanted or result["yardstick"] == wanted for result in results)
+    steps = set.intersection(*(set(result.get("reports", {})) for result in results)) if comparable else set()
+
+    def fitness(result: Mapping[str, Any]) -> float:
+        return fitness_of(result["scores"], yardstick) if yardstick else float(result["fitness"])
+
     return {
-        BY_SEED: {str(result["seed"]): result["fitness"] for result in results},
+        BASELINES: results[0]["yardstick"],
+        BY_SEED: {str(result["seed"]): fitness(result) for result in results},
         SCORES: {task: fmean(result["scores"][task] for result in results) for task in tasks},
         REPORTS: {step: fmean(result["reports"][step] for result in results) for step in sorted(steps, key=int)},
     }

@@ -18,6 +18,7 @@ import optuna
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from engine.records.yardstick import Yardstick
 from ga.jobs.launcher import LOG, end_lost_job
 from ga.jobs.outcome import JobReport, Outcome, read_job
 from ga.study import evaluations
@@ -46,12 +47,19 @@ class Claim:
 
 class Ledger:
     def __init__(
-        self, storage: SearchStorage, source: Source, drivers: Drivers, *, known: Mapping[str, Evaluation] | None = None
+        self,
+        storage: SearchStorage,
+        source: Source,
+        drivers: Drivers,
+        *,
+        yardstick: Yardstick,
+        known: Mapping[str, Evaluation] | None = None,
     ) -> None:
-        """known: evaluations by other studies that can be compared with this one's, by genome."""
+        """yardstick: what makes a fitness of scores; empty: what the job says. known: evaluations by other studies that
+        can be compared with this one's, by genome."""
         self._storage, self._source, self._drivers = storage, source, drivers
         self._study: Study = source.study
-        self._known = known or {}
+        self._known, self._yardstick = known or {}, yardstick
         self._held: set[int] = set()
         """Trial ids of claims that were handed out. What is owned beside them was claimed when the storage failed."""
         self.orphans_ended = 0
@@ -204,7 +212,7 @@ class Ledger:
                 return
         self._note(trial._trial_id, {**notes, evaluations.OUTCOME: outcome.value})
         if outcome is Outcome.OK:
-            found = evaluations.summary(report.results[genome])
+            found = evaluations.summary(report.results[genome], self._yardstick)
             self._note(trial._trial_id, found)
             fitness = fmean(found[evaluations.BY_SEED].values())
             self._reports(trial._trial_id, found[evaluations.REPORTS])

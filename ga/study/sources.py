@@ -144,7 +144,7 @@ def build_sampler(space: Space, settings: SearchSection) -> optuna.samplers.Base
     return optuna.samplers.NSGAIISampler(seed=settings.seed, population_size=20)
 
 
-class ConfirmationSource:
+class ListSource:
     """Genomes and seeds from a list: what `add` has queued."""
 
     def __init__(self, study: Study, space: Space) -> None:

@@ -19,6 +19,7 @@ from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.study.sources import SearchSource, confirmation_name
 from ga.study.storage import SearchStorage
+from ga.study.yardstick import yardstick_name
 
 SETTINGS, COMPARABLE, PARTS = "settings", "comparable with", "fingerprint parts"
 """User attributes of a study: what must not change, what makes its fitness comparable with other studies', and what the
@@ -75,9 +76,25 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
         if begun is None:
             source.start()
             study.set_user_attr(PARTS, facts.fingerprint_parts)
-            study.set_user_attr(COMPARABLE, [facts.fingerprint, config.seed, config.proxy.repeats])
+            study.set_user_attr(COMPARABLE, comparable(config, facts))
             study.set_user_attr(SETTINGS, wanted)  # last: it says that the others are there
     return source
+
+
+def comparable(config: SearchConfig, facts: ProxyFacts) -> list[Any]:
+    """What two searches must have in common for their fitness to be comparable."""
+    own = {task: asdict(scale) for task, scale in config.proxy.yardstick.items()}
+    return [facts.fingerprint, config.seed, config.proxy.repeats, own]
+
+
+def open_yardstick(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> Study:
+    with storage.lock():
+        return optuna.create_study(
+            storage=storage.optuna,
+            study_name=yardstick_name(facts.fingerprint, config.seed),
+            direction="maximize",
+            load_if_exists=True,
+        )
 
 
 def open_confirmation(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> Study:

@@ -25,6 +25,8 @@ from ga.jobs.launcher import MARKER
 from ga.study.evaluations import Evaluation, read_history
 from ga.study.storage import open_storage
 
+YARDSTICK = f"{{{', '.join(f'{task}: {{start: 0.4, teacher: 0.95}}' for task in ('SST-2', 'MRPC', 'STS-B'))}}}"
+"""As given by a user."""
 STAND_IN_DRIVER = "tests/support/stand_in_driver.py"
 
 
@@ -140,6 +142,7 @@ def make_tiny_search(
         "train.global_batch": 8,
         "train.warmup_steps": 2,
         "proxy.steps": 6,
+        "proxy.yardstick": YARDSTICK,  # measuring it takes two jobs
     }
     for key, value in settings.items():
         values[key.replace("__", ".") if "__" in key else f"search.{key}"] = value

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -31,6 +31,7 @@ from engine.mapping import MappingPair
 from engine.records.fingerprints import digest
 from engine.records.records import RecordWriter, format_record
 from engine.records.run_dir import RunDir
+from engine.records.yardstick import TaskScale, fitness_of
 
 METRICS = {"SST-2": ("accuracy",), "MRPC": ("accuracy", "f1"), "STS-B": ("pearson", "spearman")}
 CODE = ("mapdistill", "torch", "deepspeed", "transformers", "torchmetrics")
@@ -50,7 +51,12 @@ class StandIn:
         self.teacher = json.loads((Path(str(config.teacher.path)) / "config.json").read_text(encoding="utf-8"))
         self.corpus = json.loads((Path(config.data.path) / "manifest.json").read_text(encoding="utf-8"))
         self.layers = {"student_layers": config.student.layers, "teacher_layers": self.teacher["num_hidden_layers"]}
-        pairs = [MappingPair.parse(text, **self.layers, key="genomes") for text in config.genomes]
+        texts = [*config.genomes, *(() if config.proxy.yardstick else ("none",))]
+        pairs = [MappingPair.parse(text, **self.layers, key="genomes") for text in texts]
+        self.yardstick = {
+            task: TaskScale(**one)
+            for task, one in config.proxy.yardstick.items()  # type: ignore[arg-type]
+        } or {task: TaskScale(start=0.4, teacher=0.95) for task in config.proxy.tasks}
         self.genomes = {str(pair): pair for pair in pairs}
         self.seeds = list(range(config.seed, config.seed + self.proxy.repeats))
         self.parts = self._fingerprint_parts()
@@ -92,12 +98,17 @@ class StandIn:
         self.aloud = RecordWriter(records)
         self.silent = RecordWriter(records, stream=io.StringIO())  # what the students' monitors write
         self.aloud.write("run", status="started", fingerprint_parts=self.parts, **self.facts)
+        if not self.proxy.yardstick:
+            start = {task: one.start for task, one in self.yardstick.items()}
+            teacher = {task: one.teacher for task, one in self.yardstick.items()}
+            self.aloud.write("run", status="baselines", start=start, teacher=teacher, **self.facts)
         if len(self.genomes) > self.told.get("fits", len(self.genomes)):
             print("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate too much")
             return EXIT_CRASH
         for seed in self.seeds:
             self._cohort(seed)
-        wall = dict.fromkeys(("start", "encode", "load", "train", "evaluate"), 0.1)
+        phases = ("start", "encode", "load", "train", "evaluate", *(() if self.proxy.yardstick else ("baselines",)))
+        wall = dict.fromkeys(phases, 0.1)
         self.aloud.write("run", status="finished", signal=None, wall_s=wall, **self.facts)
         return EXIT_DIVERGED if all(self._is(genome, "diverges") for genome in self.genomes) else EXIT_DONE
 
@@ -142,6 +153,7 @@ class StandIn:
             status="ok",
             mapping={"hidden": str(pair.hidden), "attention": str(pair.attention)},
             reports=reports,
+            yardstick={task: asdict(one) for task, one in self.yardstick.items()},
             steps=steps,
             cohort=len(self.genomes),
             wall_s=dict.fromkeys(phases, 0.1),
@@ -158,7 +170,7 @@ class StandIn:
             task: {name: quality + noise.uniform(-0.01, 0.01) for name in METRICS[task]} for task in self.proxy.tasks
         }
         scores = {task: fmean(values.values()) for task, values in metrics.items()}
-        return {"metrics": metrics, "scores": scores, "fitness": fmean(scores.values())}
+        return {"metrics": metrics, "scores": scores, "fitness": fitness_of(scores, self.yardstick)}
 
     def _progress(self, genome: str, step: int) -> Fields:
         """What a monitor says of a step, with ones for numbers."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from engine.data.batch import Batch, Counts
 from engine.losses.loss_set import LossSet
-from engine.models.capture import capture, inputs_of, segments_of
+from engine.models.capture import capture, hidden_states
 from engine.models.features import Features
 from engine.models.projections import Projections
-from engine.models.unpadding import packing
 
 
 class DistilModule(nn.Module):
@@ -18,7 +18,7 @@ class DistilModule(nn.Module):
     would be put into train mode, sharded, saved and exported."""
 
     def __init__(
-        self, student: nn.Module, projections: Projections, losses: LossSet, *, unpadded: bool = False
+        self, student: PreTrainedModel, projections: Projections, losses: LossSet, *, unpadded: bool = False
     ) -> None:
         """unpadded: run padded batches without their pads, as the teacher does."""
         super().__init__()
@@ -29,18 +29,19 @@ class DistilModule(nn.Module):
         """Set anew once their scales are known."""
 
     def forward(
-        self, batch: Batch, teacher: Features | None = None, per_micro: Counts | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        self,
+        batch: Batch,
+        teacher: Features | None = None,
+        per_micro: Counts | None = None,
+        layers: frozenset[int] = frozenset(),
+    ) -> tuple[torch.Tensor, ...]:
         """The total (scalar, differentiable) and the raw value of every term (T,), detached, both fp32.
 
         `per_micro`: counts of the global batch divided by (ranks x accumulation), so that DeepSpeed's averages over
         both give the mean over the global batch whatever the split. Without `teacher` and `per_micro`: the student's
-        last hidden state (B, L, D), for probes.
+        hidden states of `layers` as engine.models.capture.hidden_states returns them, for probes.
         """
         if teacher is None or per_micro is None:
-            with packing(segments_of(batch) if self.unpadded else None, pad_at_end=True):
-                output = self.student.base_model(**inputs_of(batch))
-            last: torch.Tensor = output.last_hidden_state
-            return last
+            return hidden_states(self.student, batch, layers, unpadded=self.unpadded)
         features = capture(self.student, batch, self.losses.wanted_student, unpadded=self.unpadded)
         return self.losses(features, teacher, batch, per_micro, self.projections)

@@ -18,7 +18,7 @@ from engine.jobs.proxy.evaluators import Scores
 from engine.jobs.proxy.plan import Genome
 from engine.jobs.proxy.teacher_cache import AnyTeacher
 from engine.losses.measure import TeacherSlice, begin
-from engine.models.capture import inputs_of
+from engine.models.capture import hidden_states
 from engine.models.compact_embedding import whole_vocabulary
 from engine.ranks.runtime import Runtime
 from engine.records.run_dir import RunDir, as_yaml
@@ -50,13 +50,16 @@ class Member:
     def diverged(self) -> bool:
         return self.trainee is not None and self.trainee.diverged
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """The student's last hidden state (B, L, D)."""
-        if self.trainee is not None:
-            last: torch.Tensor = self.trainee.ds_engine(batch)
-        else:
-            last = self.student.base_model(**inputs_of(batch)).last_hidden_state
-        return last
+    def hidden(self, batch: Batch, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
+        """The student's hidden states as engine.models.capture.hidden_states returns them."""
+        if self.trainee is None:
+            return hidden_states(self.student, batch, layers)
+        states: tuple[torch.Tensor, ...] = self.trainee.ds_engine(batch, layers=layers)
+        return states
+
+    @property
+    def layers(self) -> int:
+        return self.plan.student_shape.layers
 
     def evaluating(self, on: bool) -> None:
         """Dropout off (or on again)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,12 +40,17 @@ PROBE_BATCH = 64
 class Student(Protocol):
     """What an evaluator needs of a member of a cohort."""
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """The last hidden state (B, L, D)."""
+    def hidden(self, batch: Batch, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
+        """The hidden states of these layers (0: embeddings) in their order, (B, L, D) each."""
         ...
 
     def save(self, folder: Path) -> None:
         """Collective. Writes a Hugging Face folder."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """How many it has."""
         ...
 
     @property
@@ -59,11 +65,8 @@ class Scores:
     """task -> metric -> value."""
     tasks: dict[str, float]
     """task -> its score, the mean of its metrics."""
-
-    @property
-    def fitness(self) -> float:
-        """The mean of the tasks' scores."""
-        return float(np.mean(list(self.tasks.values())))
+    fitness: float = math.nan
+    """By the job's yardstick (engine/records/yardstick.py); nan before there is one."""
 
 
 class Evaluator(Protocol):
@@ -95,6 +98,7 @@ class ProbeEvaluator:
         runtime: Runtime,
     ) -> None:
         self._tasks, self._runtime, self._folds = tasks, runtime, folds
+        self._every_layer = any(task.spec.every_layer for task in tasks)
         texts: list[str] = []
         self._rows: dict[str, _Rows] = {}
 
@@ -121,12 +125,17 @@ class ProbeEvaluator:
         for task in self._tasks:
             watchdog.beat()
             at = self._rows[task.spec.name]
-            rows = ProbeFeatures(features[at.first], None if at.second is None else features[at.second])
+            states = features if task.spec.every_layer else features[:, -1:]
+            first, second = (None if rows is None else states[rows].flatten(1) for rows in (at.first, at.second))
+            assert first is not None
+            rows = ProbeFeatures(first, second)
             metrics[task.spec.name] = _cross_validated(task, rows, self._folds)
         return scores_of(self._tasks, metrics)
 
     def _features(self, student: Student) -> torch.Tensor:
-        """(texts, D) float32 mean-pooled last hidden states, on the CPU."""
+        """(texts, layers, D) float32 mean-pooled hidden states on the CPU: of the last layer, or of all and the
+        embeddings if a task wants them."""
+        layers = frozenset(range(0 if self._every_layer else student.layers, student.layers + 1))
         device = self._runtime.device
         batches = evaluation_batches(
             self._encoded,
@@ -139,7 +148,8 @@ class ProbeEvaluator:
         with torch.no_grad():
             for batch in batches:
                 on_device = batch.to(device)
-                pooled.append(pool(student.hidden(on_device), on_device.attention_mask))
+                states = student.hidden(on_device, layers)
+                pooled.append(torch.stack([pool(state, on_device.attention_mask) for state in states], dim=1))
                 rows.append(batch.rows)
                 watchdog.beat()
         return gather_rows(torch.cat(pooled), torch.cat(rows), total=len(self._encoded)).cpu()

@@ -26,6 +26,7 @@ from engine.data.shard_check import ShardCheck
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
 from engine.jobs.distill.build import load_teacher, open_corpus
 from engine.jobs.distill.plan import Plan
+from engine.jobs.proxy.baselines import baselines
 from engine.jobs.proxy.cohort import IntermediateScores, Member, build_member
 from engine.jobs.proxy.evaluators import Evaluator, Scores, Stopped, build_evaluator
 from engine.jobs.proxy.plan import Genome, ProxyPlan, make_proxy_plan
@@ -38,6 +39,7 @@ from engine.ranks.collectives import from_rank_zero, gathered
 from engine.records.fingerprints import flatten
 from engine.records.records import RecordWriter, format_record
 from engine.records.run_dir import RunDir
+from engine.records.yardstick import TaskScale, Yardstick, alike, fitness_of
 from engine.train.monitor import Monitor, open_records, peak_memory_gib
 from engine.train.trainer import Outcome, Trainer
 
@@ -78,6 +80,8 @@ class ProxyJob:
         """Whether one of them was stopped early."""
         self.results: dict[tuple[str, int], Result] = {}
         """By genome and seed; with those of earlier starts that can be compared."""
+        self.yardstick: Yardstick = self.config.proxy.yardstick
+        """Empty before the baselines are scored."""
         self._earlier_cohorts: dict[str, float] = {}
         """Seconds by phase of the cohorts of this start that are done; without what all cohorts share."""
         self._shard_check: ShardCheck | None = None
@@ -106,12 +110,14 @@ class ProxyJob:
             if self.config.resume != "auto":
                 return {}
             found = earlier_results(self.run_dir.records, self.plan.fingerprint)
-            return {pair: result for pair, result in found.items() if not self._lacks_student(pair, result)}
+            return {pair: result for pair, result in found.items() if not self._lacks(pair, result)}
 
         return from_rank_zero(read)
 
-    def _lacks_student(self, pair: tuple[str, int], result: Result) -> bool:
-        """Whether the student of an earlier start is wanted now, and was not kept."""
+    def _lacks(self, pair: tuple[str, int], result: Result) -> bool:
+        """Whether something is wanted now that an earlier start has not left: a score, or the student."""
+        if any(task.spec.name not in result["scores"] for task in self.plan.tasks):
+            return True
         key, seed = pair
         asked = self.config.proxy.keep_students and key in self.genomes and seed in self.seeds
         return asked and not ("student" in result and self._student_folder(self.genomes[key], seed).is_dir())
@@ -120,6 +126,7 @@ class ProxyJob:
         return self.run_dir.root / "students" / f"{genome.mapping.file_name}-seed{seed}"
 
     def _run(self) -> int:
+        self._take_yardstick()
         self._record("run", status="started", fingerprint_parts=self.plan.fingerprint_parts)
         missing = {
             seed: [genome for genome in self.plan.genomes if (genome.key, seed) not in self.results]
@@ -128,6 +135,9 @@ class ProxyJob:
         if any(missing.values()):
             with self._phase("encode"):
                 evaluator = self._build_evaluator()
+            if not self.yardstick and not self._measure_yardstick(evaluator):
+                self._record("run", status="preempted", signal=self.stop.signal)
+                return EXIT_PREEMPTED
             with self._phase("load"):
                 teacher = self._teacher({genome.key: genome for group in missing.values() for genome in group})
             shared = dict(self.wall)
@@ -142,7 +152,8 @@ class ProxyJob:
         self._record("run", status="finished", signal=None if signal is None else asdict(signal), wall_s=self.wall)
         if self.here.is_rank_zero:
             given = {key: genome.given for key, genome in self.genomes.items()}
-            print("\n" + closing_text(list(self.results.values()), given, self.failed), flush=True)
+            text = closing_text(list(self.results.values()), given, self.failed, self.yardstick)
+            print("\n" + text, flush=True)
         done = self.stopped or any((key, seed) in self.results for key in self.genomes for seed in self.seeds)
         return EXIT_DONE if done else EXIT_DIVERGED
 
@@ -187,6 +198,27 @@ class ProxyJob:
     def _build_evaluator(self) -> Evaluator:
         scratch = self.run_dir.root / "students" / ".scored"
         return build_evaluator(self.plan, self.here, self.stop, scratch)
+
+    def _take_yardstick(self) -> None:
+        """From earlier results, where there are any; their fitness is then by the yardstick of this start."""
+        for result in self.results.values():
+            self.yardstick = self.yardstick or {task: TaskScale(**scale) for task, scale in result["yardstick"].items()}
+            result["fitness"] = fitness_of(result["scores"], self.yardstick)
+
+    def _measure_yardstick(self, evaluator: Evaluator) -> bool:
+        """Collective. Scores the baselines. False when told to stop."""
+        found: dict[str, Scores] = {}
+        try:
+            with self._phase("baselines"), self._scoring_watched(self.config.seed):
+                for name, model in baselines(self.plan.base, self.here.device):
+                    found[name] = evaluator(model)
+        except Stopped:
+            return False
+        self.yardstick = alike(found["start"].tasks, found["teacher"].tasks, self.plan.counted)
+        self._record("run", status="baselines", **{name: scores.tasks for name, scores in found.items()})
+        for name, scores in found.items():
+            self._say(f"{name}  ({_listed(scores.tasks)})")
+        return True
 
     def _teacher(self, genomes: Mapping[str, Genome]) -> AnyTeacher | None:
         """As deep as the deepest layer that any of the genomes needs; with a cache, as deep as any could need. None
@@ -301,6 +333,7 @@ class ProxyJob:
         member.evaluating(True)
         with self._phase("evaluate"):
             scores = evaluator(member)
+        scores = replace(scores, fitness=fitness_of(scores.tasks, self.yardstick))
         member.evaluating(False)
         member.evaluate_s += time.perf_counter() - start
         return scores
@@ -326,6 +359,7 @@ class ProxyJob:
             "scores": scores.tasks,
             "metrics": scores.metrics,
             "fitness": scores.fitness,
+            "yardstick": {task: asdict(scale) for task, scale in self.yardstick.items()},
             "reports": {str(step): report.fitness for step, report in member.reports.items()},
             "fingerprint": self.plan.fingerprint,
             "steps": 0 if trainee is None else steps,
@@ -352,5 +386,8 @@ class ProxyJob:
         self.results[genome.key, seed] = result
         if self._records is not None:
             self._records.write("result", **result)
-            text = ", ".join(f"{task} {value:.4f}" for task, value in scores.tasks.items())
-            print(f"{genome.key}  seed {seed}  fitness {scores.fitness:.4f}  ({text})", flush=True)
+            print(f"{genome.key}  seed {seed}  fitness {scores.fitness:.4f}  ({_listed(scores.tasks)})", flush=True)
+
+
+def _listed(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{task} {value:.4f}" for task, value in scores.items())

@@ -54,6 +54,9 @@ class ProxyPlan:
     """What does not depend on the mapping is the same for all genomes."""
     genomes: tuple[Genome, ...]
     tasks: tuple[TaskData, ...]
+    """Those that make the fitness, then those of proxy.other_tasks."""
+    counted: tuple[str, ...]
+    """Names of the first ones."""
     fingerprint: str
     fingerprint_parts: dict[str, Any]
     """What the fingerprint is made of, in readable groups."""
@@ -68,7 +71,7 @@ class ProxyPlan:
             "teacher_layers": self.base.teacher_shape.layers,
             "sequences": self.base.manifest.sequences,
             "seq_len": self.base.seq_len,
-            "tasks": [task.spec.name for task in self.tasks],
+            "tasks": list(self.counted),
             "fingerprint_parts": self.fingerprint_parts,
         }
 
@@ -76,22 +79,29 @@ class ProxyPlan:
 def make_proxy_plan(config: ProxyJobConfig) -> ProxyPlan:
     """Reads configuration files, manifest, tokenizer and task rows, and checks them. Raises UserError."""
     names, absent = resolve_names(config.proxy.tasks, config.task)
+    others = [name for name in resolve_names(config.proxy.other_tasks, config.task)[0] if name not in names]
+    if config.proxy.yardstick and set(config.proxy.yardstick) != set(names):
+        raise UserError(
+            f"proxy.yardstick has {', '.join(config.proxy.yardstick)}, but proxy.tasks are {', '.join(names)}: give a "
+            "start, a teacher and a weight for each of them, or leave the yardstick out and it is measured"
+        )
     if config.proxy.evaluator == "probe":
-        for name in names:
-            if task_spec(name, config.task).kind == "span":
-                raise UserError(
-                    f"proxy.tasks={name!r}: a probe cannot find answers in a text; write proxy.evaluator=finetune or "
-                    "leave it out"
-                )
+        for key, group in (("proxy.tasks", names), ("proxy.other_tasks", others)):
+            for name in group:
+                if task_spec(name, config.task).kind == "span":
+                    raise UserError(
+                        f"{key}={name!r}: a probe cannot find answers in a text; write proxy.evaluator=finetune or "
+                        "leave it out"
+                    )
     base = make_plan(run_config(config))
     if config.proxy.evaluator == "finetune":
         check_finetune_batch(config, base)
     genomes = parse_genomes(config, base)
-    tasks = tuple(load_task(name, config.task) for name in names)
-    parts = fingerprint_parts(config, base, tasks)
+    tasks = tuple(load_task(name, config.task) for name in (*names, *others))
+    parts = fingerprint_parts(config, base, tasks[: len(names)])
     warnings = [f"no folder of {', '.join(absent)} under {config.task.data_dir}: left out"] if absent else []
     warnings += [text for task in tasks for text in task.warnings]
-    return ProxyPlan(config, base, genomes, tasks, digest(parts), parts, tuple(warnings))
+    return ProxyPlan(config, base, genomes, tasks, tuple(names), digest(parts), parts, tuple(warnings))
 
 
 def check_finetune_batch(config: ProxyJobConfig, base: Plan) -> None:
@@ -131,10 +141,11 @@ def deepspeed_file(given: str) -> str:
 
 
 def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
-    """Each mapping once, in the order given. Raises UserError naming the genome that does not fit the models."""
+    """Each mapping once, in the order given, and `none` behind them where the yardstick is yet to be measured. Raises
+    UserError naming the genome that does not fit the models."""
     sizes = {"student_layers": base.student_shape.layers, "teacher_layers": base.teacher_shape.layers}
     found: dict[MappingPair, Genome] = {}
-    for text in config.genomes:
+    for text in (*config.genomes, *(() if config.proxy.yardstick else ("none",))):
         mapping = MappingPair.parse(text, **sizes, key="genomes")
         mapping.refuse_kept_layers("genomes")
         if mapping in found:

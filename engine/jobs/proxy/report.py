@@ -13,7 +13,9 @@ from engine.ranks.runtime import Runtime
 from engine.records.columns import columns, labelled
 from engine.records.records import read_records
 from engine.records.stats import Signal, describe, signal_ratio
+from engine.records.yardstick import Yardstick, beaten_text, counted, describe_yardstick
 
+MEASURED_FIRST = "share of the gap from the untrained student to the teacher, which are scored first; none runs, too"
 Result = dict[str, Any]
 """A `result` record of one genome and seed."""
 
@@ -36,8 +38,9 @@ def signal_of(results: Sequence[Result]) -> Signal | None:
     return signal_ratio(fitness)
 
 
-def fitness_table(results: Sequence[Result], names: dict[str, str], failed: Sequence[str]) -> str:
-    """Best genome first; means over seeds, with the sample standard deviation where there are several.
+def fitness_table(results: Sequence[Result], names: dict[str, str], failed: Sequence[str], yardstick: Yardstick) -> str:
+    """Best genome first, then the baselines; means over seeds, with the sample standard deviation where there are
+    several. Tasks that do not count are in brackets.
 
     names: genome -> what the user called it. failed: genomes without any result, each with the reason.
     """
@@ -46,7 +49,8 @@ def fitness_table(results: Sequence[Result], names: dict[str, str], failed: Sequ
         by_genome[result["genome"]].append(result)
     order = sorted(by_genome, key=lambda genome: -fmean(r["fitness"] for r in by_genome[genome]))
     tasks = list(results[0]["scores"]) if results else []
-    heads = ["genome", "", *tasks, "fitness", "seeds"]
+    counting = counted(yardstick) or list(yardstick)
+    heads = ["genome", "", *(task if task in counting else f"({task})" for task in tasks), "fitness", "seeds"]
     rows = [heads]
     for genome in order:
         group = by_genome[genome]
@@ -54,13 +58,32 @@ def fitness_table(results: Sequence[Result], names: dict[str, str], failed: Sequ
         cells = [_mean_and_deviation([r["scores"][task] for r in group]) for task in tasks]
         fitness = _mean_and_deviation([r["fitness"] for r in group])
         rows.append([genome, given if given != genome else "", *cells, fitness, str(len(group))])
+    for name in ("start", "teacher") if results else ():
+        cells = [f"{getattr(yardstick[task], name):.4f}" if task in yardstick else "" for task in tasks]
+        rows.append([name, "", *cells, f"{float(name == 'teacher'):.4f}" if counted(yardstick) else "", ""])
     rows += [[text] for text in failed]
     return columns(rows, left=(0, 1))
 
 
-def closing_text(results: Sequence[Result], names: dict[str, str], failed: Sequence[str]) -> str:
+def closing_text(results: Sequence[Result], names: dict[str, str], failed: Sequence[str], yardstick: Yardstick) -> str:
+    """First whether the students are better than no training at all, then the table, what a fitness is, and how far it
+    can be trusted."""
     signal = signal_of(results)
-    return fitness_table(results, names, failed) + (f"\n\n{describe(signal)}" if signal is not None else "")
+    parts = [beaten_text(_scores_by_genome(results), yardstick), fitness_table(results, names, failed, yardstick)]
+    parts += [f"fitness: {describe_yardstick(yardstick)}"] if results else []
+    parts += [describe(signal)] if signal is not None else []
+    return "\n\n".join(part for part in parts if part)
+
+
+def _scores_by_genome(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """genome -> task -> mean over seeds."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result["genome"]].append(result)
+    return {
+        genome: {task: fmean(one["scores"][task] for one in group) for task in group[0]["scores"]}
+        for genome, group in groups.items()
+    }
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
@@ -76,6 +99,7 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
     genomes = [genome.key + ("" if genome.given == genome.key else f"  ({genome.given})") for genome in plan.genomes]
     tasks = [
         f"{task.spec.name}: {len(task.splits['train']):,} training rows, {' + '.join(task.spec.metrics)}"
+        + ("" if task.spec.name in plan.counted else " (does not count)")
         for task in plan.tasks
     ]
     positions = proxy.steps * config.train.global_batch * base.seq_len
@@ -101,6 +125,7 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
             + (f", also after steps {proxy.report_at}" if proxy.report_at else ""),
         ),
         ("tasks", tasks),
+        ("fitness", describe_yardstick(proxy.yardstick) if proxy.yardstick else MEASURED_FIRST),
         ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(wanted)} results are here already" if done else "")),
         (
             "execution",

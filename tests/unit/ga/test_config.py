@@ -116,7 +116,7 @@ def test_slots_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_torn_measurement_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "measured").mkdir()
     (tmp_path / "measured" / "cost.json").write_text(text)
-    assert measured_evaluations(config("--output_dir", str(tmp_path)), FACTS) == {}
+    assert measured_evaluations(config("--output_dir", str(tmp_path)), FACTS, {}) == {}
 
 
 def test_an_output_dir_that_cannot_be_made_is_said(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def loop(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Lo
     placements = find_placements(hostfile=None, local_slots=None, slots_per_job=1, launcher="pdsh")
     return Loop(
         config=config,
-        ledger=Ledger(storage, source, drivers),
+        ledger=Ledger(storage, source, drivers, yardstick={}),
         pool=JobPool(placements, launcher="pdsh", hostfile=None, limit_s=60),
         drivers=drivers,
         stop=lambda: False,

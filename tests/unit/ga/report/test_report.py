@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
+from engine.records.yardstick import Noise, TaskScale
 from ga.evolution.genome import Space
 from ga.report.confirmation import compare, seed_deviation, verdict, winner
 from ga.report.drafts import _put_in_place
@@ -31,13 +32,24 @@ from ga.report.plots import LABEL_GAP
 from ga.report.text import Facts, report_text
 from ga.report.write import write_report
 from ga.study.evaluations import REPEATED, RUNNING, STOPPED_EARLY, Evaluation, ranked
+from ga.study.yardstick import Measured
 
 UNIFORM = "2-4-6"
 TASKS = ("SST-2", "STS-B")
+YARDSTICK = Measured(
+    scales={
+        "SST-2": TaskScale(start=0.55, teacher=0.95, weight=0.9),
+        "STS-B": TaskScale(start=0.35, teacher=0.9, weight=0.6),
+        "MRPC": TaskScale(start=0.75, teacher=0.76, weight=0.0),
+    },
+    noise={task: Noise(deviation, 0.8) for task, deviation in (("SST-2", 0.01), ("STS-B", 0.02), ("MRPC", 0.03))},
+    none={"SST-2": 0.6, "STS-B": 0.4, "MRPC": 0.7},
+    seconds=120.0,
+)
 
 
 def scored(number: int, genome: str, fitness: float, **more) -> Evaluation:
-    scores = {"SST-2": fitness + 0.1, "STS-B": fitness - 0.1}
+    scores = {"SST-2": fitness + 0.1, "STS-B": fitness - 0.1, "MRPC": 0.77}
     more = {"by_seed": {0: fitness}, "seconds": 20.0 + number, "cohort": 8, "job": "here:trials/0", **more}
     return Evaluation(number, genome, "ok", fitness=fitness, scores=scores, **more)
 
@@ -57,6 +69,7 @@ def facts(space: Space | None = None, **changes) -> Facts:
             teacher="models/all_minilm: 6 layers",
             student="3 layers, init uniform",
             tasks=TASKS,
+            yardstick=YARDSTICK,
             evaluator="probe",
             proxy="60 steps x 32 sequences of 128 tokens of data/a|b",
             seeds=(0,),
@@ -91,6 +104,12 @@ CONFIRMED = {
     "0-3-5": {1: 0.71, 2: 0.735, 3: 0.70, 4: 0.727},
     UNIFORM: {1: 0.70, 2: 0.72, 3: 0.695, 4: 0.715},
     "1-3-6": {1: 0.699, 2: 0.73, 3: 0.69, 4: 0.72},
+}
+
+
+SCORES = {
+    "RTE": {"0-3-5": {1: 0.5, 2: 0.51}, UNIFORM: {1: 0.52, 2: 0.53}},
+    "SST-2": {genome: {seed: value + 0.1 for seed, value in by_seed.items()} for genome, by_seed in CONFIRMED.items()},
 }
 
 
@@ -208,7 +227,7 @@ EVALUATIONS = [
 
 def test_the_tables_hold_the_numbers(tmp_path: Path) -> None:
     others = {"random | x": [scored(0, UNIFORM, 0.69), scored(1, "1-2-4", 0.71)]}
-    report = write_report(tmp_path / "report", facts(), EVALUATIONS, others, CONFIRMED, best_yaml="seed: 0\n")
+    report = write_report(tmp_path / "report", facts(), EVALUATIONS, others, CONFIRMED, SCORES, best_yaml="seed: 0\n")
     text = report.read_text(encoding="utf-8")
     assert (tmp_path / "report" / "best.yaml").read_text() == "seed: 0\n"
     assert text.split("\n\n")[1] == verdict(CONFIRMED, UNIFORM)  # what the search prints at its end
@@ -244,11 +263,56 @@ def test_the_tables_hold_the_numbers(tmp_path: Path) -> None:
     assert {"python launch/search.py --config a.yaml", "`3f9a0c11`"} <= set(re.findall(r"python .*|`3f\w+`", text))
 
 
+def test_tasks_that_were_not_searched_on_are_apart(tmp_path: Path) -> None:
+    text = write_report(tmp_path / "report", facts(), EVALUATIONS, {}, CONFIRMED, SCORES).read_text(encoding="utf-8")
+    searched, other = rows_of(text, "task")
+    assert (searched["task"], searched["searched on"], searched["difference"]) == ("SST-2", "yes", "0.0105")
+    assert (other["task"], other["searched on"], other["0-3-5"]) == ("RTE", "no", "0.5050")
+    low, high = stats.ttest_rel(*(list(CONFIRMED[g].values()) for g in ("0-3-5", UNIFORM))).confidence_interval(0.95)
+    assert searched["95 % interval"] == f"{low:.4f} to {high:.4f}"
+    assert "itself won" in report_text(facts(), EVALUATIONS, {}, {UNIFORM: {1: 0.7}}, {}, [], best_yaml=tmp_path / "b")
+
+
+def test_the_report_says_what_fitness_is_measured_by(tmp_path: Path) -> None:
+    text = report_text(facts(), EVALUATIONS, {}, {}, {}, [], best_yaml=tmp_path / "b")
+    rows = {row["scored on"]: row for row in rows_of(text, "scored on")}
+    assert rows["SST-2"] == {
+        "scored on": "SST-2", "untrained": "0.5500", "none": "0.6000", "teacher": "0.9500", "gap": "0.4000",
+        "deviation between seeds": "0.0100", "reliability": "0.80", "weight": "0.60",
+    }  # fmt: skip
+    assert rows["MRPC"]["weight"] == "does not count"
+
+
+@pytest.mark.parametrize(
+    ("better", "want"),
+    [
+        ({"none": {"SST-2": 0.9, "STS-B": 0.4}}, "SST-2: no mapping beats none (0.9000); the best, 0-3-5, has 0.8200"),
+        ({"start": 0.7}, "STS-B: no mapping beats the untrained student (0.7000); the best, 0-3-5, has 0.6200"),
+    ],
+)
+def test_a_ranking_that_no_training_beats_is_not_called_a_result(tmp_path: Path, better: dict, want: str) -> None:
+    none = {**YARDSTICK.none, **better.get("none", {})}
+    scales = dict(YARDSTICK.scales)
+    if "start" in better:
+        scales["STS-B"] = replace(scales["STS-B"], start=better["start"])
+    about = facts(yardstick=replace(YARDSTICK, none=none, scales=scales))
+    text = report_text(about, EVALUATIONS, {}, CONFIRMED, {}, [], best_yaml=tmp_path / "b")
+    assert text.split("\n\n")[1] == f"**Not a result for {want}.** {verdict(CONFIRMED, UNIFORM)}"
+
+
+def test_a_fitness_without_any_task_that_counts_is_not_called_a_result(tmp_path: Path) -> None:
+    scales = {task: replace(scale, weight=0.0) for task, scale in YARDSTICK.scales.items()}
+    text = report_text(
+        facts(yardstick=replace(YARDSTICK, scales=scales)), EVALUATIONS, {}, {}, {}, [], best_yaml=tmp_path / "b"
+    )
+    assert text.split("\n\n")[1].startswith("**Not a result: fitness is the mean of the raw scores, which says little")
+
+
 def test_every_table_is_one_for_github(tmp_path: Path) -> None:
     changes = {"second_objective": "deepest_layer", "teacher": "a|b", "tasks": ("SST-2", "x|y")}
-    text = write_report(tmp_path / "r", facts(**changes), EVALUATIONS, {"a|b": EVALUATIONS}, CONFIRMED).read_text()
+    text = write_report(tmp_path / "r", facts(**changes), EVALUATIONS, {"a|b": EVALUATIONS}, CONFIRMED, {}).read_text()
     tables = [part for part in text.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 6
+    assert len(tables) == 8
     for table in tables:
         cells = {len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(cells) == 1, table
@@ -256,7 +320,7 @@ def test_every_table_is_one_for_github(tmp_path: Path) -> None:
 
 
 def test_the_leaderboard_reads_back(tmp_path: Path) -> None:
-    write_report(tmp_path / "report", facts(), EVALUATIONS, {}, {})
+    write_report(tmp_path / "report", facts(), EVALUATIONS, {}, {}, {})
     with (tmp_path / "report" / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["rank"], row["genome"]) for row in rows] == [
@@ -271,7 +335,7 @@ def test_the_leaderboard_reads_back(tmp_path: Path) -> None:
 
 def test_names_of_equal_heuristics_are_joined(tmp_path: Path) -> None:
     space = Space(student_layers=2, teacher_layers=2)
-    text = write_report(tmp_path / "r", facts(space), [scored(0, "1-2", 0.5)], {}, {}).read_text()
+    text = write_report(tmp_path / "r", facts(space), [scored(0, "1-2", 0.5)], {}, {}, {}).read_text()
     assert rows_of(text, "place")[0]["heuristic"] == "uniform last first"
 
 
@@ -284,7 +348,7 @@ def test_intermediate_scores_are_judged_by_rank(tmp_path: Path) -> None:
         scored(i, space.text(space.at(i)), float(value), reports={20: noisy[i][0], 40: noisy[i][1] ** 3})
         for i, value in enumerate(late)
     ]
-    text = report_text(facts(), evaluations, {}, {}, [], best_yaml=tmp_path / "best.yaml")
+    text = report_text(facts(), evaluations, {}, {}, {}, [], best_yaml=tmp_path / "best.yaml")
     early, close = rows_of(text, "step")
     want = stats.spearmanr([one.reports[20] for one in evaluations], late).statistic
     assert (early["Spearman with final fitness"], early["trials with both"]) == (f"{want:.2f}", "16")
@@ -292,8 +356,8 @@ def test_intermediate_scores_are_judged_by_rank(tmp_path: Path) -> None:
     assert close["final best quarter in the better half"] == "4 of 4"
     assert "From step 40 on the order is close to the final one" in text
     bad = [replace(one, reports={20: one.reports[20]}) for one in evaluations]
-    assert "do not trust search.halving" in report_text(facts(), bad, {}, {}, [], best_yaml=tmp_path / "b")
-    few = report_text(facts(), evaluations[:5], {}, {}, [], best_yaml=tmp_path / "b")
+    assert "do not trust search.halving" in report_text(facts(), bad, {}, {}, {}, [], best_yaml=tmp_path / "b")
+    few = report_text(facts(), evaluations[:5], {}, {}, {}, [], best_yaml=tmp_path / "b")
     assert "too few to trust halving" in few
 
 
@@ -301,7 +365,7 @@ def test_the_front_has_no_genome_that_another_beats_in_both(tmp_path: Path) -> N
     found = [("2-4-6", 0.7), ("1-2-3", 0.69), ("1-3-3", 0.69), ("3-3-3", 0.6), ("0-0-0", 0.5), ("1-1-5", 0.65)]
     evaluations = [scored(i, genome, fitness) for i, (genome, fitness) in enumerate(found)]
     text = report_text(
-        facts(second_objective="deepest_layer"), evaluations, {}, {}, [], best_yaml=tmp_path / "best.yaml"
+        facts(second_objective="deepest_layer"), evaluations, {}, {}, {}, [], best_yaml=tmp_path / "best.yaml"
     )
     front = rows_of(text, "deepest teacher layer")
     assert [(row["deepest teacher layer"], row["genome"]) for row in front] == [
@@ -343,38 +407,38 @@ def test_pictures_are_images_with_something_in_them(
     rng = np.random.default_rng(1)
     confirmed = {genome: {seed: 0.7 + float(rng.normal(0, 0.01)) for seed in range(1, 5)} for genome in named}
     others = {"random": history(space, 20, generations=False), "none at all": [], "one": evaluations[:1]}
-    write_report(tmp_path / "report", facts(space), evaluations, others, confirmed if confirm else {})
+    write_report(tmp_path / "report", facts(space), evaluations, others, confirmed if confirm else {}, {})
     assert_pictures(tmp_path / "report", want)
 
 
 def test_a_search_without_any_fitness_says_so(tmp_path: Path) -> None:
     failed = [Evaluation(i, "2-4-6", "diverged", message="nan") for i in range(23)]
     text = write_report(
-        tmp_path / "report", facts(), failed, {"random": history(Space(student_layers=3, teacher_layers=6), 5)}, {}
+        tmp_path / "report", facts(), failed, {"random": history(Space(student_layers=3, teacher_layers=6), 5)}, {}, {}
     ).read_text()
     assert text.split("\n\n")[1].startswith("No genome has a fitness (23 diverged)")
     assert len(rows_of(text, "trial")) == 20
     assert "3 more are in" in text
     assert "best.yaml" not in text
     assert_pictures(tmp_path / "report", set())
-    assert "nothing was evaluated" in write_report(tmp_path / "empty", facts(), [], {}, {}).read_text()
+    assert "nothing was evaluated" in write_report(tmp_path / "empty", facts(), [], {}, {}, {}).read_text()
 
 
 def test_without_confirmation_no_win_is_claimed(tmp_path: Path) -> None:
-    text = report_text(facts(), EVALUATIONS, {}, {}, [], best_yaml=tmp_path / "best.yaml")
+    text = report_text(facts(), EVALUATIONS, {}, {}, {}, [], best_yaml=tmp_path / "best.yaml")
     sentence = text.split("\n\n")[1]
     assert sentence.startswith("0-3-5 has the best fitness of the search, 0.7200, 0.0200 above uniform (2-4-6), but")
     assert "No evidence yet" in sentence
-    alone = report_text(facts(), EVALUATIONS[:2], {}, {}, [], best_yaml=tmp_path / "best.yaml")
+    alone = report_text(facts(), EVALUATIONS[:2], {}, {}, {}, [], best_yaml=tmp_path / "best.yaml")
     assert "uniform (2-4-6) itself won" in alone
     assert "--mapping.hidden uniform" not in alone
 
 
 def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
     folder = tmp_path / "search" / "report"
-    write_report(folder, facts(), EVALUATIONS, {}, CONFIRMED)
+    write_report(folder, facts(), EVALUATIONS, {}, CONFIRMED, {})
     assert (folder / "seed_noise.png").exists()
-    write_report(folder, facts(), EVALUATIONS[:2], {}, {})
+    write_report(folder, facts(), EVALUATIONS[:2], {}, {}, {})
     assert not (folder / "seed_noise.png").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["report"]  # no drafts left
 
@@ -450,6 +514,6 @@ def test_labels_keep_their_order_and_their_distance(places: list[float]) -> None
 
 def test_a_winner_without_any_layer_comes_with_a_warning(tmp_path: Path) -> None:
     evaluations = [scored(0, "0-0-0", 0.75), scored(1, "2-4-6", 0.5)]
-    text = report_text(facts(), evaluations, {}, {}, [], best_yaml=tmp_path / "b")
+    text = report_text(facts(), evaluations, {}, {}, {}, [], best_yaml=tmp_path / "b")
     assert "lets no layer learn" in text
-    assert "lets no layer learn" not in report_text(facts(), evaluations[1:], {}, {}, [], best_yaml=tmp_path / "b")
+    assert "lets no layer learn" not in report_text(facts(), evaluations[1:], {}, {}, {}, [], best_yaml=tmp_path / "b")

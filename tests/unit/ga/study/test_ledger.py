@@ -23,7 +23,7 @@ from ga.study import evaluations
 from ga.study.drivers import Driver, Drivers
 from ga.study.evaluations import Evaluation, read_history
 from ga.study.ledger import FOLDER, LOSSES, OWNER, Claim, Ledger
-from ga.study.sources import ConfirmationSource, SearchSource, deepest_layer
+from ga.study.sources import ListSource, SearchSource, deepest_layer
 from ga.study.storage import SearchStorage, open_storage
 
 SPACE = Space(student_layers=2, teacher_layers=4)
@@ -73,7 +73,11 @@ def make_ledger(
     storage: SearchStorage, source: SearchSource, driver: Driver | None = None, **known: Evaluation
 ) -> Ledger:
     drivers = Drivers(source.study, driver or Driver.this_process(), placements=1)
-    return Ledger(storage, source, drivers, known=known)
+    return Ledger(storage, source, drivers, yardstick={}, known=known)
+
+
+OWN: dict[str, object] = {"yardstick": {}}
+"""A job's own: what it says of its fitness counts."""
 
 
 def fitness_of(genome: str) -> float:
@@ -84,7 +88,7 @@ def report(claims: list[Claim], **outcomes: Outcome) -> JobReport:
     """A job in which all went well, but for the genomes named like _2_4."""
     found = {c.genome: outcomes.get("_" + c.genome.replace("-", "_"), Outcome.OK) for c in claims}
     results = {
-        c.genome: ({"seed": 7, "fitness": fitness_of(c.genome), "scores": {"SST-2": 0.5}, "reports": {}},)
+        c.genome: ({"seed": 7, "fitness": fitness_of(c.genome), "scores": {"SST-2": 0.5}, "reports": {}} | OWN,)
         for c in claims
         if found[c.genome] is Outcome.OK
     }
@@ -173,7 +177,7 @@ def test_what_a_dead_drivers_job_has_recorded_counts(storage: SearchStorage, tmp
     died.begin(lost, folder)
     started = format_record("run", status="started", fingerprint="f", seeds=[7])
     result = format_record(
-        "result", genome=lost[1].genome, seed=7, fingerprint="f", fitness=0.75, scores={}, reports={}
+        "result", genome=lost[1].genome, seed=7, fingerprint="f", fitness=0.75, scores={}, reports={}, yardstick={}
     )
     (folder / "records.jsonl").write_text(f"{started}\n{result}\n")
     ledger = make_ledger(storage, source)
@@ -273,7 +277,7 @@ def test_a_driver_that_dies_while_it_asks_loses_nothing(storage: SearchStorage) 
 def test_results_of_another_study_are_taken_over(storage: SearchStorage) -> None:
     known = Evaluation(3, "2-4", "ok", fitness=0.9, by_seed={7: 0.9}, scores={"SST-2": 0.9}, seconds=5.0, job="h:f")
     source = make_source(storage, trials=5)
-    ledger = Ledger(storage, source, Drivers(source.study, Driver.this_process(), placements=1), known={"2-4": known})
+    ledger = make_ledger(storage, source, None, **{"2-4": known})
     assert "2-4" not in {claim.genome for claim in ledger.claim(10)}
     found = read_history(source.study)[0]
     assert (found.genome, found.fitness, found.scores, found.seconds) == ("2-4", 0.9, {"SST-2": 0.9}, 0.0)
@@ -311,12 +315,12 @@ def test_the_second_objective_is_the_deepest_teacher_layer(storage: SearchStorag
 
 def test_confirmations_run_each_pair_once_and_one_seed_at_a_time(storage: SearchStorage) -> None:
     study = optuna.create_study(storage=storage.optuna, direction="maximize", study_name="again")
-    source = ConfirmationSource(study, SPACE)
+    source = ListSource(study, SPACE)
     for _ in range(2):  # the second time nothing is new
         for seed in (8, 9):
             for genome in ("2-4", "0-3"):
                 source.add(genome, seed)
-    ledger = Ledger(storage, source, Drivers(study, Driver.this_process(), placements=1))
+    ledger = Ledger(storage, source, Drivers(study, Driver.this_process(), placements=1), yardstick={})
     seen = []
     while claims := ledger.claim(8):
         assert len({claim.seed for claim in claims}) == 1

@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.jobs.proxy.plan import ProxyPlan, code_version, make_proxy_plan
 from engine.jobs.proxy.report import earlier_results, fitness_table, signal_of
 from engine.records.records import format_record
+from engine.records.yardstick import TaskScale
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,20 @@ def test_each_mapping_is_run_once_however_it_is_written(tiny_world: TinyWorld, g
     assert made.genomes[2].mapping.file_name == "2-4_0-1"
 
 
+def test_none_runs_too_where_the_yardstick_is_to_be_measured(tiny_world: TinyWorld, glue: Path) -> None:
+    scales = "{SST-2: {start: 0, teacher: 1}}"
+    one_task = {"proxy__tasks": "[SST-2]"}
+    assert [genome.key for genome in plan(tiny_world, glue, "2-4", **one_task).genomes] == ["2-4", "0-0"]
+    assert [g.key for g in plan(tiny_world, glue, "2-4", **one_task, proxy__yardstick=scales).genomes] == ["2-4"]
+
+
+def test_other_tasks_are_loaded_and_do_not_count(tiny_world: TinyWorld, glue: Path) -> None:
+    made = plan(tiny_world, glue, "2-4", proxy__tasks="[SST-2]", proxy__other_tasks="[RTE, sst2]")
+    assert [task.spec.name for task in made.tasks] == ["SST-2", "RTE"]
+    assert made.counted == ("SST-2",)
+    assert made.facts["tasks"] == ["SST-2"]
+
+
 @pytest.mark.parametrize(("genome", "learns"), [("0-0", False), ("0-0/0-2", True), ("1-0/0-0", True)])
 def test_a_genome_without_any_loss_is_scored_untrained(
     tiny_world: TinyWorld, glue: Path, genome: str, learns: bool
@@ -77,6 +92,8 @@ SAME_FITNESS = [
     {"proxy__repeats": 3},
     {"output_dir": "elsewhere"},
     {"proxy__report_at": "[2]"},
+    {"proxy__other_tasks": "[RTE]"},
+    {"proxy__yardstick": {task: {"start": 0.0, "teacher": 1.0} for task in ("SST-2", "MRPC", "STS-B")}},
     {"train__log_every": 1},
     {"student__attention": "eager"},
     {"proxy__keep_students": True},
@@ -107,6 +124,10 @@ def test_the_fingerprint_changes_with_what_changes_fitness_and_with_nothing_else
         ({"genomes": "[]"}, "name at least one layer mapping"),
         ({"proxy__tasks": "[SST3, MRPC]"}, "did you mean"),
         ({"proxy__tasks": "[SQuAD-v2]"}, "proxy.evaluator=finetune"),
+        ({"proxy__other_tasks": "[SQuAD-v2]"}, "proxy.other_tasks='SQuAD-v2'"),
+        ({"proxy__folds": 1}, "proxy.folds=1"),
+        ({"proxy__yardstick": "{SST-2: {start: 0.9, teacher: 0.8}}"}, "proxy.yardstick.SST-2=0.8"),
+        ({"proxy__yardstick": "{SST-2: {start: 0.7, teacher: 0.8}}"}, "proxy.tasks are SST-2, MRPC, STS-B"),
         ({"proxy__report_at": "[6]"}, "proxy.report_at=6"),
         ({"task__data_dir": "nowhere"}, "task.data_dir='nowhere'"),
         ({"data__eval_sequences": 8}, "data.eval_sequences=8"),
@@ -187,10 +208,16 @@ def test_results_of_another_fingerprint_do_not_count(tmp_path: Path) -> None:
 
 def test_the_table_shows_the_best_first_with_its_noise() -> None:
     results = [result("1-2", 0, 0.5), result("1-2", 1, 0.7), result("2-4", 0, 0.8), result("2-4", 1, 0.82)]
-    lines = fitness_table(results, {"2-4": "uniform", "1-2": "1-2"}, ["3-3  seed 0: diverged"]).splitlines()
+    scales = {"SST-2": TaskScale(start=0.3, teacher=0.9), "STS-B": TaskScale(start=0.2, teacher=0.1, weight=0.0)}
+    lines = fitness_table(results, {"2-4": "uniform", "1-2": "1-2"}, ["3-3  seed 0: diverged"], scales).splitlines()
+    assert lines[0].split() == ["genome", "SST-2", "(STS-B)", "fitness", "seeds"], "in brackets: it does not count"
     assert " ".join(lines[1].split()) == "2-4 uniform 0.8100 ± 0.0141 0.8100 ± 0.0141 0.8100 ± 0.0141 2"
     assert " ".join(lines[2].split()) == "1-2 0.6000 ± 0.1414 0.6000 ± 0.1414 0.6000 ± 0.1414 2"
-    assert lines[3] == "3-3  seed 0: diverged"
+    assert [line.split() for line in lines[3:5]] == [
+        ["start", "0.3000", "0.2000", "0.0000"],
+        ["teacher", "0.9000", "0.1000", "1.0000"],
+    ]
+    assert lines[5] == "3-3  seed 0: diverged"
     signal = signal_of(results)
     assert signal is not None
     assert signal.ratio == pytest.approx(((0.81 - 0.6) ** 2 / 2) / ((0.02**2 / 2 + 0.2**2 / 2) / 2))
