@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 from engine.errors import UserError
 
 SKIP = 0
-PRESETS = ("uniform", "last", "first", "all-last", "none", "random:SEED")
+PRESETS = ("uniform", "last", "last-only", "first", "all-last", "none", "random:SEED")
+RANDOM_EACH_STEP = "random-each-step"
+"""Text of a RandomEachStep."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
     """Reads the text form `0-5-0-10` or the name of a preset.
 
     Presets (M student, N teacher layers): `uniform` round(m*N/M); `last` the M top layers; `first` the M bottom
-    layers; `all-last` layer N for every student layer; `none` no pair; `random:SEED` uniform genes in 0..N.
+    layers; `last-only` layer N for student layer M, none for the others; `all-last` layer N for every student layer;
+    `none` no pair; `random:SEED` uniform genes in 0..N.
 
     Raises UserError (naming `key`) when the text is neither, has another number of layers, or leaves 0..N.
     """
@@ -79,6 +83,7 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
     named: dict[str, Sequence[int]] = {
         "uniform": uniform(M, N),
         "last": range(N - M + 1, N + 1),
+        "last-only": [*[SKIP] * (M - 1), N],
         "first": range(1, M + 1),
         "all-last": [N] * M,
         "none": [SKIP] * M,
@@ -91,6 +96,11 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
             raise UserError(f"{key}={text!r}: the seed after 'random:' must be a whole number, e.g. random:7")
         rng = random.Random(int(seed))
         return LayerMapping(tuple(rng.randint(0, N) for _ in range(M)), N)
+    if text == RANDOM_EACH_STEP:
+        raise UserError(
+            f"{key}={text!r} is no fixed mapping, and only mapping.hidden takes it: write one, e.g. "
+            f"{_dashed(uniform(M, N))}, or one of {', '.join(PRESETS)}"
+        )
     parts = text.split("-")
     if not all(part.isdecimal() for part in parts):
         raise UserError(
@@ -103,6 +113,40 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
         return LayerMapping(tuple(int(part) for part in parts), N)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+@dataclass(frozen=True)
+class RandomEachStep(LayerMapping):
+    """At each optimizer step M of the N teacher layers are drawn and sorted, and student layer m learns from the m-th
+    (RAIL-KD, Haidar et al. 2021, arXiv 2109.10164).
+
+    It is the uniform mapping wherever there is no step: held-out losses, and what projections are fitted to.
+    """
+
+    @classmethod
+    def of_sizes(cls, *, student_layers: int, teacher_layers: int, key: str) -> RandomEachStep:
+        """Raises UserError, naming `key`, when there are too few teacher layers to draw from."""
+        if student_layers > teacher_layers:
+            raise UserError(
+                f"{key}={RANDOM_EACH_STEP!r} draws a different teacher layer for each of {student_layers} student "
+                f"layers, but the teacher has {teacher_layers}: take a student of fewer layers, or a fixed mapping"
+            )
+        return cls(uniform(student_layers, teacher_layers), teacher_layers)
+
+    def drawn(self, seed: int, step: int) -> LayerMapping:
+        """The mapping of an optimizer step (from 0): a function of the two numbers alone, so that ranks, micro batches
+        and resumed runs agree on it without a word."""
+        chosen = random.Random(f"{seed}/{step}").sample(range(1, self.teacher_layers + 1), self.student_layers)
+        return LayerMapping(tuple(sorted(chosen)), self.teacher_layers)
+
+    @property
+    def windows(self) -> tuple[LayerMapping, ...]:
+        """The mappings to consecutive teacher layers: few, and every pair of layers that can be drawn is in one."""
+        M, N = self.student_layers, self.teacher_layers
+        return tuple(LayerMapping(tuple(range(first, first + M)), N) for first in range(1, N - M + 2))
+
+    def __str__(self) -> str:
+        return RANDOM_EACH_STEP
 
 
 @dataclass(frozen=True)
@@ -124,25 +168,20 @@ class MappingPair:
         kept, hidden, attention = _parts(text)
         if attention == "":
             raise UserError(f"{key}: {text!r} has nothing after the slash; write HIDDEN/ATTENTION, or one mapping")
-        sizes = {"student_layers": student_layers, "teacher_layers": teacher_layers}
-        pair = cls.of_texts(hidden, attention, **sizes, keys=(key, key))
-        return pair if kept is None else replace(pair, layers=parse_mapping(kept, **sizes, key=key).genes)
+        of = partial(parse_mapping, student_layers=student_layers, teacher_layers=teacher_layers, key=key)
+        of_hidden = of(hidden)
+        return cls(
+            of_hidden, of_hidden if attention is None else of(attention), None if kept is None else of(kept).genes
+        )
 
     @classmethod
-    def of_texts(
-        cls,
-        hidden: str,
-        attention: str | None,
-        *,
-        student_layers: int,
-        teacher_layers: int,
-        keys: tuple[str, str] = ("mapping.hidden", "mapping.attention"),
-    ) -> MappingPair:
-        """Reads two mappings, as a configuration has them; no text for the attention: the same mapping. Raises
-        UserError naming one of `keys`."""
+    def of_texts(cls, hidden: str, attention: str | None, *, student_layers: int, teacher_layers: int) -> MappingPair:
+        """Reads mapping.hidden and mapping.attention of a configuration, which alone may be random-each-step; no text
+        for the attention: the same mapping. Raises UserError naming the key."""
         sizes = {"student_layers": student_layers, "teacher_layers": teacher_layers}
-        of_hidden = parse_mapping(hidden, **sizes, key=keys[0])
-        return cls(of_hidden, parse_mapping(attention, **sizes, key=keys[1]) if attention else of_hidden)
+        read = RandomEachStep.of_sizes if hidden == RANDOM_EACH_STEP else partial(parse_mapping, hidden)
+        of_hidden = read(**sizes, key="mapping.hidden")
+        return cls(of_hidden, parse_mapping(attention, **sizes, key="mapping.attention") if attention else of_hidden)
 
     @staticmethod
     def genes_in(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -189,4 +228,7 @@ def mapping_table(hidden: LayerMapping, attention: LayerMapping) -> list[str]:
         rows.append(("teacher layer", hidden.genes))
     else:
         rows += [("teacher hidden", hidden.genes), ("teacher attention", attention.genes)]
-    return [f"{label:<18}" + " ".join((str(g) if g else "·").rjust(width) for g in genes) for label, genes in rows]
+    table = [f"{label:<18}" + " ".join((str(g) if g else "·").rjust(width) for g in genes) for label, genes in rows]
+    if isinstance(hidden, RandomEachStep):
+        table.append(f"{hidden}: so for held-out losses; each step draws its own, in ascending order")
+    return table

@@ -11,6 +11,7 @@ from typing import Literal
 
 from engine.config.marks import evaluation, how, located, result
 from engine.errors import UserError
+from engine.mapping import RANDOM_EACH_STEP
 
 
 def require(ok: bool, key: str, value: object, remedy: str) -> None:
@@ -87,7 +88,8 @@ class StudentConfig:
 class MappingConfig:
     hidden: str = result("uniform")
     """Layer mapping of the hidden-state losses: `0-5-0-10` (teacher layer of each student layer, 0 = none) or
-    uniform, last, first, all-last, none, random:SEED."""
+    uniform, last, last-only, first, all-last, none, random:SEED; or random-each-step (RAIL-KD, arXiv 2109.10164): as
+    many teacher layers as the student has, drawn anew at each step, in ascending order, for attention losses too."""
 
     attention: str | None = result(None)
     """Layer mapping of the attention losses (scores, probabilities, relations); unset: the same as `hidden`."""
@@ -102,6 +104,12 @@ class MappingConfig:
         for name in ("hidden_weights", "attention_weights"):
             for weight in getattr(self, name) or ():
                 require(weight >= 0, f"mapping.{name}", getattr(self, name), "weights must be >= 0")
+        require(
+            self.attention is None or self.hidden != RANDOM_EACH_STEP,
+            "mapping.attention",
+            self.attention,
+            f"remove it: mapping.hidden={RANDOM_EACH_STEP} draws the layers of attention losses too",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,3 +413,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")
         require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
+        require(
+            self.student.init != "mapping" or self.mapping.hidden != RANDOM_EACH_STEP,
+            "student.init",
+            self.student.init,
+            f"mapping.hidden={RANDOM_EACH_STEP} has no layers of its own to copy; write student.init=uniform",
+        )

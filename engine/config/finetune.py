@@ -7,6 +7,7 @@ from typing import Literal
 
 from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, require
 from engine.config.marks import evaluation, how, located, result
+from engine.mapping import RANDOM_EACH_STEP
 
 GRID_KEYS = ("lr", "epochs", "batch")
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
@@ -243,6 +244,12 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
+        require(
+            self.mapping.hidden != RANDOM_EACH_STEP,
+            "mapping.hidden",
+            self.mapping.hidden,
+            "only launch/distill.py draws layers; write a fixed mapping, e.g. uniform",
+        )
         if self.teacher.path is None:
             for name in self.loss.active:
                 require(

@@ -65,6 +65,8 @@ class Batch:
     """(B, L) int64 token type ids, for models that take them; None: the model's own default."""
     lengths: tuple[int, ...] | None = None
     """Real tokens of each sequence, which come first; None: unknown."""
+    step: int | None = None
+    """The optimizer step that it is part of, from 0; None: of none, or of one that does not matter."""
 
     @property
     def token_mask(self) -> torch.Tensor | None:

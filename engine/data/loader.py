@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,7 +120,7 @@ class CorpusLoader:
         batches = []
         for micro in range(self.grad_accum_steps):
             positions = self._positions(step, micro, self._rank)
-            batches.append(self._batch(self._rows(positions), positions))
+            batches.append(replace(self._batch(self._rows(positions), positions), step=step))
         return StepBatches(step, batches, sum((batch.counts for batch in batches), Counts()))
 
     def _positions(self, step: int, micro: int, rank: int) -> Ints:

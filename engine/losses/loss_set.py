@@ -99,6 +99,8 @@ class LossSet:
     """Of what is logged beside the terms, e.g. `attention_target/1-3`."""
     term_names: tuple[str, ...]
     """Static, e.g. `hidden/1-3` (student layer 1, teacher layer 3), `relation/qq/3-12`, `embedding`."""
+    held_out_names: tuple[str, ...]
+    """The same of a batch that is in no step."""
     coefficients: tuple[float, ...]
     """Of each term: loss weight * layer weight / number of active layers (that only when averaged)."""
     wanted_student: Wanted
@@ -149,6 +151,7 @@ class LossSet:
         shares = {term: share for loss in self._losses for term, share in loss.shares.items()}
         self._weights = {term: config.active[term.partition("/")[0]] * share for term, share in shares.items()}
         self.term_names, self.coefficients = tuple(self._weights), tuple(self._weights.values())
+        self.held_out_names = self.term_names
         self._observed = {name: term for loss in self._losses for name, term in loss.observed.items()}
         self.observed_names = tuple(self._observed)
         self._scales: Mapping[str, float] = {}
@@ -218,6 +221,6 @@ class LossSet:
         )
         evaluated = [loss(inputs, self._weights) for loss in self._losses]
         values = {name: value for one in evaluated for name, value in (one.terms | dict(one.observed)).items()}
-        units = {**dict.fromkeys(self.term_names), **self._observed}
+        units = {**dict.fromkeys(self._weights), **self._observed}
         logged = torch.stack([values[name] / self._scales.get(unit or name, 1.0) for name, unit in units.items()])
         return torch.stack([one.total for one in evaluated]).sum(), logged

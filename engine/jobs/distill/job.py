@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ class Job:
             trainees=[trainee],
             teacher=teacher,
             loader=self.loader,
-            evaluation=HeldOutLosses(trainee, teacher, self.loader, every=self.config.train.eval_every),
+            evaluation=HeldOutLosses(
+                trainee, teacher, self.loader, every=self.config.train.eval_every, names=plan.losses.held_out_names
+            ),
             step=step,
             kept={"measured": asdict(measured)},
         )
@@ -276,6 +279,8 @@ class HeldOutLosses:
     teacher: Teacher
     loader: CorpusLoader
     every: int
+    names: Sequence[str]
+    """Of its terms."""
     enough: bool = False
 
     def due(self, step: int, *, last: bool) -> bool:
@@ -291,7 +296,7 @@ class HeldOutLosses:
         if not batches:
             return False
         counts = Counts(*summed(sum((batch.counts for batch in batches), Counts()).as_list()))
-        count = len(self.trainee.term_names)
+        count = len(self.names)
         sums = torch.zeros(count + 1, device=device)
         ds_engine.eval()
         with torch.no_grad():
@@ -303,5 +308,5 @@ class HeldOutLosses:
         if self.trainee.runtime.world_size > 1:
             torch.distributed.all_reduce(sums)
         total, *values = sums.tolist()
-        self.trainee.monitor.held_out(step, total, dict(zip(self.trainee.term_names, values, strict=True)))
+        self.trainee.monitor.held_out(step, total, dict(zip(self.names, values, strict=True)))
         return False

@@ -16,7 +16,8 @@ from engine.errors import UserError
 from engine.jobs.execution import attention_backend, compute_device, plan_execution
 from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses.loss_set import LossSet
-from engine.mapping import LayerMapping, MappingPair
+from engine.losses.random_layers import RandomLosses
+from engine.mapping import LayerMapping, MappingPair, RandomEachStep
 from engine.models import hub
 from engine.models.apex import require_fused_layer_norm
 from engine.models.attention import Backend
@@ -149,16 +150,15 @@ def mapped_losses(
     models."""
     if config.student.path is None:
         resolve_init(config.student.init or "random", student.layers, teacher.layers, mapping.hidden)
-    return LossSet(
-        config.loss,
-        config.mapping,
-        hidden_map=mapping.hidden,
-        attention_map=mapping.attention,
-        student=student,
-        teacher=teacher,
-        mlm_probability=config.data.mlm_probability,
-        kernels=kernels,
-    )
+    shared: dict[str, Any] = {
+        "student": student,
+        "teacher": teacher,
+        "mlm_probability": config.data.mlm_probability,
+        "kernels": kernels,
+    }
+    if isinstance(mapping.hidden, RandomEachStep):
+        return RandomLosses(config.loss, config.mapping, layers=mapping.hidden, seed=config.seed, **shared)
+    return LossSet(config.loss, config.mapping, hidden_map=mapping.hidden, attention_map=mapping.attention, **shared)
 
 
 def with_mapping(plan: Plan, mapping: MappingPair) -> Plan:
