@@ -25,7 +25,8 @@ INTRO = """\
 
 Generated from the dataclasses of `engine/config/` and `ga/config.py` by `make docs`; do not edit.
 
-Every script takes `--config FILE.yaml` and any field as `--section.field value`; the command line wins over the file.
+Every script takes `--config FILE.yaml` and any field as `--section.field value`; the command line wins over the file,
+and of several files the last.
 `--help` lists the fields, `--print_config` prints the resolved file. A mistake names key, value and remedy, and exits
 with code 2 before any model is loaded. How a run executes (precision, ZeRO stage, offload, micro batch) is set in one
 file of [ds_configs](../ds_configs/README.md).

@@ -12,6 +12,7 @@ import time
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -78,6 +79,14 @@ def _files_first(argv: Sequence[str]) -> list[str]:
     return files + others
 
 
+def _config_files(argv: Sequence[str]) -> list[str]:
+    return [
+        word.removeprefix("--config=")
+        for before, word in pairwise(["", *argv])
+        if word.startswith("--config=") or before == "--config"
+    ]
+
+
 def _explain(error: Exception, parser: ArgumentParser) -> str:
     """One line that names key, value and what would be right, from jsonargparse's message."""
     text = " ".join(str(error).split())
@@ -124,7 +133,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
     except UserError:
         raise
     except (ArgumentError, TypeError, ValueError) as error:
-        where = f"{argv[argv.index('--config') + 1]}: " if "--config" in argv and "parsing config" in str(error) else ""
+        where = f"{' or '.join(_config_files(argv))}: " if "parsing config" in str(error) else ""
         raise UserError(where + _explain(error, parser)) from None
     return config_class(**{name: value for name, value in values.items() if name != "config"})
 

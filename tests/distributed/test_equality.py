@@ -52,6 +52,21 @@ def test_the_gradient_does_not_depend_on_the_split(finished_run) -> None:
     )
 
 
+def test_random_layers_are_drawn_alike_on_all_ranks_and_micro_batches(finished_run) -> None:
+    settings = {"precision": "fp32", "mapping__hidden": "random-each-step", "student__init": "uniform"}
+    one = finished_run(stage=0, ranks=1, micro=8, **settings)
+    two = finished_run(stage=1, ranks=2, micro=2, **settings)
+    terms = [step["terms"] for step in one.steps()]
+    assert {name for step in terms for name in step} == {
+        "hidden/1-random", "hidden/2-random", "attention/1-random", "attention/2-random", "embedding",
+    }  # fmt: skip
+    for name in terms[0]:
+        assert relative_gap([step[name] for step in terms], [step["terms"][name] for step in two.steps()]) < FP32, name
+    assert relative_gap(one.curve(), two.curve()) < FP32
+    assert relative_gap(one.curve("grad_norm"), two.curve("grad_norm")) < FP32
+    assert one.records("result")[-1]["mapping"] == {"hidden": "random-each-step", "attention": "random-each-step"}
+
+
 def test_activation_checkpointing_and_sharded_teacher_change_nothing(finished_run) -> None:
     settings = {"stage": 3, "precision": "fp32", "ranks": 2, "micro": 2}
     plain = finished_run(**settings)

@@ -32,15 +32,16 @@ TWO_RANKS = {
     "loss__mlm": 1.0,
 }
 """Accumulation, dropout and masking on."""
+RANDOM = {"mapping__hidden": "random-each-step", "student__init": "uniform"}
 LONG = {"ranks": 2, "train__steps": 120}
 """To be stopped on the way."""
 ONE_RANK = {"micro": 8, "train__steps": 6, "train__save_every": 1, "train__keep": 3}
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_half_and_half_equals_the_whole_bitwise(finished_run, tmp_path, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "mapping"), [(1, {}), (3, {}), (1, RANDOM)], ids=["1", "3", "1-random"])
+def test_half_and_half_equals_the_whole_bitwise(finished_run, tmp_path, stage: int, mapping: dict[str, str]) -> None:
     """2k steps in one go; k steps, a new process, k more. fp32."""
-    whole = finished_run(stage=stage, **TWO_RANKS)
+    whole = finished_run(stage=stage, **TWO_RANKS, **mapping)
     # the same run as it lay on disk after k steps, in another folder, continued by a new process
     half = whole.copied(tmp_path / "half")
     shutil.rmtree(half.run_dir.checkpoints / step_tag(2 * HALF))

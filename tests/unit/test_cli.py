@@ -28,6 +28,8 @@ MISTAKES = [
     (["--student.path", "x", "--student.layers", "3"], "student.layers=3: remove it"),
     (["--loss.preset", "tinybert", "--loss.projection", "identity"], "loss.preset='tinybert' fixes it"),
     (["--data.mlm_probability", "1.5"], "must be in [0, 1)"),
+    (["--mapping.hidden", "random-each-step", "--mapping.attention", "last"], "mapping.attention='last': remove it"),
+    (["--mapping.hidden", "random-each-step", "--student.init", "mapping"], "write student.init=uniform"),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
 ]
 
@@ -47,6 +49,14 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError) as error:
         parse_config(RunConfig, ["--config", str(path)], "test")
     assert "hiden" in str(error.value) or "bogus" in str(error.value) or str(path) in str(error.value)
+
+
+def test_of_several_files_none_is_blamed_alone(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("seed: 3\n")
+    bad.write_text("loss:\n  hidden: [\n")
+    with pytest.raises(UserError, match=f"^{good} or {bad}: "):
+        parse_config(RunConfig, ["--config", str(good), f"--config={bad}"], "test")
 
 
 def test_script_exits_2_with_one_line_and_loads_no_model() -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from engine.mapping import LayerMapping, MappingPair, parse_mapping, round_half_up, uniform
+from engine.mapping import LayerMapping, MappingPair, RandomEachStep, parse_mapping, round_half_up, uniform
 
 GOLDEN = [  # (preset, M, N, text form)
     ("uniform", 4, 12, "3-6-9-12"),
@@ -17,6 +18,8 @@ GOLDEN = [  # (preset, M, N, text form)
     ("uniform", 4, 6, "2-3-5-6"),  # 1.5 and 4.5 go up
     ("uniform", 8, 12, "2-3-5-6-8-9-11-12"),
     ("last", 4, 12, "9-10-11-12"),
+    ("last-only", 4, 12, "0-0-0-12"),
+    ("last-only", 7, 6, "0-0-0-0-0-0-6"),
     ("first", 4, 12, "1-2-3-4"),
     ("all-last", 4, 12, "12-12-12-12"),
     ("none", 4, 12, "0-0-0-0"),
@@ -54,13 +57,19 @@ def test_uniform_is_monotone_and_ends_at_the_top(M: int, N: int) -> None:
     LayerMapping(genes, N)
 
 
+@given(st.integers(1, 24), st.integers(1, 48))
+def test_last_only_maps_the_last_layer_to_the_last(M: int, N: int) -> None:
+    assert parse_mapping("last-only", student_layers=M, teacher_layers=N).pairs == ((M, N),)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("3-6-9", "has 3 layers, but the student has 4"),
         ("3-6-9-13", "teacher layer 13"),
         ("3,6,9,12", "not a layer mapping"),
-        ("unifrom", "uniform, last, first"),
+        ("unifrom", "uniform, last, last-only, first"),
+        ("random-each-step", "is no fixed mapping, and only mapping.hidden takes it: write one, e.g. 3-6-9-12"),
         ("random:x", "whole number"),
         ("random:²", "whole number"),
         ("1-2-3-²", "not a layer mapping"),
@@ -175,6 +184,64 @@ def test_two_texts_of_a_configuration_each_have_their_key() -> None:
     ):
         with pytest.raises(UserError, match=says):
             MappingPair.of_texts(*texts, **sizes)
+
+
+@st.composite
+def layers_to_draw(draw: st.DrawFn) -> RandomEachStep:
+    N = draw(st.integers(1, 24))
+    M = draw(st.integers(1, N))
+    found = MappingPair.of_texts("random-each-step", None, student_layers=M, teacher_layers=N).hidden
+    assert isinstance(found, RandomEachStep)
+    return found
+
+
+@given(layers_to_draw(), st.integers(0, 99), st.integers(0, 10**6))
+def test_a_draw_is_sorted_and_distinct_and_a_function_of_seed_and_step(
+    layers: RandomEachStep, seed: int, step: int
+) -> None:
+    drawn = layers.drawn(seed, step)
+    assert list(drawn.genes) == sorted(set(drawn.genes))
+    assert (drawn.student_layers, drawn.teacher_layers) == (layers.student_layers, layers.teacher_layers)
+    assert len(drawn.pairs) == drawn.student_layers, "no layer is skipped"
+    again = RandomEachStep.of_sizes(
+        student_layers=layers.student_layers, teacher_layers=layers.teacher_layers, key="mapping.hidden"
+    )
+    assert again.drawn(seed, step) == drawn
+
+
+@given(layers_to_draw(), st.integers(0, 99), st.integers(0, 10**6))
+def test_every_pair_that_can_be_drawn_is_in_a_window(layers: RandomEachStep, seed: int, step: int) -> None:
+    pairs = {pair for window in layers.windows for pair in window.pairs}
+    assert set(layers.drawn(seed, step).pairs) <= pairs
+    assert set(layers.pairs) <= pairs, "so are those of held-out losses"
+    assert max(window.deepest_teacher_layer for window in layers.windows) == layers.teacher_layers
+
+
+def test_every_teacher_layer_is_drawn_as_often() -> None:
+    layers = RandomEachStep.of_sizes(student_layers=4, teacher_layers=12, key="mapping.hidden")
+    steps = 6000
+    counts = Counter(g for step in range(steps) for g in layers.drawn(7, step).genes)
+    assert set(counts) == set(range(1, 13))
+    deviation = (steps * (1 / 3) * (2 / 3)) ** 0.5
+    assert all(abs(count - steps / 3) < 4.5 * deviation for count in counts.values())
+    assert len({layers.drawn(7, step) for step in range(steps)}) == 495, "all of 12 choose 4"
+    assert [layers.drawn(7, step) for step in range(9)] != [layers.drawn(8, step) for step in range(9)]
+    assert str(layers.drawn(7, 0)) == "1-6-10-12", "runs that are continued by another version draw the same"
+
+
+def test_random_each_step_is_no_genome_and_has_its_limits() -> None:
+    sizes = {"student_layers": 2, "teacher_layers": 12}
+    pair = MappingPair.of_texts("random-each-step", None, **sizes)
+    assert (str(pair), pair.separate) == ("random-each-step", False)
+    assert pair.hidden.genes == (6, 12), "without a step"
+    assert pair.hidden != LayerMapping((6, 12), 12)
+    for text in ("random-each-step", "1-2/random-each-step", "random-each-step@1-2"):
+        with pytest.raises(UserError, match=r"^genomes='random-each-step' is no fixed mapping"):
+            MappingPair.parse(text, **sizes, key="genomes")
+    with pytest.raises(UserError, match=r"^mapping.attention='random-each-step' is no fixed mapping"):
+        MappingPair.of_texts("1-2", "random-each-step", **sizes)
+    with pytest.raises(UserError, match=r"^mapping.hidden='random-each-step' .* 3 student layers, .* has 2: take"):
+        MappingPair.of_texts("random-each-step", None, student_layers=3, teacher_layers=2)
 
 
 def test_kept_layers_are_refused_with_their_remedy() -> None:

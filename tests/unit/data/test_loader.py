@@ -99,6 +99,12 @@ def test_a_step_does_not_depend_on_ranks_or_micro_batch(make):
             assert in_order == want
 
 
+def test_batches_know_their_step_and_others_have_none(make):
+    loader = make(rank=1, world=2, micro_batch=2)
+    assert [batch.to(torch.device("cpu")).step for batch in loader.step(70).micro] == [70, 70]
+    assert {batch.step for batch in (*loader.evaluation(4), *loader.first(3))} == {None}
+
+
 def test_masking_does_not_depend_on_ranks_or_micro_batch_either(make):
     def masked(**options) -> dict[tuple, tuple]:
         found = {}

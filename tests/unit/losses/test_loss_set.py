@@ -16,9 +16,11 @@ from engine.config.distill import LOSS_NAMES, LossConfig, MappingConfig
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels import reference
+from engine.losses.base import Target
 from engine.losses.loss_set import LossSet
+from engine.losses.random_layers import RandomLosses
 from engine.losses.registry import LOSSES
-from engine.mapping import parse_mapping
+from engine.mapping import RandomEachStep, parse_mapping
 from engine.models.features import Features, Wanted
 from engine.models.mlm_head import MlmHead
 from engine.models.projections import Projections
@@ -29,6 +31,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 STUDENT = ModelShape(layers=4, width=12, heads=4, vocab=31, has_mlm_head=True)
 TEACHER = ModelShape(layers=12, width=20, heads=4, vocab=31, has_mlm_head=True)
+RANDOM = RandomEachStep.of_sizes(student_layers=4, teacher_layers=12, key="mapping.hidden")
 OFF = dict.fromkeys(LOSS_NAMES, 0.0)
 EVERYTHING = {
     "hidden": 1.0, "attention": 0.5, "embedding": 2.0, "attention_probs": 0.7, "relation": 1.5, "cosine": 0.3,
@@ -64,6 +67,18 @@ def make_set(
         student=student,
         teacher=teacher,
         mlm_probability=mlm_probability,
+    )
+
+
+def make_random_set(loss: dict[str, object] | None = None, *, seed: int = 0, **mapping: object) -> RandomLosses:
+    return RandomLosses(
+        LossConfig(**(loss or {})),
+        MappingConfig(hidden="random-each-step", **mapping),
+        layers=RANDOM,
+        seed=seed,
+        student=STUDENT,
+        teacher=TEACHER,
+        mlm_probability=0.15,
     )
 
 
@@ -327,6 +342,53 @@ def test_settings_without_effect_are_named(loss, options, message):
 
 def test_the_attention_losses_use_the_hidden_map_when_they_have_none_of_their_own():
     assert make_set({"hidden": 0, "embedding": 0}, hidden="last").warnings == ()
+
+
+def test_random_terms_are_named_by_student_layer_and_the_teacher_captures_all():
+    losses = make_random_set({"hidden": 2.0, "relation": 3.0}, hidden_weights=[1, 0, 2, 1])
+    assert losses.term_names == (
+        "hidden/1-random", "hidden/3-random", "hidden/4-random",
+        *(f"attention/{m}-random" for m in (1, 2, 3, 4)),
+        "embedding",
+        *(f"relation/{kind}/{m}-random" for kind in ("qq", "kk", "vv") for m in (1, 2, 3, 4)),
+    )  # fmt: skip
+    assert losses.observed_names == tuple(f"attention_target/{m}-random" for m in (1, 2, 3, 4))
+    assert losses.coefficients[:3] == pytest.approx((2 / 3, 4 / 3, 2 / 3))
+    layers = frozenset(range(1, 13))
+    assert losses.wanted_teacher == Wanted(hidden=layers | {0}, attention=layers, values=True)
+    assert losses.wanted_student == Wanted(
+        hidden=frozenset({0, 1, 3, 4}), attention=frozenset({1, 2, 3, 4}), values=True
+    )
+    assert losses.held_out_names[:3] == ("hidden/1-3", "hidden/3-9", "hidden/4-12"), "of the uniform mapping"
+    assert losses.projected_layers == {0, 1, 3, 4}
+    assert losses.targets["hidden/3-10"] == Target("hidden", 10)
+    assert "hidden/3-2" not in losses.targets, "the third of four sorted layers is at least layer 3"
+    assert losses.warnings == ()
+    with pytest.raises(UserError, match=r"mapping\.hidden_weights=\[1\] has 1 weights"):
+        make_random_set(hidden_weights=[1])
+
+
+@pytest.mark.parametrize("loss", [EVERYTHING, {**OFF, "hidden": 1.0, "preset": "tinybert"}], ids=["all", "tinybert"])
+@pytest.mark.parametrize("step", [None, 0, 1, 70_000])
+def test_random_losses_of_a_step_are_those_of_its_mapping_bit_for_bit(loss, step):
+    """Also divided by scales: each term by that of the layer that was drawn."""
+    losses = make_random_set(loss, seed=5)
+    drawn = RANDOM if step is None else RANDOM.drawn(5, step)
+    fixed = make_set(loss, hidden="-".join(map(str, drawn.genes)), mlm_probability=0.15)
+    scales = {} if "preset" in loss else {term: 0.5 + 0.01 * i for i, term in enumerate(losses.targets)}
+    batch = replace(make_batch([5, 9, 3], 9, masking=True), step=step)
+    student = TinyEncoder(STUDENT, 1).capture(batch, losses.wanted_student)
+    with torch.no_grad():
+        teacher = TinyEncoder(TEACHER, 2).capture(batch, losses.wanted_teacher)
+    inputs = student, teacher, batch, batch.counts, make_projections(losses, losses.config)
+    total, terms = losses.scaled(scales)(*inputs)
+    want_total, want_terms = fixed.scaled(scales)(*inputs)
+    assert len(terms) == len(losses.term_names) + len(losses.observed_names)
+    assert torch.equal(total, want_total)
+    assert torch.equal(terms, want_terms)
+    if scales:
+        at = losses.term_names.index("hidden/3-random")
+        assert torch.equal(terms[at], fixed(*inputs)[1][at] / scales[f"hidden/3-{drawn.genes[2]}"])
 
 
 def one_step(loss: dict[str, object], *, masking: bool = True):

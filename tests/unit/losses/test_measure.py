@@ -19,7 +19,8 @@ from engine.data.batch import Batch, Counts
 from engine.losses.base import Target
 from engine.losses.loss_set import LossSet
 from engine.losses.measure import TeacherSlice, begin
-from engine.mapping import parse_mapping
+from engine.losses.random_layers import RandomLosses
+from engine.mapping import MappingPair, RandomEachStep
 from engine.models.capture import capture, install
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
@@ -60,21 +61,23 @@ def passes(model: PreTrainedModel, *, unpadded: bool) -> Callable[[Batch], Featu
     return run
 
 
-def learner(width: int = 24, mapping: str = MAPPING, **loss: Any) -> Any:
-    """A module as far as `begin` looks at it, with a student of this width."""
+def learner(width: int = 24, mapping: str = MAPPING, layers: int = 4, **loss: Any) -> Any:
+    """A module as far as `begin` looks at it, with a student of this width and so many layers."""
     config = tiny_config("bert")
-    config.hidden_size = width
+    config.hidden_size, config.num_hidden_layers = width, layers
     student = new_model(config, False, 0).double()
     install(student, "eager")
-    shapes = shape_of(config, False), shape_of(tiny_config("bert"), False)
-    maps = parse_mapping(mapping, student_layers=4, teacher_layers=4, key="mapping")
-    losses = LossSet(
-        LossConfig(**loss), MappingConfig(hidden=mapping), hidden_map=maps, attention_map=maps, student=shapes[0],
-        teacher=shapes[1], mlm_probability=0.0,
-    )  # fmt: skip
+    models: dict[str, Any] = {
+        "student": shape_of(config, False), "teacher": shape_of(tiny_config("bert"), False), "mlm_probability": 0.0,
+    }  # fmt: skip
+    maps = MappingPair.of_texts(mapping, None, student_layers=layers, teacher_layers=4).hidden
+    settings = LossConfig(**loss), MappingConfig(hidden=mapping)
+    if isinstance(maps, RandomEachStep):
+        losses: LossSet = RandomLosses(*settings, layers=maps, seed=0, **models)
+    else:
+        losses = LossSet(*settings, hidden_map=maps, attention_map=maps, **models)
     torch.manual_seed(3)
-    layers = losses.projected_layers
-    projections = Projections(losses.config, student_width=width, teacher_width=48, layers=layers)
+    projections = Projections(losses.config, student_width=width, teacher_width=48, layers=losses.projected_layers)
     return SimpleNamespace(student=student, projections=projections.double(), losses=losses)
 
 
@@ -161,6 +164,34 @@ def test_identity_and_random_maps_are_judged_and_left_alone(teacher: PreTrainedM
     assert measured.scales == {}
     assert all(torch.equal(module.projections.state_dict()[name], tensor) for name, tensor in before.items())
     assert max(measured.explained.values()) < 0.0, "a random map is worse than the mean"
+
+
+def test_scales_are_of_every_layer_that_may_be_drawn_and_the_fit_is_of_the_uniform_mapping(
+    teacher: PreTrainedModel,
+) -> None:
+    everything = Wanted(hidden=frozenset(range(5)), attention=frozenset({1, 2, 3, 4}))
+
+    def run(batch: Batch) -> Features:
+        with torch.no_grad():
+            return capture(teacher, batch, everything)
+
+    on = batches(5)
+    module, fixed = (learner(mapping=mapping, layers=2) for mapping in ("random-each-step", "uniform"))
+    slice_of_teacher = TeacherSlice(on, run, CPU)
+    measured = begin(module, slice_of_teacher)
+    assert set(measured.explained) == {"1-2", "2-4", "embedding"}
+    pairs = {(1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4)}
+    assert set(measured.scales) == {f"{loss}/{m}-{g}" for loss in ("hidden", "attention") for m, g in pairs} | {
+        "embedding"
+    }
+    for m, g in pairs:
+        assert measured.scales[f"hidden/{m}-{g}"] == slice_of_teacher.variance(Target("hidden", g))
+        assert measured.scales[f"attention/{m}-{g}"] == slice_of_teacher.variance(Target("scores", g))
+    begin(fixed, slice_of_teacher)
+    weights = fixed.projections.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in module.projections.state_dict().items())
+    held_out, of_uniform = terms(module, on, run), terms(fixed, on, run)
+    assert list(held_out.values()) == list(of_uniform.values()), "a batch of no step has the uniform mapping"
 
 
 def test_tinybert_measures_nothing(teacher: PreTrainedModel) -> None:

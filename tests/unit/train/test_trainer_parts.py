@@ -21,7 +21,7 @@ from engine.jobs.distill.banner import closing_table, estimate_memory
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import make_plan
 from engine.kernels import exact
-from engine.mapping import mapping_table, parse_mapping
+from engine.mapping import RandomEachStep, mapping_table, parse_mapping
 from engine.models.projections import Projections
 from engine.models.shape import ModelShape, forward_flops_per_token
 from engine.models.student import build_student
@@ -162,6 +162,12 @@ def test_banner_tables() -> None:
     assert mapping_table(hidden, hidden) == [
         "student layer      1  2  3  4",
         "teacher layer      ·  5  · 10",
+    ]
+    drawn = RandomEachStep.of_sizes(student_layers=4, teacher_layers=12, key="mapping.hidden")
+    assert mapping_table(drawn, drawn) == [
+        "student layer      1  2  3  4",
+        "teacher layer      3  6  9 12",
+        "random-each-step: so for held-out losses; each step draws its own, in ascending order",
     ]
     table = closing_table({"total": 8.0, "off": 0.0}, {"total": 2.0, "off": 0.0}, [("speed", "x")], steps=(10, 300))
     assert table.splitlines()[0].split() == ["loss", "step", "10", "step", "300", "ratio"]

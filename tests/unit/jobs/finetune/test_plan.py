@@ -97,6 +97,7 @@ MISTAKES = [
     (["--task.custom", "{m: {train: a, dev: b, labels: [no, yes]}}"], "got [False, True]; YAML reads it as"),
     (["--loss.hidden", "1"], "loss.hidden=1.0: needs a teacher: set teacher.path"),
     (["--loss.labels", "0"], "must be > 0 without a teacher"),
+    (["--mapping.hidden", "random-each-step"], "only launch/distill.py draws layers; write a fixed mapping"),
 ]
 
 

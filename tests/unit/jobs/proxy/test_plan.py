@@ -117,6 +117,7 @@ def test_the_fingerprint_changes_with_what_changes_fitness_and_with_nothing_else
     [
         ({"genomes": "[2-4, 2-4-1]"}, "genomes='2-4-1' has 3 layers, but the student has 2"),
         ({"genomes": "[2-4/]"}, "nothing after the slash"),
+        ({"genomes": "[2-4, random-each-step]"}, "genomes='random-each-step' is no fixed mapping"),
         (
             {"genomes": "[2-4, 1-2@2-4]"},
             "genomes='1-2@2-4': kept layers cannot be set by a genome yet; write student.init",

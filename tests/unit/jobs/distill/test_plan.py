@@ -1,0 +1,71 @@
+"""What a run will do, from the preset files of examples/ and from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+from tiny_world import TinyWorld
+
+from engine.cli import parse_config
+from engine.config.distill import RunConfig
+from engine.errors import UserError
+from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
+
+PRESETS = {
+    "tinybert": ("hidden/1-2", "hidden/2-4", "attention/1-2", "attention/2-4", "embedding"),
+    "minilmv2": ("relation/qq/2-4", "relation/kk/2-4", "relation/vv/2-4"),
+    "last_only": ("hidden/2-4", "attention/2-4", "embedding"),
+}
+"""File of examples/ -> the terms of 2 layers that learn from 4."""
+
+
+@pytest.fixture
+def plan_of(tiny_world: TinyWorld):
+    def plan(*argv: str) -> Plan:
+        usual = ["--config", str(ROOT / "examples" / "quickstart.yaml"), "--student.layers", "2"]
+        paths = ["--teacher.path", str(tiny_world.teacher), "--data.path", str(tiny_world.corpus)]
+        return make_plan(parse_config(RunConfig, [*usual, *paths, "--student.hidden_size", "16", *argv], "test"))
+
+    return plan
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_files_go_on_top_of_another_file(plan_of, name: str) -> None:
+    plan = plan_of("--config", str(ROOT / "examples" / f"{name}.yaml"), "--student.init", "uniform")
+    assert plan.losses.term_names == PRESETS[name]
+    assert (plan.config.train.steps, plan.config.train.global_batch) == (300, 16), "of the quick start"
+    assert plan.config.loss.preset == ("tinybert" if name == "tinybert" else "clean")
+    assert plan.warnings == ()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_files_say_how_they_are_used(name: str) -> None:
+    first = (ROOT / "examples" / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# deepspeed launch/distill.py --config examples/quickstart.yaml --config ")
+    assert f"--config examples/{name}.yaml" in first
+    assert first.removeprefix("# ") in (ROOT / "docs" / "losses.md").read_text(), "where its command is tested"
+
+
+def test_the_last_file_wins_and_the_command_line_over_all(tmp_path: Path) -> None:
+    files = []
+    for name, text in (("a", "seed: 1\ntrain: {steps: 40, lr: 0.1}\n"), ("b", "train: {steps: 50}\nloss: {mlm: 0}\n")):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text)
+        files += ["--config", str(path)]
+    config = parse_config(RunConfig, ["--loss.mlm", "2", *files], "test")
+    assert (config.seed, config.train.steps, config.train.lr, config.loss.mlm) == (1, 50, 0.1, 2.0)
+
+
+def test_random_each_step_is_what_a_run_says_of_itself(plan_of) -> None:
+    plan = plan_of("--mapping.hidden", "random-each-step", "--student.init", "uniform")
+    assert plan.losses.term_names[:2] == ("hidden/1-random", "hidden/2-random")
+    known = identity(plan)
+    assert known["mapping.hidden"] == known["mapping.hidden_resolved"] == "random-each-step"
+    assert known["mapping.attention_resolved"] == "random-each-step"
+    card = describe_for_export(plan, plan.student_config)["card"]
+    assert card["hidden-state mapping"] == card["attention mapping"] == "random-each-step"
+    assert plan.warnings == ()
+    with pytest.raises(UserError, match="5 student layers, but the teacher has 4"):
+        plan_of("--mapping.hidden", "random-each-step", "--student.layers", "5", "--student.init", "random")
