@@ -64,6 +64,8 @@ def test_random_layers_are_drawn_alike_on_all_ranks_and_micro_batches(finished_r
         assert relative_gap([step[name] for step in terms], [step["terms"][name] for step in two.steps()]) < FP32, name
     assert relative_gap(one.curve(), two.curve()) < FP32
     assert relative_gap(one.curve("grad_norm"), two.curve("grad_norm")) < FP32
+    fixed = finished_run(stage=0, ranks=1, micro=8, precision="fp32", student__init="uniform")
+    assert relative_gap(fixed.curve(), one.curve()) > 1e-2, "other layers than those of one mapping"
     assert one.records("result")[-1]["mapping"] == {"hidden": "random-each-step", "attention": "random-each-step"}
 
 
