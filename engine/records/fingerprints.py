@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    """{"a": {"b": 1}} -> {"a.b": 1}; a dataclass inside is as good as a dictionary."""
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
+    for key, node in tree.items():
+        value = asdict(node) if is_dataclass(node) and not isinstance(node, type) else node
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 

@@ -14,6 +14,7 @@ from in_process import refuse_run
 from launching import ROOT, Launcher, Run, write_ds_config
 from odd_name import ODD_NAME
 from safetensors.torch import load_file
+from searching import YARDSTICK
 from tiny_world import TinyWorld
 
 from engine.records.records import parse_record
@@ -39,6 +40,7 @@ def proxies(world: TinyWorld, glue: Path, folder: Path) -> MakeProxy:
             "train.log_every": 2,
             "proxy.steps": 6,
             "proxy.keep_students": True,
+            "proxy.yardstick": YARDSTICK,
         }
         values.update({key.replace("__", "."): value for key, value in settings.items()})
         argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
@@ -87,13 +89,61 @@ def test_a_member_of_a_cohort_equals_the_same_genome_alone(make_proxy: MakeProxy
     assert mine["cohort"] == 4
     assert theirs["cohort"] == 1
     assert mine["mapping"] == {"hidden": "0-3", "attention": "0-3"}
-    assert mine["fitness"] == pytest.approx(sum(mine["scores"].values()) / 3)
+    assert mine["fitness"] == pytest.approx((sum(mine["scores"].values()) / 3 - 0.4) / 0.55)
     assert set(mine["scores"]) == {"SST-2", "MRPC", "STS-B"}
     assert {"start", "encode", "load", "train", "evaluate", "teacher", "student", "optimizer"} <= set(mine["wall_s"])
     assert "signal ratio" in cohort.output
     finished = cohort.records("run")[-1]["wall_s"]
     assert mine["wall_s"]["train"] == pytest.approx(finished["train"] - both["0-3", 0]["wall_s"]["train"])
     assert cohort.records("run")[-1]["signal"]["seeds"] == 2
+
+
+def test_teacher_start_and_none_are_in_every_proxy_that_has_no_yardstick(make_proxy: MakeProxy) -> None:
+    """Without the embedding loss, `none` is the untrained student; a student that is copied whole is the teacher."""
+    run = make_proxy("measured", "2-4", proxy__yardstick="{}", proxy__other_tasks="[CoLA]", loss__embedding=0)
+    output = run.finish()
+    (baselines,) = [record for record in run.records("run") if record["status"] == "baselines"]
+    found = results(run)
+    assert set(found) == {("2-4", 0), ("0-0", 0)}
+    assert found["0-0", 0]["scores"] == baselines["start"]
+    assert set(baselines["teacher"]) == {"SST-2", "MRPC", "STS-B", "CoLA"}
+    counting = [task for task in ("SST-2", "MRPC", "STS-B") if baselines["teacher"][task] > baselines["start"][task]]
+    assert counting, "this teacher is better at nothing: take another"
+    for result in found.values():
+        assert {task for task, one in result["yardstick"].items() if one["weight"]} == set(counting)
+        start, teacher = baselines["start"], baselines["teacher"]
+        shares = [(result["scores"][task] - start[task]) / (teacher[task] - start[task]) for task in counting]
+        assert result["fitness"] == pytest.approx(sum(shares) / len(shares))
+    table = output[output.rindex("genome  ") :]
+    assert [line.split()[0] for line in table.splitlines()[1:5]] in (
+        ["2-4", "0-0", "start", "teacher"], ["0-0", "2-4", "start", "teacher"],
+    )  # fmt: skip
+    assert "(CoLA)" in table
+    again = run.finish()
+    assert "2 of 2 results are here already" in again
+    assert again[again.rindex("genome  ") :] == table
+    same = make_proxy(
+        "same", "none", proxy__yardstick="{}", student__layers=4, student__hidden_size=32, loss__embedding=0,
+        student__init="uniform", proxy__keep_students=False,
+    )  # fmt: skip
+    same.finish()
+    (whole,) = [record for record in same.records("run") if record["status"] == "baselines"]
+    assert whole["start"] == whole["teacher"]
+    assert {task: whole["teacher"][task] for task in whole["teacher"]} == {
+        task: score for task, score in baselines["teacher"].items() if task != "CoLA"
+    }
+
+
+def test_a_yardstick_that_is_given_makes_other_fitness_of_the_same_scores(cohort: Run, tmp_path: Path) -> None:
+    run = cohort.copied(tmp_path / "again")
+    before = results(run)
+    idle = "{start: 0, teacher: 1, weight: 0}"
+    other = f"{{SST-2: {{start: 0.1, teacher: 0.9}}, MRPC: {idle}, STS-B: {idle}}}"
+    output = run.finish("--proxy.yardstick", other)
+    assert "8 of 8 results are here already" in output
+    line = next(line for line in output.splitlines() if line.startswith("0-3 "))
+    mean = sum(before["0-3", seed]["scores"]["SST-2"] for seed in (0, 1)) / 2
+    assert f"{(mean - 0.1) / 0.8:.4f}" in line
 
 
 def test_the_same_command_finds_everything_done(cohort: Run, tmp_path: Path) -> None:
@@ -130,7 +180,7 @@ def test_the_fine_tuning_evaluator_scores_copies(make_proxy: MakeProxy) -> None:
     """A score in between does not disturb the student that goes on, and the same seed gives the same scores."""
     settings: dict[str, object] = {
         "proxy__evaluator": "finetune", "proxy__tasks": "[SST-2, STS-B]", "proxy__batch": 8, "proxy__lr": 3e-3,
-        "proxy__epochs": 4, "proxy__keep_students": False,
+        "proxy__epochs": 4, "proxy__keep_students": False, "proxy__yardstick": "{}",
     }  # fmt: skip
     run = make_proxy("scored", "2-4", "none", proxy__report_at=[3], loss__embedding=0, **settings)
     run.finish()

@@ -20,7 +20,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -42,7 +42,14 @@ Fields = dict[str, Any]
 def read_config(kind: Any, values: Fields) -> Any:
     """Makes a configuration of what its YAML holds; parse_config would take half of a job's time."""
     kinds = get_type_hints(kind)
-    return kind(**{key: read_config(kinds[key], v) if is_dataclass(kinds[key]) else v for key, v in values.items()})
+    return kind(**{key: _value(kinds[key], value) for key, value in values.items()})
+
+
+def _value(kind: Any, value: Any) -> Any:
+    if is_dataclass(kind):
+        return read_config(kind, value)
+    of = get_args(kind)[1:]  # of a dictionary's values
+    return {key: read_config(of[0], one) for key, one in value.items()} if of and is_dataclass(of[0]) else value
 
 
 class StandIn:
@@ -53,10 +60,8 @@ class StandIn:
         self.layers = {"student_layers": config.student.layers, "teacher_layers": self.teacher["num_hidden_layers"]}
         texts = [*config.genomes, *(() if config.proxy.yardstick else ("none",))]
         pairs = [MappingPair.parse(text, **self.layers, key="genomes") for text in texts]
-        self.yardstick = {
-            task: TaskScale(**one)
-            for task, one in config.proxy.yardstick.items()  # type: ignore[arg-type]
-        } or {task: TaskScale(start=0.4, teacher=0.95) for task in config.proxy.tasks}
+        alike = {task: TaskScale(start=0.4, teacher=0.95) for task in config.proxy.tasks}
+        self.yardstick = config.proxy.yardstick or alike
         self.genomes = {str(pair): pair for pair in pairs}
         self.seeds = list(range(config.seed, config.seed + self.proxy.repeats))
         self.parts = self._fingerprint_parts()

@@ -152,7 +152,8 @@ class ProxyJob:
         self._record("run", status="finished", signal=None if signal is None else asdict(signal), wall_s=self.wall)
         if self.here.is_rank_zero:
             given = {key: genome.given for key, genome in self.genomes.items()}
-            text = closing_text(list(self.results.values()), given, self.failed, self.yardstick)
+            tasks = [task.spec.name for task in self.plan.tasks]
+            text = closing_text(list(self.results.values()), given, self.failed, self.yardstick, tasks=tasks)
             print("\n" + text, flush=True)
         done = self.stopped or any((key, seed) in self.results for key in self.genomes for seed in self.seeds)
         return EXIT_DONE if done else EXIT_DIVERGED
@@ -202,7 +203,9 @@ class ProxyJob:
     def _take_yardstick(self) -> None:
         """From earlier results, where there are any; their fitness is then by the yardstick of this start."""
         for result in self.results.values():
-            self.yardstick = self.yardstick or {task: TaskScale(**scale) for task, scale in result["yardstick"].items()}
+            self.yardstick = self.yardstick or {
+                task: TaskScale(**result["yardstick"][task]) for task in self.plan.counted
+            }
             result["fitness"] = fitness_of(result["scores"], self.yardstick)
 
     def _measure_yardstick(self, evaluator: Evaluator) -> bool:

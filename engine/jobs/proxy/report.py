@@ -38,17 +38,24 @@ def signal_of(results: Sequence[Result]) -> Signal | None:
     return signal_ratio(fitness)
 
 
-def fitness_table(results: Sequence[Result], names: dict[str, str], failed: Sequence[str], yardstick: Yardstick) -> str:
+def fitness_table(
+    results: Sequence[Result],
+    names: dict[str, str],
+    failed: Sequence[str],
+    yardstick: Yardstick,
+    *,
+    tasks: Sequence[str],
+) -> str:
     """Best genome first, then the baselines; means over seeds, with the sample standard deviation where there are
     several. Tasks that do not count are in brackets.
 
-    names: genome -> what the user called it. failed: genomes without any result, each with the reason.
+    names: genome -> what the user called it. failed: genomes without any result, each with the reason. tasks: in the
+    order of the columns.
     """
     by_genome: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_genome[result["genome"]].append(result)
     order = sorted(by_genome, key=lambda genome: -fmean(r["fitness"] for r in by_genome[genome]))
-    tasks = list(results[0]["scores"]) if results else []
     counting = counted(yardstick) or list(yardstick)
     heads = ["genome", "", *(task if task in counting else f"({task})" for task in tasks), "fitness", "seeds"]
     rows = [heads]
@@ -65,11 +72,21 @@ def fitness_table(results: Sequence[Result], names: dict[str, str], failed: Sequ
     return columns(rows, left=(0, 1))
 
 
-def closing_text(results: Sequence[Result], names: dict[str, str], failed: Sequence[str], yardstick: Yardstick) -> str:
+def closing_text(
+    results: Sequence[Result],
+    names: dict[str, str],
+    failed: Sequence[str],
+    yardstick: Yardstick,
+    *,
+    tasks: Sequence[str],
+) -> str:
     """First whether the students are better than no training at all, then the table, what a fitness is, and how far it
     can be trusted."""
     signal = signal_of(results)
-    parts = [beaten_text(_scores_by_genome(results), yardstick), fitness_table(results, names, failed, yardstick)]
+    parts = [
+        beaten_text(_scores_by_genome(results), yardstick),
+        fitness_table(results, names, failed, yardstick, tasks=tasks),
+    ]
     parts += [f"fitness: {describe_yardstick(yardstick)}"] if results else []
     parts += [describe(signal)] if signal is not None else []
     return "\n\n".join(part for part in parts if part)

@@ -210,7 +210,9 @@ def test_results_of_another_fingerprint_do_not_count(tmp_path: Path) -> None:
 def test_the_table_shows_the_best_first_with_its_noise() -> None:
     results = [result("1-2", 0, 0.5), result("1-2", 1, 0.7), result("2-4", 0, 0.8), result("2-4", 1, 0.82)]
     scales = {"SST-2": TaskScale(start=0.3, teacher=0.9), "STS-B": TaskScale(start=0.2, teacher=0.1, weight=0.0)}
-    lines = fitness_table(results, {"2-4": "uniform", "1-2": "1-2"}, ["3-3  seed 0: diverged"], scales).splitlines()
+    lines = fitness_table(
+        results, {"2-4": "uniform", "1-2": "1-2"}, ["3-3  seed 0: diverged"], scales, tasks=list(scales)
+    ).splitlines()
     assert lines[0].split() == ["genome", "SST-2", "(STS-B)", "fitness", "seeds"], "in brackets: it does not count"
     assert " ".join(lines[1].split()) == "2-4 uniform 0.8100 ± 0.0141 0.8100 ± 0.0141 0.8100 ± 0.0141 2"
     assert " ".join(lines[2].split()) == "1-2 0.6000 ± 0.1414 0.6000 ± 0.1414 0.6000 ± 0.1414 2"
