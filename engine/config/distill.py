@@ -11,7 +11,7 @@ from typing import Literal
 
 from engine.config.marks import evaluation, how, located, result
 from engine.errors import UserError
-from engine.mapping import RANDOM_EACH_STEP
+from engine.mapping import RANDOM_EACH_STEP, MappingPair
 
 
 def require(ok: bool, key: str, value: object, remedy: str) -> None:
@@ -234,6 +234,17 @@ LOSS_NAMES = ("hidden", "attention", "embedding", "attention_probs", "relation",
 
 HIDDEN_MAPPED = ("hidden", "cosine")
 ATTENTION_MAPPED = ("attention", "attention_probs", "relation")
+
+
+def trained_pairs(loss: LossConfig, mapping: MappingPair) -> frozenset[tuple[int, int]]:
+    """Returns (student layer, teacher layer) of all that a loss compares under this mapping; layer 0 is the
+    embeddings."""
+    pairs: set[tuple[int, int]] = {(0, 0)} if "embedding" in loss.active else set()
+    if set(HIDDEN_MAPPED) & set(loss.active):
+        pairs.update(mapping.hidden.pairs)
+    if set(ATTENTION_MAPPED) & set(loss.active):
+        pairs.update(mapping.attention.pairs)
+    return frozenset(pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,10 @@ class ProxyConfig:
     keep_students: bool = how(False)
     """Write each distilled student to `students/`."""
 
+    layer_table: bool = how(False)
+    """Say of each student, and of the untrained one, how much of every teacher layer a linear map of every student
+    layer explains (docs/proxy.md, "Which layers know what"). Never part of the fitness."""
+
     def __post_init__(self) -> None:
         for name in ("steps", "repeats", "batch"):
             require(getattr(self, name) >= 1, f"proxy.{name}", getattr(self, name), "must be at least 1")

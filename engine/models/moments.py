@@ -4,7 +4,7 @@ kept."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,14 +25,14 @@ class Moments:
     """(D_s, D_s) X^T X"""
     xy: torch.Tensor
     """(D_s, D_t) X^T Y"""
-    yy: float
-    """Sum of the squares of Y"""
+    yy: torch.Tensor
+    """(D_t,) sum of the squares of Y"""
 
     @classmethod
     def of(cls, states: torch.Tensor, targets: torch.Tensor) -> Moments:
         """states (n, D_s), targets (n, D_t), of any dtype and device."""
         x, y = (tensor.detach().to("cpu", torch.float64) for tensor in (states, targets))
-        return cls(len(x), x.sum(0), y.sum(0), x.t() @ x, x.t() @ y, float(y.square().sum()))
+        return cls(len(x), x.sum(0), y.sum(0), x.t() @ x, x.t() @ y, y.square().sum(0))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -44,17 +44,21 @@ class Moments:
             self.yy + other.yy,
         )
 
+    def of_targets(self, columns: slice) -> Moments:
+        """Returns those of the same states and of these columns of Y alone."""
+        return replace(self, y=self.y[columns], xy=self.xy[:, columns], yy=self.yy[columns])
+
     @property
     def variance(self) -> float:
         """Of Y about its mean, averaged over its dimensions."""
         n = self.tokens
-        return (self.yy / n - float((self.y / n).square().sum())) / len(self.y)
+        return (float(self.yy.sum()) / n - float((self.y / n).square().sum())) / len(self.y)
 
     def mse(self, fitted: LinearMap) -> float:
         """Mean over tokens and dimensions of (W x + b - y)^2."""
         weight, n = fitted.weight, self.tokens
         bias = torch.zeros_like(self.y) if fitted.bias is None else fitted.bias
-        squares = float(((weight @ self.xx) * weight).sum()) + self.yy + n * float(bias.square().sum())
+        squares = float(((weight @ self.xx) * weight).sum()) + float(self.yy.sum()) + n * float(bias.square().sum())
         products = -float((weight * self.xy.t()).sum()) + float(bias @ (weight @ self.x)) - float(bias @ self.y)
         return (squares + 2.0 * products) / (n * len(self.y))
 
@@ -71,6 +75,10 @@ class LinearMap:
     """(D_t, D_s) float64"""
     bias: torch.Tensor | None
     """(D_t,) float64"""
+
+    def of_targets(self, rows: slice) -> LinearMap:
+        """Returns what it says of these dimensions of y alone."""
+        return LinearMap(self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 def fit(pairs: Sequence[Moments], weights: Sequence[float], *, bias: bool) -> LinearMap:

@@ -72,17 +72,23 @@ class Member:
 
     def save(self, folder: Path) -> None:
         """Collective. Writes the student as a Hugging Face folder, in fp32."""
-        weights = self._weights()
-        if torch.distributed.get_rank() == 0:
+        student = self.copied()
+        if student is not None:
             steps = 0 if self.trainee is None else self.plan.config.train.steps
-            description = {**describe_for_export(self.plan, self.student.config), "step": steps}
-            write_model(rebuild_student(description, weights), description, {}, self.tokenizer, folder)
+            write_model(student, {**self._description, "step": steps}, {}, self.tokenizer, folder)
         torch.distributed.barrier()
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        """Collective. The student's weights in fp32 on the CPU: the optimizer's master copy where there is one."""
+    def copied(self) -> PreTrainedModel | None:
+        """Collective. On rank 0 the student as it is saved: with every word's embedding, in fp32 on the CPU, from the
+        optimizer's master weights where there are any. None on the others."""
         weights = live_state(self.student, trained=self.trainee is not None)
-        return whole_vocabulary(self.student, weights)
+        if torch.distributed.get_rank() != 0:
+            return None
+        return rebuild_student(self._description, whole_vocabulary(self.student, weights))
+
+    @property
+    def _description(self) -> dict[str, Any]:
+        return describe_for_export(self.plan, self.student.config)
 
     def release(self) -> None:
         """Lets go of engine, optimizer and student, so that the next cohort has their memory."""

@@ -29,6 +29,7 @@ from engine.jobs.distill.plan import Plan
 from engine.jobs.proxy.baselines import baselines
 from engine.jobs.proxy.cohort import IntermediateScores, Member, build_member
 from engine.jobs.proxy.evaluators import Evaluator, Scores, Stopped, build_evaluator
+from engine.jobs.proxy.layer_table import LayerTables
 from engine.jobs.proxy.plan import Genome, ProxyPlan, make_proxy_plan
 from engine.jobs.proxy.report import Result, closing_text, describe_start, earlier_results, signal_of
 from engine.jobs.proxy.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
@@ -86,6 +87,7 @@ class ProxyJob:
         """Seconds by phase of the cohorts of this start that are done; without what all cohorts share."""
         self._shard_check: ShardCheck | None = None
         """All cohorts read one corpus."""
+        self._layer_tables = LayerTables(here) if self.config.proxy.layer_table else None
         self._records: RecordWriter | None = None
 
     def run(self) -> int:
@@ -115,12 +117,17 @@ class ProxyJob:
         return from_rank_zero(read)
 
     def _lacks(self, pair: tuple[str, int], result: Result) -> bool:
-        """Whether something is wanted now that an earlier start has not left: a score, or the student."""
+        """Whether something is wanted now that an earlier start has not left: a score, the student, or its layer
+        table."""
         if any(task.spec.name not in result["scores"] for task in self.plan.tasks):
             return True
         key, seed = pair
-        asked = self.config.proxy.keep_students and key in self.genomes and seed in self.seeds
-        return asked and not ("student" in result and self._student_folder(self.genomes[key], seed).is_dir())
+        if key not in self.genomes or seed not in self.seeds:
+            return False
+        if self._layer_tables is not None and "layers" not in result:
+            return True
+        kept = "student" in result and self._student_folder(self.genomes[key], seed).is_dir()
+        return self.config.proxy.keep_students and not kept
 
     def _student_folder(self, genome: Genome, seed: int) -> Path:
         return self.run_dir.root / "students" / f"{genome.mapping.file_name}-seed{seed}"
@@ -251,6 +258,8 @@ class ProxyJob:
             on = None
             if teacher is not None and any(plan.losses.looks_at_slice for plan in learning):
                 on = TeacherSlice(loader.first(self._slice), teacher, self.here.device)
+            if self._layer_tables is not None:
+                self._layer_tables.begin(base, genomes, loader)
             members = [
                 build_member(
                     genome,
@@ -269,6 +278,8 @@ class ProxyJob:
         try:
             if not self._train(members, base, seed, teacher, loader, score):
                 return False
+            if self._layer_tables is not None:
+                self._layer_tables.introduce(self._say)
             with self._scoring_watched(seed):
                 for member in members:
                     self._finish(member, seed, score, len(members))
@@ -385,11 +396,19 @@ class ProxyJob:
             member.save(folder)
             watchdog.beat()
             result["student"] = str(folder)
+        if self._layer_tables is not None:
+            start = time.perf_counter()
+            with self._phase("layers"):
+                result["layers"] = self._layer_tables.of(member)
+            watchdog.beat()
+            wall["layers"] = time.perf_counter() - start
         result["wall_s"] = wall
         self.results[genome.key, seed] = result
         if self._records is not None:
             self._records.write("result", **result)
             print(f"{genome.key}  seed {seed}  fitness {scores.fitness:.4f}  ({_listed(scores.tasks)})", flush=True)
+            if self._layer_tables is not None:
+                print(f"\n{self._layer_tables.text_of(member, result['layers'])}\n", flush=True)
 
 
 def _listed(scores: Mapping[str, float]) -> str:

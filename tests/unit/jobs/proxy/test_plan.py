@@ -97,6 +97,7 @@ SAME_FITNESS = [
     {"train__log_every": 1},
     {"student__attention": "eager"},
     {"proxy__keep_students": True},
+    {"proxy__layer_table": True},
 ]
 
 

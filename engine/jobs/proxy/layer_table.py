@@ -1,0 +1,169 @@
+"""What the layers of a student know of the layers of the teacher: for each pair, trained or not, how much of the
+teacher's state a linear map of the student's explains. It compares mappings by one table, and is never part of a
+fitness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+import torch
+from transformers import PreTrainedModel
+
+from engine.config.distill import trained_pairs
+from engine.data.batch import Batch
+from engine.data.loader import CorpusLoader
+from engine.errors import UserError
+from engine.jobs.distill.build import initial_student, load_teacher
+from engine.jobs.distill.plan import Plan
+from engine.jobs.proxy.cohort import Member
+from engine.jobs.proxy.plan import Genome
+from engine.losses.measure import EVERY_FIFTH, TeacherSlice, real_rows, sequences_of
+from engine.models.capture import capture, install, shape_layers
+from engine.models.features import Wanted
+from engine.models.moments import Moments, fit
+from engine.ranks.collectives import from_rank_zero
+from engine.ranks.runtime import Runtime
+from engine.records.layer_table import MEANING, LayerTable, layer_text
+
+TOKENS_PER_DIMENSION = 10
+"""Of the student's states: positions that a table looks at, at least."""
+AT_ONCE = 2048
+"""Tokens whose states are held in float64."""
+BACKEND = "eager"
+"""Attention of the copies that are looked at: it takes fp32 on any device."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A slice of the corpus as the teacher sees it, and which of its tokens are for what."""
+
+    on: TeacherSlice
+    fitted: torch.Tensor
+    """(n,) indices of the tokens that maps are fitted on."""
+    judging: torch.Tensor
+    """Of the tokens that judge them, in other sequences."""
+
+
+def divided(on: TeacherSlice) -> Text:
+    """Every fifth sequence judges, or the last one of a few; a repeated one is left out."""
+    places: dict[bytes, range] = {}
+    at = 0
+    for batch in on.batches:
+        assert batch.lengths is not None
+        for ids, length in zip(batch.input_ids, batch.lengths, strict=True):
+            places.setdefault(ids[:length].numpy().tobytes(), range(at, at + length))
+            at += length
+    every = min(EVERY_FIFTH, len(places))
+    tokens: dict[bool, list[int]] = {True: [], False: []}
+    for i, place in enumerate(places.values()):
+        tokens[i % every == every - 1] += place
+    return Text(on, fitted=torch.tensor(tokens[False]), judging=torch.tensor(tokens[True]))
+
+
+def layer_table(student: PreTrainedModel, text: Text, device: torch.device) -> LayerTable:
+    """Row m, column n: R² of the ridge map from the student's hidden state m to the teacher's n, to 4 decimals. The
+    student, which has been through `install`, runs without dropout on `device`, and stays there."""
+    layers = sorted(text.on.hidden[0])
+    targets = [torch.cat([states[layer] for states in text.on.hidden]) for layer in layers]
+    width = targets[0].shape[1]
+    table: list[list[float | None]] = []
+    for states in _states(student, text.on.batches, device):
+        if not bool(states.isfinite().all()):
+            table.append([None] * len(layers))
+            continue
+        judging = _moments(states, targets, text.judging)
+        fitted = fit([_moments(states, targets, text.fitted)], [1.0], bias=True)  # one Gram matrix for all of them
+        blocks = [slice(i * width, (i + 1) * width) for i in range(len(layers))]
+        shares = (judging.of_targets(block).explained(fitted.of_targets(block)) for block in blocks)
+        table.append([round(share, 4) for share in shares])
+    return table
+
+
+@torch.no_grad()
+def _states(student: PreTrainedModel, batches: Sequence[Batch], device: torch.device) -> list[torch.Tensor]:
+    """By layer (n, D), of the real tokens, on the CPU."""
+    student.eval().to(device)  # type: ignore[arg-type]
+    layers = range(shape_layers(student) + 1)
+    found: list[list[torch.Tensor]] = [[] for _ in layers]
+    for batch in batches:
+        features = capture(student, batch.to(device), Wanted(hidden=frozenset(layers)))
+        for layer, parts in zip(layers, found, strict=True):
+            parts.append(real_rows(features.hidden[layer], batch, features).cpu())
+    return [torch.cat(parts) for parts in found]
+
+
+def _moments(states: torch.Tensor, targets: Sequence[torch.Tensor], tokens: torch.Tensor) -> Moments:
+    """Of one student layer, and of all teacher layers side by side."""
+    chunks = tokens.split(AT_ONCE)
+    return reduce(add, (Moments.of(states[rows], torch.cat([y[rows] for y in targets], dim=1)) for rows in chunks))
+
+
+class LayerTables:
+    """Of a proxy job (proxy.layer_table)."""
+
+    def __init__(self, here: Runtime) -> None:
+        self._here = here
+        self._text: Text | None = None
+        """Of the current cohort; on rank 0."""
+        self._introduction: str | None = None
+        """Empty once it was said."""
+
+    def begin(self, base: Plan, genomes: Sequence[Genome], loader: CorpusLoader) -> None:
+        """Collective. For a cohort: the whole teacher reads a slice of the corpus, and is let go. base: with the
+        cohort's seed. Raises UserError for a corpus that is too small to fit a map."""
+        layers = frozenset(range(base.teacher_shape.layers + 1))
+        teacher = load_teacher(base, Wanted(hidden=layers), self._here.device)
+        count = max(
+            sequences_of(base.config.loss, base.seq_len),
+            math.ceil(TOKENS_PER_DIMENSION * base.student_shape.width / base.seq_len),
+        )
+        text = divided(TeacherSlice(loader.first(count), teacher, self._here.device))
+        width = base.student_shape.width
+        if len(text.fitted) <= width or not len(text.judging):
+            raise UserError(
+                f"proxy.layer_table=true: {base.config.data.path} has {len(text.fitted):,} tokens to fit a map on, and "
+                f"a student of width {width} needs more than {width:,}; prepare more text, or set it to false"
+            )
+        self._text = text if self._here.is_rank_zero else None
+        if self._introduction is None:
+            self._introduction = from_rank_zero(lambda: "\n\n".join([MEANING, *self._starts(base, genomes, text)]))
+
+    def _starts(self, base: Plan, genomes: Sequence[Genome], text: Text) -> list[str]:
+        """The tables of what the genomes begin with: of one student, unless they say which layers it starts from."""
+        plans = {"before training": base}
+        if base.config.student.init == "mapping":
+            plans = {f"{genome.key} before training": replace(base, mapping=genome.mapping) for genome in genomes}
+        found = []
+        for title, plan in plans.items():
+            anywhere = replace(plan, student_attention=plan.student_attention._replace(name=BACKEND))
+            student = initial_student(anywhere, with_mlm_head=False)
+            found.append(layer_text(layer_table(student, text, self._here.device), (), title=title))
+        return found
+
+    def introduce(self, say: Callable[[str], None]) -> None:
+        """Says what the tables are, and that of the untrained student, once."""
+        if self._introduction:
+            say(f"\n{self._introduction}\n")
+            self._introduction = ""
+
+    def of(self, member: Member) -> LayerTable:
+        """Collective. The same on every rank."""
+        student = member.copied()
+
+        def make() -> LayerTable:
+            assert student is not None
+            assert self._text is not None
+            install(student, BACKEND)
+            return layer_table(student, self._text, self._here.device)
+
+        return from_rank_zero(make)
+
+    def text_of(self, member: Member, table: LayerTable) -> str:
+        config = member.plan.config
+        after = "untrained" if member.trainee is None else f"after {config.train.steps} steps"
+        pairs = trained_pairs(config.loss, member.genome.mapping)
+        return layer_text(table, pairs, title=f"{member.genome.key}  seed {member.seed}  {after}")
