@@ -208,7 +208,9 @@ class Search:
             dict.fromkeys([*best, reference], range(first, first + s.confirm_seeds)),
             show,
             folders=self.config.root / CONFIRMATIONS,
-            proxy=replace(self.config.proxy, repeats=1, report_at=[], yardstick=dict(yardstick.scales)),
+            proxy=replace(
+                self.config.proxy, repeats=1, report_at=[], layer_table=True, yardstick=dict(yardstick.scales)
+            ),
             yardstick=yardstick.scales,
             say="confirmation",
         )

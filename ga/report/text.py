@@ -12,10 +12,12 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 from engine.mapping import MappingPair
+from engine.records.layer_table import layer_name
 from engine.records.stats import signal_ratio
 from engine.records.yardstick import NOT_A_RESULT, beaten_text, counted, describe_yardstick, is_none
 from ga.jobs.outcome import Outcome
 from ga.report.confirmation import METHOD, Confirmed, compare, seed_deviation, verdict, winner
+from ga.report.layers import KnownLayers
 from ga.report.plots import Plot
 from ga.study.evaluations import RUNNING, STOPPED_EARLY, Evaluation, correlation_at, evaluated, ranked, report_steps
 from ga.study.sources import deepest_layer
@@ -73,6 +75,7 @@ def report_text(
     plots: Sequence[Plot],
     *,
     best_yaml: Path,
+    layers: Mapping[str, KnownLayers] | None = None,
 ) -> str:
     """Markdown as GitHub renders it. The second paragraph is the sentence about the winner."""
     parts = ["# Search of layer mappings", headline(facts, evaluations, confirmed)]
@@ -80,6 +83,7 @@ def report_text(
         parts += ["## Best genomes", *_best_genomes(facts, evaluations)]
         parts += ["## Confirmation with new seeds", *_confirmation(facts, evaluations, confirmed)] if confirmed else []
         parts += ["## Task by task", *_by_task(facts, confirmed, scores)] if confirmed else []
+        parts += _layers(facts, confirmed, layers) if confirmed and layers else []
         parts += ["## What fitness is measured by", *_yardstick(facts)]
         parts += ["## How settled it is", _settled(evaluations, confirmed)]
     parts += [f"![{plot.caption}]({plot.file})" for plot in plots]
@@ -246,6 +250,26 @@ def _confirmation(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Co
         "because it was picked for it; the means here are not, but for the choice among these few.",
         table,
         METHOD,
+    ]
+
+
+def _layers(facts: Facts, confirmed: Confirmed, layers: Mapping[str, KnownLayers]) -> list[str]:
+    """The whole section, of the winner and of uniform; nothing without a table of either."""
+    names = {winner(confirmed): "winner", facts.uniform: "uniform"}
+    shown = {genome: layers[genome] for genome in names if genome in layers}
+    if not shown:
+        return []
+    by_genome = [one.rows(f"{genome} ({names[genome]})") for genome, one in shown.items()]
+    rows = [row for of_layer in zip(*by_genome, strict=True) for row in of_layer]
+    teacher = [layer_name(layer) for layer in range(len(rows[0]) - 2)]
+    seeds = " and ".join(f"{one.seeds} of {genome}" for genome, one in shown.items())
+    return [
+        "## Which layers know what",
+        "A number is the share of its column's teacher layer (of the variance, on text that nothing was fitted on) "
+        "that a linear map of its row's student layer explains, and an asterisk marks a pair that was trained: compare "
+        "the rows of one student layer to see which mapping taught it more, also of teacher layers that it was not "
+        f"trained on. It is no part of the fitness. Means over new seeds: {seeds}.",
+        _table(["student layer", "mapping", *teacher], rows, left=(0, 1)),
     ]
 
 

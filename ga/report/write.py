@@ -12,6 +12,7 @@ from pathlib import Path
 
 import optuna
 from optuna import Study
+from optuna.trial import FrozenTrial
 
 from engine.config.distill import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
 from engine.mapping import MappingPair
@@ -21,6 +22,7 @@ from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.report.confirmation import Confirmed, winner
 from ga.report.drafts import replaced
+from ga.report.layers import KnownLayers, known_layers
 from ga.report.plots import draw_all
 from ga.report.text import LEADERBOARD, Facts, headline, report_text
 from ga.study.evaluations import SEED, Evaluation, evaluated, evaluation, ranked, read_history
@@ -41,12 +43,14 @@ def write_report(
     scores: Mapping[str, Confirmed],
     *,
     best_yaml: str | None = None,
+    layers: Mapping[str, KnownLayers] | None = None,
 ) -> Path:
     """Returns the path of REPORT.md. `folder` is replaced as a whole, with all that was in it: after a kill it holds
     the old report or the new one.
 
     others: other searches with the same proxy. confirmed: genome -> seed -> fitness. scores: the same of each task, and
-    of tasks that were not searched on. best_yaml: text of that file; None: there is no winner.
+    of tasks that were not searched on. best_yaml: text of that file; None: there is no winner. layers: of confirmed
+    genomes.
     """
     confirmed = {genome: by_seed for genome, by_seed in confirmed.items() if by_seed}
     with replaced(folder) as draft:
@@ -54,7 +58,7 @@ def write_report(
             draft, evaluations, others, confirmed, heuristics=facts.heuristics, population=facts.population
         )
         write_leaderboard(draft / LEADERBOARD, facts, evaluations)
-        text = report_text(facts, evaluations, others, confirmed, scores, plots, best_yaml=folder / BEST)
+        text = report_text(facts, evaluations, others, confirmed, scores, plots, best_yaml=folder / BEST, layers=layers)
         (draft / REPORT).write_text(text, encoding="utf-8")
         if best_yaml is not None:
             (draft / BEST).write_text(best_yaml, encoding="utf-8")
@@ -132,7 +136,8 @@ def publish(
 ) -> None:
     """Writes report/, and says what it found and where that is."""
     evaluations = read_history(study)
-    confirmed, scores = confirmed_fitness(storage, config, facts)
+    confirmations = read_confirmations(storage, config, facts)
+    confirmed, scores = confirmed_fitness(confirmations)
     folder = config.root / FOLDER
     best = ranked(evaluations)
     genome = winner(confirmed) if confirmed else best[0].genome if best else None
@@ -143,23 +148,29 @@ def publish(
         best_yaml = as_commented_yaml(best_config(config, facts, genome), path=folder / BEST, why=why)
     others = comparable_searches(storage, study)
     about = report_facts(config, space, facts, yardstick)
-    write_report(folder, about, evaluations, others, confirmed, scores, best_yaml=best_yaml)
+    layers = known_layers(map(evaluation, confirmations), config.loss)
+    write_report(folder, about, evaluations, others, confirmed, scores, best_yaml=best_yaml, layers=layers)
     say(f"\n{headline(about, evaluations, confirmed)}\n\nreport     {report}")
     if best_yaml is not None:
         say(f"go on      deepspeed launch/distill.py --config {folder / BEST}")
 
 
-def confirmed_fitness(
-    storage: SearchStorage, config: SearchConfig, facts: ProxyFacts
-) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, dict[int, float]]]]:
-    """genome -> seed -> fitness of the confirmation, and task -> genome -> seed -> score, as far as there is one."""
+def read_confirmations(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> list[FrozenTrial]:
+    """The trials of the confirmation, as far as there is one."""
     try:
         study = optuna.load_study(storage=storage.optuna, study_name=confirmation_name(config.study, facts.fingerprint))
     except KeyError:
-        return {}, {}
+        return []
+    return study.get_trials(deepcopy=False)
+
+
+def confirmed_fitness(
+    trials: Sequence[FrozenTrial],
+) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, dict[int, float]]]]:
+    """genome -> seed -> fitness of the confirmation, and task -> genome -> seed -> score."""
     found: dict[str, dict[int, float]] = {}
     scores: dict[str, dict[str, dict[int, float]]] = {}
-    for trial in study.get_trials(deepcopy=False):
+    for trial in trials:
         one = evaluation(trial)
         if one.fitness is not None:
             seed = int(trial.user_attrs[SEED])

@@ -11,11 +11,12 @@ from typing import Any
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from engine.records.layer_table import LayerTable
 from engine.records.stats import rank_correlation
 from engine.records.yardstick import Yardstick, fitness_of
 
 GENOME, SEED, GENERATION, OUTCOME, MESSAGE = "genome", "seed", "generation", "outcome", "message"
-SCORES, BY_SEED, REPORTS = "scores", "fitness_by_seed", "reports"
+SCORES, BY_SEED, REPORTS, LAYERS = "scores", "fitness_by_seed", "reports", "layers"
 SECONDS, COHORT, JOB, SAME_AS = "seconds", "cohort", "job", "same_as"
 BASELINES = "baselines"
 """Names of a trial's user attributes, which optuna-dashboard shows."""
@@ -43,6 +44,8 @@ class Evaluation:
     """By task, mean over seeds."""
     reports: Mapping[int, float] = field(default_factory=dict)
     """Intermediate fitness by step, mean over seeds."""
+    layers: Mapping[int, LayerTable] = field(default_factory=dict)
+    """Layer table by seed; empty without proxy.layer_table."""
     seconds: float | None = None
     """Wall time of its job, launcher included, divided by the job's genomes; 0 when another study of the storage had
     the result already."""
@@ -73,6 +76,7 @@ def evaluation(trial: FrozenTrial) -> Evaluation:
         by_seed={int(seed): float(value) for seed, value in attrs.get(BY_SEED, {}).items()},
         scores={str(task): float(value) for task, value in attrs.get(SCORES, {}).items()},
         reports={int(step): float(value) for step, value in attrs.get(REPORTS, {}).items()},
+        layers={int(seed): table for seed, table in attrs.get(LAYERS, {}).items()},
         seconds=attrs.get(SECONDS),
         cohort=attrs.get(COHORT),
         job=str(attrs.get(JOB, "")),
@@ -122,11 +126,13 @@ def summary(results: Sequence[Mapping[str, Any]], yardstick: Yardstick) -> dict[
     def fitness(result: Mapping[str, Any]) -> float:
         return fitness_of(result["scores"], yardstick) if yardstick else float(result["fitness"])
 
+    tables = {str(result["seed"]): result["layers"] for result in results if "layers" in result}
     return {
         BASELINES: results[0]["yardstick"],
         BY_SEED: {str(result["seed"]): fitness(result) for result in results},
         SCORES: {task: fmean(result["scores"][task] for result in results) for task in tasks},
         REPORTS: {step: fmean(result["reports"][step] for result in results) for step in sorted(steps, key=int)},
+        **({LAYERS: tables} if tables else {}),
     }
 
 

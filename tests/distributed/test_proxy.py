@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,20 @@ def weights(run: Run, name: str) -> dict[str, torch.Tensor]:
     return load_file(run.output_dir / "students" / name / "model.safetensors")
 
 
+def layer_table_of(run: Run) -> list[list[float]]:
+    (result,) = run.records("result")
+    table: list[list[float]] = result["layers"]
+    return table
+
+
 def results(run: Run) -> dict[tuple[str, int], dict[str, Any]]:
     return {(r["genome"], r["seed"]): r for r in run.records("result")}
 
 
 def test_a_member_of_a_cohort_equals_the_same_genome_alone(make_proxy: MakeProxy, cohort: Run) -> None:
-    alone = make_proxy("alone", "0-3", seed=1, proxy__report_at=[2, 4])
-    alone.finish()
+    """A layer table changes nothing of it, and is the same."""
+    alone = make_proxy("alone", "0-3", seed=1, proxy__report_at=[2, 4], proxy__layer_table=True)
+    said = alone.finish()
     both = results(cohort)
     assert set(both) == {(g, s) for g in ("2-4", "0-3", "0-0", "1-0/0-2") for s in (0, 1)}
     mine, theirs = both["0-3", 1], results(alone)["0-3", 1]
@@ -86,6 +94,10 @@ def test_a_member_of_a_cohort_equals_the_same_genome_alone(make_proxy: MakeProxy
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(*(weights(cohort, f"0-3-seed{s}")["embeddings.word_embeddings.weight"] for s in (0, 1)))
+    assert "layers" not in mine
+    assert [len(row) for row in layer_table_of(alone)] == [5, 5, 5]
+    assert said.count("student\\teacher") == 2, "before training, and after"
+    assert re.search(r"^0-3  seed 1  after 6 steps\n.+\nemb +-?\d?\.\d\d\*.*\n1( +-?\d?\.\d\d){5}\n2.+\*", said, re.M)
     assert mine["cohort"] == 4
     assert theirs["cohort"] == 1
     assert mine["mapping"] == {"hidden": "0-3", "attention": "0-3"}

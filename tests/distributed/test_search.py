@@ -33,7 +33,10 @@ SLOWLY = {"seconds": 0.1}
 def real_search(tiny_world: TinyWorld, glue: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SearchRun, str]:
     """Two jobs through the real launcher, and what their driver said."""
     folder = tmp_path_factory.mktemp("searched") / "real"
-    settings = {"trials": 4, "population": 2, "cohort": 2, "confirm_top": 0, "proxy__report_at": "[2]"}
+    settings = {
+        "trials": 4, "population": 2, "cohort": 2, "confirm_top": 0, "proxy__report_at": "[2]",
+        "proxy__layer_table": True,
+    }  # fmt: skip
     search = make_tiny_search(folder, tiny_world, glue, **settings)
     return search, search.finish()
 
@@ -133,6 +136,9 @@ def test_a_search_from_dry_run_to_confirmation(make_stand_in_search: MakeSearch)
     for text in ("generation 0", "best ", "8 of 8", "confirmation: ", "REPORT.md"):
         assert text in output, output
     assert {path.name for path in (search.output_dir / "confirmations").iterdir()} == {"00000", "00002"}
+    report = (search.output_dir / "report" / "REPORT.md").read_text()
+    assert "| emb | 2-4 (uniform) | 1.00\\* | .50 |" in report, "the confirmation's jobs make layer tables"
+    assert "0 of" not in report.partition("## Which layers know what")[2].partition("|")[0]
     assert "8 of 8 done" in search.finish_here("--status")
 
     folders = search.folders()

@@ -24,6 +24,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from engine.config.distill import trained_pairs
 from engine.config.marks import Mark, settings
 from engine.config.proxy import ProxyJobConfig
 from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DIVERGED, EXIT_DONE
@@ -152,7 +153,8 @@ class StandIn:
         steps, pair = self.proxy.steps, self.genomes[genome]
         progress, scores = self._progress(genome, steps), self._scores(genome, seed, steps)
         self.silent.write("step", genome=genome, seed=seed, step=steps, **scores)
-        phases = ("start", "encode", "load", "train", "evaluate", "student", "teacher", "optimizer")
+        phases = ["start", "encode", "load", "train", "evaluate", "student", "teacher", "optimizer"]
+        phases += ["layers"] if self.proxy.layer_table else []
         self.aloud.write(
             "result",
             status="ok",
@@ -163,10 +165,17 @@ class StandIn:
             cohort=len(self.genomes),
             wall_s=dict.fromkeys(phases, 0.1),
             **{key: progress[key] for key in ("losses", "total", "tokens_per_s", "peak_memory_gib")},
+            **({"layers": self._layers(pair)} if self.proxy.layer_table else {}),
             **scores,
             **mine,
             **EXECUTION,
         )
+
+    def _layers(self, pair: MappingPair) -> list[list[float]]:
+        """One where layers are compared, one half elsewhere."""
+        trained = trained_pairs(self.config.loss, pair)
+        sizes = (self.layers["student_layers"] + 1, self.layers["teacher_layers"] + 1)
+        return [[1.0 if (m, n) in trained else 0.5 for n in range(sizes[1])] for m in range(sizes[0])]
 
     def _scores(self, genome: str, seed: int, step: int) -> Fields:
         """Those of a genome are alike."""

@@ -23,11 +23,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
+from engine.config.distill import LossConfig
 from engine.records.yardstick import Noise, TaskScale
 from ga.evolution.genome import Space
 from ga.report.confirmation import compare, seed_deviation, verdict, winner
 from ga.report.drafts import _put_in_place
 from ga.report.figures import spread
+from ga.report.layers import known_layers
 from ga.report.plots import LABEL_GAP
 from ga.report.text import Facts, report_text
 from ga.report.write import write_report
@@ -306,6 +308,33 @@ def test_a_fitness_without_any_task_that_counts_is_not_called_a_result(tmp_path:
         facts(yardstick=replace(YARDSTICK, scales=scales)), EVALUATIONS, {}, {}, {}, [], best_yaml=tmp_path / "b"
     )
     assert text.split("\n\n")[1].startswith("**Not a result: fitness is the mean of the raw scores, which says little")
+
+
+def test_layers_of_the_winner_stand_beside_those_of_uniform(tmp_path: Path) -> None:
+    """As means over the seeds of the confirmation, with the marks of what the losses compared."""
+
+    def confirmed(genome: str, seed: int, share: float) -> Evaluation:
+        return scored(seed, genome, 0.7, layers={seed: [[share + 0.01 * (m + n) for n in range(7)] for m in range(4)]})
+
+    rerun = [confirmed(genome, seed, 0.5 + seed / 10) for genome in ("0-3-5", UNIFORM, "1-3-6") for seed in (1, 2)]
+    layers = known_layers([*rerun, scored(3, "0-3-5", 0.7)], LossConfig(embedding=0.0))
+    text = write_report(tmp_path / "r", facts(), EVALUATIONS, {}, CONFIRMED, {}, layers=layers).read_text()
+    rows = rows_of(text, "student layer")
+    assert [(row["student layer"], row["mapping"]) for row in rows] == [
+        (layer, mapping) for layer in ("emb", "1", "2", "3") for mapping in ("0-3-5 (winner)", "2-4-6 (uniform)")
+    ]
+    assert (rows[0]["emb"], rows[2]["2"], rows[3]["2"], rows[4]["3"]) == (".65", ".68", r".68\*", r".70\*")
+    assert sum(cell.endswith(r"\*") for row in rows for cell in row.values()) == 2 + 3
+    assert "Means over new seeds: 2 of 0-3-5 and 2 of 2-4-6." in text
+    trained = known_layers(rerun, LossConfig(hidden=0.0))["0-3-5"].trained
+    assert trained == {(0, 0), (2, 3), (3, 5)}
+    of_uniform = write_report(
+        tmp_path / "u", facts(), EVALUATIONS, {}, {UNIFORM: {1: 0.7}}, {}, layers=layers
+    ).read_text()
+    assert {row["mapping"] for row in rows_of(of_uniform, "student layer")} == {"2-4-6 (uniform)"}
+    for without in ({}, known_layers([scored(1, UNIFORM, 0.7)], LossConfig()), {"1-3-6": layers["1-3-6"]}):
+        text = write_report(tmp_path / "w", facts(), EVALUATIONS, {}, CONFIRMED, {}, layers=without).read_text()
+        assert "Which layers know what" not in text
 
 
 def test_every_table_is_one_for_github(tmp_path: Path) -> None:
