@@ -168,6 +168,7 @@ def test_the_same_command_finds_everything_done(cohort: Run, tmp_path: Path) -> 
     assert [json.loads(line.partition(" ")[2])["kind"] for line in new.splitlines()] == ["run", "run"]
     dry = run.finish("--train.lr", "2e-3", "--dry_run")
     assert "are here already" not in dry
+    assert "are here already" not in run.finish("--proxy.layer_table", "true", "--dry_run"), "they have no tables"
 
 
 def test_a_member_that_diverges_ends_alone(make_proxy: MakeProxy) -> None:
@@ -211,18 +212,39 @@ def test_two_ranks_through_the_launcher(make_proxy: MakeProxy) -> None:
     """Another number of ranks changes rounding only, only rank 0 speaks, no shared memory stays behind, and the folder
     may have any name."""
     before = set(Path("/dev/shm").glob("deepspeed_*"))
-    two = make_proxy(ODD_NAME, "2-4", "0-3", ranks=2, launcher="real", student__dropout=0.0)
+    settings: dict[str, object] = {"student__dropout": 0.0, "proxy__layer_table": True}
+    two = make_proxy(ODD_NAME, "2-4", "0-3", ranks=2, launcher="real", **settings)
     output = two.finish()
-    one = make_proxy("one", "2-4", "0-3", student__dropout=0.0)
+    one = make_proxy("one", "2-4", "0-3", **settings)
     one.finish()
     for key, result in results(one).items():
         twin = results(two)[key]
         assert twin["world_size"] == 2
         assert twin["total"] == pytest.approx(result["total"], rel=1e-5)
+        for row, other in zip(twin["layers"], result["layers"], strict=True):
+            assert row == pytest.approx(other, abs=2e-3)
         assert twin["scores"]["STS-B"] == pytest.approx(result["scores"]["STS-B"], abs=1e-3)
     assert output.count("fitness 0.") == 2
+    assert output.count("student\\teacher") == 3, "before training, and of each student"
     assert set(Path("/dev/shm").glob("deepspeed_*")) <= before
     assert not (ROOT / "X").exists(), "a shell has read the folder's name"
+
+
+def test_sharded_models_have_the_layer_tables_of_whole_ones(make_proxy: MakeProxy, tmp_path: Path) -> None:
+    """Student under ZeRO-3, teacher sharded too; and a student that nothing trains."""
+    settings: dict[str, object] = {
+        "student__dropout": 0.0, "loss__embedding": 0, "proxy__layer_table": True, "proxy__keep_students": False,
+    }  # fmt: skip
+    whole = make_proxy("whole", "2-4", "none", **settings)
+    whole.finish()
+    file = write_ds_config(tmp_path / "ds sharded", zero_optimization={"stage": 3})
+    sharded = make_proxy(
+        "sharded", "2-4", "none", ranks=2, deepspeed_config=file, teacher__placement="zero3", **settings
+    )
+    assert "0-0  seed 0  untrained" in sharded.finish()
+    for key, result in results(whole).items():
+        for row, other in zip(results(sharded)[key]["layers"], result["layers"], strict=True):
+            assert row == pytest.approx(other, abs=1e-3)
 
 
 def test_a_mistake_ends_with_one_line_and_leaves_nothing(make_proxy: MakeProxy) -> None:

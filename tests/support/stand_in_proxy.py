@@ -113,10 +113,15 @@ class StandIn:
             return EXIT_CRASH
         for seed in self.seeds:
             self._cohort(seed)
-        phases = ("start", "encode", "load", "train", "evaluate", *(() if self.proxy.yardstick else ("baselines",)))
-        wall = dict.fromkeys(phases, 0.1)
+        wall = dict.fromkeys(self._phases, 0.1)
         self.aloud.write("run", status="finished", signal=None, wall_s=wall, **self.facts)
         return EXIT_DIVERGED if all(self._is(genome, "diverges") for genome in self.genomes) else EXIT_DONE
+
+    @property
+    def _phases(self) -> list[str]:
+        phases = ["start", "encode", "load", "train", "evaluate"]
+        phases += [] if self.proxy.yardstick else ["baselines"]
+        return [*phases, "layers"] if self.proxy.layer_table else phases
 
     def _is(self, genome: str, what: str) -> bool:
         return bool(self.told.get("genomes", {}).get(genome) == what)
@@ -153,8 +158,7 @@ class StandIn:
         steps, pair = self.proxy.steps, self.genomes[genome]
         progress, scores = self._progress(genome, steps), self._scores(genome, seed, steps)
         self.silent.write("step", genome=genome, seed=seed, step=steps, **scores)
-        phases = ["start", "encode", "load", "train", "evaluate", "student", "teacher", "optimizer"]
-        phases += ["layers"] if self.proxy.layer_table else []
+        phases = [*self._phases, "student", "teacher", "optimizer"]
         self.aloud.write(
             "result",
             status="ok",
