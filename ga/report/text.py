@@ -267,8 +267,8 @@ def _layers(facts: Facts, confirmed: Confirmed, layers: Mapping[str, KnownLayers
         "## Which layers know what",
         "A number is the share of the variance of its column's teacher layer that a linear map of its row's student "
         "layer explains, on text that the map was not fitted on, and an asterisk marks a pair that was trained: "
-        "compare the rows of one student layer to see which mapping taught it more, also of teacher layers that it was not "
-        f"trained on. It is no part of the fitness. Means over new seeds: {seeds}.",
+        "compare the rows of one student layer to see which mapping taught it more, also of teacher layers that it was "
+        f"not trained on. It is no part of the fitness. Means over new seeds: {seeds}.",
         _table(["student layer", "mapping", *teacher], rows, left=(0, 1)),
     ]
 
