@@ -301,6 +301,20 @@ class OptimConfig:
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must be >= 0")
 
 
+Schedule = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
+DECAY_SHARE = 0.2
+
+
+def require_decay(schedule: Schedule, decay_share: float | None) -> None:
+    require(
+        decay_share is None or schedule == "warmup_stable_decay",
+        "train.decay_share",
+        decay_share,
+        f"remove it: train.schedule={schedule!r} has no decay of its own (or write train.schedule=warmup_stable_decay)",
+    )
+    require(decay_share is None or 0.0 < decay_share <= 1.0, "train.decay_share", decay_share, "must be in (0, 1]")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int = result(300)
@@ -315,8 +329,12 @@ class TrainConfig:
     warmup_steps: int = result(30)
     """Optimizer steps of linear warm-up from 0."""
 
-    schedule: Literal["linear", "cosine", "constant"] = result("linear")
-    """Learning rate after the warm-up: to 0 at `steps` linearly or by a half cosine, or constant."""
+    schedule: Schedule = result("linear")
+    """Learning rate after the warm-up: to 0 at `steps` linearly or by a half cosine, constant, or constant with a
+    linear decay to 0 at the end (warmup_stable_decay): runs of different `steps` are then one up to their decays."""
+
+    decay_share: float | None = result(None)
+    """Share of `steps` that the decay of warmup_stable_decay takes; unset: 0.2. Not with other schedules."""
 
     grad_clip: float = result(1.0)
     """Largest global gradient norm; 0: no clipping."""
@@ -353,6 +371,19 @@ class TrainConfig:
             self.warmup_steps,
             f"must not exceed train.steps={self.steps}",
         )
+        require_decay(self.schedule, self.decay_share)
+        require(
+            self.schedule != "warmup_stable_decay" or self.warmup_steps + self.decay_steps <= self.steps,
+            "train.decay_share",
+            self.decay_share,
+            f"{self.decay_steps} steps of decay and {self.warmup_steps} of warm-up must not exceed "
+            f"train.steps={self.steps}",
+        )
+
+    @property
+    def decay_steps(self) -> int:
+        """Optimizer steps of the decay of warmup_stable_decay, at least 1."""
+        return max(1, round((DECAY_SHARE if self.decay_share is None else self.decay_share) * self.steps))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, require
+from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, Schedule, require, require_decay
 from engine.config.marks import evaluation, how, located, result
 from engine.mapping import RANDOM_EACH_STEP
 
@@ -194,8 +194,12 @@ class TaskLossConfig(LossConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FineTrainConfig:
-    schedule: Literal["linear", "cosine", "constant"] = result("linear")
-    """Learning rate after the warm-up: to 0 at the last step linearly or by a half cosine, or constant."""
+    schedule: Schedule = result("linear")
+    """Learning rate after the warm-up: to 0 at the last step linearly or by a half cosine, constant, or constant with a
+    linear decay to 0 at the end (warmup_stable_decay)."""
+
+    decay_share: float | None = result(None)
+    """Share of the steps that the decay of warmup_stable_decay takes; unset: 0.2. Not with other schedules."""
 
     grad_clip: float = result(1.0)
     """Largest global gradient norm; 0: no clipping."""
@@ -207,6 +211,7 @@ class FineTrainConfig:
     """Optimizer steps between checkpoints; 0: at the end of each fine-tuning (with patience: at each better score)."""
 
     def __post_init__(self) -> None:
+        require_decay(self.schedule, self.decay_share)
         require(self.log_every >= 1, "train.log_every", self.log_every, "must be at least 1")
         for name in ("grad_clip", "save_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")

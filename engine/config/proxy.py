@@ -10,6 +10,7 @@ from engine.config.distill import (
     KernelConfig,
     LossConfig,
     OptimConfig,
+    Schedule,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
@@ -128,8 +129,13 @@ class ProxyTrainConfig:
     warmup_steps: int = result(20)
     """Optimizer steps of linear warm-up from 0."""
 
-    schedule: Literal["linear", "cosine", "constant"] = result("linear")
-    """Learning rate after the warm-up: to 0 at `proxy.steps` linearly or by a half cosine, or constant."""
+    schedule: Schedule = result("linear")
+    """Learning rate after the warm-up: to 0 at `proxy.steps` linearly or by a half cosine, constant, or constant with a
+    linear decay to 0 at the end (warmup_stable_decay): proxies of different `proxy.steps` are then one up to their
+    decays."""
+
+    decay_share: float | None = result(None)
+    """Share of `proxy.steps` that the decay of warmup_stable_decay takes; unset: 0.2. Not with other schedules."""
 
     grad_clip: float = result(1.0)
     """Largest global gradient norm; 0: no clipping."""
@@ -145,6 +151,7 @@ class ProxyTrainConfig:
             lr=self.lr,
             warmup_steps=self.warmup_steps,
             schedule=self.schedule,
+            decay_share=self.decay_share,
             grad_clip=self.grad_clip,
             log_every=min(self.log_every, steps),
             eval_every=0,

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from engine.config.deepspeed import Execution
-from engine.config.distill import OptimConfig, TrainConfig
+from engine.config.distill import OptimConfig, Schedule, TrainConfig
 from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.tasks.encode import EncodedTask
@@ -44,7 +44,8 @@ def task_train_config(
     lr: float,
     batch: int,
     warmup_share: float = 0.1,
-    schedule: str = "linear",
+    schedule: Schedule = "linear",
+    decay_share: float | None = None,
     grad_clip: float = 1.0,
     log_every: int = 50,
     save_every: int = 0,
@@ -56,7 +57,8 @@ def task_train_config(
         global_batch=batch,
         lr=lr,
         warmup_steps=math.ceil(Fraction(str(warmup_share)) * steps),
-        schedule=schedule,  # type: ignore[arg-type]
+        schedule=schedule,
+        decay_share=decay_share,
         grad_clip=grad_clip,
         log_every=min(log_every, steps),
         eval_every=0,

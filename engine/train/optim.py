@@ -13,6 +13,7 @@ from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_wsd_schedule,
 )
 
 from engine.config.deepspeed import Execution
@@ -133,6 +134,10 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> tor
             return get_linear_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
         if config.schedule == "cosine":
             return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
+        if config.schedule == "warmup_stable_decay":
+            return get_wsd_schedule(
+                optimizer, config.warmup_steps, config.decay_steps, config.steps, decay_type="linear"
+            )
         return get_constant_schedule_with_warmup(optimizer, config.warmup_steps)
 
 

@@ -134,6 +134,7 @@ class FinetunePlan:
             batch=unit.at.batch,
             warmup_share=task.warmup_share,
             schedule=train.schedule,
+            decay_share=train.decay_share,
             grad_clip=train.grad_clip,
             log_every=train.log_every,
             save_every=train.save_every,

@@ -2,13 +2,16 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from engine.config.deepspeed import FOLDER, resolve_execution
 from engine.config.distill import OptimConfig, TrainConfig
+from engine.config.finetune import FineTrainConfig
 from engine.errors import UserError
 from engine.train.optim import Lamb, build_optimizer, build_schedule, parameter_groups
 
@@ -55,17 +58,67 @@ def test_biases_and_norms_do_not_decay() -> None:
         ("linear", {0: 0.0, 5: 0.5, 10: 1.0, 60: 0.5, 110: 0.0}),
         ("cosine", {0: 0.0, 5: 0.5, 10: 1.0, 60: 0.5, 35: 0.5 * (1 + math.cos(math.pi / 4)), 110: 0.0}),
         ("constant", {0: 0.0, 5: 0.5, 10: 1.0, 110: 1.0}),
+        ("warmup_stable_decay", {0: 0.0, 5: 0.5, 10: 1.0, 88: 1.0, 89: 21 / 22, 99: 0.5, 109: 1 / 22, 110: 0.0}),
     ],
 )
 def test_schedules(name: str, at: dict[int, float]) -> None:
-    config = TrainConfig(steps=110, warmup_steps=10, schedule=name, lr=2.0)
+    found = rates(TrainConfig(steps=110, warmup_steps=10, schedule=name, lr=2.0))
+    assert [found[step] for step in at] == pytest.approx([2.0 * rate for rate in at.values()], abs=1e-9)
+
+
+def rates(config: TrainConfig) -> list[float]:
+    """The learning rate of each step, and the one after the last."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     schedule = build_schedule(config, optimizer)
-    for step in range(111):
-        if step in at:
-            assert schedule.get_last_lr()[0] == pytest.approx(2.0 * at[step], abs=1e-9)
+    found = []
+    for _ in range(config.steps + 1):
+        found += schedule.get_last_lr()
         optimizer.step()
         schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(("steps", "share", "decay"), [(60, 0.2, 12), (47, 0.3, 14), (30, 0.01, 1), (10, 1.0, 10)])
+def test_the_decay_is_that_of_transformers(steps: int, share: float, decay: int) -> None:
+    config = TrainConfig(steps=steps, warmup_steps=0, schedule="warmup_stable_decay", decay_share=share, lr=2.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
+    theirs = get_scheduler(
+        "warmup_stable_decay",
+        optimizer,
+        num_warmup_steps=0,
+        num_training_steps=steps,
+        scheduler_specific_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
+    )
+    for rate in rates(config):
+        assert rate == theirs.get_last_lr()[0]
+        optimizer.step()
+        theirs.step()
+
+
+def test_runs_of_different_lengths_are_one_run_up_to_their_decays() -> None:
+    """What makes horizons comparable."""
+    short, long = (
+        rates(TrainConfig(steps=steps, warmup_steps=7, schedule="warmup_stable_decay", decay_share=0.25))
+        for steps in (40, 160)
+    )
+    assert short[:31] == long[:31]
+    assert long[7:121] == [long[7]] * 114
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"decay_share": 0.2}, "(?s)train.decay_share=0.2: remove it.*'linear'"),
+        ({"schedule": "warmup_stable_decay", "decay_share": 0.0}, r"must be in \(0, 1\]"),
+        ({"schedule": "warmup_stable_decay", "decay_share": 1.0, "warmup_steps": 1}, "must not exceed train.steps=300"),
+    ],
+)
+def test_a_decay_that_cannot_be_is_refused(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        TrainConfig(**settings)
+    if "warmup_steps" not in settings:
+        with pytest.raises(UserError, match=match):
+            FineTrainConfig(**settings)
 
 
 def build(name: str, ds: Path):
