@@ -1,135 +1,113 @@
-"""Which projection, which scale: proxies of a few mappings under every combination, scored on tasks.
+"""Which projection and which scale of the losses: short proxies of a few mappings under each, scored on tasks.
 
-    taskset -c 0 python benchmarks/objective.py --task_dir data/glue --out benchmarks/landscapes/objective.csv
-    python benchmarks/objective.py --out benchmarks/landscapes/objective.csv --report
+    taskset -c 0 python benchmarks/objective.py --out objective.0.csv --shard 0/2
+    taskset -c 1 python benchmarks/objective.py --out objective.1.csv --shard 1/2
+    python benchmarks/objective.py --report objective.0.csv objective.1.csv
 
-One proxy job for each combination and seed, one after the other, each with one thread; what the file already holds is
-not run again, so the campaign can be stopped and continued. The student is MiniLM's (6 x 384) three layers, copied from
-layers 2, 4 and 6. `none` and the untrained start are scored with each."""
+The student is three of MiniLM's six layers, copied from layers 2, 4 and 6. One job for each combination, learning rate,
+length and seed holds four mappings and `none`, which learns from the embeddings alone. Intervals are of 95 % over
+(mapping, seed) pairs, as if these were independent; differences are between equal mappings and seeds.
+"""
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
-import os
-import subprocess
-import sys
-import tempfile
-import time
+from argparse import Namespace
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
 
-from engine.records.records import read_records
-from engine.records.run_dir import RunDir
+from campaign import MEASURED, TASKS, Cell, Row, arguments, as_difference, read_scored, run
+from measuring import header
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECTIONS = {
-    "random": ("--loss.projection=shared", "--loss.projection_init=random"),
-    "fitted": ("--loss.projection=shared", "--loss.projection_init=fitted"),
-    "identity": ("--loss.projection=identity",),
+    "random": ("--loss.projection", "shared", "--loss.projection_init", "random"),
+    "fitted": ("--loss.projection", "shared", "--loss.projection_init", "fitted"),
+    "identity": ("--loss.projection", "identity"),
 }
-GENOMES = ("2-4-6", "4-5-6", "1-2-3", "1-0-6", "0-0-0")
-TASKS = ("SST-2", "MRPC", "STS-B")
-FIELDS = ("projection", "scale", "lr", "steps", "seed", "genome", *TASKS, "seconds")
-Row = dict[str, str]
+NONE = "0-0-0"
+GENOMES = ("2-4-6", "4-5-6", "1-2-3", "1-0-6", NONE)
+COMBINATION = ("steps", "lr", "scale", "projection")
+DIFFERENCES = (("projection", "identity", "fitted"), ("projection", "fitted", "random"), ("scale", "teacher", "none"))
 
 
-def cells(args: argparse.Namespace) -> list[Row]:
-    """The short ones first."""
-    found = itertools.product(args.steps, args.seeds, args.scale, args.projection, args.lr)
+def cells(args: Namespace) -> list[Cell]:
+    """The short ones first; the two seeds of a combination are neighbours, and so in different shards."""
+    found = itertools.product(args.steps, args.lr, args.scale, args.projection, args.seeds)
     return [
-        {"projection": projection, "scale": scale, "lr": lr, "steps": steps, "seed": seed}
-        for steps, seed, scale, projection, lr in found
+        Cell(
+            columns={"steps": steps, "lr": lr, "scale": scale, "projection": projection, "seed": seed},
+            settings=("--proxy.steps", steps, "--train.lr", lr, "--loss.scale", scale, "--seed", seed)
+            + PROJECTIONS[projection],
+            genomes=GENOMES,
+        )
+        for steps, lr, scale, projection, seed in found
     ]
 
 
-def run(cell: Row, task_dir: str) -> list[Row]:
-    """One proxy job; a row for each genome."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "launch/proxy.py", "--config", "examples/proxy.yaml", "--output_dir", folder]
-        words += ["--task.data_dir", task_dir, "--proxy.steps", cell["steps"], "--train.lr", cell["lr"]]
-        words += ["--seed", cell["seed"], "--loss.scale", cell["scale"], *PROJECTIONS[cell["projection"]]]
-        words += ["--genomes", *GENOMES]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        began = time.monotonic()
-        done = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            sys.exit(done.stdout)
-        results = [record for record in read_records(RunDir(Path(folder)).records) if record["kind"] == "result"]
-        return [
-            {
-                **cell,
-                "genome": one["genome"],
-                **{task: f"{one['scores'][task]:.6f}" for task in TASKS},
-                "seconds": f"{time.monotonic() - began:.0f}",
-            }
-            for one in results
-        ]
+def score(row: Row, task: str | None) -> float:
+    """task: None for the mean of all."""
+    return fmean(float(row[name]) for name in TASKS) if task is None else float(row[task])
 
 
-def read(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    new = not path.is_file()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def report(rows: list[Row]) -> None:
-    """Means over mappings and seeds, and how far mappings and seeds lie apart."""
+def report(rows: Sequence[Row]) -> None:
+    print("Scores of the mappings, those of `none` in brackets; gain: mean over tasks of what mappings are above it\n")
+    print(header(*COMBINATION, *TASKS, "gain", "pairs"))
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row["steps"], row["lr"], row["scale"], row["projection"]].append(row)
-    print(
-        "| steps | lr | scale | projection | "
-        + " | ".join(TASKS)
-        + " | none: "
-        + " | ".join(TASKS)
-        + " | best mapping |"
-    )
-    print("| --- " * (5 + 2 * len(TASKS)) + "|")
-    for key in sorted(groups, key=lambda k: (int(k[0]), k[1:])):
-        by: dict[str, list[Row]] = defaultdict(list)
-        for row in groups[key]:
-            by[row["genome"]].append(row)
-        trained = [row for genome, group in by.items() if genome != "0-0-0" for row in group]
-        means = [fmean(float(row[task]) for row in trained) for task in TASKS]
-        none = [fmean(float(row[task]) for row in by["0-0-0"]) for task in TASKS] if "0-0-0" in by else []
-        best = max(by, key=lambda g: fmean(float(row[task]) for row in by[g] for task in TASKS))
-        cells_ = [f"{value:.4f}" for value in (*means, *none)]
-        print("| " + " | ".join((*key, *cells_, best)) + " |")
+        groups[tuple(row[name] for name in COMBINATION)].append(row)
+    for key in sorted(groups, key=by_size):
+        nones = {row["seed"]: row for row in groups[key] if row["genome"] == NONE}
+        trained = [row for row in groups[key] if row["genome"] != NONE and row["seed"] in nones]
+        if not trained:
+            continue
+        shown = []
+        for task in TASKS:
+            of_mappings, of_none = ([score(row, task) for row in some] for some in (trained, nones.values()))
+            shown.append(f"{fmean(of_mappings):.4f} ({fmean(of_none):.4f})")
+        gains = [score(row, None) - score(nones[row["seed"]], None) for row in trained]
+        print(f"| {' | '.join((*key, *shown, as_difference(gains), str(len(gains))))} |")
+    print("\nDifferences at equal mappings and seeds\n")
+    print(header("difference", "steps", "lr", *TASKS, "mean", "pairs"))
+    for column, one, other in DIFFERENCES:
+        of_settings: dict[tuple[str, str], list[tuple[Row, Row]]] = defaultdict(list)
+        pairs = paired(rows, column, one, other)
+        for pair in pairs:
+            of_settings[pair[0]["steps"], pair[0]["lr"]].append(pair)
+        shown = [(key, of_settings[key]) for key in sorted(of_settings, key=by_size)]
+        for key, some in [*shown, (("all", "all"), pairs)] if len(shown) > 1 else shown:
+            by_task = [as_difference([score(a, task) - score(b, task) for a, b in some]) for task in (*TASKS, None)]
+            print(f"| {' | '.join((f'{one} - {other}', *key, *by_task, str(len(some))))} |")
+
+
+def by_size(key: Sequence[str]) -> tuple[int, float, Sequence[str]]:
+    return int(key[0]), float(key[1]), key[2:]
+
+
+def paired(rows: Sequence[Row], column: str, one: str, other: str) -> list[tuple[Row, Row]]:
+    """Rows of mappings that differ in `column` alone."""
+
+    def rest(row: Row) -> tuple[str, ...]:
+        return tuple(value for name, value in row.items() if name != column and name not in {*MEASURED} - {"genome"})
+
+    others = {rest(row): row for row in rows if row[column] == other}
+    return [
+        (row, others[rest(row)]) for row in rows if row[column] == one and row["genome"] != NONE and rest(row) in others
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--task_dir", default="data/glue")
+    parser = arguments(__doc__)
     parser.add_argument("--projection", nargs="+", default=list(PROJECTIONS), choices=list(PROJECTIONS))
-    parser.add_argument("--scale", nargs="+", default=["none", "teacher"])
+    parser.add_argument("--scale", nargs="+", default=["none", "teacher"], choices=["none", "teacher"])
     parser.add_argument("--lr", nargs="+", default=["1e-3", "3e-4"])
     parser.add_argument("--steps", nargs="+", default=["60", "240"])
     parser.add_argument("--seeds", nargs="+", default=["0", "1"])
-    parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     if args.report:
-        report(read(args.out))
-        return
-    held = {tuple(row[name] for name in FIELDS[:5]) for row in read(args.out)}
-    for cell in cells(args):
-        if tuple(cell[name] for name in FIELDS[:5]) in held:
-            continue
-        append(args.out, run(cell, args.task_dir))
-        print(" ".join(cell.values()), flush=True)
+        report(read_scored(args.report))
+    else:
+        run(cells(args), args)
 
 
 if __name__ == "__main__":

