@@ -1,8 +1,9 @@
 """What the campaigns of this folder share: proxy jobs cell by cell, whose rows are kept in a CSV as they come.
 
 A campaign can be stopped at any time; started again, it goes on with the cells that its file does not hold. Two
-processes share one with `--shard 0/2` and `--shard 1/2`, a file each; pin each to a core (`taskset -c N`), the jobs use
-one thread. Scores hold for the source that they were measured with: run a campaign from a worktree of its own.
+processes share one with `--shard 0/2` and `--shard 1/2`, a file each and the same other arguments at every start; pin
+each to a core (`taskset -c N`): jobs use one thread. Scores are those of the source that gave them, which the column
+`code` names: run a campaign from a worktree of its own.
 """
 
 from __future__ import annotations
