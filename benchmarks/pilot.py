@@ -45,7 +45,7 @@ from measuring import header
 from scipy.stats import f as f_distribution
 
 from engine.data.manifest import load_manifest
-from engine.mapping import parse_mapping
+from engine.mapping import SKIP, parse_mapping
 from engine.records.stats import Signal, signal_ratio
 
 GLOBAL_BATCH = 16
@@ -130,14 +130,14 @@ def cells(args: Namespace) -> Iterator[Cell]:
         teacher = ("--teacher.path", args.teacher12) if name == "deep" else ()
         return Cell(columns, (*settings, *teacher, "--data.path", corpora[name], "--seed", seed), tuple(genomes))
 
-    def untrained(genome: str, name: str, init: str, seed: str, student: Sequence[str]) -> Cell:
-        found = cell(name, init, seed, "0", (*student, *UNTRAINED), [regimes[name].none])
-        return replace(found, columns={**found.columns, "genome": genome})
+    def untrained(named: str, name: str, init: str, seed: str, student: Sequence[str], layers: int) -> Cell:
+        found = cell(name, init, seed, "0", (*student, *UNTRAINED), [dashed([SKIP] * layers)])
+        return replace(found, columns={**found.columns, "genome": named})
 
     for name, regime in regimes.items():
-        yield untrained(TEACHER, name, "first", args.seeds[0], regime.teacher)
+        yield untrained(TEACHER, name, "first", args.seeds[0], regime.teacher, regime.teacher_layers)
         for init, seed in itertools.product(regime.genomes_of_init, args.seeds):
-            yield untrained(START, name, init, seed, regime.student(init))
+            yield untrained(START, name, init, seed, regime.student(init), regime.layers)
     for steps, (name, regime) in itertools.product(sorted(args.horizons, key=int), regimes.items()):
         length = ("--proxy.steps", steps, *SCHEDULE)
         for (init, genomes), seed in itertools.product(regime.genomes_of_init.items(), args.seeds):

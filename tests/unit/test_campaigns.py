@@ -163,7 +163,10 @@ def test_pilot_starts_every_genome_from_its_layers(load, monkeypatch: pytest.Mon
     }
     deep = [cell for cell in cells if cell.columns["regime"] == "deep"]
     assert all("e5" in cell.settings and "news12" in cell.settings for cell in deep)
-    assert {len(genome.split("-")) for cell in deep for genome in cell.genomes} == {4}
+    for cell in cells:
+        layers = int(cell.settings[cell.settings.index("--student.layers") + 1])
+        assert {len(genome.split("-")) for genome in cell.genomes} == {layers}
+    assert sum(cell.columns.get("genome") == "teacher" for cell in cells) == len(pilot.REGIMES)
 
 
 def pilot_row(regime: str, genome: str, seed: int, steps: int, score: float) -> dict[str, str]:
