@@ -143,7 +143,7 @@ class Search:
             {genome: seeds_of(self.config) for genome in genomes_of(self.space)},
             show,
             folders=self.config.root / YARDSTICK,
-            proxy=replace(self.config.proxy, repeats=1, report_at=[]),
+            proxy=replace(self.config.proxy, repeats=1, report_at=[], other_tasks=[]),
             yardstick={},
             say="measuring the yardstick",
         )

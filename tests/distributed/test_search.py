@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 from launching import ROOT, Run
@@ -21,6 +22,7 @@ from tiny_world import TinyWorld
 from engine.records.records import read_records
 from ga.jobs.launcher import LOG
 from ga.study.evaluations import REPEATED
+from ga.study.storage import open_storage
 
 MakeSearch = Callable[..., SearchRun]
 SPACE = 25
@@ -241,6 +243,72 @@ def test_all_samplers_reuse_known_results(make_stand_in_search: MakeSearch, tmp_
         assert "REPORT.md" in output
     front = (tmp_path / "nsga2" / "report" / "REPORT.md").read_text()
     assert "deepest" in front
+
+
+def test_a_search_measures_its_yardstick_first_and_once(make_stand_in_search: MakeSearch, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'both.db'}"
+    settings = {
+        "population": 5,
+        "cohort": 5,
+        "storage": storage,
+        "proxy__yardstick": "{}",
+        "proxy__other_tasks": "[RTE]",
+    }
+    search = make_stand_in_search("first", trials=8, confirm_top=1, confirm_seeds=2, **settings)
+    output = search.finish_here()
+    assert "measuring the yardstick: 2-4 3-4 1-2 4-4 0-0 with seeds 0, 1" in output
+    assert "confirmation: " in output
+    assert " with seeds 2, 3" in output, "seeds that neither search nor yardstick has seen"
+    yardstick = sorted((search.output_dir / "yardstick").iterdir())
+    assert len(yardstick) == 2, "a job for each seed"
+    measured = [r for folder in yardstick for r in read_records(folder / "records.jsonl") if r["kind"] == "result"]
+    assert {r["yardstick"]["SST-2"]["start"] for r in measured} == {0.4}
+    (kept,) = attributes(search, "yardstick")
+    assert {task: scale["start"] for task, scale in kept["scales"].items()} == {"SST-2": 0.4, "MRPC": 0.4, "STS-B": 0.4}
+    assert {task: scale["weight"] for task, scale in kept["scales"].items()} == {
+        task: noise["reliability"] for task, noise in kept["noise"].items()
+    }
+    assert all(0.9 < noise["reliability"] < 1 and 0 < noise["deviation"] < 0.02 for noise in kept["noise"].values())
+
+    found = {one.genome: one for one in search.evaluations() if one.outcome != REPEATED}
+    assert len(found) == 8
+    heuristics = {"2-4", "3-4", "1-2", "4-4", "0-0"}
+    assert {genome for genome, one in found.items() if one.seconds == 0.0} == heuristics, "not evaluated again"
+    weights = {task: scale["weight"] for task, scale in kept["scales"].items()}
+    for one in found.values():
+        shares = {task: (score - 0.4) / 0.55 for task, score in one.scores.items()}
+        total = sum(weights[task] * shares[task] for task in weights) / sum(weights.values())
+        assert one.fitness == pytest.approx(total)
+        assert set(one.scores) == {"SST-2", "MRPC", "STS-B"}, "other tasks are scored in the confirmation alone"
+    report = (search.output_dir / "report" / "REPORT.md").read_text()
+    assert "| SST-2 | 0.4000 |" in report
+    assert "| RTE | no |" in report or "uniform itself won" in report
+
+    folders = search.folders()
+    assert "measuring" not in search.finish_here(), "it is kept"
+    assert search.folders() == folders
+    other = make_stand_in_search("second", trials=5, confirm_top=0, **settings)
+    assert "measuring" not in other.finish_here()
+    assert attributes(other, "yardstick") == [kept]
+    assert not (other.output_dir / "yardstick").exists()
+
+
+@pytest.mark.faults
+def test_a_search_without_any_heuristic_that_runs_gives_up(make_stand_in_search: MakeSearch) -> None:
+    told = {"genomes": dict.fromkeys(("2-4", "3-4", "1-2", "4-4", "0-0"), "diverges")}
+    search = make_stand_in_search("nothing", trials=5, proxy__yardstick="{}", told=told)
+    output = search.finish_here(expect=1)
+    assert "error: none of 2-4, 3-4, 1-2, 4-4, 0-0 got a score: see " in output
+
+
+def attributes(search: SearchRun, key: str) -> list[Any]:
+    """The values of this user attribute in the search's own study."""
+    storage = open_storage(search.storage or f"sqlite:///{search.output_dir / 'study.db'}")
+    try:
+        study = optuna.load_study(storage=storage.optuna, study_name=search.output_dir.name)
+        return [study.user_attrs[key]] if key in study.user_attrs else []
+    finally:
+        storage.close()
 
 
 def test_halving_ends_the_worse_half_early_and_reports_how_well_that_went(make_stand_in_search: MakeSearch) -> None:

@@ -34,7 +34,7 @@ from engine.records.records import RecordWriter, format_record
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import TaskScale, fitness_of
 
-METRICS = {"SST-2": ("accuracy",), "MRPC": ("accuracy", "f1"), "STS-B": ("pearson", "spearman")}
+METRICS = {"SST-2": ("accuracy",), "MRPC": ("accuracy", "f1"), "STS-B": ("pearson", "spearman"), "RTE": ("accuracy",)}
 CODE = ("mapdistill", "torch", "deepspeed", "transformers", "torchmetrics")
 EXECUTION = {"precision": "float32", "world_size": 1, "zero_stage": 0}
 Fields = dict[str, Any]
@@ -185,7 +185,8 @@ class StandIn:
         """Those of a genome are alike."""
         quality, noise = Random(genome).uniform(0.6, 0.9), Random(f"{genome} {seed} {step}")
         metrics = {
-            task: {name: quality + noise.uniform(-0.01, 0.01) for name in METRICS[task]} for task in self.proxy.tasks
+            task: {name: quality + noise.uniform(-0.01, 0.01) for name in METRICS[task]}
+            for task in (*self.proxy.tasks, *self.proxy.other_tasks)
         }
         scores = {task: fmean(values.values()) for task, values in metrics.items()}
         return {"metrics": metrics, "scores": scores, "fitness": fitness_of(scores, self.yardstick)}
