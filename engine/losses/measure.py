@@ -37,6 +37,9 @@ class Measured:
     """Pair of layers, or `embedding` -> R^2: the share of the teacher's variance that the initial student's state
     explains through its projection, on text that the projection was not fitted on."""
     tokens: int = 0
+    """How many were looked at."""
+    left_out: int = 0
+    """Tokens whose states are not finite."""
 
 
 class TeacherSlice:
@@ -47,25 +50,36 @@ class TeacherSlice:
         """On the CPU."""
         self.hidden: list[dict[int, torch.Tensor]] = []
         """By batch: layer -> (n, D), the states of real tokens, on the CPU."""
+        self.finite: list[torch.Tensor] = []
+        """By batch: (n,) bool, whether all states of a token are; the others are not looked at, since one of them would
+        make every scale and every map not a number."""
         self._scores: dict[int, _Spread] = {}
         for batch in batches:
             features = teacher(batch.to(device))
             self.batches.append(batch)
-            self.hidden.append({layer: real_rows(x, batch, features).cpu() for layer, x in features.hidden.items()})
+            states = {layer: real_rows(x, batch, features).cpu() for layer, x in features.hidden.items()}
+            self.hidden.append(states)
+            self.finite.append(finite_rows(list(states.values()), int(batch.counts.tokens)))
             for layer in features.query:
                 spread = self._scores.setdefault(layer, _Spread())
                 spread.add(features, layer, Rows(batch.to(device).token_mask, features.segments))
 
     @property
     def tokens(self) -> int:
-        return int(sum(batch.counts.tokens for batch in self.batches))
+        """That are looked at."""
+        return sum(int(finite.sum()) for finite in self.finite)
+
+    @property
+    def left_out(self) -> int:
+        return sum(len(finite) for finite in self.finite) - self.tokens
 
     def variance(self, target: Target) -> float:
         """Of hidden states about their mean, averaged over dimensions; of attention scores about the mean of their
         head, over all pairs of real tokens."""
         if target.kind == "scores":
             return self._scores[target.layer].variance
-        rows = torch.cat([states[target.layer] for states in self.hidden]).double()
+        kept = zip(self.hidden, self.finite, strict=True)
+        rows = torch.cat([states[target.layer][finite] for states, finite in kept]).double()
         return float(rows.var(0, correction=0).mean())
 
 
@@ -88,12 +102,17 @@ class _Spread:
         for q, k, length in zip(query, key, lengths, strict=True):
             wide = k[:, :length].float().repeat_interleave(groups, dim=0)
             scores = (features.scaling[layer] * q[:, :length].float() @ wide.transpose(1, 2)).flatten(1).double()
+            if not bool(torch.isfinite(scores).all()):
+                continue
             self._sums = self._sums + scores.sum(1).cpu()
             self._squares = self._squares + scores.square().sum(1).cpu()
             self._count += length * length
 
     @property
     def variance(self) -> float:
+        """0 where no score was finite."""
+        if not self._count:
+            return 0.0
         return float((self._squares / self._count - (self._sums / self._count).square()).mean())
 
 
@@ -104,26 +123,40 @@ def real_rows(states: torch.Tensor, batch: Batch, features: Features) -> torch.T
     return states.flatten(0, 1) if batch.token_mask is None else states[batch.token_mask.to(states.device)]
 
 
+def finite_rows(states: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """(n,) bool: where all of `states` (n, D) are finite. count: n, for none of them."""
+    finite = torch.ones(count, dtype=torch.bool)
+    for rows in states:
+        finite &= torch.isfinite(rows).all(1)
+    return finite
+
+
 @torch.no_grad()
 def student_moments(
     student: PreTrainedModel, on: TeacherSlice, pairs: dict[str, tuple[int, int]]
 ) -> dict[str, tuple[Moments, Moments]]:
-    """Of every pair of layers: over the batches that a map is fitted on, and over those that judge it. The student
-    lies on the CPU, in fp32, and runs without dropout."""
+    """Of every pair of layers: over the batches that a map is fitted on, and over those that judge it; without pairs of
+    which no state is finite. The student lies on the CPU, in fp32, and runs without dropout."""
     wanted = Wanted(hidden=frozenset(layer for layer, _ in pairs.values()))
     parts: dict[str, tuple[list[Moments], list[Moments]]] = {name: ([], []) for name in pairs}
     was_training = student.training
     student.eval()
     try:
-        for i, (batch, targets) in enumerate(zip(on.batches, on.hidden, strict=True)):
+        for i, (batch, targets, finite) in enumerate(zip(on.batches, on.hidden, on.finite, strict=True)):
             features = capture(student, batch, wanted)
             judges = len(on.batches) > 1 and i % EVERY_FIFTH == EVERY_FIFTH - 1
             for name, (layer, teacher_layer) in pairs.items():
                 states = real_rows(features.hidden[layer], batch, features)
-                parts[name][judges].append(Moments.of(states, targets[teacher_layer]))
+                kept = finite & finite_rows([states], len(states))
+                if bool(kept.any()):
+                    parts[name][judges].append(Moments.of(states[kept], targets[teacher_layer][kept]))
     finally:
         student.train(was_training)
-    return {name: (_total(fitted), _total(judging or fitted)) for name, (fitted, judging) in parts.items()}
+    return {
+        name: (_total(fitted or judging), _total(judging or fitted))
+        for name, (fitted, judging) in parts.items()
+        if fitted or judging
+    }
 
 
 def _total(moments: Sequence[Moments]) -> Moments:
@@ -154,11 +187,14 @@ def _measure(module: Learner, on: TeacherSlice) -> tuple[Measured, dict[int, Lin
     """What is to be known, and the map of each of the student's hidden states that projections are to start from (none
     where they are random, or the identity)."""
     losses, projections, config = module.losses, module.projections, module.losses.config
-    scales = {term: on.variance(target) for term, target in losses.targets.items()} if config.scales else {}
+    if not on.tokens:  # the first step says what is not finite, and where
+        return Measured(left_out=on.left_out), {}
+    variances = {term: on.variance(target) for term, target in losses.targets.items()} if config.scales else {}
+    scales = {term: variance for term, variance in variances.items() if variance > 0}
     found = student_moments(module.student, on, losses.state_pairs) if losses.state_pairs else {}
     explained: dict[str, float] = {}
     maps: dict[int, LinearMap] = {}
-    layers = {name: layer for name, (layer, _) in losses.state_pairs.items()}
+    layers = {name: layer for name, (layer, _) in losses.state_pairs.items() if name in found}
     for names in projections.sharing(layers):
         judging = {name: found[name][1] for name in names}
         weights = [1.0 / judging[name].variance if config.scales else 1.0 for name in names]
@@ -170,7 +206,7 @@ def _measure(module: Learner, on: TeacherSlice) -> tuple[Measured, dict[int, Lin
         else:
             trial = projections.as_map(layers[names[0]])
         explained |= {name: judging[name].explained(trial) for name in names}
-    return Measured(scales, explained, on.tokens), maps
+    return Measured(scales, explained, on.tokens, on.left_out), maps
 
 
 def sequences_of(config: LossConfig, length: float) -> int:

@@ -71,7 +71,8 @@ def held_out_terms(run: Run, world: TinyWorld) -> dict[str, float]:
         global_batch=8,
         micro_batch=8,
     )
-    module = DistilModule(student.eval(), projections, plan.losses)
+    scales = run.records("run")[0]["measured"]["scales"]
+    module = DistilModule(student.eval(), projections, plan.losses.scaled(scales))
     batches = list(loader.evaluation(5))
     counts = sum((batch.counts for batch in batches), Counts())
     with torch.no_grad():

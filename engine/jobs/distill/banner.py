@@ -110,7 +110,9 @@ def describe_start(plan: Plan, measured: Measured | None) -> list[str]:
         kind = "fitted" if loss.fits_projections else "random"
         what = "the identity" if plan.projection == "identity" else f"{kind} projections"
         shares = ", ".join(f"{pair} {share:.1%}" for pair, share in measured.explained.items())
-        lines.append(f"{what} explain of the teacher's variance at the start: {shares} ({measured.tokens:,} tokens)")
+        of = f"{measured.tokens:,} tokens"
+        of += f"; {measured.left_out:,} without finite states left out" if measured.left_out else ""
+        lines.append(f"{what} explain of the teacher's variance at the start: {shares} ({of})")
     if measured.scales:
         names = ", ".join(dict.fromkeys(term.partition("/")[0] for term in measured.scales))
         lines.append(f"{names}: each term as a share of its target's variance")

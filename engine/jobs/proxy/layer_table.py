@@ -61,7 +61,9 @@ def divided(on: TeacherSlice) -> Text:
     tokens: dict[bool, list[int]] = {True: [], False: []}
     for i, place in enumerate(places.values()):
         tokens[i % every == every - 1] += place
-    return Text(on, fitted=torch.tensor(tokens[False]), judging=torch.tensor(tokens[True]))
+    finite = torch.cat(on.finite)
+    fitted, judging = (torch.tensor([at for at in tokens[judges] if finite[at]]) for judges in (False, True))
+    return Text(on, fitted=fitted, judging=judging)
 
 
 def layer_table(student: PreTrainedModel, text: Text, device: torch.device) -> LayerTable:

@@ -110,6 +110,49 @@ def test_variances_are_those_of_real_tokens(teacher: PreTrainedModel, padded: bo
     assert found.variance(Target("scores", 4)) == pytest.approx(float(maps.var(1, correction=0).mean()), rel=1e-5)
 
 
+def test_what_is_not_finite_is_left_out(teacher: PreTrainedModel) -> None:
+    """One sequence that overflows must not make every loss of the run not a number."""
+    on, run = batches(3, padded=True), passes(teacher, unpadded=False)
+    bad = on[1]
+
+    def overflows(batch: Batch) -> Features:
+        features = run(batch)
+        if torch.equal(batch.input_ids, bad.input_ids):
+            for tensors in (features.hidden, features.query):
+                for tensor in tensors.values():
+                    tensor[0] = torch.nan
+        return features
+
+    assert bad.attention_mask is not None
+    rest = replace(
+        bad,
+        input_ids=bad.input_ids[1:],
+        attention_mask=bad.attention_mask[1:],
+        lengths=(bad.lengths or ())[1:],
+        counts=Counts.of(np.array((bad.lengths or ())[1:])),
+    )
+    found, want = TeacherSlice(on, overflows, CPU), TeacherSlice([on[0], rest, on[2]], run, CPU)
+    assert (found.tokens, found.left_out) == (want.tokens, (bad.lengths or ())[0])
+    for target in (Target("hidden", 4), Target("scores", 4)):
+        assert found.variance(target) == pytest.approx(want.variance(target))
+    fitted, twin = learner(), learner()
+    assert begin(fitted, found).scales == pytest.approx(begin(twin, want).scales)
+    for name, weight in fitted.projections.state_dict().items():
+        torch.testing.assert_close(weight, twin.projections.state_dict()[name])
+
+    def nothing(batch: Batch) -> Features:
+        features = run(batch)
+        for tensor in features.hidden.values():
+            tensor[:] = torch.nan
+        return features
+
+    module = learner()
+    before = copy.deepcopy(module.projections.state_dict())
+    measured = begin(module, TeacherSlice(on, nothing, CPU))
+    assert (measured.scales, measured.tokens, measured.left_out) == ({}, 0, want.tokens + found.left_out)
+    assert all(torch.equal(module.projections.state_dict()[name], tensor) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize("kind", ["shared", "per_layer", "single"])
 def test_terms_are_shares_of_variance_and_the_fit_is_the_least(teacher: PreTrainedModel, kind: str) -> None:
     on, run = batches(5), passes(teacher, unpadded=False)

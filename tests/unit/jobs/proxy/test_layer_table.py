@@ -131,7 +131,11 @@ def test_a_corpus_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) 
         config=SimpleNamespace(data=SimpleNamespace(path="data/few"), loss=SimpleNamespace(slice_tokens=20)),
     )  # fmt: skip
     few = batches(1)[0]
-    one = replace(few, input_ids=few.input_ids[:2], attention_mask=few.attention_mask[:2], lengths=few.lengths[:2])
+    lengths = few.lengths[:2]
+    one = replace(
+        few, input_ids=few.input_ids[:2], attention_mask=few.attention_mask[:2], lengths=lengths,
+        counts=Counts.of(np.array(lengths)),
+    )  # fmt: skip
     tables = LayerTables(SimpleNamespace(device=CPU, is_rank_zero=True))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"proxy.layer_table=true: data/few has 20 tokens .* more than 48; prepare"):
         tables.begin(base, (), SimpleNamespace(first=lambda count: [one]))  # type: ignore[arg-type]
