@@ -19,7 +19,7 @@ Each cell is a run of its own with `train.schedule: warmup_stable_decay`, so tha
 each with its decay. Beside the mappings there are, for each regime:
 
 - start: the student as it is initialised. Where initial layers follow the mapping there are several; the best counts.
-- none: no mapping, which learns from the embeddings alone.
+- none: no mapping, which learns from the embeddings alone. Copied ones have nothing to learn: it is the start again.
 - teacher: a student of all its layers that is not trained, scored in the same way.
 
 A task is past its crossover from the first horizon on at which the best mapping (mean over seeds) is above start and
@@ -288,7 +288,7 @@ def described(signal: Signal | None) -> tuple[str, str]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
-    parser.add_argument("--horizons", nargs="+", default=["60", "240", "960"], metavar="STEPS")
+    parser.add_argument("--horizons", nargs="+", default=["60", "240", "720"], metavar="STEPS")
     parser.add_argument("--seeds", nargs="+", default=["0", "1"])
     parser.add_argument("--data", default="data/news", help="corpus of the six-layer teacher")
     parser.add_argument("--teacher12", metavar="FOLDER", help="for the regime deep")
