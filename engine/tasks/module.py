@@ -55,9 +55,9 @@ class TaskModule(nn.Module):
     def forward(
         self, batch: TaskBatch, teacher: Features | None = None, per_micro: Counts | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """The total (scalar, differentiable) and the raw value of every term (T,), detached, both fp32, normalised by
-        `per_micro` as in DistilModule.forward. Without `per_micro`: the fp32 task logits alone ((B, labels), (B, 1) of
-        a regression, (B, L, 2) of a span, where padded tokens may have any value)."""
+        """The total (scalar, differentiable) and the value of every term (T,), in its scale, detached, both fp32,
+        normalised by `per_micro` as in DistilModule.forward. Without `per_micro`: the fp32 task logits alone ((B,
+        labels), (B, 1) of a regression, (B, L, 2) of a span, where padded tokens may have any value)."""
         if per_micro is None:
             return self._logits(batch)
         features = self._features(batch)

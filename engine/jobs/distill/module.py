@@ -35,7 +35,7 @@ class DistilModule(nn.Module):
         per_micro: Counts | None = None,
         layers: frozenset[int] = frozenset(),
     ) -> tuple[torch.Tensor, ...]:
-        """The total (scalar, differentiable) and the raw value of every term (T,), detached, both fp32.
+        """The total (scalar, differentiable) and the value of every term (T,), in its scale, detached, both fp32.
 
         `per_micro`: counts of the global batch divided by (ranks x accumulation), so that DeepSpeed's averages over
         both give the mean over the global batch whatever the split. Without `teacher` and `per_micro`: the student's
