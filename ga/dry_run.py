@@ -9,6 +9,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import optuna
 from engine.errors import UserError
 from engine.records.columns import labelled
 from engine.records.run_dir import RunDir
-from engine.records.yardstick import Yardstick
+from engine.records.yardstick import Yardstick, is_none
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.launcher import LOG, end_lost_job
@@ -27,6 +28,7 @@ from ga.jobs.proxy_facts import ProxyFacts
 from ga.jobs.slots import Placement, free_port
 from ga.study.evaluations import RUNNING, Evaluation, from_records
 from ga.study.sources import SearchSource
+from ga.study.yardstick import genomes_of, seeds_of
 from ga.view.progress import format_duration
 
 MEASURED, COST, LOCK = "measured", "cost.json", "driver.lock"
@@ -96,13 +98,16 @@ def rehearse(config: SearchConfig, space: Space, facts: ProxyFacts, pool: JobPoo
     batch = source.batch(())
     size = min(s.cohort, math.ceil(batch / slots))
     first = first_genomes(source, size)
-    seconds = measure(config, facts, pool, first, stop=stop)
-    if seconds is None:
+    cost = measure(config, facts, pool, first, stop=stop)
+    if cost is None:
         return
-    each = seconds / len(first)
+    seconds, baselines = cost
+    with_none = not config.proxy.yardstick and not any(map(is_none, first))  # the job has measured a yardstick
+    each = (seconds - baselines) / (len(first) + with_none)
     rounds = math.ceil(math.ceil(batch / size) / slots)  # of a generation; the other samplers have one
     total = each * size * rounds * s.trials / batch
     confirmation = each * s.confirm_seeds * (s.confirm_top + 1) / slots
+    yardstick = 0.0 if config.proxy.yardstick else len(seeds_of(config)) * (len(genomes_of(space)) * each + baselines)
     folder = config.root / "trials" / "00000"
     words = pool.words(pool.placements[0], folder, free_port())
     rows = [
@@ -110,7 +115,8 @@ def rehearse(config: SearchConfig, space: Space, facts: ProxyFacts, pool: JobPoo
         (
             "estimate",
             f"{each:.1f} s per evaluation; {s.trials} on {slots} slot(s) take "
-            f"{format_duration(total)}, the confirmation about {format_duration(confirmation)} more",
+            f"{format_duration(total)}, the yardstick before them about {format_duration(yardstick / slots)}, the "
+            f"confirmation about {format_duration(confirmation)}",
         ),
         ("first jobs", [shlex.join(words)]),
     ]
@@ -157,9 +163,9 @@ def end_lost_measurement(config: SearchConfig) -> None:
 
 def measure(
     config: SearchConfig, facts: ProxyFacts, pool: JobPool, genomes: Sequence[str], *, stop: Callable[[], bool]
-) -> float | None:
-    """Seconds that a job of these genomes takes; None when told to stop. Raises UserError when it fails, or another
-    driver is measuring."""
+) -> tuple[float, float] | None:
+    """Seconds that a job of these genomes takes, and how many of them baselines take; None when told to stop. Raises
+    UserError when it fails, or another driver is measuring."""
     folder = config.root / MEASURED
     folder.mkdir(exist_ok=True)
     with _alone_in(folder):
@@ -174,15 +180,16 @@ def _measure_in(
     genomes: Sequence[str],
     *,
     stop: Callable[[], bool],
-) -> float | None:
+) -> tuple[float, float] | None:
     key = [facts.fingerprint, config.seed, config.proxy.repeats, list(genomes)]
     cost = _read_cost(folder)
     if cost is not None and cost["of"] == key:
-        return float(cost["seconds"])
+        return cost["seconds"], cost["baselines"]
     end_lost_job(folder)
     print(f"running one job of {len(genomes)} genomes to measure its cost ...", flush=True)
     began = time.monotonic()
-    job = config.job(output_dir=str(folder.resolve()), genomes=list(genomes), resume="never")
+    proxy = replace(config.proxy, other_tasks=[])  # as the search's trials have it
+    job = config.job(output_dir=str(folder.resolve()), genomes=list(genomes), resume="never", proxy=proxy)
     running = pool.start(pool.placements[0], job)
     while not (done := list(pool.finished())):
         if stop():
@@ -193,17 +200,18 @@ def _measure_in(
     report = done[0][1]
     if any(outcome is not Outcome.OK for outcome in report.outcomes.values()):
         raise UserError(f"the measured job failed: {report.message} ({folder})")
+    baselines = float(report.results[genomes[0]][0]["wall_s"].get("baselines", 0.0))
     draft = folder / f"{COST}.draft"
-    draft.write_text(json.dumps({"of": key, "seconds": seconds}), encoding="utf-8")
+    draft.write_text(json.dumps({"of": key, "seconds": seconds, "baselines": baselines}), encoding="utf-8")
     draft.replace(folder / COST)
-    return seconds
+    return seconds, baselines
 
 
 def _read_cost(folder: Path) -> dict[str, Any] | None:
     """What an earlier --dry_run has measured there."""
     try:
         cost: dict[str, Any] = json.loads((folder / COST).read_text(encoding="utf-8"))
-        return cost if {"of", "seconds"} <= cost.keys() else None
+        return cost if {"of", "seconds", "baselines"} <= cost.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 

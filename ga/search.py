@@ -149,12 +149,14 @@ class Search:
         )
         with self.storage.lock():
             kept = source.study.user_attrs.get(KEPT)
-            found = measured(study) if kept is None else Measured.of(kept)
+            found = measured(study, seeds_of(self.config)) if kept is None else Measured.of(kept)
             if found is None:
                 raise GivenUp(f"none of {', '.join(genomes_of(self.space))} got a score: see {YARDSTICK}/*/output.log")
             if kept is None:
                 source.study.set_user_attr(KEPT, found.kept())
                 show.say(f"fitness: {describe_yardstick(found.scales)}")
+                if not found.noise:
+                    show.say("too few of them got scores to tell noise from mappings: tasks weigh alike")
         if self.config.proxy.report_at:  # they have no intermediate scores by this yardstick
             return found, {}
         return found, known_from(study, found, seeds_of(self.config)[: self.config.proxy.repeats])

@@ -305,6 +305,15 @@ Schedule = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
 DECAY_SHARE = 0.2
 
 
+def decay_steps(decay_share: float | None, steps: int) -> int:
+    """Optimizer steps of the decay of warmup_stable_decay, at least 1."""
+    return max(1, round(decay_share_of(decay_share) * steps))
+
+
+def decay_share_of(setting: float | None) -> float:
+    return DECAY_SHARE if setting is None else setting
+
+
 def require_decay(schedule: Schedule, decay_share: float | None) -> None:
     require(
         decay_share is None or schedule == "warmup_stable_decay",
@@ -382,8 +391,8 @@ class TrainConfig:
 
     @property
     def decay_steps(self) -> int:
-        """Optimizer steps of the decay of warmup_stable_decay, at least 1."""
-        return max(1, round((DECAY_SHARE if self.decay_share is None else self.decay_share) * self.steps))
+        """Of warmup_stable_decay."""
+        return decay_steps(self.decay_share, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, Schedule, require, require_decay
+from engine.config.distill import (
+    KernelConfig,
+    LossConfig,
+    MappingConfig,
+    OptimConfig,
+    Schedule,
+    decay_share_of,
+    require,
+    require_decay,
+)
 from engine.config.marks import evaluation, how, located, result
 from engine.mapping import RANDOM_EACH_STEP
 
@@ -254,6 +263,13 @@ class FinetuneConfig:
             "mapping.hidden",
             self.mapping.hidden,
             "only launch/distill.py draws layers; write a fixed mapping, e.g. uniform",
+        )
+        decay = decay_share_of(self.train.decay_share)
+        require(
+            self.train.schedule != "warmup_stable_decay" or self.task.warmup_share + decay <= 1.0,
+            "task.warmup_share",
+            self.task.warmup_share,
+            f"with train.decay_share={decay:g} it must not exceed {1.0 - decay:g}",
         )
         if self.teacher.path is None:
             for name in self.loss.active:

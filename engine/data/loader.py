@@ -170,8 +170,9 @@ class CorpusLoader:
             yield self._batch(self._evaluation[chosen], _EVALUATION_SAMPLES + chosen)
 
     def first(self, sequences: int) -> Iterator[Batch]:
-        """The first sequences that training will see, without masking, the same on every rank whatever the micro
-        batch."""
+        """The first sequences that training will see, each once, without masking, the same on every rank whatever the
+        micro batch."""
+        sequences = min(sequences, self.order.slots)
         for start in range(0, sequences, _FIRST_AT_ONCE):
             positions = np.arange(start, min(start + _FIRST_AT_ONCE, sequences), dtype=np.int64)
             yield self._batch(self._rows(positions), None)

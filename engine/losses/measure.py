@@ -17,7 +17,7 @@ from engine.data.batch import Batch
 from engine.kernels.choice import Rows
 from engine.losses.base import Target
 from engine.losses.loss_set import LossSet
-from engine.models.capture import capture
+from engine.models.capture import capture, runnable_anywhere
 from engine.models.features import Features, Wanted
 from engine.models.moments import LinearMap, Moments, fit
 from engine.models.projections import Projections
@@ -142,14 +142,15 @@ def student_moments(
     was_training = student.training
     student.eval()
     try:
-        for i, (batch, targets, finite) in enumerate(zip(on.batches, on.hidden, on.finite, strict=True)):
-            features = capture(student, batch, wanted)
-            judges = len(on.batches) > 1 and i % EVERY_FIFTH == EVERY_FIFTH - 1
-            for name, (layer, teacher_layer) in pairs.items():
-                states = real_rows(features.hidden[layer], batch, features)
-                kept = finite & finite_rows([states], len(states))
-                if bool(kept.any()):
-                    parts[name][judges].append(Moments.of(states[kept], targets[teacher_layer][kept]))
+        with runnable_anywhere(student):
+            for i, (batch, targets, finite) in enumerate(zip(on.batches, on.hidden, on.finite, strict=True)):
+                features = capture(student, batch, wanted)
+                judges = len(on.batches) > 1 and i % EVERY_FIFTH == EVERY_FIFTH - 1
+                for name, (layer, teacher_layer) in pairs.items():
+                    states = real_rows(features.hidden[layer], batch, features)
+                    kept = finite & finite_rows([states], len(states))
+                    if bool(kept.any()):
+                        parts[name][judges].append(Moments.of(states[kept], targets[teacher_layer][kept]))
     finally:
         student.train(was_training)
     return {

@@ -74,6 +74,20 @@ def install(model: PreTrainedModel, backend: str) -> None:
     install_packing(layers)
 
 
+@contextmanager
+def runnable_anywhere(model: PreTrainedModel) -> Iterator[None]:
+    """Lets a model run on a CPU and in fp32 whatever backend was installed: flash attention gives way to sdpa."""
+    backend = model.config._attn_implementation
+    if backend != IMPLEMENTATIONS["flash_attention_2"]:
+        yield
+        return
+    _switch(model, "sdpa")
+    try:
+        yield
+    finally:
+        _switch(model, "flash_attention_2")
+
+
 def _switch(model: PreTrainedModel, backend: str) -> None:
     name, kind = IMPLEMENTATIONS[backend], model.config.model_type
     verbosity = hf_logging.get_verbosity()

@@ -74,7 +74,7 @@ def describe_yardstick(yardstick: Yardstick) -> str:
         for task, weight in weights.items()
     ]
     idle = [task for task in yardstick if task not in tasks]
-    unused = f"; {', '.join(idle)} {'does' if len(idle) == 1 else 'do'} not count: the gap is too small" if idle else ""
+    unused = f"; {', '.join(idle)} {'does' if len(idle) == 1 else 'do'} not count" if idle else ""
     return f"share of the gap from the untrained student (0) to the teacher (1), {' + '.join(parts)}{unused}"
 
 

@@ -83,7 +83,9 @@ class TaskLoader:
         return prefetched(self.step, start, name="task-loader", waited=self._waited)
 
     def first(self, rows: int) -> Iterator[TaskBatch]:
-        """The first rows in the order of training, unsorted, the same on every rank whatever the micro batch."""
+        """The first rows in the order of training, each once, unsorted, the same on every rank whatever the micro
+        batch."""
+        rows = min(rows, len(self._encoded))
         for start in range(0, rows, _FIRST_AT_ONCE):
             yield self._batch(self._order.indices(np.arange(start, min(start + _FIRST_AT_ONCE, rows))))
 

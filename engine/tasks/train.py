@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from engine.config.deepspeed import Execution
-from engine.config.distill import OptimConfig, Schedule, TrainConfig
+from engine.config.distill import OptimConfig, Schedule, TrainConfig, decay_steps
 from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.tasks.encode import EncodedTask
@@ -52,11 +52,14 @@ def task_train_config(
 ) -> TrainConfig:
     """The common schedule: steps that see every row `epochs` times (rounded up), the share of them to warm up."""
     steps = steps_for(rows, epochs=epochs, global_batch=batch)
+    warmup = math.ceil(Fraction(str(warmup_share)) * steps)
+    if schedule == "warmup_stable_decay":  # both are rounded up
+        warmup = min(warmup, steps - decay_steps(decay_share, steps))
     return TrainConfig(
         steps=steps,
         global_batch=batch,
         lr=lr,
-        warmup_steps=math.ceil(Fraction(str(warmup_share)) * steps),
+        warmup_steps=warmup,
         schedule=schedule,
         decay_share=decay_share,
         grad_clip=grad_clip,

@@ -126,7 +126,7 @@ def summary(results: Sequence[Mapping[str, Any]], yardstick: Yardstick) -> dict[
     def fitness(result: Mapping[str, Any]) -> float:
         return fitness_of(result["scores"], yardstick) if yardstick else float(result["fitness"])
 
-    tables = {str(result["seed"]): result["layers"] for result in results if "layers" in result}
+    tables = {str(result["seed"]): result["layers"] for result in results if result.get("layers")}
     return {
         BASELINES: results[0]["yardstick"],
         BY_SEED: {str(result["seed"]): fitness(result) for result in results},

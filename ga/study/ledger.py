@@ -166,6 +166,8 @@ class Ledger:
         for other in self._trials():
             if other.number >= trial.number or other.state == TrialState.WAITING:
                 continue
+            if other.state == TrialState.FAIL and self._source.tries_again:
+                continue
             if (other.user_attrs.get(evaluations.GENOME), other.user_attrs.get(evaluations.SEED)) == (
                 proposal.genome,
                 proposal.seed,

@@ -44,6 +44,8 @@ class Source(Protocol):
     """What a ledger asks for trials. Every method is called while the storage is locked."""
 
     study: Study
+    tries_again: bool
+    """Whether a genome that another trial has failed with is evaluated, or has failed, too."""
 
     def may_ask(self, trials: Sequence[FrozenTrial]) -> bool:
         """Whether a trial more may be asked for now."""
@@ -68,6 +70,8 @@ class Source(Protocol):
 
 class SearchSource:
     """The genomes that a sampler proposes until the budget is spent."""
+
+    tries_again = False
 
     def __init__(self, study: Study, space: Space, settings: SearchSection, *, proxy_seed: int) -> None:
         """study: its sampler is replaced. Call `start` once before the first trial."""
@@ -147,13 +151,19 @@ def build_sampler(space: Space, settings: SearchSection) -> optuna.samplers.Base
 class ListSource:
     """Genomes and seeds from a list: what `add` has queued."""
 
+    tries_again = True
+
     def __init__(self, study: Study, space: Space) -> None:
         self.study, self.space = study, space
 
     def add(self, genome: str, seed: int) -> None:
-        """Queues a pair, unless it is there already. Call it while the storage is locked."""
+        """Queues a pair, unless it is there already; one that has failed is queued again: whoever asks again wants it
+        to be tried. Call it while the storage is locked."""
         params = {**parameters_of(self.space, self.space.parse(genome)), "seed": seed}
-        self.study.enqueue_trial(params, skip_if_exists=True)
+        trials = self.study.get_trials(deepcopy=False)
+        # Optuna's own skip_if_exists takes seeds from 100,000 on for the same when they are near
+        if not any(t.system_attrs.get("fixed_params") == params and t.state != TrialState.FAIL for t in trials):
+            self.study.enqueue_trial(params)
 
     def is_over(self, trials: Sequence[FrozenTrial]) -> bool:
         return all(trial.state != TrialState.WAITING for trial in trials)

@@ -119,8 +119,8 @@ def load_search(storage: SearchStorage, config: SearchConfig) -> Study:
 def _check_same(
     begun: Mapping[str, Any], wanted: Mapping[str, Any], study: Study, facts: ProxyFacts, *, where: str
 ) -> None:
-    for key, value in wanted.items():
-        before = begun.get(key)
+    for key in dict.fromkeys([*wanted, *begun]):  # a table that is gone has no key of its own
+        before, value = begun.get(key), wanted.get(key)
         if before == value:
             continue
         if key == "fingerprint":

@@ -5,7 +5,7 @@ same proxy share."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -77,12 +77,13 @@ def genomes_of(space: Space) -> list[str]:
     return list(dict.fromkeys(str(MappingPair.parse(name, **sizes, key="yardstick")) for name in names))
 
 
-def measured(study: Study) -> Measured | None:
-    """From the finished trials of its study; None when no genome got a score."""
+def measured(study: Study, seeds: Container[int]) -> Measured | None:
+    """From the finished trials of its study with these seeds (searches with more repeats add others); None when no
+    genome got a score."""
     trials = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.user_attrs.get(BASELINES)
+        if int(trial.user_attrs[SEED]) in seeds
     ]
     if not trials:
         return None

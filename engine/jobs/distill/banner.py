@@ -108,11 +108,12 @@ def describe_start(plan: Plan, measured: Measured | None) -> list[str]:
     lines = []
     if pairs:
         kind = "fitted" if loss.fits_projections else "random"
-        what = "the identity" if plan.projection == "identity" else f"{kind} projections"
+        what = "the identity explains" if plan.projection == "identity" else f"{kind} projections explain"
         shares = ", ".join(f"{pair} {share:.1%}" for pair, share in measured.explained.items())
         of = f"{measured.tokens:,} tokens"
         of += f"; {measured.left_out:,} without finite states left out" if measured.left_out else ""
-        lines.append(f"{what} explain of the teacher's variance at the start: {shares} ({of})")
+        shares = shares or "nothing, since no state is finite"
+        lines.append(f"{what} of the teacher's variance at the start: {shares} ({of})")
     if measured.scales:
         names = ", ".join(dict.fromkeys(term.partition("/")[0] for term in measured.scales))
         lines.append(f"{names}: each term as a share of its target's variance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,17 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.data.batch import Batch
-from engine.jobs.distill.build import initial_student
+from engine.jobs.distill.build import initial_student, load_teacher
 from engine.jobs.distill.plan import Plan
 from engine.models import hub
-from engine.models.capture import hidden_states, install
+from engine.models.capture import hidden_states
+from engine.models.features import Wanted
+from engine.models.teacher import FrozenTeacher
 
 
 @dataclass
-class Untrained:
-    """A model that an evaluator scores as it does a student."""
+class Start:
+    """The student of the uniform mapping as it is initialised."""
 
     model: PreTrainedModel
     layers: int
@@ -28,24 +31,41 @@ class Untrained:
         return hidden_states(self.model, batch, layers)
 
     def save(self, folder: Path) -> None:
-        if torch.distributed.get_rank() == 0:
-            self.model.save_pretrained(folder)
-        torch.distributed.barrier()
+        _save(self.model, folder)
 
 
-def baselines(plan: Plan, device: torch.device) -> Iterator[tuple[str, Untrained]]:
-    """`start` (the student of the uniform mapping) and `teacher`, in the precision that a proxy runs them in; each is
-    let go before the next is loaded."""
-    start = initial_student(plan, with_mlm_head=False)
-    start.to(device=device, dtype=getattr(torch, plan.execution.precision))  # type: ignore[arg-type]
-    yield "start", Untrained(start.eval(), plan.student_shape.layers, plan.config.seed)
-    del start
-    teacher = hub.load_backbone(
-        plan.config.teacher.path,
-        key="teacher.path",
-        config=plan.teacher_config,
-        dtype=getattr(torch, plan.teacher_dtype),
-    )
-    install(teacher, plan.teacher_attention.name)
-    teacher.to(device)  # type: ignore[arg-type]
-    yield "teacher", Untrained(teacher.eval(), plan.teacher_shape.layers, plan.config.seed)
+class Teacher:
+    """Placed as in training (teacher.placement), and loaded when it is first asked."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self._plan, self._device = plan, device
+        self.layers, self.seed = plan.teacher_shape.layers, plan.config.seed
+
+    @functools.cached_property
+    def _frozen(self) -> FrozenTeacher:
+        return load_teacher(self._plan, Wanted(hidden=frozenset(range(self.layers + 1))), self._device)
+
+    def hidden(self, batch: Batch, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
+        features = self._frozen(batch)
+        states = (features.hidden[layer] for layer in sorted(layers))
+        return tuple(x if features.segments is None else features.segments.padded(x, 1) for x in states)
+
+    def save(self, folder: Path) -> None:
+        path, config = self._plan.config.teacher.path, self._plan.teacher_config
+        _save(hub.load_backbone(path, key="teacher.path", config=config), folder)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Collective. Writes a Hugging Face folder."""
+    if torch.distributed.get_rank() == 0:
+        model.save_pretrained(folder)
+    torch.distributed.barrier()
+
+
+def baselines(plan: Plan, device: torch.device) -> Iterator[tuple[str, Start | Teacher]]:
+    """`start` and `teacher`, in the precision that a proxy runs them in; each is let go before the next is loaded."""
+    model = initial_student(plan, with_mlm_head=False)
+    model.to(device=device, dtype=getattr(torch, plan.execution.precision))  # type: ignore[arg-type]
+    yield "start", Start(model.eval(), plan.student_shape.layers, plan.config.seed)
+    del model
+    yield "teacher", Teacher(plan, device)

@@ -162,7 +162,8 @@ class ProxyJob:
             tasks = [task.spec.name for task in self.plan.tasks]
             text = closing_text(list(self.results.values()), given, self.failed, self.yardstick, tasks=tasks)
             print("\n" + text, flush=True)
-        done = self.stopped or any((key, seed) in self.results for key in self.genomes for seed in self.seeds)
+        asked = [genome.key for genome in self.plan.genomes if genome.asked]
+        done = self.stopped or any((key, seed) in self.results for key in asked for seed in self.seeds)
         return EXIT_DONE if done else EXIT_DIVERGED
 
     @property
@@ -209,6 +210,8 @@ class ProxyJob:
 
     def _take_yardstick(self) -> None:
         """From earlier results, where there are any; their fitness is then by the yardstick of this start."""
+        if self.results and not self.yardstick:
+            self._say(f"the yardstick is that of the earlier results in {self.config.output_dir}")
         for result in self.results.values():
             self.yardstick = self.yardstick or {
                 task: TaskScale(**result["yardstick"][task]) for task in self.plan.counted
@@ -407,7 +410,7 @@ class ProxyJob:
         if self._records is not None:
             self._records.write("result", **result)
             print(f"{genome.key}  seed {seed}  fitness {scores.fitness:.4f}  ({_listed(scores.tasks)})", flush=True)
-            if self._layer_tables is not None:
+            if self._layer_tables is not None and result["layers"]:
                 print(f"\n{self._layer_tables.text_of(member, result['layers'])}\n", flush=True)
 
 

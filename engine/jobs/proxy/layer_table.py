@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from engine.config.distill import trained_pairs
 from engine.data.batch import Batch
 from engine.data.loader import CorpusLoader
-from engine.errors import UserError
 from engine.jobs.distill.build import initial_student, load_teacher
 from engine.jobs.distill.plan import Plan
 from engine.jobs.proxy.cohort import Member
@@ -113,10 +112,12 @@ class LayerTables:
         """Of the current cohort; on rank 0."""
         self._introduction: str | None = None
         """Empty once it was said."""
+        self.possible = False
+        """Whether there is text enough."""
 
     def begin(self, base: Plan, genomes: Sequence[Genome], loader: CorpusLoader) -> None:
         """Collective. For a cohort: the whole teacher reads a slice of the corpus, and is let go. base: with the
-        cohort's seed. Raises UserError for a corpus that is too small to fit a map."""
+        cohort's seed. Of a corpus that is too small to fit a map there are no tables, and that is said."""
         layers = frozenset(range(base.teacher_shape.layers + 1))
         teacher = load_teacher(base, Wanted(hidden=layers), self._here.device)
         count = max(
@@ -125,11 +126,13 @@ class LayerTables:
         )
         text = divided(TeacherSlice(loader.first(count), teacher, self._here.device))
         width = base.student_shape.width
-        if len(text.fitted) <= width or not len(text.judging):
-            raise UserError(
-                f"proxy.layer_table=true: {base.config.data.path} has {len(text.fitted):,} tokens to fit a map on, and "
-                f"a student of width {width} needs more than {width:,}; prepare more text, or set it to false"
+        self.possible = len(text.fitted) > width and len(text.judging) > 0
+        if not self.possible:
+            self._introduction = (
+                f"no layer tables: {base.config.data.path} has {len(text.fitted):,} tokens to fit a map on, and a "
+                f"student of width {width} needs more than {width:,}"
             )
+            return
         self._text = text if self._here.is_rank_zero else None
         if self._introduction is None:
             self._introduction = from_rank_zero(lambda: "\n\n".join([MEANING, *self._starts(base, genomes, text)]))
@@ -153,7 +156,9 @@ class LayerTables:
             self._introduction = ""
 
     def of(self, member: Member) -> LayerTable:
-        """Collective. The same on every rank."""
+        """Collective. The same on every rank; empty where there is too little text."""
+        if not self.possible:
+            return []
         student = member.copied()
 
         def make() -> LayerTable:

@@ -37,6 +37,8 @@ class Genome:
     mapping: MappingPair
     given: str
     """As the user wrote it, e.g. `uniform`."""
+    asked: bool
+    """Whether the user named it; else it is there to be compared with."""
     plan: Plan | None
     """None when no loss is left to learn from (all layers skipped and no other loss): the student is scored as it was
     initialised."""
@@ -145,7 +147,7 @@ def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
     UserError naming the genome that does not fit the models."""
     sizes = {"student_layers": base.student_shape.layers, "teacher_layers": base.teacher_shape.layers}
     found: dict[MappingPair, Genome] = {}
-    for text in (*config.genomes, *(() if config.proxy.yardstick else ("none",))):
+    for i, text in enumerate((*config.genomes, *(() if config.proxy.yardstick else ("none",)))):
         mapping = MappingPair.parse(text, **sizes, key="genomes")
         mapping.refuse_kept_layers("genomes")
         if mapping in found:
@@ -155,7 +157,7 @@ def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
             and not (name in ATTENTION_MAPPED and not mapping.attention.pairs)
             for name in config.loss.active
         )
-        found[mapping] = Genome(mapping, text, with_mapping(base, mapping) if learns else None)
+        found[mapping] = Genome(mapping, text, i < len(config.genomes), with_mapping(base, mapping) if learns else None)
     return tuple(found.values())
 
 

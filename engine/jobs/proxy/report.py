@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -84,7 +84,7 @@ def closing_text(
     can be trusted."""
     signal = signal_of(results)
     parts = [
-        beaten_text(_scores_by_genome(results), yardstick),
+        beaten_text(_scores_by_genome(results, yardstick), yardstick),
         fitness_table(results, names, failed, yardstick, tasks=tasks),
     ]
     parts += [f"fitness: {describe_yardstick(yardstick)}"] if results else []
@@ -92,13 +92,13 @@ def closing_text(
     return "\n\n".join(part for part in parts if part)
 
 
-def _scores_by_genome(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+def _scores_by_genome(results: Sequence[Result], tasks: Iterable[str]) -> dict[str, dict[str, float]]:
     """genome -> task -> mean over seeds."""
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         groups[result["genome"]].append(result)
     return {
-        genome: {task: fmean(one["scores"][task] for one in group) for task in group[0]["scores"]}
+        genome: {task: fmean(one["scores"][task] for one in group) for task in tasks}
         for genome, group in groups.items()
     }
 

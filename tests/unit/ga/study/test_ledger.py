@@ -435,3 +435,32 @@ def test_an_observer_that_could_not_look_takes_nobody_for_dead(
     while not here.dead():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_pairs_of_a_list_are_queued_once_however_near_their_seeds(storage: SearchStorage) -> None:
+    study = optuna.create_study(storage=storage.optuna, study_name="list")
+    source = ListSource(study, SPACE)
+    for _ in range(2):
+        for seed in (123456, 123457, 123458):
+            source.add("2-4", seed)
+    ledger = Ledger(storage, source, Drivers(study, Driver.this_process(), placements=1), yardstick={})
+    found = []
+    while claims := ledger.claim(1):
+        found.append(claims[0].seed)
+        finish(ledger, claims)
+    assert found == [123456, 123457, 123458]
+
+
+def test_a_pair_of_a_list_that_has_failed_is_tried_again_when_it_is_asked_for_again(storage: SearchStorage) -> None:
+    study = optuna.create_study(storage=storage.optuna, study_name="list", direction="maximize")
+    source = ListSource(study, SPACE)
+    ledger = Ledger(storage, source, Drivers(study, Driver.this_process(), placements=1), yardstick={})
+    for outcome in (Outcome.TIMEOUT, Outcome.OK):
+        source.add("2-4", 7)
+        source.add("2-4", 7)
+        claims = ledger.claim(5)
+        assert [claim.genome for claim in claims] == ["2-4"]
+        finish(ledger, claims, _2_4=outcome)
+        assert ledger.claim(5) == []
+    source.add("2-4", 7)
+    assert ledger.claim(5) == [], "it has a fitness now"

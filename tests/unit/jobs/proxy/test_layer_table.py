@@ -16,7 +16,6 @@ from tiny_encoders import VOCAB, batch_with_lengths, tiny_config, tiny_model
 from transformers import PreTrainedModel
 
 from engine.data.batch import Batch, Counts
-from engine.errors import UserError
 from engine.jobs.proxy import layer_table as module
 from engine.jobs.proxy.layer_table import LayerTables, divided, layer_table
 from engine.losses.measure import TeacherSlice
@@ -124,7 +123,7 @@ def test_states_that_are_not_finite_cost_their_row_alone() -> None:
     assert mean_table([table, table]) == table
 
 
-def test_a_corpus_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_that_is_too_small_has_no_tables_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_teacher", lambda *_: passes(encoder()))
     base: Any = SimpleNamespace(
         teacher_shape=SimpleNamespace(layers=4), student_shape=SimpleNamespace(width=48), seq_len=20,
@@ -137,8 +136,13 @@ def test_a_corpus_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch) 
         counts=Counts.of(np.array(lengths)),
     )  # fmt: skip
     tables = LayerTables(SimpleNamespace(device=CPU, is_rank_zero=True))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"proxy.layer_table=true: data/few has 20 tokens .* more than 48; prepare"):
-        tables.begin(base, (), SimpleNamespace(first=lambda count: [one]))  # type: ignore[arg-type]
+    tables.begin(base, (), SimpleNamespace(first=lambda count: [one]))  # type: ignore[arg-type]
+    said: list[str] = []
+    tables.introduce(said.append)
+    assert [text.strip() for text in said] == [
+        "no layer tables: data/few has 20 tokens to fit a map on, and a student of width 48 needs more than 48"
+    ]
+    assert tables.of(SimpleNamespace()) == []  # type: ignore[arg-type]
 
 
 def test_the_text_fits_a_terminal_and_marks_what_was_trained() -> None:
