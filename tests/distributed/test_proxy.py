@@ -186,6 +186,9 @@ def test_a_member_that_diverges_ends_alone(make_proxy: MakeProxy) -> None:
     assert [(r["genome"], r["status"]) for r in said] == [("2-4", "diverged")]
     all_of_them = make_proxy("lost", "2-4", loss__attention=3e38, train__log_every=1)
     assert "diverged" in all_of_them.finish(expect=3)
+    beside = make_proxy("beside none", "2-4", loss__attention=3e38, train__log_every=1, proxy__yardstick="{}")
+    beside.finish(expect=3)
+    assert set(results(beside)) == {("0-0", 0)}, "none was not asked for"
     assert not all_of_them.records("result")
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from launching import ROOT, Run
 from postgres import Cluster
-from searching import SearchRun, finish, make_tiny_search, wait_until
+from searching import YARDSTICK, SearchRun, finish, make_tiny_search, wait_until
 from tiny_world import TinyWorld
 
 from engine.records.records import read_records
@@ -291,6 +291,15 @@ def test_a_search_measures_its_yardstick_first_and_once(make_stand_in_search: Ma
     assert "measuring" not in other.finish_here()
     assert attributes(other, "yardstick") == [kept]
     assert not (other.output_dir / "yardstick").exists()
+
+
+def test_a_search_goes_on_with_the_yardstick_that_it_was_begun_with(make_stand_in_search: MakeSearch) -> None:
+    search = make_stand_in_search("given", trials=5, confirm_top=0)
+    search.finish_here()
+    for other in ("{}", YARDSTICK.replace("0.95", "0.9")):
+        output = search.finish_here("--proxy.yardstick", other, expect=2)
+        assert "cannot be continued: proxy.yardstick.SST-2." in output, other
+    search.finish_here()
 
 
 @pytest.mark.faults
