@@ -26,10 +26,20 @@ from ga.report.write import publish
 from ga.study.drivers import Driver, Drivers
 from ga.study.evaluations import Evaluation, ranked, read_history
 from ga.study.ledger import Ledger, known_evaluations
-from ga.study.sources import ListSource, SearchSource
+from ga.study.sources import ListSource, SearchSource, confirmation_name
 from ga.study.storage import SearchStorage, open_storage
-from ga.study.studies import COMPARABLE, load_search, open_confirmation, open_search, open_yardstick, search_space
-from ga.study.yardstick import KEPT, Measured, free_space, genomes_of, given, known_from, measured, seeds_of
+from ga.study.studies import COMPARABLE, load_search, open_list, open_search, search_space
+from ga.study.yardstick import (
+    KEPT,
+    Measured,
+    free_space,
+    genomes_of,
+    given,
+    known_from,
+    measured,
+    seeds_of,
+    yardstick_name,
+)
 from ga.view.live import Show
 from ga.view.progress import status_text
 
@@ -136,7 +146,7 @@ class Search:
         GivenUp when there is nothing to measure it by."""
         if (own := given(self.config)) is not None:
             return own, {}
-        study = open_yardstick(self.storage, self.config, self.facts)
+        study = open_list(self.storage, yardstick_name(self.facts.fingerprint, self.config.seed))
         self._run_list(
             study,
             free_space(self.space),
@@ -205,7 +215,7 @@ class Search:
         reference = self.space.text(self.space.heuristics()["uniform"])
         first = seeds_of(self.config).stop
         self._run_list(
-            open_confirmation(self.storage, self.config, self.facts),
+            open_list(self.storage, confirmation_name(self.config.study, self.facts.fingerprint)),
             self.space,
             dict.fromkeys([*best, reference], range(first, first + s.confirm_seeds)),
             show,

@@ -184,7 +184,11 @@ def hidden_states(
 ) -> tuple[torch.Tensor, ...]:
     """The states of these layers (0: embeddings) in their order, (B, L, D) each; what stands at pads means nothing. The
     model's head, if it has one, does not run. Arguments as of `capture`."""
-    features = capture(model.base_model, batch, Wanted(hidden=layers), unpadded=unpadded)
+    return padded_states(capture(model.base_model, batch, Wanted(hidden=layers), unpadded=unpadded), layers)
+
+
+def padded_states(features: Features, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
+    """The hidden states of these layers in their order, (B, L, D) each, whether or not the batch ran with its pads."""
     states = (features.hidden[layer] for layer in sorted(layers))
     return tuple(x if features.segments is None else features.segments.padded(x, 1) for x in states)
 

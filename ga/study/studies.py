@@ -17,9 +17,8 @@ from engine.errors import UserError
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
-from ga.study.sources import SearchSource, confirmation_name
+from ga.study.sources import SearchSource
 from ga.study.storage import SearchStorage
-from ga.study.yardstick import yardstick_name
 
 SETTINGS, COMPARABLE, PARTS = "settings", "comparable with", "fingerprint parts"
 """User attributes of a study: what must not change, what makes its fitness comparable with other studies', and what the
@@ -87,24 +86,10 @@ def comparable(config: SearchConfig, facts: ProxyFacts) -> list[Any]:
     return [facts.fingerprint, config.seed, config.proxy.repeats, own]
 
 
-def open_yardstick(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> Study:
+def open_list(storage: SearchStorage, name: str) -> Study:
+    """A study of a ListSource (ga/study/sources.py): created, or continued."""
     with storage.lock():
-        return optuna.create_study(
-            storage=storage.optuna,
-            study_name=yardstick_name(facts.fingerprint, config.seed),
-            direction="maximize",
-            load_if_exists=True,
-        )
-
-
-def open_confirmation(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> Study:
-    with storage.lock():
-        return optuna.create_study(
-            storage=storage.optuna,
-            study_name=confirmation_name(config.study, facts.fingerprint),
-            direction="maximize",
-            load_if_exists=True,
-        )
+        return optuna.create_study(storage=storage.optuna, study_name=name, direction="maximize", load_if_exists=True)
 
 
 def load_search(storage: SearchStorage, config: SearchConfig) -> Study:

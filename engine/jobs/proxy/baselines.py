@@ -14,7 +14,7 @@ from engine.data.batch import Batch
 from engine.jobs.distill.build import initial_student, load_teacher
 from engine.jobs.distill.plan import Plan
 from engine.models import hub
-from engine.models.capture import hidden_states
+from engine.models.capture import hidden_states, padded_states
 from engine.models.features import Wanted
 from engine.models.teacher import FrozenTeacher
 
@@ -46,9 +46,7 @@ class Teacher:
         return load_teacher(self._plan, Wanted(hidden=frozenset(range(self.layers + 1))), self._device)
 
     def hidden(self, batch: Batch, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
-        features = self._frozen(batch)
-        states = (features.hidden[layer] for layer in sorted(layers))
-        return tuple(x if features.segments is None else features.segments.padded(x, 1) for x in states)
+        return padded_states(self._frozen(batch), layers)
 
     def save(self, folder: Path) -> None:
         path, config = self._plan.config.teacher.path, self._plan.teacher_config

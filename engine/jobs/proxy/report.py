@@ -38,6 +38,13 @@ def signal_of(results: Sequence[Result]) -> Signal | None:
     return signal_ratio(fitness)
 
 
+def _by_genome(results: Sequence[Result]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result["genome"]].append(result)
+    return groups
+
+
 def fitness_table(
     results: Sequence[Result],
     names: dict[str, str],
@@ -52,9 +59,7 @@ def fitness_table(
     names: genome -> what the user called it. failed: genomes without any result, each with the reason. tasks: in the
     order of the columns.
     """
-    by_genome: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        by_genome[result["genome"]].append(result)
+    by_genome = _by_genome(results)
     order = sorted(by_genome, key=lambda genome: -fmean(r["fitness"] for r in by_genome[genome]))
     counting = counted(yardstick) or list(yardstick)
     heads = ["genome", "", *(task if task in counting else f"({task})" for task in tasks), "fitness", "seeds"]
@@ -94,12 +99,9 @@ def closing_text(
 
 def _scores_by_genome(results: Sequence[Result], tasks: Iterable[str]) -> dict[str, dict[str, float]]:
     """genome -> task -> mean over seeds."""
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        groups[result["genome"]].append(result)
     return {
         genome: {task: fmean(one["scores"][task] for one in group) for task in tasks}
-        for genome, group in groups.items()
+        for genome, group in _by_genome(results).items()
     }
 
 
