@@ -31,7 +31,7 @@ from engine.data.loader import CorpusLoader
 from engine.data.manifest import Manifest, ShardEntry, SourceEntry, corpus_hash, load_manifest, tokenizer_sha256
 from engine.data.shard_check import ShardCheck
 from engine.data.shards import id_type, shard_name, write_shard
-from engine.models.hub import load_tokenizer
+from engine.hub.tokenizer import load_tokenizer
 
 WORLD, MICRO_BATCH, SEQ_LEN, IN_A_SHARD, STEPS = 64, 32, 128, 7800, 200
 

@@ -1,4 +1,5 @@
-"""Writes docs/configuration.md from the dataclasses that hold every default: `make docs`."""
+"""Writes docs/configuration.md from the dataclasses that hold every default, and docs/checks.md from the table of
+checks: `make docs`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import dataclasses
 import inspect
 import itertools
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from engine.config.finetune import CustomTaskConfig, FinetuneConfig
 from engine.config.marks import Mark
 from engine.config.proxy import ProxyJobConfig
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig, SourceConfig
+from engine.hub.config import REFUSED
+from engine.models.fit import CHECKS
 from ga.config import SearchConfig
 
-TARGET = Path(__file__).resolve().with_name("configuration.md")
+FOLDER = Path(__file__).resolve().parent
 
 AS_PROXY = "As for `launch/proxy.py`."
 INTRO = """\
@@ -114,6 +118,50 @@ def render() -> str:
     return "\n".join(parts)
 
 
+CHECKED = """\
+# What is checked before a run starts
+
+Generated from the tables in `engine/models/fit.py` and `engine/hub/config.py` by `make docs`; do not edit.
+
+`launch/distill.py`, `launch/finetune.py`, `launch/proxy.py` and the rehearsal of a search look at all of this before a
+run directory or a process group exists. An error is one line, with exit code 2; a note stands in the banner as a
+warning. What text and task files are read, and their limits: [data.md](data.md), [tasks.md](tasks.md).
+
+## Files
+
+Each file of a model that is read (`config.json`, the tokenizer's files, the weights and their index) must be there as
+itself: a git-lfs pointer, an empty or cut file, a torn JSON file, a link without its target, or a shard that the index
+names and that is missing is an error that names the file and what to do. A tokenizer must have a fast version. Weights
+in a pickle are read when `allow_pickle` asks for it, and then tensors alone.
+
+## Two by two
+
+| | and | what is compared | otherwise |
+| --- | --- | --- | --- |
+{checks}
+
+Harmless, and left in the file: a pooler, heads beside the encoder, `position_ids` and other buffers.
+
+## Settings of config.json that are refused
+
+transformers, or this library, would ignore them and compute another model.
+
+| setting | why |
+| --- | --- |
+{refused}
+"""
+
+
+def render_checks() -> str:
+    """The page of checks."""
+    checks = [f"| {' | '.join(check.between)} | {check.compares} | {check.otherwise} |" for check in CHECKS]
+    refused = [f"| `{name}` | {why} |" for name, (_, why) in REFUSED.items()]
+    return CHECKED.format(checks="\n".join(checks), refused="\n".join(refused))
+
+
+PAGES: dict[str, Callable[[], str]] = {"configuration.md": render, "checks.md": render_checks}
+
 if __name__ == "__main__":
-    TARGET.write_text(render(), encoding="utf-8")
-    print(f"wrote {TARGET}")
+    for name, page in PAGES.items():
+        (FOLDER / name).write_text(page(), encoding="utf-8")
+        print(f"wrote {FOLDER / name}")

@@ -88,7 +88,10 @@ class Widths:
 
 def intermediate_size(config: PretrainedConfig) -> int:
     """Width of the feed-forward layer (DistilBERT calls it hidden_dim)."""
-    return int(getattr(config, "intermediate_size", None) or config.hidden_dim)
+    width = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None)
+    if width is None:
+        raise UserError(f"model type {config.model_type!r}: its configuration names no width of the feed-forward layer")
+    return int(width)
 
 
 class Selection:
@@ -186,4 +189,10 @@ def _copy_state(student: nn.Module, teacher: nn.Module, origin: dict[str, str | 
                 continue
             old = source + name.removeprefix(layer)
         if old in theirs:
-            tensor.copy_(select(old, theirs[old]))
+            value = select(old, theirs[old])
+            if value.shape != tensor.shape:  # of something whose size depends on the number of layers
+                raise UserError(
+                    f"{KEY}: {name} is {tuple(tensor.shape)} in the student, {tuple(value.shape)} in the teacher: "
+                    "this model type cannot be copied; write student.init=random"
+                )
+            tensor.copy_(value)

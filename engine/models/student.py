@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.config.distill import StudentConfig
 from engine.errors import UserError
+from engine.hub.config import load_config
+from engine.hub.files import quiet
 from engine.mapping import LayerMapping, round_half_up
 from engine.models.apex import require_fused_layer_norm
 from engine.models.capture import install
 from engine.models.hub import (
     Head,
-    has_mlm_weights,
+    has_head,
     init_arguments,
     load_backbone,
-    load_config,
     model_class,
-    quiet,
     shape_of,
 )
 from engine.models.initialise import copy_from_teacher, intermediate_size, resolve_init
+from engine.models.shape import ModelShape
 
 DROPOUTS = (
     "hidden_dropout_prob",
@@ -68,6 +71,7 @@ def build_student_config(
     values[feed_forward] = cfg.intermediate_size or max(
         1, round_half_up(intermediate_size(teacher_config) * hidden, teacher.width)
     )
+    values |= _attention_widths(values, teacher, hidden, heads)
     if values.get("embedding_size") == teacher.width:
         values["embedding_size"] = hidden
     if values.get("num_hidden_groups"):
@@ -100,6 +104,23 @@ def _check_heads(hidden: int, heads: int, teacher_config: PretrainedConfig) -> N
         )
 
 
+def _attention_widths(values: dict[str, Any], teacher: ModelShape, hidden: int, heads: int) -> dict[str, int]:
+    """What some configurations write out (EuroBERT, Nomic BERT): the width of a head, and the number of key and value
+    heads, of which each serves as many query heads as in the teacher. Raises UserError where that cannot be."""
+    found = {}
+    if values.get("head_dim") == teacher.width // teacher.heads:
+        found["head_dim"] = hidden // heads
+    if values.get("num_key_value_heads"):
+        shared_by = teacher.heads // values["num_key_value_heads"]
+        if heads % shared_by:
+            raise UserError(
+                f"student.heads={heads}: {shared_by} query heads of the teacher share a key and value head; choose a "
+                f"multiple of {shared_by}"
+            )
+        found["num_key_value_heads"] = heads // shared_by
+    return found
+
+
 def _layer_types(types: list[str], layers: int, sources: tuple[int, ...] | None) -> list[str]:
     """The kind (sliding or full attention) of each layer: its source's, else the teacher's pattern from the bottom."""
     own = [types[m % len(types)] for m in range(layers)]
@@ -129,7 +150,7 @@ def build_student(
         sources = resolve_init(init, student_layers(cfg, teacher_config), teacher_layers, hidden_map)
         student = new_model(build_student_config(cfg, teacher_config, sources), with_mlm_head, seed)
         if init != "random":
-            head = with_mlm_head and has_mlm_weights(teacher_path, teacher_config)
+            head = with_mlm_head and has_head(teacher_path, key="teacher.path", config=teacher_config, head="mlm")
             teacher = load_backbone(
                 teacher_path, key="teacher.path", config=teacher_config, head="mlm" if head else "none"
             )
@@ -151,7 +172,7 @@ def new_model(config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTr
 
 
 def _from_folder(path: str, config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTrainedModel:
-    if not with_mlm_head or has_mlm_weights(path, config, "student.path"):
+    if not with_mlm_head or has_head(path, key="student.path", config=config, head="mlm"):
         return load_backbone(path, key="student.path", config=config, head="mlm" if with_mlm_head else "none")
     student = new_model(config, with_mlm_head, seed)
     body = load_backbone(path, key="student.path", config=config)

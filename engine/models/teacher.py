@@ -12,10 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.data.batch import Batch
 from engine.errors import UserError
+from engine.hub.config import load_config
 from engine.models.capture import capture, install, layer_modules, runs_unpadded
 from engine.models.features import Features, Wanted
 from engine.models.frozen_linear import FrozenLinear, can_pack, freeze_linears
-from engine.models.hub import has_mlm_weights, load_backbone, load_config, shape_of, skeleton
+from engine.models.hub import has_head, load_backbone, shape_of, skeleton
 from engine.models.shape import ModelShape, forward_flops_per_token
 
 PERSISTENT_NUMEL = 10_000
@@ -88,7 +89,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         config = load_config(path, key)
         layers = shape_of(config, wanted.logits).layers
         assert wanted.deepest <= layers, f"layer {wanted.deepest} of a teacher with {layers} layers is wanted"
-        if wanted.logits and not has_mlm_weights(path, config, key):
+        if wanted.logits and not has_head(path, key=key, config=config, head="mlm"):
             raise UserError(
                 f"{key}={path!r}: the checkpoint has no MLM head, which the losses on logits need; set loss.logits=0 "
                 "or name a teacher that was saved with its head"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
-from engine.models.hub import hub_is_reachable
+from engine.hub.files import hub_is_reachable
 from engine.tasks.rows import Rows
 from engine.tasks.specs import Columns
 

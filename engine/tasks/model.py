@@ -10,19 +10,16 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.errors import UserError
+from engine.hub.config import load_config
+from engine.hub.files import quiet
+from engine.hub.tokenizer import load_tokenizer
 from engine.models.capture import install
 from engine.models.hub import (
     AUTO_CLASSES,
-    LOAD_ERRORS,
     Head,
-    load_config,
-    load_tokenizer,
+    load_model,
     model_class,
-    not_readable,
-    quiet,
-    safely,
-    weight_file,
-    where,
+    require_tensors,
 )
 from engine.models.student import DROPOUTS
 from engine.tasks.specs import TaskSpec
@@ -34,10 +31,6 @@ HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "seq_classif_d
 """The names that encoders give to the dropout of a task head."""
 INSIDE = ("student", "model")
 """Where a run directory keeps its model: of launch/distill.py, of launch/finetune.py."""
-LEARNED_FROM_PAD = frozenset(
-    ["roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "data2vec-text", "mpnet", "roformer"]
-)
-"""Model types whose positions start behind the pad token's index."""
 
 
 def head_of(spec: TaskSpec) -> Head:
@@ -58,16 +51,6 @@ def model_folder(path: str, *, key: str) -> str:
             f"checkpoint with `python launch/export.py --run {path}`"
         )
     return path  # load_config says what is missing
-
-
-def longest_input(config: PretrainedConfig) -> int | None:
-    """The most tokens that the model has positions for; None: no limit known."""
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    if positions is None or positions < 1:
-        return None
-    if config.model_type in LEARNED_FROM_PAD:
-        return positions - (config.pad_token_id or 0) - 1
-    return positions
 
 
 def task_tokenizer(path: str, key: str, *configs: PretrainedConfig) -> tuple[PreTrainedTokenizerBase, str]:
@@ -157,49 +140,19 @@ def load_task_model(
             setattr(config, name, dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, absent = _load(path, key=key, config=config, head=head_of(spec), dtype=dtype)
-        _check_absent(model, absent, path=path, key=key, head_required=head_required)
+        model, difference = load_model(path, key=key, config=config, head=head_of(spec), dtype=dtype)
+        absent = [name.split()[0] for name in difference.absent]
+        needed = [name for name in absent if head_required or not _in_head(model, name)]
+        require_tensors(needed, path=path, key=key, head=head_of(spec) if head_required else "none")
         if other_labels:
             model = _with_new_head(model, absent, seed)
     install(model, backend)
     return model.train()
 
 
-def _load(
-    path: str, *, key: str, config: PretrainedConfig, head: Head, dtype: torch.dtype
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of its weights that the file has not, or has in another shape."""
-    load: Any = model_class(config, head).from_pretrained
-    weight_file(path, key)  # refuses a pickle, with a remedy
-    try:
-        with quiet():
-            model, info = load(
-                path,
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **where(path),
-                **safely(),
-            )
-    except LOAD_ERRORS as error:
-        raise not_readable(path, key, "weights", error) from None
-    return model, sorted({*info["missing_keys"], *(str(entry[0]) for entry in info["mismatched_keys"])})
-
-
 def _in_head(model: PreTrainedModel, name: str) -> bool:
     """Whether a weight belongs to the head or the pooler, which a fine-tuning may start anew."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
-
-
-def _check_absent(model: PreTrainedModel, absent: list[str], *, path: str, key: str, head_required: bool) -> None:
-    needed = [name for name in absent if head_required or not _in_head(model, name)]
-    if needed:
-        raise UserError(
-            f"{key}={path!r}: {len(needed)} weights are missing from the file or have another shape, "
-            f"first {', '.join(needed[:3])}; name a folder whose weights fit its config.json"
-            + (" and that holds a fine-tuned model" if head_required else "")
-        )
 
 
 def _with_new_head(model: PreTrainedModel, absent: list[str], seed: int) -> PreTrainedModel:

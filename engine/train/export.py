@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from engine.config.tools import ExportConfig
 from engine.errors import RunFailure, UserError
-from engine.models.hub import init_arguments, model_class, quiet
+from engine.hub.files import quiet
+from engine.models.hub import init_arguments, model_class
 from engine.records.run_dir import COMPLETE, RunDir
 from engine.train.checkpoint import EXPORT_FILE
 from engine.train.checkpoint_files import is_sound, problems_of, read_marker

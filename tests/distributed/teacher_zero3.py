@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from engine.data.batch import Batch, Counts
+from engine.hub.config import load_config
 from engine.models import teacher as teacher_module
 from engine.models.features import Features, Wanted
-from engine.models.hub import load_config, shape_of
+from engine.models.hub import shape_of
 from engine.models.teacher import FrozenTeacher
 from engine.ranks import runtime
 

@@ -13,7 +13,7 @@ import pytest
 from launching import ROOT, Run
 
 from engine.cli import distill_main, export_main, finetune_main, prepare_main, proxy_main
-from engine.models import hub
+from engine.hub.files import allow_pickle
 from engine.ranks import runtime
 from ga.cli import search_main
 
@@ -39,7 +39,7 @@ def call(script: str, *words: object, cwd: Path = ROOT) -> tuple[int, str]:
         patch.setattr(sys, "stderr", output)
         patch.setattr(runtime, "start", _start)
         code = MAINS[script](list(map(str, words)))
-    hub.allow_pickle(False)
+    allow_pickle(False)
     assert answers.tell() == 0, f"{script} has asked a question:\n{output.getvalue()}"
     return code, output.getvalue()
 

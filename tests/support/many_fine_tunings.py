@@ -9,8 +9,8 @@ from pathlib import Path
 
 from engine.config.distill import OptimConfig
 from engine.config.finetune import TaskDataConfig
+from engine.hub.config import load_config
 from engine.jobs.execution import plan_execution
-from engine.models.hub import load_config
 from engine.ranks import runtime
 from engine.ranks.exit import run_rank
 from engine.tasks.encode import encode_task

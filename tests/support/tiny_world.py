@@ -24,13 +24,15 @@ class TinyWorld:
 
 
 def save_tiny_teacher(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = "abcdefghijklmnopqrstuvwxyz."
-    vocab = {w: i for i, w in enumerate([*special, *WORDS, *letters, *(f"##{c}" for c in letters)])}
+    words = dict.fromkeys([*special, *WORDS, *letters, *(f"##{c}" for c in letters)])  # "a" is a word and a letter
+    vocab = {w: i for i, w in enumerate(words)}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]

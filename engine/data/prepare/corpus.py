@@ -23,9 +23,10 @@ from engine.data.prepare.sources import SourceReader
 from engine.data.prepare.units import UnitSettings, unit_settings
 from engine.data.shards import remove_strays, shard_name
 from engine.errors import UserError
+from engine.hub.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -39,7 +40,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         raise UserError("sources=[]: name at least one text file, folder or data set")
     folder = Path(config.output_dir)
     unit_bytes = config.shard_mb * 1_000_000
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, "tokenizer")
     settings = unit_settings(config, tokenizer)
     readers = [
         SourceReader(source, max_line_bytes=unit_bytes, skip_bad=config.on_bad_line == "skip")
@@ -62,23 +63,6 @@ def prepare(config: PrepareConfig) -> Manifest:
         manifest.write(folder)
     print_summary(folder, manifest, readers, usage)
     return manifest
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a folder or hub name, or a UserError."""
-    from transformers import AutoTokenizer
-
-    try:
-        # False and not left out: transformers would ask on stdin whether to run a tokenizer's own code
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and its own here
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "trust_remote_code" in str(error):
-            reason = "it asks for Python code that comes with it (auto_map), and such code is never run here"
-        raise UserError(f"tokenizer={path!r}: cannot be loaded ({reason}); give a model folder or hub name") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"tokenizer={path!r}: has no fast version (tokenizer.json); convert it first")
-    return tokenizer
 
 
 def _manifest(config: PrepareConfig, settings: UnitSettings, sources: list[SourceShards]) -> Manifest:

@@ -6,13 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from engine.config.deepspeed import Execution
 from engine.config.distill import MappingConfig, RunConfig
 from engine.config.marks import FIXED, settings
-from engine.data.manifest import Manifest, check_tokenizer, corpus_hash, load_manifest
+from engine.data.manifest import Manifest, corpus_hash, load_manifest
 from engine.errors import UserError
+from engine.hub.config import load_config
+from engine.hub.files import allow_pickle
+from engine.hub.tokenizer import load_tokenizer
 from engine.jobs.execution import attention_backend, compute_device, plan_execution
 from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses.loss_set import LossSet
@@ -21,6 +24,7 @@ from engine.mapping import LayerMapping, MappingPair, RandomEachStep
 from engine.models import hub
 from engine.models.apex import require_fused_layer_norm
 from engine.models.attention import Backend
+from engine.models.fit import Member, Parts, check_fit
 from engine.models.hub import model_hashes
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
@@ -34,7 +38,7 @@ class Plan:
     config: RunConfig
     execution: Execution
     manifest: Manifest
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     teacher_config: PretrainedConfig
     student_config: PretrainedConfig
     teacher_shape: ModelShape
@@ -84,28 +88,28 @@ class Plan:
 
 def make_plan(config: RunConfig) -> Plan:
     """Reads configuration files, manifest and tokenizer, and checks them against each other. Raises UserError."""
-    hub.allow_pickle(config.allow_pickle)
+    allow_pickle(config.allow_pickle)
     execution = plan_execution(config.deepspeed_config, config.train, config.optim)
     if config.checkpoint.storage == "local":
         execution.resolved.setdefault("checkpoint", {})["use_node_local_storage"] = True
     if config.student.fused_layer_norm:
         require_fused_layer_norm()
-    teacher_config = hub.load_config(config.teacher.path, key="teacher.path")
-    tokenizer = hub.load_tokenizer(config.teacher.path, key="teacher.path")
+    teacher_config = load_config(config.teacher.path, key="teacher.path")
+    tokenizer = load_tokenizer(config.teacher.path, key="teacher.path")
     manifest = load_manifest(Path(config.data.path))
-    check_tokenizer(manifest, tokenizer)
     if config.data.seq_len not in (None, manifest.seq_len):
         raise UserError(
             f"data.seq_len={config.data.seq_len}, but {config.data.path} was prepared with {manifest.seq_len}; remove "
             "the key or prepare the corpus again"
         )
     wants_head = config.loss.logits > 0 or config.loss.mlm > 0
+    notes = check_fit(_parts(config, tokenizer, manifest, teacher_config))
     student_config = build_student_config(config.student, teacher_config)
-    teacher_shape = hub.shape_of(teacher_config, has_mlm_head=hub.has_mlm_weights(config.teacher.path, teacher_config))
+    teacher_shape = hub.shape_of(
+        teacher_config,
+        has_mlm_head=hub.has_head(config.teacher.path, key="teacher.path", config=teacher_config, head="mlm"),
+    )
     student_shape = hub.shape_of(student_config, has_mlm_head=wants_head)
-    longest = getattr(student_config, "max_position_embeddings", None)
-    if longest is not None and manifest.seq_len > longest:
-        raise UserError(f"{config.data.path} has sequences of {manifest.seq_len} tokens; the student takes {longest}")
     kernels = choose_kernels(
         config.kernels,
         device=compute_device(),
@@ -139,8 +143,18 @@ def make_plan(config: RunConfig) -> Plan:
             config.student.attention, execution.precision, student_shape, manifest.seq_len, trained=True
         ),
         seq_len=manifest.seq_len,
-        warnings=(*losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
+        warnings=(*notes, *losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
     )
+
+
+def _parts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, manifest: Manifest, teacher_config: PretrainedConfig
+) -> Parts:
+    models = [Member("teacher.path", config.teacher.path, teacher_config)]
+    if config.student.path is not None:
+        models.append(Member("student.path", config.student.path, load_config(config.student.path, key="student.path")))
+    length_of = f"data.path={config.data.path!r} has sequences of {manifest.seq_len} tokens"
+    return Parts(tokenizer, tuple(models), manifest, manifest.seq_len, length_of)
 
 
 def mapped_losses(

@@ -16,6 +16,8 @@ from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig, TaskConfig
 from engine.config.marks import FIXED, settings
 from engine.errors import UserError
+from engine.hub.config import load_config
+from engine.hub.files import allow_pickle
 from engine.jobs.execution import compute_device, plan_execution
 from engine.jobs.finetune.scores import Point
 from engine.kernels.choice import choose_kernels
@@ -23,17 +25,18 @@ from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping, MappingPair
 from engine.models import hub
 from engine.models.attention import Backend, resolve_backend
+from engine.models.fit import Member, Parts, check_fit, longest_input
 from engine.models.hub import model_hashes
 from engine.models.shape import ModelShape
 from engine.ranks import runtime
 from engine.records.fingerprints import digest
 from engine.tasks.load import TaskData, load_task, resolve_names
-from engine.tasks.model import longest_input, model_folder, require_head, task_tokenizer
+from engine.tasks.model import model_folder, require_head, task_tokenizer
 from engine.tasks.specs import task_spec
 from engine.tasks.train import task_train_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 POINT_KEYS = ("lr", "batch", "epochs")
 """The grid's keys in the order in which folders and tables name them."""
@@ -103,7 +106,7 @@ class FinetunePlan:
     model_path: str
     model_config: PretrainedConfig
     shape: ModelShape
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     tasks: tuple[PlannedTask, ...]
     absent: tuple[str, ...]
     """GLUE tasks that `glue` stands for and that have no files."""
@@ -162,7 +165,7 @@ def _folder_names(point: Point) -> list[str]:
 
 def make_finetune_plan(config: FinetuneConfig) -> FinetunePlan:
     """Reads configuration files, tokenizers and task files, and checks them against each other. Raises UserError."""
-    hub.allow_pickle(config.allow_pickle)
+    allow_pickle(config.allow_pickle)
     names, absent = resolve_names(config.task.names, config.task)
     if config.teacher.path is not None and len(names) > 1 and "{task}" not in config.teacher.path:
         raise UserError(
@@ -170,17 +173,17 @@ def make_finetune_plan(config: FinetuneConfig) -> FinetunePlan:
             "as in runs/teacher/{task}/model, or name one task"
         )
     path = model_folder(config.model.path, key="model.path")
-    model_config = hub.load_config(path, key="model.path")
+    model_config = load_config(path, key="model.path")
     hub.model_class(model_config, "classification")
     _check_activation_checkpointing(config, model_config)
     executions = _executions(config, names)
-    teachers = {name: hub.load_config(teacher, key="teacher.path") for name, teacher in _teacher_paths(config, names)}
+    teachers = {name: load_config(teacher, key="teacher.path") for name, teacher in _teacher_paths(config, names)}
     tokenizer, warning = task_tokenizer(path, "model.path", model_config, *teachers.values())
-    _check_vocabularies(config, names, tokenizer)
+    notes = check_fit(_parts(config, path, model_config, teachers, tokenizer))
     shape = hub.shape_of(model_config, has_mlm_head=False)
     precision = next(iter(executions.values())).precision
     tasks = tuple(_plan_task(name, config, model_config, teachers.get(name), precision) for name in names)
-    warnings = [warning] if warning else []
+    warnings = [*([warning] if warning else []), *notes]
     for task in tasks:
         warnings += task.data.warnings
         warnings += task.teacher.losses.warnings if task.teacher is not None and task.teacher.losses is not None else ()
@@ -215,13 +218,19 @@ def _check_activation_checkpointing(config: FinetuneConfig, model_config: Pretra
         )
 
 
-def _check_vocabularies(config: FinetuneConfig, names: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    for _, path in _teacher_paths(config, names):
-        if hub.load_tokenizer(path, "teacher.path").get_vocab() != tokenizer.get_vocab():
-            raise UserError(
-                f"teacher.path={path!r} has another vocabulary than model.path={config.model.path!r}: both must read "
-                "the same token ids; name a teacher with the model's tokenizer"
-            )
+def _parts(
+    config: FinetuneConfig,
+    path: str,
+    model_config: PretrainedConfig,
+    teachers: dict[str, PretrainedConfig],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Parts:
+    models = [Member("model.path", path, model_config)]
+    models += [
+        Member("teacher.path", folder, teachers[name]) for name, folder in _teacher_paths(config, list(teachers))
+    ]
+    length = config.task.seq_len
+    return Parts(tokenizer, tuple(models), length=length, length_of=f"task.seq_len={length}")
 
 
 def _executions(config: FinetuneConfig, names: list[str]) -> dict[int, Execution]:
@@ -274,13 +283,10 @@ def _plan_task(
 
 
 def _seq_len(config: FinetuneConfig, data: TaskData, models: list[PretrainedConfig]) -> int:
-    """What the user asked for if the models take it; else the task's default, cut to what they take."""
+    """What the user asked for; else the task's default, cut to what the models take."""
     limits = [limit for model in models if (limit := longest_input(model)) is not None]
     wanted = config.task.seq_len or data.spec.defaults.seq_len
-    longest = min([wanted, *limits])
-    if config.task.seq_len is not None and longest < wanted:
-        raise UserError(f"task.seq_len={wanted}: the model takes {longest} tokens at most; set it to {longest} or less")
-    return longest
+    return min([wanted, *limits])
 
 
 def _backend(section: str, requested: str, dtype: str, shape: ModelShape, seq_len: int) -> Backend:

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from engine.data.batch import Batch
 from engine.jobs.distill.build import initial_student, load_teacher
 from engine.jobs.distill.plan import Plan
-from engine.models import hub
 from engine.models.capture import hidden_states, padded_states
 from engine.models.features import Wanted
+from engine.models.hub import load_backbone
 from engine.models.teacher import FrozenTeacher
 
 
@@ -50,7 +50,7 @@ class Teacher:
 
     def save(self, folder: Path) -> None:
         path, config = self._plan.config.teacher.path, self._plan.teacher_config
-        _save(hub.load_backbone(path, key="teacher.path", config=config), folder)
+        _save(load_backbone(path, key="teacher.path", config=config), folder)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

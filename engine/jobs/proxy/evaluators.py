@@ -15,6 +15,7 @@ import torch
 from engine.data.batch import Batch
 from engine.jobs.execution import plan_execution
 from engine.jobs.proxy.plan import ProxyPlan
+from engine.models.fit import longest_input
 from engine.ranks import watchdog
 from engine.ranks.collectives import gather_rows
 from engine.ranks.runtime import Runtime, StopRequest
@@ -23,7 +24,7 @@ from engine.tasks.encode import EncodedTask, encode_split, encode_task
 from engine.tasks.load import TaskData, hold_out
 from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task, task_score
-from engine.tasks.model import load_task_model, longest_input
+from engine.tasks.model import load_task_model
 from engine.tasks.module import TaskModule
 from engine.tasks.probe import ProbeFeatures, in_threads, pool, probe_outputs
 from engine.tasks.rows import Encoded, Split

@@ -18,10 +18,10 @@ from engine.config.marks import Mark, settings
 from engine.config.proxy import ProxyJobConfig
 from engine.data.manifest import corpus_hash
 from engine.errors import UserError
+from engine.hub.files import weights_fingerprint
 from engine.jobs.distill.plan import Plan, make_plan, with_mapping
 from engine.jobs.execution import plan_execution
 from engine.mapping import MappingPair
-from engine.models import hub
 from engine.models.hub import model_hashes
 from engine.ranks import runtime
 from engine.records.fingerprints import digest
@@ -183,7 +183,7 @@ def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskDa
         section, _, name = key.partition(".")
         parts.setdefault(section, {})[name] = value
     if config.student.path is not None:
-        parts["student"]["weights_sha256"] = hub.weights_fingerprint(config.student.path, key="student.path")
+        parts["student"]["weights_sha256"] = weights_fingerprint(config.student.path, key="student.path")
     hashes = model_hashes("teacher", config.teacher.path, base.teacher_config)
     parts["teacher"] |= {key.partition(".")[2]: value for key, value in hashes.items()} | {"dtype": base.teacher_dtype}
     parts["data"] |= {"content_sha256": corpus_hash(base.manifest), "seq_len": base.seq_len}

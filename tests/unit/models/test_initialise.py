@@ -11,10 +11,10 @@ from transformers import AlbertConfig, PreTrainedModel
 
 from engine.config.distill import StudentConfig
 from engine.errors import UserError
+from engine.hub.config import load_config
 from engine.mapping import LayerMapping
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Wanted
-from engine.models.hub import load_config
 from engine.models.initialise import NARROWABLE, copy_from_teacher, evenly_spaced, resolve_init
 from engine.models.student import build_student, build_student_config, new_model
 

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_encoders import FAMILIES, REAL, VOCAB, make_batch, real_teacher, save_tiny, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, ModernBertConfig, PretrainedConfig, PreTrainedModel
 
 from engine.config.distill import StudentConfig
 from engine.errors import UserError
+from engine.hub.config import load_config
 from engine.mapping import LayerMapping
-from engine.models.capture import capture, layer_modules
+from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Wanted
-from engine.models.hub import load_config, shape_of
+from engine.models.hub import shape_of
 from engine.models.initialise import intermediate_size
-from engine.models.student import DROPOUTS, build_student, build_student_config
+from engine.models.student import DROPOUTS, build_student, build_student_config, new_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -195,3 +197,45 @@ def test_real_teacher_all_layers_copied_gives_its_outputs(name: str) -> None:
     assert torch.equal(small.get_input_embeddings().weight, plain.get_input_embeddings().weight[:, ::2]), (
         "384 -> 192 takes every second unit"
     )
+
+
+@pytest.mark.parametrize("kind", ["EuroBert", "NomicBert"])
+def test_head_widths_that_a_configuration_writes_out_follow_the_student(kind: str) -> None:
+    config_class = getattr(transformers, f"{kind}Config", None)
+    if config_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+    }
+    teacher = config_class(**sizes, intermediate_size=64, max_position_embeddings=40)
+
+    def student(**settings: int) -> PreTrainedModel:
+        return new_model(build_student_config(StudentConfig(layers=2, **settings), teacher), False, 0)
+
+    def parameters(model: PreTrainedModel) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    whole = parameters(student())
+    for heads in (2, 8):
+        assert parameters(student(heads=heads)) == whole
+    narrow = student(hidden_size=24)
+    assert next(m for name, m in narrow.named_modules() if name.endswith("q_proj")).weight.shape == (24, 24)
+    assert 0.25 * whole < parameters(narrow) < 0.35 * whole
+    install(narrow, "eager")
+    assert capture(narrow, make_batch(), Wanted(attention=frozenset({2}))).query[2].shape == (3, 4, 11, 6)
+
+
+def test_key_and_value_heads_stay_shared_as_in_the_teacher() -> None:
+    config_class = getattr(transformers, "EuroBertConfig", None)
+    if config_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no EuroBERT")
+    teacher = config_class(
+        vocab_size=VOCAB, hidden_size=48, num_attention_heads=8, num_key_value_heads=2, pad_token_id=0
+    )
+    assert build_student_config(StudentConfig(layers=2, heads=4), teacher).num_key_value_heads == 1
+    with pytest.raises(UserError, match=r"student.heads=6: 4 query heads .* choose a multiple of 4"):
+        build_student_config(StudentConfig(layers=2, heads=6), teacher)

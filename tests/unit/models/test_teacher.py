@@ -10,9 +10,11 @@ from tiny_encoders import FAMILIES, REAL, make_batch, real_teacher, save_tiny, t
 from transformers import AlbertConfig, AutoModelForMaskedLM, BertModel, PretrainedConfig
 
 from engine.errors import UserError
+from engine.hub.config import load_config
+from engine.hub.tokenizer import load_tokenizer
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Features, Wanted
-from engine.models.hub import has_mlm_weights, load_backbone, load_config, load_tokenizer, shape_of
+from engine.models.hub import has_head, load_backbone, shape_of
 from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config
 
@@ -102,11 +104,15 @@ def test_logits_keep_all_layers_and_the_head(family: str, tmp_path: Path) -> Non
     assert teacher.shape.has_mlm_head
 
 
+def has_mlm_head(path: str) -> bool:
+    return has_head(path, key="teacher.path", config=load_config(path, "teacher.path"), head="mlm")
+
+
 @every_family
 def test_mlm_head_is_detected_in_the_file(family: str, tmp_path: Path) -> None:
     with_head, without = save_tiny(family, tmp_path / "a", mlm=True), save_tiny(family, tmp_path / "b")
-    assert has_mlm_weights(with_head, load_config(with_head, "teacher.path"))
-    assert not has_mlm_weights(without, load_config(without, "teacher.path"))
+    assert has_mlm_head(with_head)
+    assert not has_mlm_head(without)
     with pytest.raises(UserError, match=r"teacher.path=.*no MLM head.*loss.logits=0"):
         load(without, Wanted(logits=True))
     body = load(with_head, Wanted(hidden=frozenset({4})))  # the head's weights are left in the file, without noise
@@ -163,14 +169,14 @@ def test_errors_name_key_value_and_remedy(tmp_path: Path, capfd: pytest.CaptureF
     with pytest.raises(UserError, match=r"teacher.path=.*weights"):
         load(str(tmp_path / "weightless"), wanted)
     with pytest.raises(UserError, match="no weights"):
-        has_mlm_weights(str(tmp_path / "weightless"), tiny_config("bert"))
+        has_head(str(tmp_path / "weightless"), key="teacher.path", config=tiny_config("bert"), head="mlm")
     path = save_tiny("bert", tmp_path / "short")
     deeper = PretrainedConfig.get_config_dict(path)[0] | {"num_hidden_layers": 6}
     type(tiny_config("bert")).from_dict(deeper).save_pretrained(path)
     with pytest.raises(UserError, match=r"\d+ weights are missing.*encoder.layer.4"):
         load(path, Wanted(hidden=frozenset({6})))
     (Path(path) / "model.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(UserError, match=r"teacher.path=.*weights"):
+    with pytest.raises(UserError, match=r"teacher.path: .*no safetensors file"):
         load(path, wanted)
 
 
@@ -193,5 +199,5 @@ def test_real_teacher(name: str) -> None:
     with torch.no_grad():
         assert_equal(teacher(make_batch(length=16)), capture(whole, make_batch(length=16), wanted))
     assert teacher.full_parameters_count - teacher.parameters_count == 2 * 1_774_464
-    assert not has_mlm_weights(path, load_config(path, "teacher.path"))
+    assert not has_mlm_head(path)
     assert len(load_tokenizer(path, "teacher.path")("A real sentence.")["input_ids"]) > 3

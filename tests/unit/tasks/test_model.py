@@ -21,9 +21,10 @@ from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
 from engine.models.capture import capture
 from engine.models.features import Features, Wanted
+from engine.models.fit import longest_input
 from engine.models.hub import shape_of
 from engine.models.projections import Projections
-from engine.tasks.model import load_task_model, longest_input, model_folder
+from engine.tasks.model import load_task_model, model_folder
 from engine.tasks.module import TaskModule, labels_loss, logits_loss
 from engine.tasks.specs import BUILT_IN, TaskSpec
 

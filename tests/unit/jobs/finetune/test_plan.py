@@ -113,7 +113,7 @@ PLAN_MISTAKES = [
     (["--task.name", "RTEE"], "did you mean 'RTE'?"),
     (["--task.data_dir", "nowhere"], "task.data_dir='nowhere': no such folder"),
     (["--model.path", "nowhere"], "model.path='nowhere'"),
-    (["--task.name", "RTE", "--task.seq_len", "65"], "task.seq_len=65: the model takes 64 tokens at most"),
+    (["--task.name", "RTE", "--task.seq_len", "65"], "takes 64 tokens at most; use seq_len=64 or less"),
     (["--teacher.path", "nowhere", "--task.name", "RTE"], "teacher.path='nowhere'"),
     (["--teacher.path", "nowhere", "--task.name", "RTE,SST-2"], "write {task} in it"),
     (["--optim.name", "lamb", "--deepspeed_config", "ds_configs/zero1_fp32.json"], "optim.name='lamb' with ZeRO"),

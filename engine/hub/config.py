@@ -1,0 +1,97 @@
+"""Reading config.json: a model that this transformers would compute as another one is refused here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from engine.errors import UserError
+from engine.hub.files import WEIGHT_FILES, not_readable, quiet, read_json, require_whole, stored_tensors, where
+
+CONFIG = "config.json"
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "position_embedding_type": (
+        lambda value: value not in (None, "absolute"),
+        "transformers 5 has no relative positions for this model type and would compute absolute ones",
+    ),
+    "pruned_heads": (bool, "transformers 5 prunes no heads, and would compute all of them"),
+    "quantization_config": (
+        bool,
+        "its weights are quantised, and losses need the plain ones: name the model that it was made from",
+    ),
+    "is_decoder": (bool, "its attention looks back only; an encoder that sees the whole text is needed"),
+    "add_cross_attention": (bool, "it reads a second text by cross-attention, which is not computed here"),
+}
+"""Settings of config.json that change what a model computes and are ignored by transformers or by us: when, and why."""
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+"""What the configuration of every encoder has, under these names or by its attribute map."""
+HARMLESS = frozenset(
+    ["architectures", "auto_map", "directionality", "finetuning_task", "gradient_checkpointing", "output_past"]
+)
+"""Settings of older transformers that do not change what a model computes; so are those that begin with pooler_."""
+
+
+def load_config(path: str, key: str) -> PretrainedConfig:
+    """The configuration of a model folder or hub model; `key` names the setting in errors. Raises UserError for one
+    that cannot be read, and for settings that change the computation and would be ignored."""
+    file = Path(path) / CONFIG
+    if Path(path).is_dir():
+        if not file.is_file() and not file.is_symlink():
+            raise UserError(
+                f"{key}={path!r}: the folder has no config.json; name a Hugging Face model folder "
+                "(config.json, model.safetensors and the tokenizer's files)"
+            )
+        require_whole(file, key)
+        _require_type(path, read_json(file, key), key)
+    try:
+        with quiet():
+            # False and not left out: transformers would ask on stdin whether to run a model's own code
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **where(path))
+    except Exception as error:  # transformers raises nearly everything here
+        raise not_readable(path, key, "configuration", error) from None
+    lacks = [name for name in SIZES if not hasattr(config, name)]
+    if lacks or config.is_encoder_decoder:
+        why = "it has a decoder" if config.is_encoder_decoder else f"its configuration has no {lacks[0]}"
+        raise UserError(
+            f"{key}={path!r}: model type {config.model_type!r} is no encoder of token ids with attention ({why}); name "
+            "one that is, such as BERT"
+        )
+    known = type(config)().to_dict()
+    for name, (applies, why) in REFUSED.items():
+        honoured = name == "position_embedding_type" and name in known
+        if applies(getattr(config, name, None)) and not honoured:
+            raise UserError(f"{key}={path!r}: config.json has {name}={getattr(config, name)!r}; {why}")
+    return config
+
+
+def ignored_settings(config: PretrainedConfig, key: str) -> list[str]:
+    """One sentence about settings of config.json that its class does not know, or nothing."""
+    known = {*type(config)().to_dict(), *config.attribute_map, *HARMLESS, *REFUSED}
+    unknown = [
+        name
+        for name, value in config.to_dict().items()
+        if name not in known and not name.startswith(("pooler_", "_")) and value not in (None, False, "", [], {})
+    ]
+    if not unknown:
+        return []
+    return [
+        f"{key}: transformers {transformers.__version__} does not know {', '.join(unknown)} of its config.json, and "
+        "ignores what they ask for"
+    ]
+
+
+def _require_type(path: str, values: dict[str, Any], key: str) -> None:
+    """Suggests the model type that a config.json without one means (TinyBERT's release): its tensors are named so."""
+    if isinstance(values.get("model_type"), str) or "auto_map" in values:
+        return
+    owners: Counter[str] = Counter()
+    if any((Path(path) / name).is_file() for name in WEIGHT_FILES):
+        owners.update(name.split(".")[0] for name in stored_tensors(path, key))
+    named = [owner for owner, _ in owners.most_common() if owner in CONFIG_MAPPING]
+    remedy = f'its tensors are named as those of {named[0]!r}: add "model_type": "{named[0]}"' if named else "add it"
+    raise UserError(f"{key}={path!r}: config.json has no model_type, which says how a model is computed; {remedy}")

@@ -1,0 +1,223 @@
+"""Files of a model folder or hub model: found, looked at before a library reads them, and compared by hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from huggingface_hub.constants import ENDPOINT
+from safetensors import safe_open
+from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
+
+from engine.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+CONVERT = (
+    'convert it where you trust it: python -c "from transformers import AutoModel; '
+    "AutoModel.from_pretrained('FOLDER').save_pretrained('NEW')\" (an MLM head needs AutoModelForMaskedLM)"
+)
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 64, 64 * 1024
+_pickle_allowed = False
+
+
+def allow_pickle(allowed: bool) -> None:
+    """Whether this process may from now on read weights from pickles (pytorch_model.bin), and then tensors only. A plan
+    sets it from its configuration. One switch of the process: no call that loads something can forget to ask."""
+    global _pickle_allowed
+    _pickle_allowed = allowed
+
+
+@cache
+def hub_is_reachable() -> bool:
+    """Asked once, so that a mistyped folder is reported at once: huggingface_hub retries for half a minute."""
+    if getproxies():
+        return True  # only a request can tell
+    url = urlsplit(ENDPOINT)
+    try:
+        with socket.create_connection((url.hostname or "", url.port or 443), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def where(path: str) -> dict[str, bool]:
+    """Arguments for from_pretrained: a folder or the hub's cache alone, where nothing else can be had."""
+    return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
+
+
+def safely() -> dict[str, Any]:
+    """Arguments for a model's from_pretrained: no pickle unless it is allowed, and never an object out of one."""
+    return {"use_safetensors": None if _pickle_allowed else True, "weights_only": True}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences progress bars and the table of unexpected keys; what matters of it is checked and raised here."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def not_readable(path: str, key: str, what: str, error: Exception) -> UserError:
+    """The one line for what a library raised while it read `what` of a model."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{key}={path!r}: its {what} asks for Python code that comes with the model (auto_map), and such code is "
+            "never run here; name a model whose class is part of transformers"
+        )
+    if isinstance(error, ImportError):
+        package = f" (pip install {error.name})" if error.name else ""
+        return UserError(f"{key}={path!r}: its {what} needs a package that is not installed{package}: {reason}")
+    if Path(path).is_dir():
+        return UserError(f"{key}={path!r}: cannot read the {what} in this folder: {reason}")
+    return UserError(
+        f"{key}={path!r}: no such folder (from {Path.cwd()}), and the hub gave no {what} of that name: {reason} "
+        "Name a folder with config.json and model.safetensors, or a hub model while the hub can be reached."
+    )
+
+
+def require_whole(file: Path, key: str) -> None:
+    """Raises UserError for a file that is a dangling link, empty, a git-lfs pointer, or torn (JSON and safetensors)."""
+    if not file.exists():
+        raise UserError(f"{key}: {file} is a link to {os.readlink(file)}, which is not there; copy the file itself")
+    with file.open("rb") as data:
+        start = data.read(len(LFS_POINTER))
+    if not start:
+        raise UserError(f"{key}: {file} is empty; copy or download it again")
+    if start == LFS_POINTER:
+        raise UserError(f"{key}: {file} is a git-lfs pointer, not the file itself; run `git lfs pull` in {file.parent}")
+    if file.suffix == ".json":
+        read_json(file, key)
+    elif file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except Exception as error:  # its own, and OSError
+            raise UserError(f"{key}: {file} is cut, or no safetensors file ({error}); copy it again") from None
+
+
+def read_json(file: Path, key: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError for anything else."""
+    try:
+        values = json.loads(file.read_bytes())
+    except ValueError as error:  # of JSON, and of UTF-8
+        raise UserError(f"{key}: {file} is torn, or no JSON ({error}); copy or download it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{key}: {file} holds a {type(values).__name__}, not an object; copy or download it again")
+    return values
+
+
+def require_whole_files(path: str, key: str, names: tuple[str, ...]) -> None:
+    """Checks those of the named files that a folder has. The hub's cache is checked by its own library."""
+    folder = Path(path)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():  # not glob, which leaves dangling links out
+        if any(file.match(name) for name in names):
+            require_whole(file, key)
+
+
+def weight_file(path: str, key: str) -> Path:
+    """The first of WEIGHT_FILES that the model has, an index with all its shards. Raises UserError for none, for a
+    pickle that is not allowed, and for one that is not whole."""
+    for file_name in WEIGHT_FILES:
+        found = _cached(path, file_name, key)
+        if found is not None:
+            _require_no_pickle(path, key, file_name)
+            require_whole(found, key)
+            return found
+    raise UserError(f"{key}={path!r}: found none of {', '.join(WEIGHT_FILES)}; the model has no weights")
+
+
+def _cached(path: str, file_name: str, key: str) -> Path | None:
+    if (Path(path) / file_name).is_symlink():
+        require_whole(Path(path) / file_name, key)
+    try:
+        found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **where(path))
+    except Exception as error:
+        raise not_readable(path, key, "weights", error) from None
+    return None if found is None else Path(found)
+
+
+def _require_no_pickle(path: str, key: str, file_name: str) -> None:
+    if ".safetensors" not in file_name and not _pickle_allowed:
+        raise UserError(
+            f"{key}={path!r}: its weights are in {file_name}, a Python pickle, which can hold anything; {CONVERT}, or "
+            "write allow_pickle=true (of it, tensors are read and nothing else)"
+        )
+
+
+def weight_files(path: str, key: str) -> list[Path]:
+    """The files that hold the tensors, in the order of their names. Raises UserError when one is missing or torn."""
+    index = weight_file(path, key)
+    if not index.name.endswith(".index.json"):
+        return [index]
+    named = read_json(index, key).get("weight_map")
+    if not isinstance(named, dict):
+        raise UserError(f"{key}: {index} has no weight_map; copy or download it again")
+    files = []
+    for name in sorted(set(named.values())):
+        file = _cached(path, name, key)
+        if file is None:
+            raise UserError(f"{key}: {index} names {name}, which is not there; copy or download it too")
+        require_whole(file, key)
+        files.append(file)
+    return files
+
+
+def stored_tensors(path: str, key: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint, without reading the tensors. Raises UserError."""
+    stored: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(path, key):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                stored |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            continue
+        try:
+            # PyTorch's format before 1.6 is no zip, and cannot be mapped
+            saved = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+            stored |= {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        except Exception as error:  # pickle's, torch's, and AttributeError for what is no dictionary of tensors
+            kind = type(error).__name__  # torch's text says how to run what is in there
+            raise UserError(
+                f"{key}: {file} is torn, or holds something else than tensors ({kind}); copy it again, or {CONVERT}"
+            ) from None
+    return stored
+
+
+def weights_fingerprint(path: str, key: str) -> str:
+    """Tells whether the weights of a model were replaced, without reading them all: sha256 over the size and 64 evenly
+    spaced blocks of 64 KiB of each weight file (first and last block among them)."""
+    digest = hashlib.sha256()
+    for file in weight_files(path, key):
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        last = max(0, size - FINGERPRINT_BLOCK)
+        with file.open("rb") as data:
+            for i in range(FINGERPRINT_BLOCKS):
+                data.seek(last * i // (FINGERPRINT_BLOCKS - 1))
+                digest.update(data.read(FINGERPRINT_BLOCK))
+    return digest.hexdigest()[:16]

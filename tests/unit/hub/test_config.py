@@ -1,0 +1,94 @@
+"""Settings of config.json that this version of transformers ignores: refused, or named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_encoders import FAMILIES, save_tiny
+from transformers import GPT2Config, T5Config, ViTConfig
+
+from engine.errors import UserError
+from engine.hub.config import ignored_settings, load_config
+from engine.hub.files import allow_pickle
+
+
+def change(folder: str, *, remove: tuple[str, ...] = (), **values: Any) -> None:
+    file = Path(folder) / "config.json"
+    found = {name: value for name, value in json.loads(file.read_text()).items() if name not in remove}
+    file.write_text(json.dumps(found | values))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"position_embedding_type": "relative_key_query"}, "would compute absolute ones"),
+        ({"pruned_heads": {"0": [1]}}, "would compute all of them"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantised"),
+        ({"is_decoder": True}, "looks back only"),
+        ({"add_cross_attention": True}, "cross-attention"),
+    ],
+)
+def test_what_changes_the_computation_is_refused_by_name(setting: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = save_tiny("bert", tmp_path)
+    change(path, **setting)
+    ((name, value),) = setting.items()
+    with pytest.raises(UserError, match=rf"teacher.path=.*config.json has {name}=.*{said}") as error:
+        load_config(path, "teacher.path")
+    assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_as_transformers_saves_it_is_read_without_a_note(family: str, tmp_path: Path) -> None:
+    path = save_tiny(family, tmp_path)
+    old = {"gradient_checkpointing": False, "directionality": "bidi", "pooler_type": "first_token_transform"}
+    change(path, position_embedding_type="absolute", pruned_heads={}, finetuning_task="sst2", **old)
+    assert ignored_settings(load_config(path, "teacher.path"), "teacher.path") == []
+
+
+def test_settings_that_nobody_knows_are_named(tmp_path: Path) -> None:
+    path = save_tiny("bert", tmp_path)
+    change(path, rotary_base=10_000, use_glu=True, unused=None)
+    (note,) = ignored_settings(load_config(path, "teacher.path"), "teacher.path")
+    assert "does not know rotary_base, use_glu of its config.json" in note
+
+
+def test_the_model_type_is_suggested_from_the_names_of_the_tensors(tmp_path: Path) -> None:
+    """TinyBERT's release has cell, emb_size and structure in config.json, fit_dense in its weights, and no type."""
+    folder = tmp_path / "TinyBERT_General_4L_312D"
+    path = save_tiny("bert", folder, mlm=True)
+    change(path, remove=("model_type", "architectures"), cell={}, emb_size=312, structure=[])
+    torch.save(
+        load_file(folder / "model.safetensors") | {"fit_dense.weight": torch.ones(3, 3)}, folder / "pytorch_model.bin"
+    )
+    (folder / "model.safetensors").unlink()
+    allow_pickle(True)
+    try:
+        with pytest.raises(UserError, match=r'config.json has no model_type.*of \'bert\': add "model_type": "bert"'):
+            load_config(path, "student.path")
+        change(path, model_type="bert")
+        assert load_config(path, "student.path").model_type == "bert"
+    finally:
+        allow_pickle(False)
+
+
+@pytest.mark.parametrize(("config", "why"), [(T5Config(), "it has a decoder"), (ViTConfig(), "no vocab_size")])
+def test_models_that_read_no_text(config: Any, why: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"is no encoder of token ids with attention .*{why}"):
+        load_config(str(tmp_path), "teacher.path")
+    GPT2Config().save_pretrained(tmp_path)
+    assert load_config(str(tmp_path), "teacher.path").model_type == "gpt2"  # that it looks back shows when it runs
+
+
+def test_a_json_file_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="holds a list, not an object"):
+        load_config(str(tmp_path), "teacher.path")
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "b\xe9rt"}')
+    with pytest.raises(UserError, match="is torn, or no JSON"):
+        load_config(str(tmp_path), "teacher.path")
