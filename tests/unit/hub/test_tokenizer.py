@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,4 +50,13 @@ def test_one_that_is_json_but_no_tokenizer(folder: Path) -> None:
 def test_a_folder_without_a_vocabulary(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer="):
+        load_tokenizer(str(folder), "tokenizer")
+
+
+def test_a_sentencepiece_model_names_the_package_that_reads_it(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+    (folder / "sentencepiece.bpe.model").write_bytes(b"torn")
+    said = "torn, or no SentencePiece model" if find_spec("sentencepiece") else "pip install sentencepiece"
+    with pytest.raises(UserError, match=rf"tokenizer: .*sentencepiece.bpe.model is .*{said}"):
         load_tokenizer(str(folder), "tokenizer")
