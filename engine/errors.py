@@ -12,3 +12,8 @@ class RunFailure(RuntimeError):
 
 EXIT_DONE, EXIT_CRASH, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = range(5)
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -25,7 +25,7 @@ METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 @dataclass(frozen=True, kw_only=True)
 class CustomTaskConfig:
     train: str
-    """File of the training rows: .tsv, .csv or .jsonl, with named columns."""
+    """File of the training rows, with named columns: .csv, .tsv, JSON lines, a JSON list or Parquet."""
 
     dev: str
     """File of the rows that score."""
@@ -46,7 +46,8 @@ class CustomTaskConfig:
     """What the label is."""
 
     labels: list[str] | None = None
-    """Every label of a classification, in the order of their indices; unset: those of the training rows, sorted."""
+    """Every label of a classification, in the order of their indices; unset: those of the training rows, sorted. What
+    is named here is a label, also where it looks like none (-1, NA)."""
 
     metrics: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] | None = None
     """Scores; the task's score is their mean. Unset: accuracy, or pearson and spearman for a regression."""
@@ -65,6 +66,10 @@ class TaskDataConfig:
 
     dev_rows: int | None = located(None)
     """Most rows that score, from the front of the file; unset: all."""
+
+    unlabelled: Literal["error", "leave_out"] = located("error")
+    """Rows without a gold label (-, -1, nan, nothing …) in training and dev files, and training questions of SQuAD
+    whose answer is not at its place. error: stop and count them; leave_out: go on without them, and count them."""
 
     def __post_init__(self) -> None:
         for name in ("train_rows", "dev_rows"):

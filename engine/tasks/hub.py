@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import UserError
 from engine.hub.files import hub_is_reachable
+from engine.errors import UserError, first_line
+from engine.tasks.labels import label_meanings
 from engine.tasks.rows import Rows
-from engine.tasks.specs import Columns
+from engine.tasks.specs import Columns, TaskSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +31,7 @@ def hub_splits(path: str, config: str | None) -> Splits:
         with _offline_if_unreachable():
             splits: Splits = datasets.load_dataset(path, config)
     except Exception as error:  # network, hub, file system: datasets has no common base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if not hub_is_reachable():
             reason = "the hub cannot be reached from here, and its cache has no copy"
         raise UserError(
@@ -47,8 +48,7 @@ def saved_splits(folder: Path) -> Splits:
     try:
         data = datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets raises whatever its readers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: not a readable `datasets` folder ({reason}); save it again") from None
+        raise UserError(f"{folder}: not a readable `datasets` folder ({first_line(error)}); save it again") from None
     if not isinstance(data, datasets.DatasetDict):
         raise UserError(f"{folder}: holds one split; save a DatasetDict with the splits train and validation")
     splits: Splits = data
@@ -70,14 +70,11 @@ def find_split(splits: Splits, name: str, source: str) -> Dataset:
         ) from None
 
 
-def hub_rows(data: Dataset, source: str, columns: Columns, *, labels: Sequence[str], labelled: bool) -> Rows:
-    """The rows of one split, as read_rows gives those of a file: classes by name, not by index.
-
-    `labels`: the task's label names by index, () for a regression. Unless `labelled`, a split without label column, or
-    with -1 in every row, is unlabelled. Raises UserError.
+def hub_rows(data: Dataset, source: str, columns: Columns, *, spec: TaskSpec, labelled: bool) -> Rows:
+    """The rows of one split, as read_rows gives those of a file: classes by name, not by index. Unless `labelled`,
+    labels are not read. Raises UserError.
     """
-    has_label = labelled or columns.label in data.column_names
-    wanted = [columns.first, columns.second, columns.label if has_label else None]
+    wanted = [columns.first, columns.second, columns.label if labelled else None]
     names = [name for name in wanted if name is not None]
     for name in names:
         if name not in data.column_names:
@@ -91,11 +88,9 @@ def hub_rows(data: Dataset, source: str, columns: Columns, *, labels: Sequence[s
         for row, value in enumerate(values[name], start=1):
             if not isinstance(value, str):
                 raise UserError(f"{source}:{row}: {name!r} is {value!r}, not text; save the hub's data set unchanged")
-    given = values[columns.label] if has_label else None
-    if given is not None and not labelled and all(value == -1 for value in given):
-        given = None
-    if given is not None and labels:
-        given = _named(given, data.features[columns.label], labels)
+    given = values[columns.label] if labelled else None
+    if given is not None and spec.labels:
+        given = _named(given, data.features[columns.label], source, spec)
     return Rows(
         source=source,
         lines=range(1, len(data) + 1),
@@ -106,11 +101,16 @@ def hub_rows(data: Dataset, source: str, columns: Columns, *, labels: Sequence[s
     )
 
 
-def _named(given: list[Any], feature: Any, labels: Sequence[str]) -> list[Any]:
-    """Label names instead of indices; what is no index stays, and is reported as an unknown label."""
+def _named(given: list[Any], feature: Any, source: str, spec: TaskSpec) -> list[Any]:
+    """Label names instead of indices, of which a copy may have another order; what is no index stays, and is reported
+    as an unknown label."""
     names = getattr(feature, "names", None)
-    # A copy may count its classes in another order. Where the files have 0 and 1, the hub has names: index by index.
-    by_index = names if names is not None and set(names) == set(labels) else labels
+    by_index = spec.labels if names is None else label_meanings(names, spec)
+    if by_index is None:
+        raise UserError(
+            f"{source}: its classes are {', '.join(names)}, and those of {spec.name} {', '.join(spec.labels)}; save "
+            "the hub's data set unchanged"
+        )
     return [by_index[value] if isinstance(value, int) and 0 <= value < len(by_index) else value for value in given]
 
 

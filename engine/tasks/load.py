@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,9 +15,12 @@ import numpy.typing as npt
 from engine.config.finetune import TaskDataConfig
 from engine.data.prepare.formats import is_saved_dataset
 from engine.errors import UserError
-from engine.tasks.files import beside, read_rows
-from engine.tasks.rows import Rows, Split, labels_in, to_split
+from engine.tasks.files import read_rows
+from engine.tasks.labels import labels_in, to_split, with_gold_labels
+from engine.tasks.remarks import remarks, shared_texts
+from engine.tasks.rows import Rows, Split
 from engine.tasks.specs import (
+    DIAGNOSTIC,
     GLUE_TASKS,
     Columns,
     Kind,
@@ -28,6 +31,7 @@ from engine.tasks.specs import (
     plain,
     task_spec,
 )
+from engine.tasks.tables import beside
 
 if TYPE_CHECKING:
     from engine.tasks.squad import SquadSplit
@@ -47,6 +51,8 @@ __all__ = [
 AnySplit = TypeVar("AnySplit", bound="Split | SquadSplit")
 GLUE_HUB = "nyu-mll/glue"
 HELD_OUT = "held-out"
+DIAGNOSTIC_FILES = ("diagnostic/diagnostic.tsv", "AX/AX.tsv", "AX/diagnostic.tsv")
+"""Where task.data_dir may hold the diagnostic set."""
 _SQUAD_FILES = {"SQuAD-v1.1": "{}-v1.1.json", "SQuAD-v2": "{}-v2.0.json"}
 _SQUAD_HUB = {"SQuAD-v1.1": "rajpurkar/squad", "SQuAD-v2": "rajpurkar/squad_v2"}
 
@@ -58,7 +64,7 @@ class TaskData:
     sha256: str
     """Over the train and dev rows, after task.train_rows and task.dev_rows: the same for two runs that see the same."""
     warnings: tuple[str, ...] = ()
-    """What was left out of the files, for the banner."""
+    """What was left out of the files, and what else of them a person should know, for the banner."""
 
 
 def resolve_names(names: Sequence[str], config: TaskDataConfig) -> tuple[list[str], list[str]]:
@@ -89,19 +95,23 @@ def load_task(name: str, config: TaskDataConfig, *, test: bool = False) -> TaskD
     the user named the file. Raises UserError that names the file and line, or the setting.
     """
     spec = task_spec(name, config)
-    if spec.name in config.custom:
-        spec, splits, warnings = _load_custom(spec, config, test=test)
-    elif spec.kind == "span":
-        splits, warnings = _load_squad(spec, config), ()
+    splits: dict[str, Split | SquadSplit]
+    if spec.kind == "span":
+        splits, warnings = _load_squad(spec, config)
     else:
-        splits, warnings = _load_glue(spec, config, test=test)
+        own = spec.name in config.custom
+        rows = _custom_rows(spec, config, test=test) if own else _glue_rows(spec, config, test=test)
+        spec, splits, warnings = _with_labels(spec, rows, config)
+    absent = [name for name in spec.test_splits if test and name not in splits]
+    if absent:
+        warnings.append(f"{spec.name}: no {' and no '.join(absent)} split, of which the GLUE server wants predictions")
     if config.train_rows is not None:
         drawn = np.random.default_rng(0).permutation(len(splits["train"]))[: config.train_rows]
         splits["train"] = _take(splits["train"], np.sort(drawn))
     if config.dev_rows is not None:
         for split in spec.dev_splits:
             splits[split] = _take(splits[split], np.arange(len(splits[split]))[: config.dev_rows])
-    return TaskData(spec, splits, _digest(spec, splits), warnings)
+    return TaskData(spec, splits, _digest(spec, splits), tuple(warnings))
 
 
 def hold_out(task: TaskData, *, parts: int) -> TaskData:
@@ -143,22 +153,31 @@ def _existing_folder(name: str, config: TaskDataConfig) -> Path:
     return folder
 
 
-def _load_glue(
-    spec: TaskSpec, config: TaskDataConfig, *, test: bool
-) -> tuple[dict[str, Split | SquadSplit], tuple[str, ...]]:
+def _with_labels(
+    spec: TaskSpec, rows: dict[str, Rows], config: TaskDataConfig
+) -> tuple[TaskSpec, dict[str, Split | SquadSplit], list[str]]:
+    """The final description of the task, the splits with their labels, and remarks."""
+    setting = f"task.custom.{spec.name}" if spec.name in config.custom else None
+    leave_out = config.unlabelled == "leave_out"
+    for name in ("train", *spec.dev_splits):
+        rows[name] = with_gold_labels(rows[name], spec, leave_out=leave_out, setting=setting)
+    if setting is not None and spec.kind == "classification" and not spec.labels:
+        spec = replace(spec, labels=labels_in(rows["train"], setting))
+    splits = {name: to_split(name, found, spec) for name, found in rows.items()}
+    return spec, dict(splits), remarks(spec, rows, splits)
+
+
+def _glue_rows(spec: TaskSpec, config: TaskDataConfig, *, test: bool) -> dict[str, Rows]:
     folder = None if config.data_dir is None else _existing_folder(spec.name, config)
     names = ["train", *spec.dev_splits, *(spec.test_splits if test else ())]
-    found = (
-        _hub_rows(spec, names, folder)
-        if folder is None or is_saved_dataset(folder)
-        else _file_rows(spec, names, folder)
-    )
-    warnings = tuple(
-        f"{rows.source}: {rows.skipped} lines with too few columns left out, as the official reader does"
-        for rows in found.values()
-        if rows.skipped
-    )
-    return {name: to_split(name, rows, spec) for name, rows in found.items()}, warnings
+    saved = folder is not None and is_saved_dataset(folder)
+    found = _hub_rows(spec, names, folder) if folder is None or saved else _file_rows(spec, names, folder)
+    if DIAGNOSTIC in names and folder is not None:
+        assert spec.layout is not None, spec.name
+        path = next((path for place in DIAGNOSTIC_FILES if (path := folder.parent / place).is_file()), None)
+        if path is not None:
+            found[DIAGNOSTIC] = read_rows(path, spec.layout.files, labelled=False)
+    return found
 
 
 def _file_rows(spec: TaskSpec, names: Sequence[str], folder: Path) -> dict[str, Rows]:
@@ -189,42 +208,54 @@ def _hub_rows(spec: TaskSpec, names: Sequence[str], folder: Path | None) -> dict
         if is_test and hub_split_name(name) not in splits:
             continue
         data, place = find_split(splits, name, source), f"{source}:{hub_split_name(name)}"
-        found[name] = hub_rows(data, place, layout.hub, labels=spec.labels, labelled=not is_test)
+        found[name] = hub_rows(data, place, layout.hub, spec=spec, labelled=not is_test)
     return found
 
 
-def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> dict[str, Split | SquadSplit]:
-    from engine.tasks.squad import read_squad, squad_from_rows
+def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> tuple[dict[str, Split | SquadSplit], list[str]]:
+    from engine.tasks.answers import learnable, scored_remarks
 
-    v2 = spec.name == "SQuAD-v2"
     folder = None if config.data_dir is None else _existing_folder(spec.name, config)
-    names = ("train", *spec.dev_splits)
-    found: dict[str, SquadSplit] = {}
-    if folder is not None and not is_saved_dataset(folder):
-        for name in names:
-            path = folder / _SQUAD_FILES[spec.name].format(name)
-            if not path.exists():
-                raise UserError(f"{path}: no such file{beside(path)}")
-            found[name] = read_squad(path, name=name, v2=v2)
-    else:
-        from engine.tasks.hub import find_split, hub_split_name, hub_splits, saved_splits
-
-        source = _SQUAD_HUB[spec.name] if folder is None else str(folder)
-        splits = hub_splits(source, None) if folder is None else saved_splits(folder)
-        for name in names:
-            place = f"{source}:{hub_split_name(name)}"
-            found[name] = replace(squad_from_rows(find_split(splits, name, source), place), name=name)
-            if not v2 and [] in (found[name].answers or []):
-                raise UserError(f"{place}: has questions without an answer, as SQuAD v2 has; use the task SQuAD-v2")
-    for name, split in found.items():
+    saved = folder is None or is_saved_dataset(folder)
+    found: dict[str, Split | SquadSplit] = {}
+    warnings: list[str] = []
+    for source, split in _saved_squad(spec, folder) if saved else _squad_files(spec, folder):
         if split.answers is None:
-            raise UserError(f"{spec.name}: the {name} split has no answers; give the official file")
-    return dict(found)
+            raise UserError(f"{source}: the {split.name} split has no answers; give the official file")
+        if split.name == "train":
+            split, remarks = learnable(split, source, leave_out=config.unlabelled == "leave_out")
+        else:
+            remarks = scored_remarks(split, source)
+        found[split.name] = split
+        warnings += remarks
+    return found, [*warnings, *shared_texts(spec.name, found)]
 
 
-def _load_custom(
-    spec: TaskSpec, config: TaskDataConfig, *, test: bool
-) -> tuple[TaskSpec, dict[str, Split | SquadSplit], tuple[str, ...]]:
+def _squad_files(spec: TaskSpec, folder: Path) -> Iterator[tuple[str, SquadSplit]]:
+    """File and content of each split."""
+    from engine.tasks.squad import read_squad
+
+    for name in ("train", *spec.dev_splits):
+        path = folder / _SQUAD_FILES[spec.name].format(name)
+        yield str(path), read_squad(path, name=name, v2=spec.name == "SQuAD-v2")
+
+
+def _saved_squad(spec: TaskSpec, folder: Path | None) -> Iterator[tuple[str, SquadSplit]]:
+    """Place and content of each split, from the hub without a folder."""
+    from engine.tasks.hub import find_split, hub_split_name, hub_splits, saved_splits
+    from engine.tasks.squad import squad_from_rows
+
+    source = _SQUAD_HUB[spec.name] if folder is None else str(folder)
+    splits = hub_splits(source, None) if folder is None else saved_splits(folder)
+    for name in ("train", *spec.dev_splits):
+        place = f"{source}:{hub_split_name(name)}"
+        split = replace(squad_from_rows(find_split(splits, name, source), place), name=name)
+        if spec.name != "SQuAD-v2" and [] in (split.answers or []):
+            raise UserError(f"{place}: has questions without an answer, as SQuAD v2 has; use the task SQuAD-v2")
+        yield place, split
+
+
+def _custom_rows(spec: TaskSpec, config: TaskDataConfig, *, test: bool) -> dict[str, Rows]:
     custom, key = config.custom[spec.name], f"task.custom.{spec.name}"
     columns = Columns(
         first=custom.text, second=custom.text_pair, label=custom.label, ids=("index", "id", "idx"), setting=key
@@ -234,11 +265,10 @@ def _load_custom(
     for name, file in files.items():
         path = Path(file).expanduser()
         if not path.is_file():
-            raise UserError(f"{key}.{name}={file!r}: no such file{beside(path)}")
+            what = "is a folder, name a file" if path.is_dir() else "no such file"
+            raise UserError(f"{key}.{name}={file!r}: {what}{beside(path)}")
         found[name] = read_rows(path, columns, labelled=name != "test")
-    if spec.kind == "classification" and not spec.labels:
-        spec = replace(spec, labels=labels_in(found["train"]))
-    return spec, {name: to_split(name, rows, spec) for name, rows in found.items()}, ()
+    return found
 
 
 def _take(split: AnySplit, rows: npt.NDArray[np.int64]) -> AnySplit:

@@ -68,14 +68,15 @@ def _largest(values: Floats, count: int) -> npt.NDArray[np.intp]:
 
 
 def squad_metrics(split: SquadSplit, predictions: Mapping[str, str]) -> dict[str, float]:
-    """exact_match and f1 in [0, 1], as the official script counts them: the best over a question's gold answers; ""
-    is right for an unanswerable one. Every question of the labelled `split` has a prediction."""
+    """exact_match and f1 in [0, 1], as the official script counts them: the best over a question's gold answers, of
+    which empty ones do not count; "" is right for an unanswerable one. Every question of the labelled `split` has a
+    prediction."""
     from torchmetrics.functional.text import squad
 
     assert split.answers is not None, f"{split.name} is unlabelled"
     given = [{"id": key, "prediction_text": predictions[key]} for key in split.ids]
     wanted: list[dict[str, Any]] = [
-        {"id": key, "answers": {"answer_start": [0], "text": [text for _, text in golds] or [""]}}
+        {"id": key, "answers": {"answer_start": [0], "text": [text for _, text in golds if text] or [""]}}
         for key, golds in zip(split.ids, split.answers, strict=True)
     ]
     return {name: float(value) / 100 for name, value in squad(given, wanted).items()}

@@ -9,6 +9,7 @@ from typing import Literal
 
 from engine.config.finetune import CustomTaskConfig, TaskDataConfig
 from engine.errors import UserError
+from engine.tasks.spelling import is_label, label_text
 
 Kind = Literal["classification", "regression", "span"]
 
@@ -52,6 +53,8 @@ class Layout:
     """Column of the files that identifies a row, where there is one; the hub's is always `idx`."""
     headerless: tuple[str, ...] = ()
     """Columns of train and dev files that have no header line (CoLA; its test file has one)."""
+    classes: tuple[str, ...] = ()
+    """What the hub, and published models, call the labels 0 and 1."""
     skip_short: bool = False
     """Leave out lines with too few columns, as the official reader does (QQP: questions with line breaks in them)."""
 
@@ -87,11 +90,13 @@ class TaskSpec:
     layout: Layout | None = None
     """None for SQuAD and custom tasks."""
     submission: tuple[str, ...] = ()
-    """Name of the prediction file for each dev split, and for the test split in its place."""
+    """Name of the prediction file for each test split, and for the dev split in its place."""
     target_range: tuple[float, float] | None = None
     """Smallest and largest regression target that can occur; predictions are clipped to it."""
 
 
+DIAGNOSTIC = "diagnostic"
+"""GLUE's diagnostic set: pairs without labels on which the server wants the MNLI model's predictions, as AX."""
 LARGE = TaskDefaults(epochs=3, lr=5e-5, batch=32, seq_len=128)
 """Tasks of 67,000 rows and more. Small students gain from a larger rate than BERT-base's 2e-5, and batches of 32 keep
 their steps few; 128 tokens hold nearly every GLUE input."""
@@ -137,17 +142,37 @@ def _squad(name: str) -> TaskSpec:
     )
 
 
-_COLA = Layout(config="cola", first="sentence", headerless=("source", "label", "star", "sentence"))
-_SST2 = Layout(config="sst2", first="sentence")
-_MRPC = Layout(config="mrpc", first="#1 String", second="#2 String", hub_texts=_SENTENCES, label="Quality")
+_COLA = Layout(
+    config="cola",
+    first="sentence",
+    headerless=("source", "label", "star", "sentence"),
+    classes=("unacceptable", "acceptable"),
+)
+_SST2 = Layout(config="sst2", first="sentence", classes=("negative", "positive"))
+_MRPC = Layout(
+    config="mrpc",
+    first="#1 String",
+    second="#2 String",
+    hub_texts=_SENTENCES,
+    label="Quality",
+    classes=("not_equivalent", "equivalent"),
+)
 _STSB = Layout(config="stsb", first="sentence1", second="sentence2", label="score")
-_QQP = Layout(config="qqp", first="question1", second="question2", label="is_duplicate", ids="id", skip_short=True)
+_QQP = Layout(
+    config="qqp",
+    first="question1",
+    second="question2",
+    label="is_duplicate",
+    ids="id",
+    classes=("not_duplicate", "duplicate"),
+    skip_short=True,
+)
 _MNLI = Layout(
     config="mnli", first="sentence1", second="sentence2", hub_texts=("premise", "hypothesis"), label="gold_label"
 )
 _QNLI = Layout(config="qnli", first="question", second="sentence")
 _RTE = Layout(config="rte", first="sentence1", second="sentence2")
-_WNLI = Layout(config="wnli", first="sentence1", second="sentence2")
+_WNLI = Layout(config="wnli", first="sentence1", second="sentence2", classes=("not_entailment", "entailment"))
 
 _SPECS = (
     replace(_glue("CoLA", _COLA, ("matthews",), SMALL), every_layer=True),
@@ -163,8 +188,8 @@ _SPECS = (
     replace(
         _glue("MNLI", _MNLI, _ACCURACY, LARGE, labels=("entailment", "neutral", "contradiction")),
         dev_splits=("dev_matched", "dev_mismatched"),
-        test_splits=("test_matched", "test_mismatched"),
-        submission=("MNLI-m.tsv", "MNLI-mm.tsv"),
+        test_splits=("test_matched", "test_mismatched", DIAGNOSTIC),
+        submission=("MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"),
     ),
     _glue("QNLI", _QNLI, _ACCURACY, LARGE, labels=_ENTAILED),
     _glue("RTE", _RTE, _ACCURACY, TINY, labels=_ENTAILED),
@@ -234,15 +259,19 @@ def check_custom_names(config: TaskDataConfig) -> None:
 def _custom_spec(name: str, custom: CustomTaskConfig) -> TaskSpec:
     key = f"task.custom.{name}"
     classifies = custom.kind == "classification"
+    columns = [name for name in (custom.text, custom.text_pair, custom.label) if name is not None]
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{key}: text, text_pair and label name {', '.join(columns)}; each needs a column of its own")
     if custom.labels is not None:
         if not classifies:
             raise UserError(f"{key}.labels={custom.labels!r}: remove it: a regression has none")
-        if len(set(custom.labels)) < len(custom.labels) or len(custom.labels) < 2:
+        if len({label_text(label) for label in custom.labels}) < len(custom.labels) or len(custom.labels) < 2:
             raise UserError(f"{key}.labels={custom.labels!r}: list two or more labels, each once")
         for label in custom.labels:
             if not is_label(label):
                 raise UserError(
-                    f"{key}.labels={custom.labels!r}: {label!r} is empty or has a tab or line break; rename it"
+                    f"{key}.labels={custom.labels!r}: {label!r} is empty, has spaces around it, a tab or a line "
+                    "break; rename it"
                 )
     usual = ["accuracy"] if classifies else ["pearson", "spearman"]
     possible = ["accuracy", "f1", "matthews"] if classifies else usual
@@ -260,8 +289,3 @@ def _custom_spec(name: str, custom: CustomTaskConfig) -> TaskSpec:
         similarity=not classifies and custom.text_pair is not None,
         submission=(f"{name}.tsv",),
     )
-
-
-def is_label(label: str) -> bool:
-    """Whether prediction files can hold it."""
-    return "\t" not in label and len(label.splitlines()) == 1

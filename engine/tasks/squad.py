@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from engine.errors import UserError
 from engine.tasks.rows import Encoded, Ints
+from engine.tasks.tables import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ _BATCH = 1000
 
 Answers = list[tuple[int, str]]
 Row = tuple[object, object, object, Answers | None]
-"""id, question, context, answers; the first three are checked to be text when they are collected."""
+"""id, question, context, answers; the first three are checked when they are collected."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SquadSplit:
     questions: list[str]
     contexts: list[str]
     answers: list[Answers] | None
-    """(character at which it starts, text) of each gold answer; [] = unanswerable. None: an unlabelled split."""
+    """(character at which it starts or -1, text) of each gold answer; [] = unanswerable. None: an unlabelled split."""
     ids: list[str]
 
     def __len__(self) -> int:
@@ -59,14 +60,13 @@ class Windows:
 def read_squad(path: Path, *, name: str, v2: bool) -> SquadSplit:
     """One of the official JSON files; `v2` says which version the task wants.
 
-    Raises UserError for a file that cannot be read, has another layout or the other version, and for an answer that
-    does not stand at its answer_start (the official files have none).
+    Answers are as they are written, wherever they stand. Raises UserError for a file that cannot be read, and one of
+    another layout or the other version.
     """
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the official SQuAD file") from error
-    except ValueError as error:  # JSON and UTF-8 errors
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); download the file again") from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise UserError(f'{path}: no "data" list at the top; give a file in the official SQuAD layout')
@@ -96,7 +96,7 @@ def _official_rows(path: Path, articles: list[Any]) -> Iterator[Row]:
                     if qa.get("is_impossible"):
                         answers = []
                     elif "answers" in qa:
-                        answers = [(int(answer["answer_start"]), str(answer["text"])) for answer in qa["answers"]]
+                        answers = [_answer(answer.get("answer_start"), answer["text"]) for answer in qa["answers"]]
                     yield qa["id"], qa["question"], paragraph["context"], answers
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path}: article {number} is not in the official SQuAD layout ({error!r})") from error
@@ -108,10 +108,15 @@ def _hub_rows(rows: Iterable[Mapping[str, Any]], place: str) -> Iterator[Row]:
             answers = row.get("answers")
             pairs = None
             if answers is not None:
-                pairs = [(int(at), str(t)) for at, t in zip(answers["answer_start"], answers["text"], strict=True)]
+                pairs = [_answer(at, t) for at, t in zip(answers["answer_start"], answers["text"], strict=True)]
             yield row["id"], row["question"], row["context"], pairs
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{place}: row {number} is not as in the hub's squad data sets ({error!r})") from error
+
+
+def _answer(start: Any, text: Any) -> tuple[int, str]:
+    """Without a position, -1: scoring needs none."""
+    return -1 if start is None else int(start), "" if text is None else str(text)
 
 
 def _collect(rows: Iterator[Row], *, place: str, name: str) -> SquadSplit:
@@ -119,13 +124,14 @@ def _collect(rows: Iterator[Row], *, place: str, name: str) -> SquadSplit:
     questions: list[str] = []
     contexts: list[str] = []
     answers: list[Answers | None] = []
-    for identity, question, context, golds in rows:
+    for given, question, context, golds in rows:
+        identity = str(given) if type(given) is int else given
         if not (isinstance(identity, str) and isinstance(question, str) and isinstance(context, str)):
-            raise UserError(f"{place}: question {identity!r}: id, question and context must be text")
+            raise UserError(
+                f"{place}: question {given!r}: question and context must be text, the id text or a whole number"
+            )
         if identity in ids:
             raise UserError(f"{place}: two questions have the id {identity!r}; ids must differ")
-        for start, text in golds or ():
-            _check_answer(f"{place}: question {identity!r}", context, start, text)
         ids[identity] = None
         questions.append(question)
         contexts.append(context)
@@ -137,15 +143,6 @@ def _collect(rows: Iterator[Row], *, place: str, name: str) -> SquadSplit:
         first = list(ids)[answers.index(None)]
         raise UserError(f"{place}: question {first!r} has no answers list, but others have; give all or none")
     return SquadSplit(name, questions, contexts, labelled or None, list(ids))
-
-
-def _check_answer(place: str, context: str, start: int, text: str) -> None:
-    if not text:
-        raise UserError(f"{place} has an empty answer; leave an unanswerable question without answers")
-    if start < 0 or not context.startswith(text, start):
-        found = context.find(text)
-        hint = f"it stands at {found}" if found >= 0 else "it is nowhere in the context"
-        raise UserError(f"{place}: answer {text!r} does not stand at answer_start {start} ({hint}); repair the file")
 
 
 def encode_squad(split: SquadSplit, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, doc_stride: int) -> Windows:

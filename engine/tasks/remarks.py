@@ -1,0 +1,66 @@
+"""What a person should know of a task's rows before a model learns them: each remark one sentence, for the banner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from engine.tasks.rows import Rows, Split
+from engine.tasks.specs import TaskSpec
+from engine.tasks.squad import SquadSplit
+
+
+def remarks(spec: TaskSpec, rows: Mapping[str, Rows], splits: Mapping[str, Split]) -> list[str]:
+    """`rows`: the same splits as they are written."""
+    found: list[str] = []
+    for name, split in splits.items():
+        about = (*_rows_remarks(rows[name]), *_labels_remarks(spec, split))
+        found += [*rows[name].notes, *(f"{rows[name].source}: {text}" for text in about)]
+    return found + shared_texts(spec.name, splits)
+
+
+def shared_texts(task: str, splits: Mapping[str, Split | SquadSplit]) -> list[str]:
+    """Rows of the other splits whose texts are in training as well."""
+    trained = set(_texts(splits["train"]))
+    found = []
+    for name, split in splits.items():
+        count = sum(texts in trained for texts in _texts(split))
+        if name != "train" and count:
+            found.append(
+                f"{task}: {count:,} of {len(split):,} {name} rows have the texts of a training row; what is "
+                "learned by heart scores there"
+            )
+    return found
+
+
+def _texts(split: Split | SquadSplit) -> Iterator[tuple[str, ...]]:
+    columns = (split.questions, split.contexts) if isinstance(split, SquadSplit) else (split.first, split.second)
+    rows = zip(*(column for column in columns if column is not None), strict=True)
+    return (tuple(" ".join(text.split()).casefold() for text in texts) for texts in rows)
+
+
+def _rows_remarks(rows: Rows) -> Iterator[str]:
+    empty = sum(not text.strip() for column in (rows.first, rows.second or ()) for text in column)
+    if empty:
+        yield f"{empty:,} empty texts"
+    spaced = sum(isinstance(label, str) and label != label.strip() for label in rows.labels or ())
+    if spaced:
+        yield f"{spaced:,} labels are read without the spaces around them"
+
+
+def _labels_remarks(spec: TaskSpec, split: Split) -> Iterator[str]:
+    if split.labels is None:
+        return
+    values, counts = np.unique(split.labels, return_counts=True)
+    if len(values) == 1:
+        label = repr(spec.labels[values[0]]) if spec.kind == "classification" else f"{values[0]:g}"
+        yield f"every row has the label {label}"
+    elif spec.kind == "classification" and split.name == "train" and len(values) < len(spec.labels):
+        absent = [repr(label) for index, label in enumerate(spec.labels) if index not in values]
+        yield f"no row has the label {', '.join(absent)}"
+    elif spec.kind == "regression" and (values < 0).sum() == 1 and counts[0] > 1:
+        yield (
+            f"{counts[0]:,} rows have the label {values[0]:g}, the only negative one; remove them if it stands for "
+            "no gold label"
+        )

@@ -1,0 +1,232 @@
+"""Tables in files: tab- or comma-separated text, JSON lines, a JSON list, Parquet. What a file is, its content says; a
+word is given where its name says something else.
+
+Tab-separated text is split at tabs and line ends and nothing else, as the GLUE files are meant: a quotation mark is
+part of the text. Other separators, and any file named .csv, have quoting (RFC 4180).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError, first_line
+
+MISSING = object()
+"""The value of a JSON line that lacks a key which the first line has."""
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+JSON_NAMES = frozenset({".jsonl", ".ndjson", ".json"})
+PARQUET = b"PAR1"
+NOT_A_TABLE = {
+    b"version https://git-lfs": "is a git-lfs pointer, not the file; run `git lfs pull` where it was cloned",
+    b"\x1f\x8b": "is compressed; unpack it with gunzip",
+    b"\x28\xb5\x2f\xfd": "is compressed; unpack it with zstd -d",
+    b"\xfd7zXZ": "is compressed; unpack it with unxz",
+    b"BZh": "is compressed; unpack it with bunzip2",
+    b"PK\x03\x04": "is a zip archive or an Excel workbook; unpack it, or save the table as .csv",
+    b"\xff\xfe": "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    b"\xfe\xff": "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    b"<!DOCTYPE": "is a web page; download the file behind it",
+    b"<html": "is a web page; download the file behind it",
+}
+"""How a file begins that people take for a table, and what to do."""
+Numbered = Iterator[tuple[int, list[Any]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    header: list[str]
+    """Names of the columns."""
+    rows: Numbered
+    """(line, or number of the row in JSON lists and Parquet; values) of each row. A row may be too short or too long,
+    a value of a JSON line MISSING."""
+    kind: str
+    """What it was read as, for people."""
+    expected: bool
+    """Whether the file's name says the same."""
+    quoted: bool = True
+    """False where quotation marks are part of the text."""
+
+
+def open_table(path: Path, *, wanted: Sequence[str], headerless: Sequence[str] = ()) -> Table:
+    """Opens the table in a file. `wanted`: columns by which the separator is told. `headerless`: names of the columns
+    of a tab-separated file without a header line. Raises UserError for a file that holds no table."""
+    data = _read(path)
+    suffix = path.suffix.lower()
+    if data.startswith(PARQUET):
+        return _open_parquet(path, expected=suffix == ".parquet")
+    content = _decoded(path, data)
+    if headerless:
+        return Table(list(headerless), _split_tabs(content), "separated by tabs", expected=True, quoted=False)
+    if suffix in JSON_NAMES or re.match(r"\s*(\{|\[\s*\{)", content):
+        return _open_json(path, content, expected=suffix in JSON_NAMES)
+    return _open_separated(path, content, wanted)
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file of UTF-8, without its byte order mark. Raises UserError for what is missing, empty or no such
+    text."""
+    return _decoded(path, _read(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{beside(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a file{beside(path / '?').partition(';')[0]}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
+    for start, problem in NOT_A_TABLE.items():
+        if data.startswith(start):
+            raise UserError(f"{path}: {problem}")
+    return data
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    try:
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # the error's offsets do not count a BOM, its bytes neither
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: is not UTF-8 ({error.reason}); convert it from its encoding, often: "
+            "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+        ) from None
+    if "\0" in content:
+        line = content.count("\n", 0, content.index("\0")) + 1
+        raise UserError(f"{path}:{line}: has a NUL character: not text, or UTF-16, or cut; give the file as UTF-8 text")
+    if not content.strip():
+        raise UserError(f"{path}: is empty; give a file with rows")
+    return content
+
+
+def beside(path: Path) -> str:
+    """Returns the end of a message about a path that is not there: what its folder holds instead, and the remedy."""
+    if not path.parent.is_dir():
+        return f" (nor is there a folder {path.parent}); correct the path"
+    there = sorted(entry.name for entry in path.parent.iterdir())
+    near = difflib.get_close_matches(path.name, there, n=1)
+    remedy = f"; did you mean {near[0]!r}?" if near else "; correct the path, or add it"
+    return f" ({path.parent} has: {', '.join(there[:12]) or 'nothing'}){remedy}"
+
+
+def _open_separated(path: Path, content: str, wanted: Sequence[str]) -> Table:
+    csv.field_size_limit(sys.maxsize)  # a cell may be as long as a document
+    named_csv = path.suffix.lower() == ".csv"
+    usual = "," if named_csv else "\t"
+    first = content.lstrip().splitlines()[0]
+    separator = next((one for one in (usual, *SEPARATORS) if set(wanted) <= set(_header(first, one))), usual)
+    quoted = named_csv or separator != "\t"
+    rows = _split_quoted(path, content, separator) if quoted else _split_tabs(content)
+    _, header = next(rows)  # there is one, since the content is not empty
+    names = [name.strip() for name in header]
+    return Table(names, rows, f"separated by {SEPARATORS[separator]}", expected=separator == usual, quoted=quoted)
+
+
+def _header(line: str, separator: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader([line], delimiter=separator))]
+
+
+def _split_tabs(content: str) -> Numbered:
+    end = "\n" if "\n" in content else "\r"  # not splitlines: U+2028 and the like are text
+    for number, line in enumerate(content.split(end), start=1):
+        if line := line.removesuffix("\r"):
+            yield number, line.split("\t")
+
+
+def _split_quoted(path: Path, content: str, separator: str) -> Numbered:
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
+    while True:
+        number = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{path}:{number}: is not CSV ({error}); repair the quotes, or write .jsonl") from None
+        if fields:
+            yield number, fields
+
+
+def _open_json(path: Path, content: str, *, expected: bool) -> Table:
+    objects = _json_list(path, content) if content.lstrip().startswith("[") else _json_lines(path, content)
+    first_number, first = next(objects)
+    header = list(first)
+
+    def rows() -> Numbered:
+        yield first_number, list(first.values())
+        for number, row in objects:
+            yield number, [row.get(name, MISSING) for name in header]
+
+    return Table(header, rows(), "JSON", expected=expected)
+
+
+def _json_lines(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            yield number, _json_object(path, number, _json(path, number, line))
+
+
+def _json_list(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = _json(path, 1, content)
+    if not rows:
+        raise UserError(f"{path}: is an empty list; give a file with rows")
+    for number, row in enumerate(rows, start=1):
+        yield number, _json_object(path, number, row)
+
+
+def _json(path: Path, number: int, text: str) -> Any:
+    try:
+        value = json.loads(text, object_pairs_hook=lambda pairs: _keys_once(path, number, pairs))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(
+            f"{path}:{number}: is not JSON ({error}); write one JSON object a line, or one list of objects"
+        ) from None
+    except UserError:
+        raise
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise UserError(f"{path}:{number}: cannot be read ({first_line(error)}); shorten the number") from None
+    if "\\u" in text:  # escapes can spell half a character, which no tokenizer takes
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}:{number}: is not valid Unicode ({error.reason}); repair its \\u escapes") from None
+    return value
+
+
+def _keys_once(path: Path, number: int, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}:{number}: {twice!r} is there twice; rename one")
+    return row
+
+
+def _json_object(path: Path, number: int, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: is JSON but not an object; write one JSON object a line")
+    return row
+
+
+def _open_parquet(path: Path, *, expected: bool) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: is not readable as Parquet ({first_line(error)}); copy it again") from None
+    columns = [column.to_pylist() for column in table.columns]
+    rows = ((number, list(values)) for number, values in enumerate(zip(*columns, strict=True), start=1))
+    return Table(table.column_names, rows, "Parquet", expected=expected)
