@@ -79,7 +79,8 @@ class TaskEvaluation:
 
     def __call__(self, step: int) -> bool:
         """Scores the dev splits. With patience: whether they are the best so far (the checkpoint is then kept)."""
-        measured = self._measure()
+        trainee = self.trainee
+        measured = score_dev(trainee.ds_engine, self.task, runtime=trainee.runtime, batch_size=self.batch_size)
         if measured is None:
             self._diverged(step)
             return False
@@ -92,38 +93,57 @@ class TaskEvaluation:
         self.bad = 0 if better else self.bad + 1
         return better and self.patience is not None
 
-    def _measure(self) -> tuple[float, dict[str, float]] | None:
-        """Score (the mean over the dev splits) and metrics by name; None where an output is not finite."""
-        spec, scores = self.task.spec, []
-        named: dict[str, float] = {}
-        for name in spec.dev_splits:
-            metrics = self._score_split(name)
-            if metrics is None:
-                return None
-            scores.append(task_score(spec, metrics))
-            ending = f"_{name.removeprefix('dev_')}" if len(spec.dev_splits) > 1 else ""
-            named |= {metric + ending: value for metric, value in metrics.items()}
-        return math.fsum(scores) / len(scores), named
-
-    def _score_split(self, name: str) -> dict[str, float] | None:
-        trainee = self.trainee
-        outputs = predict_split(trainee.ds_engine, self.task, name, runtime=trainee.runtime, batch_size=self.batch_size)
-        if outputs is None:
-            return None
-        if isinstance(outputs, dict):
-            split = self.task.splits[name]
-            assert isinstance(split, SquadSplit)
-            return squad_metrics(split, outputs)
-        targets = self.task.rows(name).targets
-        assert targets is not None, f"{name} is unlabelled"
-        return score_task(self.task.spec, outputs, targets)
-
     def _diverged(self, step: int) -> None:
         """Outputs that are not finite have no score."""
         if self.trainee.check_weights(step):  # says so itself when they are the reason
             self.trainee.diverged = True
             self.trainee.monitor.write_record("error", status="diverged", step=step, terms=["outputs"])
             self.trainee.monitor.say(f"error: the model's outputs are not finite after step {step}")
+
+
+def score_dev(
+    model: Any, task: EncodedTask, *, runtime: Runtime, batch_size: int
+) -> tuple[float, dict[str, float]] | None:
+    """Returns score (the mean over the dev splits) and metrics by name; None where an output is not finite. Collective.
+
+    model, batch_size: as for `predict_split`.
+    """
+    spec, scores = task.spec, []
+    named: dict[str, float] = {}
+    for name in spec.dev_splits:
+        outputs = predict_split(model, task, name, runtime=runtime, batch_size=batch_size)
+        if outputs is None:
+            return None
+        metrics = _metrics(task, name, outputs)
+        scores.append(task_score(spec, metrics))
+        ending = f"_{name.removeprefix('dev_')}" if len(spec.dev_splits) > 1 else ""
+        named |= {metric + ending: value for metric, value in metrics.items()}
+    return math.fsum(scores) / len(scores), named
+
+
+def constant_score(task: EncodedTask) -> float:
+    """Returns the best dev score of one answer to everything: a label, "no answer" for spans; 0 for regressions."""
+    spec = task.spec
+    if spec.kind == "regression":
+        return 0.0
+    scores = []
+    for name in spec.dev_splits:
+        split = task.splits[name]
+        answers: list[Outputs] = [dict.fromkeys(split.ids, "")]
+        if spec.kind == "classification":
+            answers = [np.tile(row, (len(split), 1)) for row in np.eye(len(spec.labels))]
+        scores.append([task_score(spec, _metrics(task, name, outputs)) for outputs in answers])
+    return float(np.mean(scores, axis=0).max())
+
+
+def _metrics(task: EncodedTask, name: str, outputs: Outputs) -> dict[str, float]:
+    if isinstance(outputs, dict):
+        split = task.splits[name]
+        assert isinstance(split, SquadSplit)
+        return squad_metrics(split, outputs)
+    targets = task.rows(name).targets
+    assert targets is not None, f"{name} is unlabelled"
+    return score_task(task.spec, outputs, targets)
 
 
 def predict_split(model: Any, task: EncodedTask, name: str, *, runtime: Runtime, batch_size: int) -> Outputs | None:

@@ -108,8 +108,8 @@ def _named(given: list[Any], feature: Any, source: str, spec: TaskSpec) -> list[
     by_index = spec.labels if names is None else label_meanings(names, spec)
     if by_index is None:
         raise UserError(
-            f"{source}: its classes are {', '.join(names)}, and those of {spec.name} {', '.join(spec.labels)}; save "
-            "the hub's data set unchanged"
+            f"{source}: its classes are {', '.join(names)}, and those of {spec.name} {', '.join(spec.label_names)}; "
+            "save the hub's data set unchanged"
         )
     return [by_index[value] if isinstance(value, int) and 0 <= value < len(by_index) else value for value in given]
 

@@ -100,10 +100,9 @@ def _refuse_two_spellings(rows: Rows, labels: Sequence[str], setting: str) -> No
 def label_meanings(names: Sequence[str], spec: TaskSpec) -> tuple[str, ...] | None:
     """Returns the task's label that each of these names means, in their order, whatever their spelling; None where they
     are not all labels of the task, each once. For the names of a model's outputs and of a data set's classes."""
-    own = (spec.labels, spec.layout.classes if spec.layout is not None else ())
     for form in (str, spelling):
-        for known in own:
-            meant = dict(zip(map(form, known), spec.labels, strict=False))
+        for known in (spec.labels, spec.label_names):
+            meant = dict(zip(map(form, known), spec.labels, strict=True))
             found = tuple(meant.get(form(name), "") for name in names)
             if sorted(found) == sorted(spec.labels):
                 return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.errors import UserError
@@ -22,7 +23,9 @@ from engine.models.hub import (
     require_tensors,
 )
 from engine.models.student import DROPOUTS
+from engine.tasks.labels import label_meanings
 from engine.tasks.specs import TaskSpec
+from engine.tasks.spelling import spelling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,30 +86,71 @@ def set_head(config: PretrainedConfig, spec: TaskSpec) -> None:
         config.problem_type = "regression" if spec.kind == "regression" else None
 
 
-def head_problem(config: PretrainedConfig, spec: TaskSpec) -> str | None:
-    """Why the head that a model was saved with is not one for this task; None when it is."""
-    wanted = model_class(config, head_of(spec)).__name__
-    saved = ", ".join(config.architectures or ()) or "no class named in config.json"
-    if wanted not in (config.architectures or ()):
+def output_names(config: PretrainedConfig) -> tuple[str, ...]:
+    """Returns what a classifier's configuration calls its outputs, by index."""
+    names: dict[Any, str] = config.id2label or {}
+    return tuple(str(names[index]) for index in sorted(names))
+
+
+def has_numbered_outputs(config: PretrainedConfig) -> bool:
+    """Whether the names of the outputs tell nothing: LABEL_0, LABEL_1 …, as transformers makes them up, or 0, 1 …"""
+    names = enumerate(map(spelling, output_names(config)))
+    return all(name in (f"label_{index}", str(index)) for index, name in names)
+
+
+def has_head(config: PretrainedConfig, spec: TaskSpec) -> bool:
+    """Whether the model was saved with a head for tasks of this kind."""
+    return model_class(config, head_of(spec)).__name__ in (config.architectures or ())
+
+
+def head_problem(config: PretrainedConfig, spec: TaskSpec, *, numbered: bool = False) -> str | None:
+    """Returns why the head that a model was saved with is not one for this task; None when it is.
+
+    The outputs of a classifier may have any order, which their names tell. numbered: accept names that tell nothing,
+    for outputs in the order of the task.
+    """
+    if not has_head(config, spec):
+        wanted = model_class(config, head_of(spec)).__name__
+        saved = ", ".join(config.architectures or ()) or "no class named in config.json"
         return f"it was saved without {AUTO_CLASSES[head_of(spec)][1]} ({saved}, not {wanted})"
-    if spec.kind == "classification":
-        names: dict[Any, str] = config.id2label or {}
-        labels = tuple(names[index] for index in sorted(names))
-        if labels != spec.labels:
-            return f"its labels are {', '.join(labels)}, those of {spec.name} are {', '.join(spec.labels)}"
-    elif spec.kind == "regression" and config.num_labels != 1:
+    if spec.kind == "regression" and config.num_labels != 1:
         return f"it has {config.num_labels} outputs, the regression {spec.name} needs 1"
+    if spec.kind == "classification" and label_meanings(output_names(config), spec) is None:
+        if numbered and has_numbered_outputs(config) and config.num_labels == len(spec.labels):
+            return None
+        return (
+            f"its labels are {', '.join(output_names(config))}, those of {spec.name} are {', '.join(spec.label_names)}"
+        )
     return None
 
 
-def require_head(path: str, *, key: str, config: PretrainedConfig, spec: TaskSpec) -> None:
-    """Raises UserError when the model at `path` was not fine-tuned on the task."""
-    problem = head_problem(config, spec)
+def head_remarks(path: str, *, key: str, config: PretrainedConfig, spec: TaskSpec) -> list[str]:
+    """Returns what becomes of a saved head whose outputs are not the task's labels in their order."""
+    if spec.kind != "classification" or not has_head(config, spec):
+        return []
+    meant = label_meanings(output_names(config), spec)
+    if meant == spec.labels:
+        return []
+    becomes = "its head is replaced by a new one" if meant is None else "they are put into this order"
+    names, wanted = ", ".join(output_names(config)), ", ".join(spec.label_names)
+    return [f"{key}={path!r}: its outputs are {names}, those of {spec.name} {wanted}; {becomes}"]
+
+
+def require_head(path: str, *, key: str, config: PretrainedConfig, spec: TaskSpec) -> list[str]:
+    """Returns remarks on a head for this task, in whatever order and names. Raises UserError for a model that was not
+    fine-tuned on the task."""
+    problem = head_problem(config, spec, numbered=True)
     if problem is not None:
         raise UserError(
             f"{key}={path!r} is no teacher for {spec.name}: {problem}; fine-tune it on {spec.name} with "
-            "launch/finetune.py first (or correct id2label in its config.json, in the order of its outputs)"
+            "launch/finetune.py first"
         )
+    if head_problem(config, spec) is None:
+        return head_remarks(path, key=key, config=config, spec=spec)
+    return [
+        f"{key}={path!r}: its outputs have no names but {', '.join(output_names(config))}; they are taken for "
+        f"{', '.join(spec.label_names)}, and it must score better than one answer to everything before it teaches"
+    ]
 
 
 def load_task_model(
@@ -124,16 +168,16 @@ def load_task_model(
 
     path: model folder, run directory or hub name; `key` names its setting in errors. Every weight of the encoder must
     be there. A pooler that is not, and the head unless it was saved for the same labels, start from `seed` alone; the
-    caller's random state is untouched. dropout: of encoder and head. backend: as resolved by `resolve_backend`.
-    head_required: for a teacher; raises UserError unless all weights are there and the labels are the task's.
+    caller's random state is untouched. A saved head's outputs are put into the order of the task's labels. dropout: of
+    encoder and head. backend: as resolved by `resolve_backend`. head_required: for a teacher; raises UserError unless
+    all weights are there and the labels are the task's, or numbered.
     """
     path = model_folder(path, key=key)
     config = load_config(path, key)
     if head_required:
         require_head(path, key=key, config=config, spec=spec)
-    other_labels = model_class(config, head_of(spec)).__name__ in (config.architectures or ()) and (
-        head_problem(config, spec) is not None
-    )
+    other_labels = has_head(config, spec) and head_problem(config, spec, numbered=head_required) is not None
+    meant = label_meanings(output_names(config), spec) if has_head(config, spec) else None
     set_head(config, spec)
     for name in (*DROPOUTS, *HEAD_DROPOUTS):
         if hasattr(config, name):
@@ -146,6 +190,8 @@ def load_task_model(
         require_tensors(needed, path=path, key=key, head=head_of(spec) if head_required else "none")
         if other_labels:
             model = _with_new_head(model, absent, seed)
+    if meant is not None and meant != spec.labels:
+        _put_in_order(model, [meant.index(label) for label in spec.labels])
     install(model, backend)
     return model.train()
 
@@ -167,3 +213,14 @@ def _with_new_head(model: PreTrainedModel, absent: list[str], seed: int) -> PreT
     }
     fresh.load_state_dict(body, strict=False)
     return fresh.to(model.dtype)
+
+
+@torch.no_grad()
+def _put_in_order(model: PreTrainedModel, order: list[int]) -> None:
+    """Makes output i of the head what output order[i] was, in place."""
+    base = f"{model.base_model_prefix}."
+    heads = [part for name, part in model.named_modules() if isinstance(part, nn.Linear) and not name.startswith(base)]
+    last = next(part for part in reversed(heads) if part.out_features == len(order))
+    last.weight.copy_(last.weight[order])
+    if last.bias is not None:
+        last.bias.copy_(last.bias[order])

@@ -94,6 +94,11 @@ class TaskSpec:
     target_range: tuple[float, float] | None = None
     """Smallest and largest regression target that can occur; predictions are clipped to it."""
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """What data sets and models call the labels, by index, where the files have 0 and 1."""
+        return self.labels if self.layout is None or not self.layout.classes else self.layout.classes
+
 
 DIAGNOSTIC = "diagnostic"
 """GLUE's diagnostic set: pairs without labels on which the server wants the MNLI model's predictions, as AX."""

@@ -207,6 +207,8 @@ def test_teacher_patience_and_export(make_job: MakeJob) -> None:
     output = run.finish()
     assert f"{teacher.output_dir}/RTE/model: bert" in output
     for name in ("RTE", "SST-2"):
+        assert f"teacher of {name}: dev score {result_of(teacher)['tasks'][name]['score']:.4f} (one answer" in output
+    for name in ("RTE", "SST-2"):
         folder = run.output_dir / name / "seed-0"
         steps = unit_records(folder, "step")
         terms = next(record["terms"] for record in steps if "terms" in record)

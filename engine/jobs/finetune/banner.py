@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from engine.jobs.execution import versions
@@ -9,7 +10,11 @@ from engine.jobs.finetune.plan import FinetunePlan, PlannedTask
 from engine.mapping import mapping_table
 from engine.models import hub
 from engine.records.columns import labelled
+from engine.tasks.rows import Split
 from engine.train.optim import parameters_of
+
+MOST_LABELS = 12
+"""Labels of a task that are counted in the banner."""
 
 
 def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unfinished: Sequence[str]) -> str:
@@ -29,7 +34,7 @@ def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unf
                 *backends,
             ],
         ),
-        ("tasks", [_task_line(plan, task) for task in plan.tasks]),
+        ("tasks", [line for task in plan.tasks for line in _task_lines(plan, task)]),
     ]
     if plan.absent:
         rows.append(("absent", f"{', '.join(plan.absent)}: no folder under {config.task.data_dir}"))
@@ -54,7 +59,7 @@ def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unf
     return labelled(rows) + "\n"
 
 
-def _task_line(plan: FinetunePlan, task: PlannedTask) -> str:
+def _task_lines(plan: FinetunePlan, task: PlannedTask) -> list[str]:
     spec = task.data.spec
     dev = " + ".join(f"{len(task.data.splits[name]):,}" for name in spec.dev_splits)
     kind = f"{len(spec.labels)} labels" if spec.kind == "classification" else spec.kind
@@ -64,10 +69,21 @@ def _task_line(plan: FinetunePlan, task: PlannedTask) -> str:
         "batch": dict.fromkeys(at.batch for at in task.points),
     }
     chosen = ", ".join(f"{name} {' | '.join(f'{value:g}' for value in found)}" for name, found in values.items())
-    return (
+    line = (
         f"{spec.name}: {task.train_rows:,} rows, {dev} dev; {kind}; score: {' and '.join(spec.metrics)}; {chosen}, "
         f"{task.seq_len} tokens"
     )
+    return [line, f"  labels of the training rows: {_label_counts(task)}"] if spec.labels else [line]
+
+
+def _label_counts(task: PlannedTask) -> str:
+    """The most frequent ones first."""
+    split = task.data.splits["train"]
+    assert isinstance(split, Split)
+    assert split.labels is not None
+    counts = Counter(task.data.spec.labels[label] for label in split.labels).most_common()
+    more = f" and {len(counts) - MOST_LABELS} more" if len(counts) > MOST_LABELS else ""
+    return ", ".join(f"{label!r} {count:,}" for label, count in counts[:MOST_LABELS]) + more
 
 
 def _stopping(plan: FinetunePlan) -> str:

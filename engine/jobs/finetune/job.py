@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -25,8 +26,8 @@ from engine.ranks.runtime import Runtime
 from engine.records.events import EventFile
 from engine.records.run_dir import RunDir, as_yaml
 from engine.tasks.encode import EncodedTask, encode_task
-from engine.tasks.evaluation import predict_split
-from engine.tasks.model import load_task_model
+from engine.tasks.evaluation import constant_score, predict_split, score_dev
+from engine.tasks.model import head_problem, load_task_model
 from engine.tasks.module import TaskModule, wanted_of_teacher
 from engine.tasks.predictions import write_predictions, write_submission
 from engine.train.monitor import Monitor, open_records
@@ -116,7 +117,8 @@ class FinetuneJob:
         pending = [unit for unit in self.plan.units_of(task) if unit.folder not in self.results]
         if not pending:
             return True
-        encoded, teacher = self._encode(task), self._load_teacher(task)
+        encoded = self._encode(task)
+        teacher = self._load_teacher(task, encoded)
         for unit in pending:
             if self.stop.requested_anywhere():
                 return False
@@ -134,7 +136,7 @@ class FinetuneJob:
     def _encode(self, task: PlannedTask) -> EncodedTask:
         return encode_task(task.data, self.plan.tokenizer, seq_len=task.seq_len, doc_stride=self.config.task.doc_stride)
 
-    def _load_teacher(self, task: PlannedTask) -> FrozenTeacher | None:
+    def _load_teacher(self, task: PlannedTask, encoded: EncodedTask) -> FrozenTeacher | None:
         planned = task.teacher
         if planned is None:
             return None
@@ -148,6 +150,7 @@ class FinetuneJob:
             head_required=True,
             dtype=getattr(torch, planned.dtype),
         )
+        self._score_teacher(task, encoded, model.to(self.here.device))  # type: ignore[arg-type]
         wanted = wanted_of_teacher(self.config.loss, planned.losses)
         return FrozenTeacher(
             model,
@@ -155,6 +158,28 @@ class FinetuneJob:
             full_config=model.config,
             device=self.here.device,
             unpadded=self.config.kernels.unpadded,
+        )
+
+    def _score_teacher(self, task: PlannedTask, encoded: EncodedTask, model: nn.Module) -> None:
+        """Says how good the teacher is before it teaches. Raises UserError for outputs without names that are no better
+        than a constant answer: they have another order, most likely. Collective."""
+        assert task.teacher is not None
+        module = TaskModule(model, kind=task.data.spec.kind, unpadded=self.config.kernels.unpadded)
+        batch_size = 2 * self.plan.executions[task.points[0].batch].micro_batch_size
+        scored = score_dev(module, encoded, runtime=self.here, batch_size=batch_size)
+        score, constant = math.nan if scored is None else scored[0], constant_score(encoded)
+        self._say(f"\nteacher of {task.name}: dev score {score:.4f} (one answer to everything: {constant:.4f})")
+        if score > constant:
+            return
+        if head_problem(task.teacher.config, task.data.spec) is not None:
+            raise UserError(
+                f"teacher.path={task.teacher.path!r}: its dev score on {task.name}, {score:.4f}, is not above that of "
+                f"one answer to everything, {constant:.4f}, and its outputs have no names: tell what each of them "
+                "means in id2label of its config.json, as its model card says, and they are put into the task's order"
+            )
+        self._say(
+            f"warning: a teacher that is no better than one answer to everything teaches little: was it fine-tuned on "
+            f"{task.name}, and are the names of its outputs (id2label in config.json) in their true order?"
         )
 
     def _choose(self, task: PlannedTask) -> TaskScore | None:

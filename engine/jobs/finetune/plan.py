@@ -31,7 +31,7 @@ from engine.models.shape import ModelShape
 from engine.ranks import runtime
 from engine.records.fingerprints import digest
 from engine.tasks.load import TaskData, load_task, resolve_names
-from engine.tasks.model import model_folder, require_head, task_tokenizer
+from engine.tasks.model import head_remarks, model_folder, require_head, task_tokenizer
 from engine.tasks.specs import task_spec
 from engine.tasks.train import task_train_config
 
@@ -53,6 +53,7 @@ class TaskTeacher:
     losses: LossSet | None
     """Layer-mapped losses and that of the embeddings; None when they are off."""
     maps: dict[str, LayerMapping]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def make_finetune_plan(config: FinetuneConfig) -> FinetunePlan:
     warnings = [*([warning] if warning else []), *notes]
     for task in tasks:
         warnings += task.data.warnings
-        warnings += task.teacher.losses.warnings if task.teacher is not None and task.teacher.losses is not None else ()
+        warnings += head_remarks(path, key="model.path", config=model_config, spec=task.data.spec)
+        warnings += task.teacher.warnings if task.teacher is not None else ()
     return FinetunePlan(
         config=config,
         model_path=path,
@@ -310,7 +312,7 @@ def _plan_teacher(
     precision: str,
 ) -> TaskTeacher:
     ((_, path),) = _teacher_paths(config, [data.spec.name])
-    require_head(path, key="teacher.path", config=teacher_config, spec=data.spec)
+    remarks = require_head(path, key="teacher.path", config=teacher_config, spec=data.spec)
     student, teacher = (hub.shape_of(c, has_mlm_head=False) for c in (model_config, teacher_config))
     dtype = precision if config.teacher.dtype == "auto" else config.teacher.dtype
     maps: dict[str, LayerMapping] = {}
@@ -349,6 +351,7 @@ def _plan_teacher(
         dtype,
         losses,
         maps,
+        (*remarks, *(losses.warnings if losses is not None else ())),
     )
 
 

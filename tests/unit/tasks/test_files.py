@@ -16,7 +16,7 @@ def custom(folder: Path, train: str, dev: str = "", suffix: str = "csv", test: s
     """A TaskDataConfig with the task `mine`, whose files have these contents (dev: the same as train)."""
     for name, content in (("train", train), ("dev", dev or train), ("test", test)):
         if content is not None:
-            (folder / f"{name}.{suffix}").write_bytes(content.encode())
+            (folder / f"{name}.{suffix}").write_bytes(content.encode("latin-1" if "\x8b" in content else "utf-8"))
     files = {name: str(folder / f"{name}.{suffix}") for name in ("train", "dev", *(["test"] if test else []))}
     return TaskDataConfig(custom={"mine": CustomTaskConfig(**files, **settings)})  # type: ignore[arg-type]
 
@@ -85,7 +85,9 @@ def test_json_lines_regression(tmp_path: Path) -> None:
     ("written", "labels"),
     [
         (['"b"', '"a"', '"b"'], ("a", "b")),
-        (["10", "9", "-1"], ("-1", "9", "10")),
+        (["10", "9", "-2"], ("-2", "9", "10")),
+        (["1.0", "0", "1"], ("0", "1")),
+        (['"1.0"', '"0.0"', '" 1 "'], ("0", "1")),
         (['"10"', '"9"', '"x"'], ("10", "9", "x")),
         (["true", "false", "true"], ("false", "true")),
     ],
@@ -105,15 +107,16 @@ BROKEN_CUSTOM: dict[str, tuple[str, str, dict[str, object], list[str]]] = {
     "pair": ("csv", CSV, {"text_pair": "zzz"}, ["no column 'zzz'", "set task.custom.mine.text_pair to one of them"]),
     "label column": ("csv", CSV, {"label": "lable"}, ["no column 'lable'", "task.custom.mine.label to 'label'"]),
     "one label": ("csv", "text,label\na,x\nb,x\n", {}, ["every row has the label 'x'"]),
-    "no label": ("csv", CSV + "c,\n", {}, ["train.csv:4: label '' is empty"]),
+    "no label": ("csv", CSV + "c,\n", {}, ["train.csv:4: 1 of 3 rows have no gold label ('' 1)"]),
     "label with tab": ("csv", CSV + 'c,"p\tq"\n', {}, ["train.csv:4: label 'p\\tq'"]),
     "unknown": ("csv", CSV + "c,z\n", {"labels": ["x", "y"]}, ["train.csv:4: unknown label 'z'", "'x', 'y'"]),
     "after a line break": ("csv", 'text,label\n"a\nb",x\nc,z\n', {"labels": ["x", "y"]}, ["csv:4: unknown label 'z'"]),
     "number": ("csv", "text,label\na,1\nb,two\n", {"kind": "regression"}, ["train.csv:3: label 'two' is not a finite"]),
     "quote": ("csv", CSV + '"c,z\n', {}, ["train.csv:4: is not CSV"]),
     "columns": ("csv", CSV + "c,d,x\n", {}, ["train.csv:4: has 3 columns, not 2 (text, label)"]),
-    "long cell": ("csv", CSV + "c" * 200_000 + ",x\n", {}, ["train.csv:4: is not CSV", "write .jsonl"]),
-    "kind of file": ("txt", CSV, {}, ["train.txt: unknown kind of file", ".tsv, .csv or .jsonl"]),
+    "no header": ("csv", "a b,x\nc d,y\n", {}, ["no column 'text' (its columns: 'a b', 'x')", "add a header line"]),
+    "column twice": ("csv", "text,text,label\na,b,x\n", {}, ["two columns are named 'text'; rename one"]),
+    "columns alike": ("csv", CSV, {"text_pair": "text"}, ["task.custom.mine: text, text_pair and label name text, "]),
     "blanks only": ("jsonl", " \n\t\n", {}, ["train.jsonl: is empty"]),
     "not JSON": ("jsonl", '{"text": "a", "label": "x"}\n{text: b}\n', {}, ["train.jsonl:2: is not JSON"]),
     "JSON list": ("jsonl", '["a", "x"]\n', {}, ["train.jsonl:1: is JSON but not an object"]),
@@ -121,14 +124,27 @@ BROKEN_CUSTOM: dict[str, tuple[str, str, dict[str, object], list[str]]] = {
     "label missing": ("jsonl", '{"text": "a", "label": "x"}\n{"text": "y"}\n', {}, ["train.jsonl:2: has no 'label'"]),
     "text a number": ("jsonl", '{"text": 5, "label": "x"}\n', {}, ["train.jsonl:1: 'text' is 5, not text"]),
     "text null": ("jsonl", '{"text": null, "label": "x"}\n', {}, ["train.jsonl:1: 'text' is null, not text"]),
-    "label null": ("jsonl", '{"text": "a", "label": null}\n', {"labels": ["x", "y"]}, [":1: unknown label 'null'"]),
+    "label null": ("jsonl", '{"text": "a", "label": null}\n', {"labels": ["x", "y"]}, ["no gold label (None 1)"]),
     "label a list": ("jsonl", '{"text": "a", "label": ["x"]}\n', {}, [":1: 'label' is [\"x\"], not one label"]),
     "label true": ("jsonl", '{"text": "a", "label": true}\n', {"kind": "regression"}, [":1: label True is not a"]),
-    "label NaN": ("jsonl", '{"text": "a", "label": NaN}\n', {"kind": "regression"}, [":1: label nan is not a finite"]),
+    "label NaN": ("jsonl", '{"text": "a", "label": NaN}\n', {"kind": "regression"}, ["no gold label (nan 1)"]),
     "half a character": ("jsonl", '{"text": "\\ud83d", "label": "x"}\n', {}, ["train.jsonl:1: is not valid Unicode"]),
+    "key twice": ("jsonl", '{"text": "a", "label": "x", "text": "b"}\n', {}, ["train.jsonl:1: 'text' is there twice"]),
+    "5,000 digits": ("jsonl", f'{{"text": "a", "label": {"9" * 5000}}}\n', {}, ["train.jsonl:1: cannot be read"]),
+    "empty list": ("json", "[]", {}, ["train.json: is an empty list"]),
+    "list of texts": ("json", '["a"]', {}, ["train.json:1: is JSON but not an object"]),
+    "infinity": ("csv", "text,label\na,1\nb,inf\n", {"kind": "regression"}, [":3: label 'inf' is not a finite number"]),
+    "decimal comma": ("csv", "text;label\na;1\nb;5,0\n", {"kind": "regression"}, [":3: label '5,0' is", "write 5.0"]),
+    "numbers as classes": ("csv", "text,label\na,1\nb,2.5\n", {}, [":3: the labels are numbers like 2.5", "kind=regr"]),
+    "git-lfs": ("csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", {}, ["a git-lfs pointer", "pull"]),
+    "web page": ("csv", "<!DOCTYPE html>\n", {}, ["train.csv: is a web page"]),
+    "gzip": ("csv", "\x1f\x8b", {}, ["train.csv: is compressed; unpack it with gunzip"]),
+    "NUL": ("csv", "text,label\na,\0\n", {}, ["train.csv:2: has a NUL character"]),
+    "torn Parquet": ("parquet", "PAR1 and no more", {}, ["train.parquet: is not readable as Parquet"]),
     "id": ("jsonl", '{"id": "a\\tb", "text": "t", "label": "x"}\n', {}, ["train.jsonl:1: 'id' is 'a\\tb'"]),
     "labels twice": ("csv", CSV, {"labels": ["x", "x"]}, ["task.custom.mine.labels=['x', 'x']"]),
     "labels one": ("csv", CSV, {"labels": ["x"]}, ["task.custom.mine.labels=['x']", "two or more"]),
+    "labels spaced": ("csv", CSV, {"labels": ["x", "y "]}, ["task.custom.mine.labels", "'y '", "spaces around it"]),
     "labels tab": ("csv", CSV, {"labels": ["x", "a\tb"]}, ["task.custom.mine.labels", "'a\\tb'"]),
     "labels of numbers": ("csv", CSV, {"labels": ["x", "y"], "kind": "regression"}, ["mine.labels", "remove it"]),
     "metric": ("csv", CSV, {"metrics": ["pearson"]}, ["mine.metrics=['pearson']", "accuracy, f1, matthews"]),
@@ -145,7 +161,80 @@ def test_broken_custom_tasks(tmp_path: Path, case: str) -> None:
 
 def test_labels_of_the_dev_file_must_be_known(tmp_path: Path) -> None:
     config = custom(tmp_path, CSV, "text,label\nc,x\nd,Y\n")
-    check_error(["dev.csv:3: unknown label 'Y'", "the labels of mine: 'x', 'y'"], lambda: load_task("mine", config))
+    words = ["dev.csv:3: unknown label 'Y'", "the labels of mine: 'x', 'y'", "did you mean 'y'?"]
+    check_error(words, lambda: load_task("mine", config))
+
+
+PAIRS = [("one, token", "a"), ('a "map"', "b")]
+WRITTEN = {
+    "commas": ("t.csv", 'text,label\n"one, token",a\n"a ""map""",b\n', ""),
+    "byte order mark and line ends of Windows": ("t.csv", '\ufefftext,label\r\n"one, token",a\r\n"a ""map""",b\r\n', ""),
+    "line ends of old Macs": ("t.tsv", 'text\tlabel\rone, token\ta\ra "map"\tb\r', ""),
+    "spaces in the header": ("t.csv", 'text, label\n"one, token",a\n"a ""map""",b\n', ""),
+    "an index column": ("t.csv", ',text,label\n0,"one, token",a\n1,"a ""map""",b\n', ""),
+    "semicolons": ("t.csv", 'text;label\none, token;a\n"a ""map""";b\n', "separated by semicolons"),
+    "bars": ("t.csv", 'text|label\none, token|a\n"a ""map"""|b\n', "separated by vertical bars"),
+    "tabs named .csv": ("t.csv", 'text\tlabel\none, token\ta\n"a ""map"""\tb\n', "separated by tabs"),
+    "commas named .tsv": ("t.tsv", 'text,label\n"one, token",a\n"a ""map""",b\n', "separated by commas"),
+    "an ending of its own": ("t.data", 'text\tlabel\none, token\ta\na "map"\tb\n', ""),
+    "JSON lines": ("t.ndjson", '{"text": "one, token", "label": "a"}\n{"text": "a \\"map\\"", "label": "b"}\n', ""),
+    "JSON lines named .csv": (
+        "t.csv",
+        '{"text": "one, token", "label": "a"}\n{"text": "a \\"map\\"", "label": "b"}\n',
+        "is read as JSON",
+    ),
+    "a JSON list": ("t.json", '[\n{"text": "one, token", "label": "a"},\n{"text": "a \\"map\\"", "label": "b"}]', ""),
+}  # fmt: skip
+
+
+def read_pairs(path: Path) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+    """Text and label of each row, and what was said."""
+    mine = CustomTaskConfig(train=str(path), dev=str(path))
+    data = load_task("mine", TaskDataConfig(custom={"mine": mine}))
+    rows = rows_of(data, "train")
+    assert rows.labels is not None
+    return [(text, data.spec.labels[i]) for text, i in zip(rows.first, rows.labels, strict=True)], data.warnings
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_table_is_told_by_its_content(tmp_path: Path, case: str) -> None:
+    name, content, says = WRITTEN[case]
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    rows, warnings = read_pairs(path)
+    assert rows == PAIRS
+    said = [text for text in warnings if "which its name does not say" in text]
+    assert [says in text for text in said] == [True] * 2 * bool(says)  # of training and dev
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
+def test_parquet(tmp_path: Path, name: str) -> None:
+    import pandas
+
+    frame = pandas.DataFrame({"text": [text for text, _ in PAIRS], "label": [label for _, label in PAIRS]})
+    frame.to_parquet(tmp_path / name)
+    rows, warnings = read_pairs(tmp_path / name)
+    assert rows == PAIRS
+    assert any("is read as Parquet" in text for text in warnings) == (name == "t.csv")
+
+
+def test_cells_may_be_as_long_as_documents(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('text,label\n"' + "the model " * 20_000 + '",a\none,b\n')
+    rows, _ = read_pairs(tmp_path / "t.csv")
+    assert [len(text) for text, _ in rows] == [200_000, 3]
+
+
+@pytest.mark.parametrize(("encoding", "remedy"), [("utf-16", "-f UTF-16"), ("cp1252", "-f WINDOWS-1252")])
+def test_other_encodings_are_named_with_the_command_that_helps(tmp_path: Path, encoding: str, remedy: str) -> None:
+    (tmp_path / "t.csv").write_bytes("text,label\ncafé,a\n".encode(encoding))
+    check_error([str(tmp_path / "t.csv"), f"iconv {remedy} -t UTF-8"], lambda: read_pairs(tmp_path / "t.csv"))
+
+
+def test_quotation_marks_of_csv_in_a_file_of_tabs_are_pointed_out(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text('text\tlabel\n"one ""small"" map"\ta\ntwo\tb\n')
+    rows, warnings = read_pairs(tmp_path / "t.tsv")
+    assert rows[0][0] == '"one ""small"" map"'
+    assert "1 texts stand between" in warnings[0]
 
 
 def test_missing_custom_files(tmp_path: Path) -> None:
@@ -153,6 +242,11 @@ def test_missing_custom_files(tmp_path: Path) -> None:
     own = CustomTaskConfig(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "def.csv"))
     check_error(
         ["task.custom.mine.dev=", "def.csv", "did you mean 'dev.csv'"],
+        lambda: load_task("mine", TaskDataConfig(custom={"mine": own})),
+    )
+    own = CustomTaskConfig(train=str(tmp_path), dev=str(tmp_path / "dev.csv"))
+    check_error(
+        ["task.custom.mine.train=", "is a folder, name a file"],
         lambda: load_task("mine", TaskDataConfig(custom={"mine": own})),
     )
     far = CustomTaskConfig(train=str(tmp_path / "no" / "train.csv"), dev=config.custom["mine"].dev)

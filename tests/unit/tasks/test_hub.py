@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from launching import ROOT
 from task_checks import check_error, config_of, rows_of
 
 from engine.config.finetune import TaskDataConfig
+from engine.tasks.labels import label_meanings
 from engine.tasks.load import GLUE_TASKS, TaskData, load_task
 
 HUB_NAMES = {
@@ -50,8 +52,8 @@ def save_as_on_the_hub(folder: Path, data: TaskData, texts: tuple[str, ...], cla
         if rows.second is not None:
             values[texts[1]] = list(rows.second)
         labels = [-1] * len(rows) if rows.labels is None else rows.labels.tolist()
-        if class_names is not None and set(class_names) == set(data.spec.labels):
-            labels = [-1 if i < 0 else class_names.index(data.spec.labels[i]) for i in labels]
+        if class_names is not None and (meant := label_meanings(class_names, data.spec)) is not None:
+            labels = [-1 if i < 0 else meant.index(data.spec.labels[i]) for i in labels]
         values["label"] = list(labels)
         splits[name.replace("dev", "validation")] = Dataset.from_dict(values, features=columns)
     DatasetDict(splits).save_to_disk(str(folder))
@@ -60,9 +62,7 @@ def save_as_on_the_hub(folder: Path, data: TaskData, texts: tuple[str, ...], cla
 @pytest.mark.parametrize("task", GLUE_TASKS)
 def test_saved_data_sets_give_what_the_files_give(sample: Path, tmp_path: Path, task: str) -> None:
     files = load_task(task, config_of(sample, train_rows=9), test=True)
-    names = None if files.spec.kind == "regression" else list(files.spec.labels)
-    if names == ["0", "1"]:
-        names = ["unacceptable", "acceptable"]
+    names = None if files.spec.kind == "regression" else list(files.spec.label_names)
     save_as_on_the_hub(tmp_path / task.lower(), load_task(task, config_of(sample), test=True), HUB_NAMES[task], names)
     saved = load_task(task, config_of(tmp_path, train_rows=9), test=True)
     assert saved.sha256 == files.sha256
@@ -73,10 +73,17 @@ def test_saved_data_sets_give_what_the_files_give(sample: Path, tmp_path: Path, 
         assert (theirs.labels is None) == (ours.labels is None)
 
 
-def test_a_saved_data_set_with_its_classes_in_another_order(sample: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["not_entailment", "entailment"], ["NOT_ENTAILMENT", "ENTAILMENT"]])
+def test_a_saved_data_set_with_its_classes_in_another_order(sample: Path, tmp_path: Path, names: list[str]) -> None:
     files = load_task("rte", config_of(sample), test=True)
-    save_as_on_the_hub(tmp_path / "RTE", files, HUB_NAMES["RTE"], ["not_entailment", "entailment"])
+    save_as_on_the_hub(tmp_path / "RTE", files, HUB_NAMES["RTE"], names)
     assert load_task("rte", config_of(tmp_path)).sha256 == files.sha256
+
+
+def test_classes_of_other_names_are_refused(sample: Path, tmp_path: Path) -> None:
+    save_as_on_the_hub(tmp_path / "SST-2", load_task("sst2", config_of(sample)), HUB_NAMES["SST-2"], ["good", "bad"])
+    words = ["SST-2:train: its classes are good, bad, and those of SST-2 negative, positive"]
+    check_error(words, lambda: load_task("sst2", config_of(tmp_path)))
 
 
 def test_broken_saved_data_sets(sample: Path, tmp_path: Path) -> None:
@@ -96,7 +103,12 @@ def test_broken_saved_data_sets(sample: Path, tmp_path: Path) -> None:
     config = save({"train": good, "validation": {**good, "label": [2]}}, "label")
     check_error([f"{tmp_path / 'label' / 'RTE'}:validation:1: unknown label '2'"], lambda: load_task("rte", config))
     config = save({"train": good, "validation": {**good, "label": [-1]}}, "hidden")
-    check_error(["validation:1: unknown label '-1'"], lambda: load_task("rte", config))
+    check_error(["validation: 1 of 1 rows have no gold label (-1 1)"], lambda: load_task("rte", config))
+    half: dict[str, list[object]] = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "label": [None, 1.0]}
+    config = save({"train": good, "validation": {**half, "label": [-1, 1]}}, "half")
+    check_error(["validation:1: 1 of 2 rows have no gold label (-1 1)"], lambda: load_task("rte", config))
+    left = load_task("rte", replace(config, unlabelled="leave_out"))
+    assert rows_of(left, "dev").first == ["c"]
     config = save({"train": {**good, "sentence2": [None]}, "validation": good}, "null")
     check_error(["train:1: 'sentence2' is None, not text"], lambda: load_task("rte", config))
     config = save({"train": {"text": ["a"], "label": [1]}, "validation": good}, "column")
@@ -161,6 +173,55 @@ def test_one_folder_for_both_squads(tmp_path: Path, folder: str) -> None:
     assert (first.spec.name, first.spec.kind, first.spec.defaults.seq_len) == ("SQuAD-v1.1", "span", 384)
     assert (second.spec.name, second.spec.labels, second.spec.glue) == ("SQuAD-v2", (), False)
     assert first.sha256 != load_task("squad", config_of(tmp_path)).sha256
+
+
+def odd_answers() -> list[list[dict[str, object]]]:
+    """One good, one elsewhere, one empty, one nowhere, one unanswerable."""
+    texts = [("small", 4), ("small", 5), ("", -1), ("cafe", 3)]
+    return [*([{"text": text, "answer_start": at}] for text, at in texts), []]
+
+
+def test_answers_that_are_not_at_their_place_are_left_out_of_training_on_request(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        squad_file(tmp_path / "SQuAD-v2", "2.0", split, odd_answers())
+    words = ["question 'train1': answer 'small' does not stand at answer_start 5 (it stands at 4)",
+             "3 of 5 questions have no answer at its place", "task.unlabelled=leave_out"]  # fmt: skip
+    check_error(words, lambda: load_task("squad2", config_of(tmp_path)))
+    data = load_task("squad2", config_of(tmp_path, unlabelled="leave_out"))
+    assert data.splits["train"].ids == ["train0", "train4"]
+    assert data.splits["train"].answers == [[(4, "small")], []]  # type: ignore[union-attr]
+    assert data.splits["dev"].ids == [f"dev{i}" for i in range(5)]
+    folder = tmp_path / "SQuAD-v2"
+    assert data.warnings == (
+        f"{folder}/train-v2.0.json: 3 of 5 questions have no answer at its place (first 'train1') and are left out",
+        f"{folder}/dev-v2.0.json: 1 questions have an empty answer, and count as unanswerable",
+        f"{folder}/dev-v2.0.json: 1 questions have no answer that stands in their text as it is written (other Unicode "
+        "form, other words): no prediction can be exactly right",
+        "SQuAD-v2: 2 of 5 dev rows have the texts of a training row; what is learned by heart scores there",
+    )
+
+
+def test_the_first_answer_that_stands_is_learned(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        squad_file(tmp_path / "SQuAD", "1.1", split, [[{"text": "small", "answer_start": 0}, *ANSWER]])
+    assert load_task("squad", config_of(tmp_path)).splits["train"].answers == [[(4, "small")]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ({"text": "Small", "answer_start": 4}, "it stands there in another case or Unicode form"),
+        ({"text": "ｓmall", "answer_start": 4}, "it stands there in another case or Unicode form"),
+        ({"text": "token", "answer_start": 4}, "it is nowhere in the context"),
+        ({"text": "learns", "answer_start": -6}, "answer_start -6 (it stands at 16)"),
+        ({"text": "small"}, "answer_start -1 (it stands at 4)"),
+        ({"text": "", "answer_start": -1}, "has an empty answer"),
+    ],
+)
+def test_why_an_answer_cannot_be_learned(tmp_path: Path, answer: dict[str, object], says: str) -> None:
+    squad_file(tmp_path / "SQuAD", "1.1", "train", [ANSWER, [answer]])
+    squad_file(tmp_path / "SQuAD", "1.1", "dev", [ANSWER])
+    check_error(["train-v1.1.json: question 'train1'", says], lambda: load_task("squad", config_of(tmp_path)))
 
 
 def test_the_own_folder_of_squad_v2_goes_first(tmp_path: Path) -> None:

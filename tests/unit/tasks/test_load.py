@@ -109,8 +109,8 @@ def test_sample_of_each_task(sample: Path, task: str) -> None:
     assert spec == task_spec(task, config)
     assert spec.name == task
     assert spec.glue
-    assert not data.warnings
-    assert list(data.splits) == ["train", *spec.dev_splits, *spec.test_splits]
+    assert not [text for text in data.warnings if "diagnostic" not in text]
+    assert list(data.splits) == ["train", *spec.dev_splits, *(n for n in spec.test_splits if n != "diagnostic")]
     for name, split in data.splits.items():
         rows = rows_of(data, name)
         assert len(split) == {"t": TRAIN_ROWS, "d": DEV_ROWS}[name[0]] if "test" not in name else TEST_ROWS
@@ -245,10 +245,25 @@ def test_test_files_without_labels(tmp_path: Path) -> None:
     (tmp_path / "WNLI" / "test.tsv").write_text("index\tsentence1\tsentence2\tlabel\n7\ta\tb\t1\n9\tc\td\t0\n")
     labelled = rows_of(load_task("WNLI", config_of(tmp_path), test=True), "test")
     assert labelled.ids == ["7", "9"]
-    assert labelled.labels is not None
-    assert labelled.labels.tolist() == [1, 0]
+    assert labelled.labels is None  # they would decide nothing
     (tmp_path / "WNLI" / "test.tsv").unlink()
-    assert list(load_task("WNLI", config_of(tmp_path), test=True).splits) == ["train", "dev"]
+    data = load_task("WNLI", config_of(tmp_path), test=True)
+    assert list(data.splits) == ["train", "dev"]
+    assert "WNLI: no test split, of which the GLUE server wants predictions" in data.warnings
+
+
+@pytest.mark.parametrize("place", ["diagnostic/diagnostic.tsv", "AX/AX.tsv"])
+def test_the_diagnostic_set_is_a_test_split_of_mnli(tmp_path: Path, place: str) -> None:
+    write_glue_sample(tmp_path)
+    path = tmp_path / place
+    path.parent.mkdir()
+    path.write_text("index\tsentence1\tsentence2\n0\tone map\tnot a map\n1\ta\tb\n")
+    data = load_task("MNLI", config_of(tmp_path), test=True)
+    rows = rows_of(data, "diagnostic")
+    assert (rows.first, rows.second, rows.ids, rows.labels) == (["one map", "a"], ["not a map", "b"], ["0", "1"], None)
+    assert "diagnostic" not in load_task("MNLI", config_of(tmp_path)).splits
+    assert "diagnostic" not in load_task("RTE", config_of(tmp_path), test=True).splits
+    assert resolve_names(["glue"], config_of(tmp_path)) == (list(GLUE_TASKS), [])
 
 
 def replaced(old: str, new: str) -> Callable[[Path], None]:
@@ -270,7 +285,7 @@ BROKEN = {
     "line ends only": ("CoLA", "train", lambda p: p.write_text("\n\n"), ["train.tsv: is empty"]),
     "header only": ("RTE", "dev", lambda p: p.write_text(p.read_text().split("\n")[0]), ["dev.tsv: has no rows"]),
     "column": ("SST-2", "train", replaced("sentence", "sentense"), ["no column 'sentence'", "'sentense', 'label'"]),
-    "column twice": ("SST-2", "train", replaced("sentence", "label"), ["two columns are named 'label'"]),
+    "column twice": ("RTE", "train", replaced("index", "label"), ["two columns are named 'label'"]),
     "no label column": ("RTE", "dev", replaced("label", "gold"), ["no column 'label'", "'index', 'sentence1'"]),
     "label": (
         "RTE",
@@ -278,8 +293,18 @@ BROKEN = {
         appended(b"9\ta\tb\tentailmen\n"),
         ["train.tsv:26: ", "'entailmen'", "mean 'entailment'"],
     ),
-    "hidden label": ("WNLI", "dev", appended(b"9\ta\tb\t-1\n"), ["dev.tsv:10: unknown label '-1'", "'0', '1'"]),
-    "no gold label": ("MNLI", "dev_matched", replaced("\tneutral\n", "\t-\n"), ["dev_matched.tsv:3: ", "label '-'"]),
+    "hidden label": (
+        "WNLI",
+        "dev",
+        appended(b"9\ta\tb\t-1\n"),
+        ["dev.tsv:10: 1 of 9 rows have no gold label ('-1' 1)"],
+    ),
+    "no gold label": (
+        "MNLI",
+        "dev_matched",
+        replaced("\tneutral\n", "\t-\n"),
+        ["dev_matched.tsv:3: ", "label ('-' 1)"],
+    ),
     "no header": ("CoLA", "dev", appended(b"x\ta\t\tlate\n"), ["dev.tsv:9: unknown label 'a'"]),
     "columns": ("RTE", "dev", appended(b"9\ta\tentailment\n"), ["dev.tsv:10: has 3 columns, not 4 (index, "]),
     "more columns": ("QQP", "dev", appended(b"9\t1\t2\ta\tb\tc\t1\n"), ["dev.tsv:10: has 7 columns, not 6"]),
@@ -287,7 +312,12 @@ BROKEN = {
     "all short": ("QQP", "dev", lambda p: p.write_text("id\tqid1\n1\n"), ["no column 'question1'"]),
     "not UTF-8": ("SST-2", "train", appended(b"caf\xe9\t1\n"), ["train.tsv:26: is not UTF-8"]),
     "not a number": ("STS-B", "dev", replaced("\t0.000\n", "\thigh\n"), ["dev.tsv:2: label 'high' is not a finite"]),
-    "nan": ("STS-B", "train", replaced("\t5.000\n", "\tnan\n"), ["train.tsv:7: label 'nan' is not a finite number"]),
+    "nan": (
+        "STS-B",
+        "train",
+        replaced("\t5.000\n", "\tnan\n"),
+        ["train.tsv:7: 1 of 24 rows have no gold label ('nan' 1)"],
+    ),
     "inf": ("STS-B", "train", replaced("\t5.000\n", "\t1e39\n"), ["train.tsv:7: label '1e39' is not a finite number"]),
 }
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from engine.config.finetune import MappingConfig, TaskLossConfig
 from engine.data.batch import Counts, TaskBatch
 from engine.errors import UserError
+from engine.hub.config import load_config
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
 from engine.models.capture import capture
@@ -24,7 +25,7 @@ from engine.models.features import Features, Wanted
 from engine.models.fit import longest_input
 from engine.models.hub import shape_of
 from engine.models.projections import Projections
-from engine.tasks.model import load_task_model, model_folder
+from engine.tasks.model import head_remarks, load_task_model, model_folder
 from engine.tasks.module import TaskModule, labels_loss, logits_loss
 from engine.tasks.specs import BUILT_IN, TaskSpec
 
@@ -100,10 +101,60 @@ def test_a_teacher_without_the_tasks_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="saved without a sequence-classification head"):
         load(path, head_required=True)
     load(path, BUILT_IN["RTE"]).save_pretrained(tmp_path / "tuned")
-    with pytest.raises(UserError, match="its labels are entailment, not_entailment, those of SST-2 are 0, 1"):
+    with pytest.raises(UserError, match="its labels are entailment, not_entailment, those of SST-2 are negative, pos"):
         load(str(tmp_path / "tuned"), SST2, head_required=True)
     with pytest.raises(UserError, match="2 outputs, the regression STS-B needs 1"):
         load(str(tmp_path / "tuned"), STSB, head_required=True)
+
+
+def renamed(path: str, names: list[str]) -> str:
+    """The model folder with these names of its outputs."""
+    file = Path(path) / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    file.write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("teacher", [False, True])
+def test_outputs_are_put_into_the_order_of_the_task(family: str, teacher: bool, tmp_path: Path) -> None:
+    load(save_tiny(family, tmp_path / "body"), MNLI).save_pretrained(tmp_path / "tuned")
+    module = TaskModule(load(str(tmp_path / "tuned"), MNLI).eval(), kind="classification")
+    before = module(task_batch("classification"))
+    path = renamed(str(tmp_path / "tuned"), ["CONTRADICTION", "Entailment", "neutral"])
+    model = load(path, MNLI, seed=5, head_required=teacher)
+    after = TaskModule(model.eval(), kind="classification")(task_batch("classification"))
+    assert torch.equal(after, before[:, [1, 2, 0]])
+    assert not torch.equal(after, before)
+    assert model.config.id2label == dict(enumerate(MNLI.labels))
+
+
+def test_numbered_outputs_are_a_teachers_and_no_students(tmp_path: Path) -> None:
+    load(save_tiny("bert", tmp_path / "body"), MNLI).save_pretrained(tmp_path / "tuned")
+    tuned = load(str(tmp_path / "tuned"), MNLI)
+    path = renamed(str(tmp_path / "tuned"), ["LABEL_0", "LABEL_1", "LABEL_2"])
+    assert torch.equal(load(path, MNLI, head_required=True).classifier.weight, tuned.classifier.weight)
+    assert not torch.equal(load(path, MNLI, seed=3).classifier.weight, tuned.classifier.weight)
+    with pytest.raises(UserError, match="its labels are LABEL_0, LABEL_1, LABEL_2, those of SST-2 are negative, pos"):
+        load(path, SST2, head_required=True)
+
+
+def test_remarks_on_heads(tmp_path: Path) -> None:
+    def remarks(names: list[str], spec: TaskSpec = MNLI) -> list[str]:
+        config = load_config(renamed(str(tmp_path / "tuned"), names), "model.path")
+        return head_remarks("PATH", key="model.path", config=config, spec=spec)
+
+    load(save_tiny("bert", tmp_path / "body"), MNLI).save_pretrained(tmp_path / "tuned")
+    assert remarks(["entailment", "neutral", "contradiction"]) == []
+    assert remarks(["neutral", "entailment", "contradiction"], STSB) == []
+    (said,) = remarks(["contradiction", "neutral", "entailment"])
+    assert (
+        "its outputs are contradiction, neutral, entailment, those of MNLI entailment, neutral, contradiction" in said
+    )
+    assert said.endswith("they are put into this order")
+    (said,) = remarks(["LABEL_0", "LABEL_1", "LABEL_2"])
+    assert said.endswith("its head is replaced by a new one")
 
 
 def test_missing_encoder_weights_are_an_error(tmp_path: Path) -> None:

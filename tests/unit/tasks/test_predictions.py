@@ -43,6 +43,12 @@ def test_mnli_has_two_files(tmp_path: Path) -> None:
             assert path.read_text() == "index\tprediction\n0\tentailment\n1\tneutral\n2\tcontradiction\n"
 
 
+def test_the_diagnostic_set_is_ax(tmp_path: Path) -> None:
+    path = write_submission(tmp_path, BUILT_IN["MNLI"], "diagnostic", ["0", "1"], np.eye(3)[1:])
+    assert path.name == "AX.tsv"
+    assert path.read_text() == "index\tprediction\n0\tneutral\n1\tcontradiction\n"
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
 def test_stsb_is_clipped(tmp_path: Path, shape: tuple[int, ...]) -> None:
     outputs = np.array([-0.2, 2.34567, 5.3, 5.0], np.float32).reshape(shape)
