@@ -39,6 +39,8 @@ def read_rows(
                 skipped += 1
                 continue
             raise _wrong_width(path, line, len(fields), header)
+        if fields == header:
+            raise UserError(f"{path}:{line}: is the header line again, as in files joined together; remove it")
         for role, column in values.items():
             value = fields[at[role]]
             if type(value) is not str:

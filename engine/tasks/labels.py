@@ -32,7 +32,8 @@ def with_gold_labels(rows: Rows, spec: TaskSpec, *, leave_out: bool, setting: st
     task, whose labels the user can name.
     """
     assert rows.labels is not None, rows.source
-    without = [row for row, value in enumerate(rows.labels) if not _is_gold(value, spec)]
+    named = frozenset(map(label_text, spec.labels))
+    without = [row for row, value in enumerate(rows.labels) if not _is_gold(value, spec, named)]
     if not without:
         return rows
     written = _counted(repr(rows.labels[row]) for row in without)
@@ -50,13 +51,13 @@ def with_gold_labels(rows: Rows, spec: TaskSpec, *, leave_out: bool, setting: st
     return rows.take(kept, f"{rows.source}: {found} and are left out")
 
 
-def _is_gold(value: Any, spec: TaskSpec) -> bool:
+def _is_gold(value: Any, spec: TaskSpec, named: frozenset[str]) -> bool:
     text = label_text(value)
     if spec.kind == "regression":
         number = _number(value)
         if math.isfinite(number):  # -1 is a number like any other, unless the task cannot have it
             return number != -1 or spec.target_range is None
-    elif text in spec.labels:
+    elif text in named:
         return True
     return bool(text.strip("-–—_?. ")) and text.casefold() not in UNLABELLED
 

@@ -111,7 +111,7 @@ def load_task(name: str, config: TaskDataConfig, *, test: bool = False) -> TaskD
     if config.dev_rows is not None:
         for split in spec.dev_splits:
             splits[split] = _take(splits[split], np.arange(len(splits[split]))[: config.dev_rows])
-    return TaskData(spec, splits, _digest(spec, splits), tuple(warnings))
+    return TaskData(spec, splits, _digest(spec, splits), tuple(dict.fromkeys(warnings)))
 
 
 def hold_out(task: TaskData, *, parts: int) -> TaskData:

@@ -12,7 +12,7 @@ from engine.tasks.squad import SquadSplit
 
 
 def remarks(spec: TaskSpec, rows: Mapping[str, Rows], splits: Mapping[str, Split]) -> list[str]:
-    """`rows`: the same splits as they are written."""
+    """Returns them all. `rows`: the same splits as they are written, with notes on their files."""
     found: list[str] = []
     for name, split in splits.items():
         about = (*_rows_remarks(rows[name]), *_labels_remarks(spec, split))
@@ -21,7 +21,7 @@ def remarks(spec: TaskSpec, rows: Mapping[str, Rows], splits: Mapping[str, Split
 
 
 def shared_texts(task: str, splits: Mapping[str, Split | SquadSplit]) -> list[str]:
-    """Rows of the other splits whose texts are in training as well."""
+    """Counts the rows of other splits whose texts are in training as well, whatever their case and spaces."""
     trained = set(_texts(splits["train"]))
     found = []
     for name, split in splits.items():
@@ -36,8 +36,9 @@ def shared_texts(task: str, splits: Mapping[str, Split | SquadSplit]) -> list[st
 
 def _texts(split: Split | SquadSplit) -> Iterator[tuple[str, ...]]:
     columns = (split.questions, split.contexts) if isinstance(split, SquadSplit) else (split.first, split.second)
-    rows = zip(*(column for column in columns if column is not None), strict=True)
-    return (tuple(" ".join(text.split()).casefold() for text in texts) for texts in rows)
+    given = [column for column in columns if column is not None]
+    plain = {text: " ".join(text.split()).casefold() for column in given for text in set(column)}
+    return (tuple(plain[text] for text in texts) for texts in zip(*given, strict=True))
 
 
 def _rows_remarks(rows: Rows) -> Iterator[str]:

@@ -2,7 +2,7 @@
 word is given where its name says something else.
 
 Tab-separated text is split at tabs and line ends and nothing else, as the GLUE files are meant: a quotation mark is
-part of the text. Other separators, and any file named .csv, have quoting (RFC 4180).
+part of the text. Quoting (RFC 4180) have files of other separators, those named .csv, and those whose header has it.
 """
 
 from __future__ import annotations
@@ -122,11 +122,12 @@ def beside(path: Path) -> str:
 
 def _open_separated(path: Path, content: str, wanted: Sequence[str]) -> Table:
     csv.field_size_limit(sys.maxsize)  # a cell may be as long as a document
+    content = re.sub(r"^sep=.(?=[\r\n])", "", content)  # Excel's word on the separator
+    first = re.search(r"\S[^\r\n]*", content)[0]
     named_csv = path.suffix.lower() == ".csv"
     usual = "," if named_csv else "\t"
-    first = content.lstrip().splitlines()[0]
     separator = next((one for one in (usual, *SEPARATORS) if set(wanted) <= set(_header(first, one))), usual)
-    quoted = named_csv or separator != "\t"
+    quoted = named_csv or separator != "\t" or first.startswith('"')
     rows = _split_quoted(path, content, separator) if quoted else _split_tabs(content)
     _, header = next(rows)  # there is one, since the content is not empty
     names = [name.strip() for name in header]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from task_checks import check_error, rows_of
 
 from engine.config.finetune import CustomTaskConfig, TaskDataConfig
+from engine.errors import UserError
 from engine.tasks.load import load_task, task_spec
 
 
@@ -115,6 +119,7 @@ BROKEN_CUSTOM: dict[str, tuple[str, str, dict[str, object], list[str]]] = {
     "quote": ("csv", CSV + '"c,z\n', {}, ["train.csv:4: is not CSV"]),
     "columns": ("csv", CSV + "c,d,x\n", {}, ["train.csv:4: has 3 columns, not 2 (text, label)"]),
     "no header": ("csv", "a b,x\nc d,y\n", {}, ["no column 'text' (its columns: 'a b', 'x')", "add a header line"]),
+    "header again": ("csv", CSV + "text,label\nc,x\n", {}, ["train.csv:4: is the header line again"]),
     "column twice": ("csv", "text,text,label\na,b,x\n", {}, ["two columns are named 'text'; rename one"]),
     "columns alike": ("csv", CSV, {"text_pair": "text"}, ["task.custom.mine: text, text_pair and label name text, "]),
     "blanks only": ("jsonl", " \n\t\n", {}, ["train.jsonl: is empty"]),
@@ -168,7 +173,9 @@ def test_labels_of_the_dev_file_must_be_known(tmp_path: Path) -> None:
 PAIRS = [("one, token", "a"), ('a "map"', "b")]
 WRITTEN = {
     "commas": ("t.csv", 'text,label\n"one, token",a\n"a ""map""",b\n', ""),
-    "byte order mark and line ends of Windows": ("t.csv", '\ufefftext,label\r\n"one, token",a\r\n"a ""map""",b\r\n', ""),
+    "Excel's word": ("t.csv", 'sep=;\ntext;label\none, token;a\n"a ""map""";b\n', "separated by semicolons"),
+    "quoted tabs": ("t.tsv", '"text"\t"label"\n"one, token"\t"a"\n"a ""map"""\t"b"\n', ""),
+    "byte order mark, line ends of Windows": ("t.csv", '\ufefftext,label\r\n"one, token",a\r\n"a ""map""",b\r\n', ""),
     "line ends of old Macs": ("t.tsv", 'text\tlabel\rone, token\ta\ra "map"\tb\r', ""),
     "spaces in the header": ("t.csv", 'text, label\n"one, token",a\n"a ""map""",b\n', ""),
     "an index column": ("t.csv", ',text,label\n0,"one, token",a\n1,"a ""map""",b\n', ""),
@@ -204,7 +211,7 @@ def test_a_table_is_told_by_its_content(tmp_path: Path, case: str) -> None:
     rows, warnings = read_pairs(path)
     assert rows == PAIRS
     said = [text for text in warnings if "which its name does not say" in text]
-    assert [says in text for text in said] == [True] * 2 * bool(says)  # of training and dev
+    assert [says in text for text in said] == [True] * bool(says)
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
@@ -254,3 +261,37 @@ def test_missing_custom_files(tmp_path: Path) -> None:
         ["task.custom.mine.train=", f"nor is there a folder {tmp_path / 'no'}"],
         lambda: load_task("mine", TaskDataConfig(custom={"mine": far})),
     )
+
+
+PIECES = ["text", "label", ",", ";", "\t", "|", "\n", "\r", '"', "{", "}", "[", "]", ":", "a", "Pos", "pos ", "-1", "1.0", "nan",
+          "null", "true", "\\ud83d", "\u200b", "é", " ", "1e400", "9" * 5000]  # fmt: skip
+STARTS = [
+    "",
+    "text,label\n",
+    "text\tlabel\n",
+    "text;label\n",
+    '{"text": "a", "label": "x"}\n',
+    '[{"text": "a", "label": ',
+]
+
+
+@given(
+    start=st.sampled_from(STARTS),
+    rest=st.lists(st.sampled_from(PIECES), max_size=12),
+    ending=st.sampled_from([".csv", ".tsv", ".jsonl", ".json", ".parquet", ""]),
+    kind=st.sampled_from(["classification", "regression"]),
+    raw=st.binary(max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(start, rest, ending, kind, raw) -> None:  # type: ignore[no-untyped-def]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"t{ending}"
+        path.write_bytes((start + "".join(rest)).encode() + raw)
+        mine = CustomTaskConfig(train=str(path), dev=str(path), kind=kind)
+        try:
+            data = load_task("mine", TaskDataConfig(custom={"mine": mine}, unlabelled="leave_out"))
+        except UserError as error:
+            assert "\n" not in str(error)
+            assert str(path) in str(error)
+        else:
+            assert len(rows_of(data, "train")) > 0

@@ -61,6 +61,8 @@ def test_regressions_have_rows_without_a_label_too(tmp_path: Path, mark: Any) ->
 def test_what_the_labels_name_is_a_label(tmp_path: Path) -> None:
     data = load_task("mine", config(tmp_path, [-1, 0, 1, -1], labels=["-1", "0", "1"]))
     assert labels_of(data) == ["-1", "0", "1", "-1"]
+    data = load_task("mine", config(tmp_path, ["-1.0", "NA"], labels=["NA", "-1.0"]))
+    assert labels_of(data) == ["-1.0", "NA"]
 
 
 def test_a_split_without_any_label_is_no_dev_split(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_a_task_teacher_is_checked_before_it_is_loaded(plan_of, tuned: Path, tin
     assert logits_only.losses is None
     with pytest.raises(UserError, match="no teacher for RTE: it was saved without"):
         plan_of("--task.name", "RTE", "--teacher.path", str(tiny_world.teacher))
-    with pytest.raises(UserError, match="those of SST-2 are 0, 1"):
+    with pytest.raises(UserError, match="those of SST-2 are negative, positive"):
         plan_of("--task.name", "SST-2", "--teacher.path", str(tuned / "RTE"))
     with pytest.raises(UserError, match="every loss towards the teacher is 0"):
         plan_of("--task.name", "RTE", "--teacher.path", pattern, "--loss.logits", "0")
