@@ -263,8 +263,8 @@ def test_missing_custom_files(tmp_path: Path) -> None:
     )
 
 
-PIECES = ["text", "label", ",", ";", "\t", "|", "\n", "\r", '"', "{", "}", "[", "]", ":", "a", "Pos", "pos ", "-1", "1.0", "nan",
-          "null", "true", "\\ud83d", "\u200b", "é", " ", "1e400", "9" * 5000]  # fmt: skip
+PIECES = ["text", "label", *',;|"{}[]:', "\t", "\n", "\r", "a", "Pos", "pos ", "-1", "1.0", "nan", "null", "true", "é",
+          "\\ud83d", "\u200b", " ", "1e400", "9" * 5000]  # fmt: skip
 STARTS = [
     "",
     "text,label\n",
@@ -288,10 +288,9 @@ def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(start, rest, en
         path = Path(folder) / f"t{ending}"
         path.write_bytes((start + "".join(rest)).encode() + raw)
         mine = CustomTaskConfig(train=str(path), dev=str(path), kind=kind)
+        refusal = None
         try:
-            data = load_task("mine", TaskDataConfig(custom={"mine": mine}, unlabelled="leave_out"))
+            load_task("mine", TaskDataConfig(custom={"mine": mine}, unlabelled="leave_out"))
         except UserError as error:
-            assert "\n" not in str(error)
-            assert str(path) in str(error)
-        else:
-            assert len(rows_of(data, "train")) > 0
+            refusal = str(error)
+        assert refusal is None or (str(path) in refusal and "\n" not in refusal)
