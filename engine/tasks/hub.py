@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.hub.files import hub_is_reachable
 from engine.errors import UserError, first_line
+from engine.hub.files import hub_is_reachable
 from engine.tasks.labels import label_meanings
 from engine.tasks.rows import Rows
 from engine.tasks.specs import Columns, TaskSpec

@@ -98,7 +98,7 @@ def has_numbered_outputs(config: PretrainedConfig) -> bool:
     return all(name in (f"label_{index}", str(index)) for index, name in names)
 
 
-def has_head(config: PretrainedConfig, spec: TaskSpec) -> bool:
+def was_saved_with_head(config: PretrainedConfig, spec: TaskSpec) -> bool:
     """Whether the model was saved with a head for tasks of this kind."""
     return model_class(config, head_of(spec)).__name__ in (config.architectures or ())
 
@@ -109,7 +109,7 @@ def head_problem(config: PretrainedConfig, spec: TaskSpec, *, numbered: bool = F
     The outputs of a classifier may have any order, which their names tell. numbered: accept names that tell nothing,
     for outputs in the order of the task.
     """
-    if not has_head(config, spec):
+    if not was_saved_with_head(config, spec):
         wanted = model_class(config, head_of(spec)).__name__
         saved = ", ".join(config.architectures or ()) or "no class named in config.json"
         return f"it was saved without {AUTO_CLASSES[head_of(spec)][1]} ({saved}, not {wanted})"
@@ -126,7 +126,7 @@ def head_problem(config: PretrainedConfig, spec: TaskSpec, *, numbered: bool = F
 
 def head_remarks(path: str, *, key: str, config: PretrainedConfig, spec: TaskSpec) -> list[str]:
     """Returns what becomes of a saved head whose outputs are not the task's labels in their order."""
-    if spec.kind != "classification" or not has_head(config, spec):
+    if spec.kind != "classification" or not was_saved_with_head(config, spec):
         return []
     meant = label_meanings(output_names(config), spec)
     if meant == spec.labels:
@@ -176,8 +176,8 @@ def load_task_model(
     config = load_config(path, key)
     if head_required:
         require_head(path, key=key, config=config, spec=spec)
-    other_labels = has_head(config, spec) and head_problem(config, spec, numbered=head_required) is not None
-    meant = label_meanings(output_names(config), spec) if has_head(config, spec) else None
+    other_labels = was_saved_with_head(config, spec) and head_problem(config, spec, numbered=head_required) is not None
+    meant = label_meanings(output_names(config), spec) if was_saved_with_head(config, spec) else None
     set_head(config, spec)
     for name in (*DROPOUTS, *HEAD_DROPOUTS):
         if hasattr(config, name):

@@ -31,7 +31,7 @@ from engine.models.shape import ModelShape
 from engine.ranks import runtime
 from engine.records.fingerprints import digest
 from engine.tasks.load import TaskData, load_task, resolve_names
-from engine.tasks.model import head_remarks, model_folder, require_head, task_tokenizer
+from engine.tasks.model import head_of, head_remarks, model_folder, require_head, task_tokenizer
 from engine.tasks.specs import task_spec
 from engine.tasks.train import task_train_config
 
@@ -313,6 +313,8 @@ def _plan_teacher(
 ) -> TaskTeacher:
     ((_, path),) = _teacher_paths(config, [data.spec.name])
     remarks = require_head(path, key="teacher.path", config=teacher_config, spec=data.spec)
+    if not hub.has_head(path, key="teacher.path", config=teacher_config, head=head_of(data.spec)):
+        raise UserError(f"teacher.path={path!r}: its file lacks weights of {hub.AUTO_CLASSES[head_of(data.spec)][1]}")
     student, teacher = (hub.shape_of(c, has_mlm_head=False) for c in (model_config, teacher_config))
     dtype = precision if config.teacher.dtype == "auto" else config.teacher.dtype
     maps: dict[str, LayerMapping] = {}
