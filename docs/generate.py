@@ -112,7 +112,7 @@ def render() -> str:
     search = dict.fromkeys(("teacher", "student", "loss", "data", "optim", "train", "task", "proxy"), AS_PROXY)
     parts += script("python launch/search.py", SearchConfig(), search)
     parts += script("python launch/prepare_data.py", PrepareConfig())
-    parts.append(table("Each entry of `sources`", SourceConfig(path="")))
+    parts.append(table("Each entry of `sources`", SourceConfig(path="a.txt")))
     parts += script("python launch/export.py", ExportConfig(run=""))
     parts += script("python launch/check_hosts.py", HostCheckConfig(hostfile=""))
     return "\n".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,23 +13,42 @@ from engine.config.marks import how, located, result
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     path: str
-    """Text file (.txt, .gz, .xz, .zst), JSON lines (.jsonl, also compressed), Parquet file, a folder of these, a folder
-    saved by `datasets`, or a hub data set name."""
+    """File of text, JSON lines, CSV, TSV or Parquet (also compressed), a folder of these, a cloned data set repository,
+    a folder saved by `datasets`, or a hub data set name."""
 
     weight: float = 1.0
     """Passes over this source an epoch: 2 shows each sequence twice, 0.5 half of them (the other half next time)."""
 
-    field: str = "text"
-    """Column that holds the text (JSON lines, Parquet, data sets)."""
+    field: str | None = None
+    """Column or key that holds the text; unset: text. An error for files of plain text, which have none."""
 
-    split: str = "train"
-    """Split of a data set."""
+    split: str | None = None
+    """Split of a data set, or of a folder whose names tell splits; unset: train. An error where there are no splits."""
 
     name: str | None = None
-    """Configuration name of a hub data set."""
+    """Configuration name of a hub data set, or of a cloned one whose README.md declares configurations."""
 
     def __post_init__(self) -> None:
-        require(self.weight > 0, "sources.weight", self.weight, "must be > 0")
+        require(bool(self.path.strip()), "sources.path", self.path, "name a file, a folder or a data set")
+        require(0 < self.weight < math.inf, "sources.weight", self.weight, "must be > 0 and finite")
+
+    @property
+    def column(self) -> str:
+        return "text" if self.field is None else self.field
+
+    @property
+    def wanted_split(self) -> str:
+        return "train" if self.split is None else self.split
+
+    def refuse_unused(self, place: object, *names: str) -> None:
+        """Raises UserError where one of the settings is set, which have no effect on `place`."""
+        for name in names:
+            require(
+                getattr(self, name) is None,
+                f"sources.{name}",
+                getattr(self, name),
+                f"has no effect on {place}; remove it",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config.tools import PrepareConfig
 from engine.data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, load_manifest
-from engine.data.prepare.progress import print_already_prepared, print_summary
+from engine.data.prepare.progress import print_already_prepared, print_sources, print_summary
 from engine.data.prepare.shard_pool import ShardPool, SourceShards
 from engine.data.prepare.sources import SourceReader
 from engine.data.prepare.units import UnitSettings, unit_settings
@@ -46,12 +46,13 @@ def prepare(config: PrepareConfig) -> Manifest:
         SourceReader(source, max_line_bytes=unit_bytes, skip_bad=config.on_bad_line == "skip")
         for source in config.sources
     ]
+    done = _already_prepared(folder, config, settings, readers)
+    if done is not None:
+        print_already_prepared(folder, done)
+        return done
+    print_sources(readers)  # reads the first lines: an error in these leaves an earlier corpus as it is
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), _stoppable(folder):
-        done = _already_prepared(folder, config, settings, readers)
-        if done is not None:
-            print_already_prepared(folder, done)
-            return done
         (folder / MANIFEST).unlink(missing_ok=True)
         remove_strays(folder, shards=sys.maxsize)
         sources = [SourceShards(reader) for reader in readers]

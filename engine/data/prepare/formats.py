@@ -1,57 +1,89 @@
-"""What a source can be stored as, each opened and streamed: lines of (compressed) files, and the text column of Parquet
-files, of folders saved by `datasets` and of hub data sets. Memory is bounded by a line or a few rows."""
+"""What a source can be stored as, each opened and streamed: lines and tables of (compressed) files, and the text column
+of Parquet files, of folders saved by `datasets` and of hub data sets. Memory is bounded by a line or a few rows."""
 
 from __future__ import annotations
 
 import codecs
-import lzma
-import zlib
+import contextlib
+import csv
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.data.prepare.compression import BUFFER, COMPRESSIONS, CountedFile, decompressed
+from engine.data.prepare.compression import BUFFER, UNREADABLE, CountedFile, decompressed, first_line, unreadable
+from engine.data.prepare.contents import Contents, table_rows
 from engine.errors import UserError
 
-KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-def file_kind(path: Path) -> str | None:
-    """text, json or parquet by the file's name; None for a name that no reader claims."""
-    compressed = path.suffix in COMPRESSIONS
-    suffix = Path(path.stem).suffix if compressed else path.suffix
-    kind = KINDS.get(suffix, "text" if compressed else None)
-    return None if compressed and kind == "parquet" else kind
+_MARK = codecs.BOM_UTF8.decode("latin-1")
 
 
 def read_lines(
-    path: Path, *, max_bytes: int, seen: Callable[[memoryview | bytes], None]
+    path: Path, contents: Contents, *, max_bytes: int, seen: Callable[[memoryview | bytes], None]
 ) -> Iterator[tuple[str, bytes | None]]:
-    """(file:line, bytes) of each line; None for one of more than `max_bytes`, of which nothing is kept.
+    """Yields (file:line, bytes) of each line; None for one of more than `max_bytes`, of which nothing is kept.
 
     `seen` gets every byte of the file, as it lies on the disk.
     """
     number = 0
     try:
-        with path.open("rb", buffering=0) as raw:
-            counted = CountedFile(raw, seen)
-            with decompressed(counted, path.suffix) as stream:
-                while line := stream.readline(max_bytes + 2):
-                    number += 1
-                    if number == 1:
-                        line = line.removeprefix(codecs.BOM_UTF8)
-                    if len(line.rstrip(b"\r\n")) <= max_bytes:
-                        yield f"{path}:{number}", line
-                        continue
-                    while line and not line.endswith(b"\n"):
-                        line = stream.readline(BUFFER)
-                    yield f"{path}:{number}", None
-            while counted.read(BUFFER):  # bytes after the end of the compressed data belong to the hash
-                pass
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        raise UserError(
-            f"{path}:{number + 1}: cannot be read from here on ({_first_line(error)}); replace the file"
-        ) from error
+        with _opened(path, contents, seen, newline=contents.newline) as stream:
+            while line := stream.readline(max_bytes + 2):
+                number += 1
+                if len(line.rstrip("\r\n")) <= max_bytes:
+                    yield f"{path}:{number}", line.encode("latin-1")
+                    continue
+                while line and not line.endswith("\n"):
+                    line = stream.readline(BUFFER)
+                yield f"{path}:{number}", None
+    except UNREADABLE as error:
+        raise unreadable(f"{path}:{number + 1}", error) from error
+
+
+def read_table(
+    path: Path, contents: Contents, column: str, *, max_bytes: int, seen: Callable[[memoryview | bytes], None]
+) -> Iterator[tuple[str, bytes | str]]:
+    """Yields (file:line, cell of `column`) of each row of a CSV or TSV file; in place of the cell a str says what is
+    wrong with the row. A cell of more than `max_bytes` is wrong."""
+    place = str(path)
+    before = csv.field_size_limit(max_bytes)
+    try:
+        with _opened(path, contents, seen, newline="") as stream:
+            rows = table_rows((line.removeprefix(_MARK) for line in stream), contents.delimiter)
+            header = next(filter(None, rows))
+            at = header.index(column.encode().decode("latin-1"))
+            while True:
+                place = f"{path}:{rows.line_num + 1}"
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    break
+                except csv.Error as error:
+                    yield place, f"is no row of a table ({error})"
+                    continue
+                if row == header:
+                    yield place, "repeats the header"
+                elif len(row) not in (0, len(header)):
+                    yield place, f"has {len(row)} columns, not {len(header)} as the header"
+                elif row:
+                    yield place, row[at].encode("latin-1")
+    except UNREADABLE as error:
+        raise unreadable(place, error) from error
+    finally:
+        csv.field_size_limit(before)
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path, contents: Contents, seen: Callable[[memoryview | bytes], None], *, newline: str | None
+) -> Iterator[io.TextIOWrapper]:
+    """Opens a file, unpacked, with a character for each byte (Latin-1): what is not UTF-8 is told line by line."""
+    with path.open("rb", buffering=0) as raw:
+        counted = CountedFile(raw, seen)
+        stream = io.TextIOWrapper(decompressed(counted, contents.compression), "latin-1", newline=newline)
+        yield stream
+        while counted.read(BUFFER):  # bytes after the end of the compressed data belong to the hash
+            pass
 
 
 def parquet_column(path: Path, column: str) -> Iterator[Any]:
@@ -71,7 +103,7 @@ def parquet_column(path: Path, column: str) -> Iterator[Any]:
                     yield value
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: not readable as Parquet after row {number} ({_first_line(error)}); replace the file"
+            f"{path}: not readable as Parquet after row {number} ({first_line(error)}); replace the file"
         ) from error
 
 
@@ -80,18 +112,22 @@ def is_saved_dataset(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def saved_dataset_column(folder: Path, *, split: str, column: str) -> tuple[str, Iterator[Any]]:
-    """The data set's fingerprint, and the values of one of its columns."""
+def saved_dataset_column(folder: Path, *, split: str | None, column: str) -> tuple[str, Iterator[Any]]:
+    """Returns the data set's fingerprint, and the values of one of its columns. split: None for train, or for the only
+    one."""
     from datasets import DatasetDict, load_from_disk
 
     try:
         data = load_from_disk(str(folder))
     except Exception as error:  # datasets raises whatever its readers raise
-        raise UserError(f"{folder}: not a readable `datasets` folder ({_first_line(error)})") from error
+        raise UserError(f"{folder}: not a readable `datasets` folder ({first_line(error)})") from error
     if isinstance(data, DatasetDict):
-        if split not in data:
-            raise UserError(f"{folder}: no split {split!r} (splits: {', '.join(map(str, data))})")
-        data = data[split]
+        wanted = "train" if split is None else split
+        if wanted not in data:
+            raise UserError(f"{folder}: no split {wanted!r} (splits: {', '.join(map(str, data))})")
+        data = data[wanted]
+    elif split not in (None, str(data.split)):
+        raise UserError(f"{folder}: split={split!r} has no effect on a folder of one split ({data.split}); remove it")
     _require_column(str(folder), column, data.column_names)
     return data._fingerprint, (row[column] for row in data.select_columns([column]))
 
@@ -103,7 +139,7 @@ def hub_dataset_column(name: str, *, config_name: str | None, split: str, column
         rows = iter(load_dataset(name, config_name, split=split, streaming=True))
     except Exception as error:  # network, hub, missing script or split: datasets has no common base class
         raise UserError(
-            f"{name}: neither a local path nor a hub data set that can be reached ({_first_line(error)})"
+            f"{name}: neither a local path nor a hub data set that can be reached ({first_line(error)})"
         ) from error
     number = 0
     while True:
@@ -113,7 +149,7 @@ def hub_dataset_column(name: str, *, config_name: str | None, split: str, column
             return
         except Exception as error:
             raise UserError(
-                f"{name}:row {number + 1}: the hub data set broke off ({_first_line(error)}); start the same "
+                f"{name}:row {number + 1}: the hub data set broke off ({first_line(error)}); start the same "
                 "command again, finished shards are kept"
             ) from error
         number += 1
@@ -124,8 +160,3 @@ def hub_dataset_column(name: str, *, config_name: str | None, split: str, column
 def _require_column(place: str, column: str, columns: list[str]) -> None:
     if column not in columns:
         raise UserError(f"{place}: no column {column!r} (columns: {', '.join(columns)}); set the source's `field`")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

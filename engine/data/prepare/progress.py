@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,13 @@ from engine.data.prepare.sources import SourceReader
 
 _MB = 1_000_000
 _LINE_EVERY_S = 30.0
+_KINDS = {
+    "text": "plain text",
+    "extracted": "text between <doc> and </doc>",
+    "json": "JSON lines, field {column!r}",
+    "table": "a table, column {column!r}",
+    "parquet": "Parquet, column {column!r}",
+}
 
 
 @dataclass
@@ -74,6 +82,38 @@ class TextProgress:
         return f"{line}; {self._done / self.total:.0%} of about {self.total / _MB:,.1f} MB, {left} left"
 
 
+def print_sources(readers: Sequence[SourceReader]) -> None:
+    """Prints what each source is read as, how its text begins, and what of a folder is left out. Raises UserError for
+    bad input at its beginning."""
+    for reader in readers:
+        path = reader.source.path
+        _print_visibly(f"{path}: {_description(reader)}, beginning: {reader.beginning()}")
+        for line in reader.selection.left_out_lines():
+            _print_visibly(f"{path}: left out {line}")
+        if window := max((contents.window for contents in reader.selection.files.values()), default=0):
+            print(f"{path}: unpacking takes {window / _MB:,.0f} MB of memory (a long zstd window)")
+
+
+def _description(reader: SourceReader) -> str:
+    source, files = reader.source, reader.selection.files
+    if not files:
+        stored = "a folder saved by `datasets`" if reader.saved_dataset else "a data set of the hub"
+        return f"{stored}, column {source.column!r}"
+    kinds = Counter(
+        _KINDS[contents.kind].format(column=source.column)
+        + (f" in {contents.compression}" if contents.compression else "")
+        for contents in files.values()
+    )
+    return "; ".join(f"{_count(number, 'file')} of {kind}" for kind, number in kinds.items())
+
+
+def _print_visibly(line: str) -> None:
+    """Prints control characters, and what standard output cannot show, as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(shown.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def print_already_prepared(folder: Path, manifest: Manifest) -> None:
     print(f"{folder}: already prepared with these settings ({manifest.sequences:,} sequences); nothing to do")
 
@@ -89,8 +129,6 @@ def print_summary(folder: Path, manifest: Manifest, readers: Sequence[SourceRead
     if dropped := sum(source.dropped for source in manifest.sources):
         print(f"dropped {_count(dropped, 'sequence')} with fewer than min_tokens={manifest.min_tokens} text tokens")
     for reader in readers:
-        if reader.ignored:
-            print(f"{reader.source.path}: {_count(reader.ignored, 'file')} with other endings not read")
         if reader.bad_lines:
             shown = ", the first of them" if len(reader.bad_places) < reader.bad_lines else ""
             print(f"{reader.source.path}: skipped {_count(reader.bad_lines, 'bad line')}{shown}:")

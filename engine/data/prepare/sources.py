@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import html
+import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,23 +14,26 @@ from typing import Any, NamedTuple
 
 from engine.config.tools import SourceConfig
 from engine.data.prepare.compression import BUFFER, COMPRESSIONS
+from engine.data.prepare.contents import KINDS, Contents
 from engine.data.prepare.formats import (
-    KINDS,
-    file_kind,
     hub_dataset_column,
     is_saved_dataset,
     parquet_column,
     read_lines,
+    read_table,
     saved_dataset_column,
 )
+from engine.data.prepare.selection import Selection, select_file, select_folder
 from engine.errors import UserError
 
+_MARK = "\ufeff"  # byte order mark
 _SHOWN_BAD_LINES = 5
+_SHOWN_CHARACTERS = 80
 
 
 class Paragraph(NamedTuple):
     text: str
-    """Stripped, never empty, no newline inside, encodable as UTF-8."""
+    """Stripped, never empty, no line end inside, encodable as UTF-8."""
     first: bool
     """Whether a new document starts here."""
 
@@ -50,13 +56,13 @@ class SourceReader:
         self._max = max_line_bytes
         self._skip = skip_bad
         self._digest = hashlib.sha256()
-        self._root = Path(source.path).expanduser()
+        self._root = Path(os.path.expanduser(source.path))
         self.saved_dataset = is_saved_dataset(self._root)
-        self.files = self._find_files()
-        self.ignored = 0 if self.saved_dataset or not self._root.is_dir() else self._count_ignored()
-        self._stats = [(path, path.stat()) for path in self.files]
+        self.selection = self._select()
+        self._stats = [(path, path.stat()) for path in self._stored()]
         self.raw_total = sum(stat.st_size for _, stat in self._stats) or None
         """Bytes of all files; None when unknown (a hub data set)."""
+        self._stream = self._counted()
 
     def stamp(self) -> str:
         """Changes when the source's options, or the name, size or time of one of its files, change."""
@@ -69,7 +75,21 @@ class SourceReader:
         fingerprint of a data set on disk; of the texts of a hub data set."""
         return self._digest.hexdigest()
 
+    def beginning(self) -> str:
+        """Returns the first characters that will be trained on, lines apart. Call it before the iteration, which then
+        gives the same text again."""
+        taken: list[Paragraph] = []
+        while sum(len(paragraph.text) for paragraph in taken) < _SHOWN_CHARACTERS:
+            if (paragraph := next(self._stream, None)) is None:
+                break
+            taken.append(paragraph)
+        self._stream = itertools.chain(taken, self._stream)
+        return "\n".join(paragraph.text for paragraph in taken)[:_SHOWN_CHARACTERS]
+
     def __iter__(self) -> Iterator[Paragraph]:
+        return self._stream
+
+    def _counted(self) -> Iterator[Paragraph]:
         count = 0
         for paragraph in self._paragraphs():
             count += 1
@@ -78,41 +98,38 @@ class SourceReader:
         if count == 0:
             raise UserError(f"{self.source.path}: no text in it; remove it from sources, or give the right file")
 
-    def _find_files(self) -> list[Path]:
+    def _select(self) -> Selection:
+        if self.saved_dataset:
+            self.source.refuse_unused(f"{self._root}, which `datasets` saved", "name")
+        elif self._root.is_file():
+            return select_file(self._root, self.source)
+        elif self._root.is_dir():
+            return select_folder(self._root, self.source)
+        else:
+            self._require_hub_name()
+        return Selection()
+
+    def _require_hub_name(self) -> None:
+        name = self.source.path
+        if self._root.exists():
+            raise UserError(f"{name}: neither a file nor a folder (a pipe or a device?); write its text to a file")
+        ending = Path(name).suffix.lower()
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1 or ending in (*KINDS, *COMPRESSIONS):
+            raise UserError(f"{name}: no such file or folder")
+
+    def _stored(self) -> Iterable[Path]:
         if self.saved_dataset:
             return sorted(path for path in self._root.rglob("*") if path.is_file())
-        if self._root.is_file():
-            if self._root.suffix in COMPRESSIONS and Path(self._root.stem).suffix == ".parquet":
-                raise UserError(f"{self._root}: unpack it first; Parquet files hold their own compression")
-            return [self._root]
-        if self._root.is_dir():
-            found = [path for path in self._visible_files() if file_kind(path)]
-            if not found:
-                names = ", ".join([*KINDS, *COMPRESSIONS])
-                raise UserError(f"{self._root}: no file in this folder has a known ending ({names})")
-            return found
-        name = self.source.path
-        if name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix in (*KINDS, *COMPRESSIONS):
-            raise UserError(f"{name}: no such file or folder")
-        return []
-
-    def _visible_files(self) -> list[Path]:
-        relative = (path.relative_to(self._root) for path in self._root.rglob("*") if path.is_file())
-        shown = (path for path in relative if not any(part.startswith(".") for part in path.parts))
-        return [self._root / path for path in sorted(shown, key=lambda path: path.as_posix())]
-
-    def _count_ignored(self) -> int:
-        return len(self._visible_files()) - len(self.files)
+        return self.selection.files
 
     def _paragraphs(self) -> Iterator[Paragraph]:
         if self.saved_dataset:
             yield from self._saved_dataset()
-        elif not self.files:
+        elif not self.selection.files:
             yield from self._hub_dataset()
-        for path in [] if self.saved_dataset else self.files:
-            kind = file_kind(path) or "text"  # a file that was named is read as text, whatever its ending
+        for path, contents in self.selection.files.items():
             found = False
-            for paragraph in getattr(self, f"_read_{kind}")(path):
+            for paragraph in getattr(self, f"_read_{contents.kind}")(path, contents):
                 found = True
                 yield paragraph
             if not found:
@@ -125,48 +142,64 @@ class SourceReader:
         if len(self.bad_places) < _SHOWN_BAD_LINES:
             self.bad_places.append(f"{place}: {what}")
 
-    def _read_text(self, path: Path) -> Iterator[Paragraph]:
+    def _read_text(self, path: Path, contents: Contents) -> Iterator[Paragraph]:
         first = True
-        for place, line in read_lines(path, max_bytes=self._max, seen=self._count):
-            text = self._decoded(place, line)
-            if text is None:
-                continue
-            text = text.strip()
-            if text:
-                yield Paragraph(text, first)
-            first = not text
+        for _, line in self._lines(path, contents):
+            for text in _split(line) or [""]:
+                if text:
+                    yield Paragraph(text, first)
+                first = not text
 
-    def _read_json(self, path: Path) -> Iterator[Paragraph]:
-        for place, line in read_lines(path, max_bytes=self._max, seen=self._count):
-            text = self._decoded(place, line)
-            if text is None or not text.strip():
+    def _read_extracted(self, path: Path, contents: Contents) -> Iterator[Paragraph]:
+        first = True
+        for _, line in self._lines(path, contents):
+            line = line.lstrip(_MARK)
+            if line.startswith("<doc "):
+                first = True
+            elif line.strip() != "</doc>":
+                for text in filter(None, _split(html.unescape(line))):
+                    yield Paragraph(text, first)
+                    first = False
+
+    def _read_json(self, path: Path, contents: Contents) -> Iterator[Paragraph]:
+        column = self.source.column
+        for place, line in self._lines(path, contents):
+            text = line.lstrip(_MARK)
+            if not text.strip():
                 continue
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
                 self._bad(place, f"is not JSON ({error})", "write one JSON object a line")
                 continue
             if not isinstance(row, dict):
                 self._bad(place, f"is JSON but not an object (a {type(row).__name__})", "write one JSON object a line")
-            elif self.source.field not in row:
+            elif column not in row:
                 keys = ", ".join(map(repr, list(row)[:8])) or "none"
-                self._bad(place, f"has no field {self.source.field!r} (its fields: {keys})", "set the source's `field`")
+                self._bad(place, f"has no field {column!r} (its fields: {keys})", "set the source's `field`")
             else:
-                yield from self._document(place, row[self.source.field])
+                yield from self._document(place, row[column])
 
-    def _read_parquet(self, path: Path) -> Iterator[Paragraph]:
+    def _read_table(self, path: Path, contents: Contents) -> Iterator[Paragraph]:
+        for place, cell in read_table(path, contents, self.source.column, max_bytes=self._max, seen=self._count):
+            if isinstance(cell, str):
+                self._bad(place, cell, "repair it")
+            elif (text := self._decoded(place, cell)) is not None:
+                yield from self._document(place, text)
+
+    def _read_parquet(self, path: Path, contents: Contents) -> Iterator[Paragraph]:
         self._hash_file(path)
-        for number, value in enumerate(parquet_column(path, self.source.field), start=1):
+        for number, value in enumerate(parquet_column(path, self.source.column), start=1):
             yield from self._document(f"{path}:row {number}", value)
 
     def _saved_dataset(self) -> Iterator[Paragraph]:
-        fingerprint, values = saved_dataset_column(self._root, split=self.source.split, column=self.source.field)
+        fingerprint, values = saved_dataset_column(self._root, split=self.source.split, column=self.source.column)
         self._digest.update(fingerprint.encode())
         yield from self._rows(values)
 
     def _hub_dataset(self) -> Iterator[Paragraph]:
         values = hub_dataset_column(
-            self.source.path, config_name=self.source.name, split=self.source.split, column=self.source.field
+            self.source.path, config_name=self.source.name, split=self.source.wanted_split, column=self.source.column
         )
         yield from self._rows(self._hashed(values))
 
@@ -182,31 +215,45 @@ class SourceReader:
 
     def _document(self, place: str, text: Any) -> Iterator[Paragraph]:
         """One document held in one string: each of its lines is a paragraph."""
+        column = self.source.column
         if not isinstance(text, str):
-            self._bad(place, f"field {self.source.field!r} is {type(text).__name__}, not text", "repair it")
+            self._bad(place, f"field {column!r} is {type(text).__name__}, not text", "repair it")
             return
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair
-            self._bad(place, f"field {self.source.field!r} is not valid Unicode ({error.reason})", "repair it")
+            self._bad(place, f"field {column!r} is not valid Unicode ({error.reason})", "repair it")
             return
         if size > self._max:
             self._bad(place, f"document longer than a shard ({self._max:,} bytes)", "raise --shard_mb")
             return
+        if "\0" in text:
+            self._bad(place, f"field {column!r} holds NUL characters, which no text has", "repair it")
+            return
         first = True
-        for line in text.split("\n"):
-            if line := line.strip():
-                yield Paragraph(line, first)
-                first = False
+        for line in filter(None, _split(text)):
+            yield Paragraph(line, first)
+            first = False
+
+    def _lines(self, path: Path, contents: Contents) -> Iterator[tuple[str, str]]:
+        """Yields (file:line, text) of the good lines."""
+        for place, line in read_lines(path, contents, max_bytes=self._max, seen=self._count):
+            if (text := self._decoded(place, line)) is not None:
+                yield place, text
 
     def _decoded(self, place: str, line: bytes | None) -> str | None:
         if line is None:
-            self._bad(place, f"line longer than a shard ({self._max:,} bytes)", "break it up or raise --shard_mb")
+            remedy = "break it up (fold -s -w 10000 FILE > NEW) or raise --shard_mb"
+            self._bad(place, f"line longer than a shard ({self._max:,} bytes)", remedy)
+            return None
+        if b"\0" in line:
+            self._bad(place, "holds NUL bytes, as a file that was being written when a machine went down", "repair it")
             return None
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            self._bad(place, f"is not UTF-8 (byte {error.start + 1} of the line: {error.reason})", "convert the file")
+            what = f"is not UTF-8 (byte {error.start + 1} of the line: {error.reason})"
+            self._bad(place, what, "convert the file (iconv -f ITS-ENCODING -t UTF-8 FILE > NEW)")
             return None
 
     def _count(self, data: memoryview | bytes) -> None:
@@ -217,3 +264,9 @@ class SourceReader:
         with path.open("rb") as raw:
             while block := raw.read(BUFFER):
                 self._count(block)
+
+
+def _split(text: str) -> list[str]:
+    """Returns the paragraphs of a line or document: they end at every line end that Unicode knows. Empty ones divide
+    documents; so does a byte order mark, with which another file begins that was appended."""
+    return [line.strip() for line in text.strip().replace(_MARK, "\n\n").splitlines()]

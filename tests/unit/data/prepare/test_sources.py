@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
@@ -13,7 +14,6 @@ import zstandard
 from datasets import Dataset, DatasetDict
 
 from engine.config.tools import SourceConfig
-from engine.data.prepare.formats import file_kind
 from engine.data.prepare.sources import SourceReader
 from engine.errors import UserError
 
@@ -22,7 +22,7 @@ WANT = [("First paragraph.", True), ("Second – ünïcode.", False), ("New docu
 
 
 def read(path: Path | str, **options) -> SourceReader:
-    fields = {k: options.pop(k) for k in ("field", "split") if k in options}
+    fields = {k: options.pop(k) for k in ("field", "split", "name") if k in options}
     reader = SourceReader(SourceConfig(path=str(path), **fields), max_line_bytes=options.pop("limit", 1000), **options)
     reader.found = [tuple(paragraph) for paragraph in reader]
     return reader
@@ -32,12 +32,13 @@ def pack(data: bytes, suffix: str) -> bytes:
     return {
         "": bytes,
         ".gz": gzip.compress,
+        ".bz2": bz2.compress,
         ".xz": lzma.compress,
         ".zst": lambda d: zstandard.ZstdCompressor().compress(d),
     }[suffix](data)
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
 def test_text_files_plain_and_compressed(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}"
     raw = pack(TEXT.encode(), suffix)
@@ -49,14 +50,14 @@ def test_text_files_plain_and_compressed(tmp_path, suffix):
     assert reader.raw_done == reader.raw_total == len(raw)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_several_compressed_members_are_all_read(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(pack(b"one\n", suffix) + pack(b"two\n", suffix))
     assert read(path).found == [("one", True), ("two", False)]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_a_torn_compressed_file_is_an_error_with_its_place(tmp_path, suffix, skip_bad):
     path = tmp_path / f"a.txt{suffix}"
@@ -65,12 +66,6 @@ def test_a_torn_compressed_file_is_an_error_with_its_place(tmp_path, suffix, ski
     path.write_bytes(data[: len(data) * 3 // 4])
     with pytest.raises(UserError, match=rf"{path.name}:\d+: cannot be read"):
         read(path, skip_bad=skip_bad)
-
-
-def test_zstd_garbage_is_an_error(tmp_path):
-    (tmp_path / "a.txt.zst").write_bytes(b"not zstd at all")
-    with pytest.raises(UserError, match=r"a\.txt\.zst:1: cannot be read"):
-        read(tmp_path / "a.txt.zst")
 
 
 def test_json_lines_documents_and_their_paragraphs(tmp_path):
@@ -134,16 +129,15 @@ def test_a_folder_is_read_in_order_and_its_empty_file_can_be_skipped(tmp_path):
     (tmp_path / ".hidden.txt").write_text("not read")
     reader = read(tmp_path)
     assert reader.found == [("one", True), ("two", True), ("three", True)]
-    assert reader.ignored == 1
-    (tmp_path / "a2.txt").write_text("")
-    with pytest.raises(UserError, match=r"a2\.txt: is empty"):
+    (tmp_path / "a2.jsonl").write_text('{"text": ""}')
+    with pytest.raises(UserError, match=r"a2\.jsonl: is empty"):
         read(tmp_path)
     assert read(tmp_path, skip_bad=True).bad_lines == 1
 
 
 def test_a_folder_without_known_files(tmp_path):
     (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(UserError, match="no file in this folder"):
+    with pytest.raises(UserError, match=r"no file in this folder holds text \(1 of other kinds: notes\.md\)"):
         read(tmp_path)
 
 
@@ -168,7 +162,7 @@ def test_parquet_bad_row_and_torn_file(tmp_path):
     with pytest.raises(UserError, match="not readable as Parquet"):
         read(path)
     packed = tmp_path / "a.parquet.gz"
-    packed.write_bytes(b"")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(UserError, match="unpack it first"):
         read(packed)
 
@@ -222,11 +216,3 @@ def test_stamp_follows_the_file_and_the_options(tmp_path):
     assert len(stamps) == 2
     path.write_text('{"text": "one", "b": "xx"}')
     assert read(path).stamp() not in stamps
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("a.txt", "text"), ("a.gz", "text"), ("a.jsonl.zst", "json"), ("a.parquet", "parquet"), ("a.md", None)],
-)
-def test_file_kind(name, kind):
-    assert file_kind(Path(name)) == kind
