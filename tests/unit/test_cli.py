@@ -110,7 +110,7 @@ def test_mapping_texts_stay_text() -> None:
 def test_prepare_config_parses_sources() -> None:
     argv = ["--sources", '[{"path": "a.txt", "weight": 2}, {"path": "b.jsonl", "field": "body"}]']
     config = parse_config(PrepareConfig, argv, "test")
-    assert [(s.path, s.weight, s.field) for s in config.sources] == [("a.txt", 2.0, "text"), ("b.jsonl", 1.0, "body")]
+    assert [(s.path, s.weight, s.field) for s in config.sources] == [("a.txt", 2.0, None), ("b.jsonl", 1.0, "body")]
 
 
 def test_generated_docs_are_fresh() -> None:

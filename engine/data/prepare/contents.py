@@ -31,7 +31,7 @@ KINDS = {
     ".tsv": "table",
 }
 _HEAD = 1 << 16
-_JSON_OBJECT = re.compile(rb'\s*\{\s*("(\\.|[^"\\])*"\s*:|\})')
+_JSON_OBJECT = re.compile(rb'\s*\{\s*"(\\.|[^"\\])*"\s*:')
 _JSON_ARRAY = re.compile(rb'\s*\[\s*\{\s*"')
 _EXTRACTED = re.compile(rb"\s*<doc\s[^>]*\b(id|url|title)=[^>]*>[ \t\r]*\n")
 _MARKUP = re.compile(
@@ -127,20 +127,22 @@ def look(path: Path, field: str) -> Contents:
 def _told(head: bytes, path: Path, field: str, *, compressed: bool) -> Contents:
     named = named_kind(path)
     if not head.strip() and len(head) < _HEAD:
-        return Contents("aside", "is empty (no text in it): remove it, or give the right file")
-    is_parquet = head.startswith(b"PAR1\x15")
-    if compressed and (is_parquet or named == "parquet"):
+        return Contents("aside", "is empty: remove it, or give the right file")
+    is_parquet = head.startswith(b"PAR1" if named == "parquet" else b"PAR1\x15")
+    if is_parquet and compressed:
         return Contents("foreign", "is compressed Parquet: unpack it first; Parquet files hold their own compression")
     for magic, what in _FOREIGN:
         if re.match(magic, head, re.DOTALL):
             return Contents("foreign", f"is {what}")
-    if named == "parquet" or is_parquet:
+    if is_parquet:
         return Contents("parquet")
     if (len(head) - len(head.translate(None, _CONTROLS))) * 20 > len(head):
         return Contents("foreign", "is binary data, not text: give a file of text")
     if named == "json" or _JSON_OBJECT.match(head) or _JSON_ARRAY.match(head):
         return _json_contents(head, path, field)
-    return _table_contents(head, path, field, named=named == "table") or _markup_contents(head) or Contents("text")
+    if found := _table_contents(head, path, field, named=named == "table") or _markup_contents(head):
+        return found
+    return Contents("parquet" if named == "parquet" else "text")  # the reader says what no Parquet is
 
 
 def _json_contents(head: bytes, path: Path, field: str) -> Contents:
@@ -162,11 +164,11 @@ def _json_contents(head: bytes, path: Path, field: str) -> Contents:
 
 def _table_contents(head: bytes, path: Path, field: str, *, named: bool) -> Contents | None:
     """Returns the contents of a file that is named as a table, or has a header line with `field` and rows like it."""
-    lines = head.decode("utf-8", "replace").lstrip().split("\n", 2)
+    header, *rows = head.decode("utf-8", "replace").lstrip("\r\n").split("\n", 2)
     headers = {}
     for delimiter in "\t" if inner_ending(path) == ".tsv" else ",;\t|":
-        headers[delimiter] = names = next(table_rows([lines[0].rstrip()], delimiter), [])
-        like_rows = len(names) > 1 and len(lines) > 1 and delimiter in lines[1] and all(map(_COLUMN.fullmatch, names))
+        headers[delimiter] = names = _columns(header.rstrip("\r"), delimiter)
+        like_rows = len(names) > 1 and rows and delimiter in rows[0] and all(map(_COLUMN.fullmatch, names))
         if field in names and (named or like_rows):
             if names.count(field) > 1:
                 return Contents("foreign", f"has two columns {field!r}: rename one")
@@ -175,11 +177,18 @@ def _table_contents(head: bytes, path: Path, field: str, *, named: bool) -> Cont
     return Contents("aside", f"is a table without {_missing('column', field, longest)}") if named else None
 
 
+def _columns(header: str, delimiter: str) -> list[str]:
+    try:
+        return next(table_rows([header], delimiter), [])
+    except csv.Error:  # prose with quotation marks
+        return []
+
+
 def _markup_contents(head: bytes) -> Contents | None:
     if _EXTRACTED.match(head):
         return Contents("extracted")
     if found := _MARKUP.match(head):
-        tag = found.group().strip().decode("utf-8", "replace")[:40]
+        tag = " ".join(found.group().decode("utf-8", "replace").split())[:40]
         return Contents(
             "foreign", f"begins with markup ({tag}): extract the text first (a Wikipedia dump: wikiextractor)"
         )

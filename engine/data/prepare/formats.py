@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import csv
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,29 +88,37 @@ def _opened(
 
 
 def parquet_column(path: Path, column: str) -> Iterator[Any]:
+    """Yields the values of a column."""
+    with _opened_parquet(path, column) as file:
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        rows = max(1, min(1024, BUFFER * max(1, file.metadata.num_rows) // max(1, size)))
+        for batch in file.iter_batches(batch_size=rows, columns=[column], use_threads=False):
+            yield from batch.column(0).to_pylist()
+
+
+def check_parquet(path: Path, column: str) -> None:
+    """Raises UserError for a file whose end is torn, or that lacks the column."""
+    with _opened_parquet(path, column):
+        pass
+
+
+@contextlib.contextmanager
+def _opened_parquet(path: Path, column: str) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
         # A buffered stream without pre-buffering reads page by page, not a whole column chunk.
         with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
             _require_column(str(path), column, file.schema_arrow.names)
-            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
-            rows = max(1, min(1024, BUFFER * max(1, file.metadata.num_rows) // max(1, size)))
-            for batch in file.iter_batches(batch_size=rows, columns=[column], use_threads=False):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield value
+            yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: not readable as Parquet after row {number} ({first_line(error)}); replace the file"
-        ) from error
+        raise UserError(f"{path}: not readable as Parquet ({first_line(error)}); replace the file") from error
 
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets` wrote this folder (save_to_disk)."""
-    return folder.is_dir() and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return os.path.isdir(folder) and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def saved_dataset_column(folder: Path, *, split: str | None, column: str) -> tuple[str, Iterator[Any]]:
@@ -127,7 +136,7 @@ def saved_dataset_column(folder: Path, *, split: str | None, column: str) -> tup
             raise UserError(f"{folder}: no split {wanted!r} (splits: {', '.join(map(str, data))})")
         data = data[wanted]
     elif split not in (None, str(data.split)):
-        raise UserError(f"{folder}: split={split!r} has no effect on a folder of one split ({data.split}); remove it")
+        raise UserError(f"sources.split={split!r}: has no effect on {folder}, which holds one data set; remove it")
     _require_column(str(folder), column, data.column_names)
     return data._fingerprint, (row[column] for row in data.select_columns([column]))
 
@@ -159,4 +168,6 @@ def hub_dataset_column(name: str, *, config_name: str | None, split: str, column
 
 def _require_column(place: str, column: str, columns: list[str]) -> None:
     if column not in columns:
-        raise UserError(f"{place}: no column {column!r} (columns: {', '.join(columns)}); set the source's `field`")
+        raise UserError(
+            f"{place}: no column {column!r} (columns: {', '.join(map(repr, columns))}); set the source's `field`"
+        )

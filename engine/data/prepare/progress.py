@@ -21,9 +21,9 @@ _LINE_EVERY_S = 30.0
 _KINDS = {
     "text": "plain text",
     "extracted": "text between <doc> and </doc>",
-    "json": "JSON lines, field {column!r}",
-    "table": "a table, column {column!r}",
-    "parquet": "Parquet, column {column!r}",
+    "json": "JSON lines",
+    "table": "CSV or TSV",
+    "parquet": "Parquet",
 }
 
 
@@ -99,12 +99,13 @@ def _description(reader: SourceReader) -> str:
     if not files:
         stored = "a folder saved by `datasets`" if reader.saved_dataset else "a data set of the hub"
         return f"{stored}, column {source.column!r}"
-    kinds = Counter(
-        _KINDS[contents.kind].format(column=source.column)
-        + (f" in {contents.compression}" if contents.compression else "")
-        for contents in files.values()
-    )
-    return "; ".join(f"{_count(number, 'file')} of {kind}" for kind, number in kinds.items())
+    kinds = Counter((contents.kind, contents.compression) for contents in files.values())
+    shown = [
+        f"{_count(number, 'file')} of {_KINDS[kind]}{f' in {compression}' if compression else ''}"
+        for (kind, compression), number in kinds.items()
+    ]
+    has_column = any(kind not in ("text", "extracted") for kind, _ in kinds)
+    return ", ".join(shown) + (f", column {source.column!r}" if has_column else "")
 
 
 def _print_visibly(line: str) -> None:

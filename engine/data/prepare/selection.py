@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from engine.config.tools import SourceConfig
 from engine.data.prepare.compression import COMPRESSIONS
 from engine.data.prepare.contents import KINDS, Contents, inner_ending, look, named_kind
+from engine.data.prepare.formats import check_parquet
 from engine.errors import UserError
 
 _Splits = dict[str | None, list[PurePath]]  # names relative to the folder; None: of no split
@@ -35,7 +36,7 @@ class Selection:
         lines = []
         for reason, names in self.left_out.items():
             more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-            lines.append(f"{len(names):,} {reason}: {', '.join(sorted(names)[:_SHOWN])}{more}")
+            lines.append(f"{', '.join(sorted(names)[:_SHOWN])}{more} ({len(names):,}): {reason}")
         return lines
 
 
@@ -72,6 +73,9 @@ def select_folder(folder: Path, source: SourceConfig) -> Selection:
 
 
 def _checked(found: Selection, place: Path, source: SourceConfig) -> Selection:
+    for path, contents in found.files.items():
+        if contents.kind == "parquet":
+            check_parquet(path, source.column)
     if all(contents.kind in ("text", "extracted") for contents in found.files.values()):
         source.refuse_unused(f"{place}, which is read as plain text", "field")
     return found
@@ -83,8 +87,8 @@ def _add(path: Path, name: str, source: SourceConfig, found: Selection) -> None:
     if contents.kind == "foreign" and claimed:
         raise UserError(f"{path}: {contents.why}; or take it out of the folder")
     if contents.why:
-        found.left_out[f"that {contents.why}"].append(name)
-    elif contents.kind == "text" and not claimed and contents.compression is None:
+        found.left_out[contents.why].append(name)
+    elif contents.kind == "text" and not claimed and path.suffix.lower() not in COMPRESSIONS:
         found.left_out[_OTHER_KIND].append(name)
     else:
         found.files[path] = contents
@@ -102,13 +106,15 @@ def _data_files(folder: Path, found: Selection) -> list[PurePath]:
                 found.left_out["hidden"].append(str(path))
             elif name in folders:
                 if (folder / path).is_symlink():
-                    found.left_out["behind links to folders"].append(str(path))
+                    found.left_out["links to folders, which are not followed"].append(str(path))
             elif not (folder / path).is_file():
-                found.left_out["that are no files (links to nothing, pipes)"].append(str(path))
+                found.left_out["no files (links to nothing, pipes)"].append(str(path))
             elif path.stem.lower() in _BESIDE_DATA:
-                found.left_out["about the data"].append(str(path))
+                found.left_out["about the data, not data"].append(str(path))
             elif path.suffix.lower() not in COMPRESSIONS and inner_ending(path) not in ("", *KINDS):
                 found.left_out[_OTHER_KIND].append(str(path))
+            elif path.suffix.lower() in COMPRESSIONS and path.stem in files:
+                found.left_out["there unpacked as well"].append(str(path))
             else:
                 names.append(path)
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -101,9 +101,9 @@ class SourceReader:
     def _select(self) -> Selection:
         if self.saved_dataset:
             self.source.refuse_unused(f"{self._root}, which `datasets` saved", "name")
-        elif self._root.is_file():
+        elif os.path.isfile(self._root):
             return select_file(self._root, self.source)
-        elif self._root.is_dir():
+        elif os.path.isdir(self._root):
             return select_folder(self._root, self.source)
         else:
             self._require_hub_name()
@@ -111,7 +111,7 @@ class SourceReader:
 
     def _require_hub_name(self) -> None:
         name = self.source.path
-        if self._root.exists():
+        if os.path.exists(self._root):
             raise UserError(f"{name}: neither a file nor a folder (a pipe or a device?); write its text to a file")
         ending = Path(name).suffix.lower()
         if name.startswith(("/", ".", "~")) or name.count("/") > 1 or ending in (*KINDS, *COMPRESSIONS):
@@ -183,7 +183,7 @@ class SourceReader:
     def _read_table(self, path: Path, contents: Contents) -> Iterator[Paragraph]:
         for place, cell in read_table(path, contents, self.source.column, max_bytes=self._max, seen=self._count):
             if isinstance(cell, str):
-                self._bad(place, cell, "repair it")
+                self._bad(place, cell, "repair it (its quotes?), or raise --shard_mb")
             elif (text := self._decoded(place, cell)) is not None:
                 yield from self._document(place, text)
 
@@ -238,14 +238,13 @@ class SourceReader:
     def _lines(self, path: Path, contents: Contents) -> Iterator[tuple[str, str]]:
         """Yields (file:line, text) of the good lines."""
         for place, line in read_lines(path, contents, max_bytes=self._max, seen=self._count):
-            if (text := self._decoded(place, line)) is not None:
+            if line is None:
+                by_hand = "write one JSON object a line" if contents.kind == "json" else "fold -s -w 10000 FILE > NEW"
+                self._bad(place, f"line longer than a shard ({self._max:,} bytes)", f"{by_hand}, or raise --shard_mb")
+            elif (text := self._decoded(place, line)) is not None:
                 yield place, text
 
-    def _decoded(self, place: str, line: bytes | None) -> str | None:
-        if line is None:
-            remedy = "break it up (fold -s -w 10000 FILE > NEW) or raise --shard_mb"
-            self._bad(place, f"line longer than a shard ({self._max:,} bytes)", remedy)
-            return None
+    def _decoded(self, place: str, line: bytes) -> str | None:
         if b"\0" in line:
             self._bad(place, "holds NUL bytes, as a file that was being written when a machine went down", "repair it")
             return None

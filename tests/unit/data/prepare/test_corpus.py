@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,6 +290,20 @@ def test_bad_lines_stop_it_or_are_counted(tmp_path, tokenizer, small, capsys):
     out = capsys.readouterr().out
     assert "skipped 1 bad line:" in out
     assert "small.txt:1" in out
+
+
+def test_a_source_that_is_refused_leaves_an_earlier_corpus_as_it_is(tmp_path, reference, tokenizer, small):
+    out = Path(shutil.copytree(reference, tmp_path / "out"))
+    before = contents(out)
+    bad = tmp_path / "bad.txt"
+    for data in (b"bad \xff line\n", b"%PDF-1.7"):
+        bad.write_bytes(data)
+        with pytest.raises(UserError, match=r"bad\.txt"):
+            prepare(config(out, tokenizer, small, bad))
+        assert contents(out) == before
+        with pytest.raises(UserError, match=r"bad\.txt"):
+            prepare(config(tmp_path / "new", tokenizer, bad))
+        assert not (tmp_path / "new").exists()
 
 
 def test_progress_is_whole_lines_where_there_is_no_terminal(tmp_path, tokenizer, small, capsys, monkeypatch):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import hashlib
 import json
 import lzma
+import math
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,6 +82,13 @@ def test_json_lines_documents_and_their_paragraphs(tmp_path):
 BAD_LINES = [
     ("b.txt", b"good\nbad \xff byte\nmore\n", "is not UTF-8"),
     ("b.txt", b"good\n" + b"x" * 1001 + b"\nmore\n", "longer than a shard"),
+    ("b.txt", b"good\nbad\0 and so on to its end\nmore\n", "holds NUL bytes"),
+    ("b.jsonl", b'{"text": "good"}\n{"text": "\\u0000"}\n{"text": "more"}\n', "holds NUL characters"),
+    (
+        "b.jsonl",
+        b'{"text": "good"}\n{"text": "' + b"x" * 1001 + b'"}\n{"text": "more"}\n',
+        "write one JSON object a line",
+    ),
     ("b.jsonl", b'{"text": "good"}\n{"text": \n{"text": "more"}\n', "is not JSON"),
     ("b.jsonl", b'{"text": "good"}\n[1]\n{"text": "more"}\n', "not an object"),
     ("b.jsonl", b'{"text": "good"}\n{"body": "x"}\n{"text": "more"}\n', "has no field 'text'.*'body'"),
@@ -99,6 +109,12 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, name, data, what):
     assert f"{name}:2" in reader.bad_places[0]
 
 
+def test_a_number_of_too_many_digits_is_a_bad_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": %s, "text": "one"}\n' % ("9" * 5000))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: is not JSON \(Exceeds the limit"):
+        read(tmp_path / "a.jsonl", limit=10_000)
+
+
 def test_a_line_of_exactly_the_limit_is_kept_and_the_one_after_a_long_line_too(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 1000 + b"\r\n" + b"y" * 5_000_000 + b"\nafter")
@@ -107,9 +123,138 @@ def test_a_line_of_exactly_the_limit_is_kept_and_the_one_after_a_long_line_too(t
     assert reader.bad_lines == 1
 
 
-def test_byte_order_mark_and_windows_line_ends(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
-    assert read(tmp_path / "a.txt").found == [("one", True), ("two", True)]
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_on_every_system(tmp_path, end):
+    path = tmp_path / "a.txt"
+    path.write_bytes(end.join(["one", "", "two", "three", ""]).encode())
+    assert read(path).found == [("one", True), ("two", True), ("three", False)]
+    path.write_bytes(end.join(['{"text": "one"}', "", '{"text": "two"}']).encode())
+    assert read(path).found == [("one", True), ("two", True)]
+    path.write_bytes(end.join(["id,text", '1,"one', 'two"', "2,three"]).encode())
+    assert read(path).found == [("one", True), ("two", False), ("three", True)]
+
+
+def test_an_end_that_was_converted_twice_divides_no_documents(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\r\ntwo\r\r\n\r\r\nthree\r\r\n")
+    assert read(tmp_path / "a.txt").found == [("one", True), ("two", False), ("three", True)]
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\r"])
+def test_line_ends_inside_a_line_end_paragraphs(tmp_path, end):
+    (tmp_path / "a.txt").write_text(f"one{end} two\n{end}three\n", encoding="utf-8", newline="")
+    want = [("one", True), ("two", False), ("three", False)]
+    assert read(tmp_path / "a.txt").found == want
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": f"one{end}{end} two\n{end}three"}))
+    assert read(tmp_path / "a.jsonl").found == want
+
+
+def test_byte_order_marks_of_files_that_were_appended(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\ntwo\n\ufeffthree\nfour\ufefffive".encode())
+    assert read(path).found == [("one", True), ("two", False), ("three", True), ("four", False), ("five", True)]
+    path.write_bytes('\ufeff{"text": "one"}\n\ufeff{"text": "\ufefftwo"}'.encode())
+    assert read(path).found == [("one", True), ("two", True)]
+    path.write_bytes('\ufeff"text",id\none,1\n\ufefftwo,2\n'.encode())
+    assert read(path).found == [("one", True), ("two", True)]
+
+
+def test_text_between_the_tags_of_a_wikipedia_extraction(tmp_path):
+    path = tmp_path / "wiki_00"
+    one = '<doc id="1" url="x" title="One">\nOne\n\na &lt;b&gt; c\n</doc>\n'
+    path.write_text(one + "\ufeff" + one.replace("One", "Two"))
+    assert read(path).found == [("One", True), ("a <b> c", False), ("Two", True), ("a <b> c", False)]
+
+
+def test_tables(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('id;größe\n1;"one; ""quoted""\n\ntwo"\n\n2;three\n', encoding="utf-8")
+    assert read(path, field="größe").found == [('one; "quoted"', True), ("two", False), ("three", True)]
+    path = tmp_path / "a.tsv.gz"
+    path.write_bytes(gzip.compress(b'id\ttext\n1\tan "open quote\n2\ttwo\n'))
+    reader = read(path)
+    assert reader.found == [('an "open quote', True), ("two", True)]
+    assert reader.digest() == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert reader.raw_done == reader.raw_total
+
+
+BAD_ROWS = [
+    (b"2,two,too many\n", "has 3 columns, not 2 as the header"),
+    (b"2\n", "has 1 columns, not 2"),
+    (b"id,text\n", "repeats the header"),
+    (b'2,"two" more\n', "is no row of a table"),
+    (b"2," + b"x" * 1001 + b"\n", "field larger than field limit.*raise --shard_mb"),
+    (b"2,\xff\n", "is not UTF-8"),
+    (b"2,a\0b\n", "holds NUL bytes"),
+]
+
+
+@pytest.mark.parametrize(("row", "what"), BAD_ROWS)
+def test_a_bad_row_of_a_table_is_named_or_skipped_and_counted(tmp_path, row, what):
+    path = tmp_path / "b.csv"
+    path.write_bytes(b"id,text\n1,one\n" + row + b"3,three\n")
+    before = csv.field_size_limit()
+    with pytest.raises(UserError, match=rf"b\.csv:3: .*{what}.*--on_bad_line skip"):
+        read(path)
+    reader = read(path, skip_bad=True)
+    assert reader.found == [("one", True), ("three", True)]
+    assert reader.bad_lines == 1
+    assert csv.field_size_limit() == before
+
+
+def test_a_torn_table_is_an_error_with_its_place(tmp_path):
+    path = tmp_path / "a.csv.gz"
+    rows = "".join(f"{i},{hashlib.sha256(str(i).encode()).hexdigest()}\n" for i in range(4000))
+    data = gzip.compress(f"id,text\n{rows}".encode())
+    path.write_bytes(data[: len(data) * 3 // 4])
+    with pytest.raises(UserError, match=r"a\.csv\.gz:\d{4}: cannot be read"):
+        read(path)
+
+
+def test_zstd_with_a_long_window_is_read(tmp_path):
+    settings = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path = tmp_path / "RC.zst"
+    path.write_bytes(packer.compress(b'{"body": "one"}\n') + packer.flush())
+    reader = read(path, field="body")
+    assert reader.found == [("one", True)]
+    assert reader.selection.files[path].window == 1 << 31
+
+
+def test_what_zstd_has_no_memory_for_is_refused_with_the_remedy(tmp_path):
+    path = tmp_path / "RC.zst"  # a window of 2**41 - 1 bytes at most, where 2**31 can be unpacked
+    path.write_bytes(bytes.fromhex("28b52ffd 00 f8 010000"))
+    with pytest.raises(UserError, match=r"RC\.zst:1: .*; unpack it first \(zstd -d --long=31 FILE\)"):
+        read(path)
+
+
+def test_the_beginning_is_shown_and_read_again(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\ntwo\n" + "x" * 100 + "\nlast\n")
+    reader = SourceReader(SourceConfig(path=str(path)), max_line_bytes=1000)
+    assert reader.beginning() == "one\ntwo\n" + "x" * 72
+    assert [text for text, _ in reader] == ["one", "two", "x" * 100, "last"]
+    assert reader.documents == 2
+
+
+@pytest.mark.parametrize(("key", "value"), [("split", "train"), ("name", "x"), ("field", "text")])
+def test_a_setting_without_effect_on_a_file_is_refused(tmp_path, key, value):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(UserError, match=rf"sources\.{key}='{value}': has no effect on .*a\.txt.*; remove it"):
+        read(tmp_path / "a.txt", **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "why"), [({"path": " "}, "name a file"), ({"path": "a", "weight": math.inf}, "finite")]
+)
+def test_sources_that_are_none(options, why):
+    with pytest.raises(UserError, match=why):
+        SourceConfig(**options)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        read(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
@@ -137,7 +282,7 @@ def test_a_folder_is_read_in_order_and_its_empty_file_can_be_skipped(tmp_path):
 
 def test_a_folder_without_known_files(tmp_path):
     (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(UserError, match=r"no file in this folder holds text \(1 of other kinds: notes\.md\)"):
+    with pytest.raises(UserError, match=r"no file in this folder holds text \(notes\.md \(1\): of other kinds\)"):
         read(tmp_path)
 
 
@@ -148,7 +293,7 @@ def test_parquet(tmp_path):
     assert reader.documents == 3000
     assert reader.found[-2:] == [("doc 2999", True), ("second", False)]
     assert reader.digest() == hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(UserError, match=r"no column 'body' \(columns: text, n\)"):
+    with pytest.raises(UserError, match=r"no column 'body' \(columns: 'text', 'n'\)"):
         read(path, field="body")
 
 
@@ -174,6 +319,9 @@ def test_a_datasets_folder(tmp_path):
     assert reader.found == [("one", True), ("two", False), ("three", True)]
     with pytest.raises(UserError, match="no column 'body'"):
         read(tmp_path / "plain", field="body")
+    for key in ("split", "name"):
+        with pytest.raises(UserError, match=rf"sources\.{key}='dev': has no effect on .*plain"):
+            read(tmp_path / "plain", **{key: "dev"})
     DatasetDict({"dev": data}).save_to_disk(str(tmp_path / "splits"))
     assert read(tmp_path / "splits", split="dev").documents == 2
     with pytest.raises(UserError, match=r"no split 'train' \(splits: dev\)"):
@@ -205,7 +353,7 @@ def test_a_data_set_by_name_is_streamed(tmp_path, monkeypatch):
     assert readers[0].raw_total is None
     assert len(list(readers[1])) == 3
     assert readers[0].digest() == readers[1].digest() != hashlib.sha256().hexdigest()
-    with pytest.raises(UserError, match=r"owner/name: no column 'text' \(columns: body\)"):
+    with pytest.raises(UserError, match=r"owner/name: no column 'text' \(columns: 'body'\)"):
         list(readers[2])
 
 
