@@ -85,8 +85,8 @@ class PrepareConfig:
     """Processes that tokenise; unset: one per core."""
 
     on_bad_line: Literal["error", "skip"] = how("error")
-    """What to do with a line that is not UTF-8, not JSON, without the field, or too long: stop and name it, or skip
-    and count it."""
+    """What to do with a line or row that is not UTF-8, not JSON, without the field, torn, or too long: stop and name
+    it, or skip and count it."""
 
     seed: int = result(0)
     """Seed of the short sequences."""

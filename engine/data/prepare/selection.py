@@ -62,7 +62,8 @@ def select_folder(folder: Path, source: SourceConfig) -> Selection:
         raise UserError(f"{folder}: no split {source.wanted_split!r} (splits: {told}); set the source's `split`")
     chosen = splits.pop(source.wanted_split, [])
     for split, others in splits.items():
-        found.left_out[f"of split {split!r}" if split else "of no split"] += map(str, others)
+        if others:
+            found.left_out[f"of split {split!r}" if split else "of no split"] += map(str, others)
     for name in sorted(chosen, key=PurePath.as_posix):
         _add(folder / name, str(name), source, found)
     if not found.files:

@@ -88,7 +88,16 @@ def test_the_configurations_of_a_cloned_repository(tmp_path):
     assert chosen(tmp_path, name="short") == ["plain/train-0.jsonl"]
     assert chosen(tmp_path, name="short", split="extra") == ["plain/unsupervised-0.jsonl"]
     assert chosen(tmp_path, name="long") == ["other/a.jsonl"]
-    assert "plain/unsupervised-0.jsonl (1): of split 'extra'" in select(tmp_path, name="short").left_out_lines()
+    assert select(tmp_path, name="short").left_out_lines() == [
+        "README.md (1): about the data, not data",
+        "plain/unsupervised-0.jsonl (1): of split 'extra'",
+        "other/a.jsonl, plain/stray.jsonl (2): of no split",
+    ]
+    (tmp_path / "plain" / "stray.jsonl").unlink()
+    (tmp_path / "other" / "a.jsonl").rename(tmp_path / "plain" / "train-1.jsonl")
+    assert chosen(tmp_path, name="short") == ["plain/train-0.jsonl", "plain/train-1.jsonl"]
+    assert len(select(tmp_path, name="short").left_out_lines()) == 2
+    (tmp_path / "plain" / "train-1.jsonl").unlink()
     for settings in ({}, {"name": "none"}):
         with pytest.raises(UserError, match=r"README\.md: .*'short', 'long'.*set the source's `name`"):
             select(tmp_path, **settings)
