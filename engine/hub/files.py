@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEIGHT_FILES = (
@@ -84,7 +84,7 @@ def quiet() -> Iterator[None]:
 
 def not_readable(path: str, key: str, what: str, error: Exception) -> UserError:
     """The one line for what a library raised while it read `what` of a model."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     if "trust_remote_code" in str(error):
         return UserError(
             f"{key}={path!r}: its {what} asks for Python code that comes with the model (auto_map), and such code is "

@@ -12,7 +12,7 @@ import os
 import platform
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.ranks import environment
 
 ARRIVE_WITHIN = datetime.timedelta(minutes=10)
@@ -58,7 +58,7 @@ def agree(error: str | None) -> None:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
             (error + "; also, " if error else "")
-            + f"rank {rank} on {platform.node()} could not meet the others at {where}: {_first_line(failure)}. Try "
+            + f"rank {rank} on {platform.node()} could not meet the others at {where}: {first_line(failure)}. Try "
             "python launch/check_hosts.py"
         ) from None
     if errors:
@@ -93,7 +93,3 @@ def leave() -> None:
         else:
             _store.wait(["said"], LEAVE_WITHIN)
             _store.set(f"left/{rank}", "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.prepare.compression import UNREADABLE, compression_of, decompressed, unreadable
+from engine.data.prepare.contents import foreign
 from engine.errors import UserError, first_line
 
 MISSING = object()
@@ -25,19 +27,7 @@ MISSING = object()
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 JSON_NAMES = frozenset({".jsonl", ".ndjson", ".json"})
 PARQUET = b"PAR1"
-NOT_A_TABLE = {
-    b"version https://git-lfs": "is a git-lfs pointer, not the file; run `git lfs pull` where it was cloned",
-    b"\x1f\x8b": "is compressed; unpack it with gunzip",
-    b"\x28\xb5\x2f\xfd": "is compressed; unpack it with zstd -d",
-    b"\xfd7zXZ": "is compressed; unpack it with unxz",
-    b"BZh": "is compressed; unpack it with bunzip2",
-    b"PK\x03\x04": "is a zip archive or an Excel workbook; unpack it, or save the table as .csv",
-    b"\xff\xfe": "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
-    b"\xfe\xff": "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
-    b"<!DOCTYPE": "is a web page; download the file behind it",
-    b"<html": "is a web page; download the file behind it",
-}
-"""How a file begins that people take for a table, and what to do."""
+WEB_PAGE = (b"<!doctype", b"<html")
 Numbered = Iterator[tuple[int, list[Any]]]
 
 
@@ -86,9 +76,14 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path}: is a folder; name a file{beside(path / '?').partition(';')[0]}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
-    for start, problem in NOT_A_TABLE.items():
-        if data.startswith(start):
-            raise UserError(f"{path}: {problem}")
+    try:
+        data = decompressed(io.BytesIO(data), compression_of(data)).read()
+    except UNREADABLE as error:
+        raise unreadable(str(path), error) from None
+    if what := foreign(data[:1000]):
+        raise UserError(f"{path}: is {what}")
+    if data[:9].lower().startswith(WEB_PAGE):
+        raise UserError(f"{path}: is a web page; download the file behind it")
     return data
 
 

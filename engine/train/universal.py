@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from engine.config.deepspeed import LAYOUT_KEYS, Execution
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.ranks.collectives import from_rank_zero, gathered
 
 PREFIX = "universal-"
@@ -155,7 +155,7 @@ def _convert(source: Path, target: Path, conversion: Conversion) -> None:
         shutil.rmtree(target, ignore_errors=True)
         raise UserError(
             f"{source}: cannot be converted for {conversion.ranks} rank(s) under ZeRO-{conversion.stage}: "
-            f"{type(error).__name__}: {_first_line(error)}. A conversion needs up to three times as much room beside "
+            f"{type(error).__name__}: {first_line(error)}. A conversion needs up to three times as much room beside "
             "the checkpoint, and one whose optimizer has made a step; or start as it was written "
             f"({conversion.saved_ranks} rank(s), ZeRO-{conversion.saved_stage}, its {' and '.join(LAYOUT_KEYS)})"
         ) from None
@@ -205,10 +205,6 @@ def _relay(folder: Path, *, to_stage_3: bool) -> None:
     if to_stage_3:
         common[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, "param_groups": common[PARAM_GROUPS]}
     torch.save(common, common_file)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read(file: Path) -> Any:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 COMPRESSIONS = {
     ".gz": re.compile(rb"\x1f\x8b\x08"),
@@ -118,8 +118,3 @@ def unreadable(place: str, error: BaseException) -> UserError:
     """Words one of the errors `UNREADABLE`."""
     remedy = "unpack it first (zstd -d --long=31 FILE)" if "memory" in str(error) else "replace the file"
     return UserError(f"{place}: cannot be read from here on ({first_line(error)}); {remedy}")
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

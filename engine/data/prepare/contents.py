@@ -85,6 +85,11 @@ class Contents:
     """What ends a line; None: a carriage return does too, as in files of old Macs."""
 
 
+def foreign(head: bytes) -> str | None:
+    """Returns what an unpacked file that begins with `head` holds instead of text or Parquet, and the remedy."""
+    return next((what for magic, what in _FOREIGN if re.match(magic, head, re.DOTALL)), None)
+
+
 def named_kind(path: Path) -> str | None:
     """Returns the kind of contents that the name of a file claims: text, json, table or parquet; None for none."""
     return KINDS.get(inner_ending(path))
@@ -131,9 +136,8 @@ def _told(head: bytes, path: Path, field: str, *, compressed: bool) -> Contents:
     is_parquet = head.startswith(b"PAR1" if named == "parquet" else b"PAR1\x15")
     if is_parquet and compressed:
         return Contents("foreign", "is compressed Parquet: unpack it first; Parquet files hold their own compression")
-    for magic, what in _FOREIGN:
-        if re.match(magic, head, re.DOTALL):
-            return Contents("foreign", f"is {what}")
+    if what := foreign(head):
+        return Contents("foreign", f"is {what}")
     if is_parquet:
         return Contents("parquet")
     if (len(head) - len(head.translate(None, _CONTROLS))) * 20 > len(head):

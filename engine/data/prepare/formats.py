@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.data.prepare.compression import BUFFER, UNREADABLE, CountedFile, decompressed, first_line, unreadable
+from engine.data.prepare.compression import BUFFER, UNREADABLE, CountedFile, decompressed, unreadable
 from engine.data.prepare.contents import Contents, table_rows
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 _MARK = codecs.BOM_UTF8.decode("latin-1")
 

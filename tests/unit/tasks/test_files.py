@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -143,7 +144,6 @@ BROKEN_CUSTOM: dict[str, tuple[str, str, dict[str, object], list[str]]] = {
     "numbers as classes": ("csv", "text,label\na,1\nb,2.5\n", {}, [":3: the labels are numbers like 2.5", "kind=regr"]),
     "git-lfs": ("csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", {}, ["a git-lfs pointer", "pull"]),
     "web page": ("csv", "<!DOCTYPE html>\n", {}, ["train.csv: is a web page"]),
-    "gzip": ("csv", "\x1f\x8b", {}, ["train.csv: is compressed; unpack it with gunzip"]),
     "NUL": ("csv", "text,label\na,\0\n", {}, ["train.csv:2: has a NUL character"]),
     "torn Parquet": ("parquet", "PAR1 and no more", {}, ["train.parquet: is not readable as Parquet"]),
     "id": ("jsonl", '{"id": "a\\tb", "text": "t", "label": "x"}\n', {}, ["train.jsonl:1: 'id' is 'a\\tb'"]),
@@ -223,6 +223,12 @@ def test_parquet(tmp_path: Path, name: str) -> None:
     rows, warnings = read_pairs(tmp_path / name)
     assert rows == PAIRS
     assert any("is read as Parquet" in text for text in warnings) == (name == "t.csv")
+
+
+def test_a_compressed_table_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"text,label\none,a\ntwo,b\n"))
+    rows, _ = read_pairs(tmp_path / "t.csv.gz")
+    assert rows == [("one", "a"), ("two", "b")]
 
 
 def test_cells_may_be_as_long_as_documents(tmp_path: Path) -> None:
