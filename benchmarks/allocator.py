@@ -22,8 +22,8 @@ from statistics import median
 import psutil
 import torch
 
-from engine.cli import parse_config
 from engine.config.proxy import ProxyJobConfig
+from engine.config.reading import parse_config
 from engine.jobs.distill.build import build_module, load_teacher, open_corpus
 from engine.jobs.proxy.plan import make_proxy_plan
 from engine.ranks import allocator, runtime

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from engine.cli import parse_config
 from engine.config.proxy import ProxyJobConfig
+from engine.config.reading import parse_config
 from engine.hub.files import safely
 from engine.jobs.distill.build import initial_student, open_corpus
 from engine.jobs.distill.plan import make_plan

@@ -21,8 +21,8 @@ from statistics import fmean, stdev
 import torch
 from transformers import AutoModel
 
-from engine.cli import parse_config
 from engine.config.proxy import ProxyJobConfig
+from engine.config.reading import parse_config
 from engine.data.batch import Batch
 from engine.jobs.proxy.evaluators import build_evaluator
 from engine.jobs.proxy.plan import make_proxy_plan

@@ -31,7 +31,8 @@ from measuring import base_memory, header, in_a_fresh_process, machine, peak_abo
 from torch import nn
 from transformers import AttentionInterface, BertConfig, BertModel
 
-from engine.config.deepspeed import FOLDER, resolve_execution
+from engine.config.deepspeed import resolve_execution
+from engine.config.deepspeed_file import FOLDER
 from engine.config.distill import KernelConfig, LossConfig, MappingConfig, OptimConfig, TrainConfig
 from engine.data.batch import Batch, Counts
 from engine.jobs.distill.module import DistilModule

@@ -3,11 +3,7 @@ checks: `make docs`."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import itertools
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from engine.config.distill import RunConfig
 from engine.config.finetune import CustomTaskConfig, FinetuneConfig
 from engine.config.marks import Mark
 from engine.config.proxy import ProxyJobConfig
+from engine.config.schema import documented
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig, SourceConfig
 from engine.hub.config import REFUSED
 from engine.models.fit import CHECKS
@@ -40,30 +37,13 @@ ones may; with `same content` the file may lie elsewhere, if its content is the 
 """
 
 
-def field_docs(cls: type[Any]) -> dict[str, str]:
-    """field -> the string literal that follows it in the source, of the class itself or of one that it extends."""
-    docs: dict[str, str] = {}
-    for one in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body  # type: ignore[attr-defined]
-        for node, following in itertools.pairwise(body):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(node.target, ast.Name)
-                and isinstance(following, ast.Expr)
-            ):
-                value = following.value
-                if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    docs[node.target.id] = " ".join(value.value.split())
-    return docs
-
-
 CONTINUED = {Mark.RESULT: "fixed", Mark.EVALUATION: "fixed", Mark.INPUT: "same content", Mark.HOW: "free"}
 """What a mark lets a user change when the same command is started again."""
 
 
 def rows(instance: Any, prefix: str) -> list[str]:
     """One table row per plain field; fields that are sections are left to `script`."""
-    docs, out = field_docs(type(instance)), []
+    docs, out = documented(type(instance)), []
     for f in dataclasses.fields(instance):
         default = getattr(instance, f.name)
         if dataclasses.is_dataclass(default):

@@ -1,26 +1,18 @@
-"""Command lines: jsonargparse over the dataclasses of engine/config/distill.py, one-line errors, exit codes."""
+"""What each script does with its command line; one-line errors, exit codes."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-import re
 import signal
 import sys
 import time
-from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from engine.config.distill import RunConfig
 from engine.config.finetune import FinetuneConfig
 from engine.config.proxy import ProxyJobConfig
+from engine.config.reading import parse_config
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
 from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, RunFailure, UserError
 from engine.ranks import allocator, environment, rendezvous, threads
@@ -29,16 +21,6 @@ RANK_ZERO_SPEAKS_WITHIN_S = 20.0
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART_NEEDS = ("models/all-MiniLM-L6-v2/model.safetensors", "data/news/manifest.json")
-
-ConfigT = TypeVar("ConfigT")
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-
-def build_parser(config_class: type[Any], description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
-    parser.add_class_arguments(config_class, nested_key=None)
-    return parser
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:
@@ -53,89 +35,6 @@ def quickstart() -> list[str]:
         raise UserError(f"the quick start needs {' and '.join(missing)}: run `make data` in {ROOT}")
     os.chdir(ROOT)  # its paths are relative to the repository
     return ["--config", str(ROOT / "examples" / "quickstart.yaml")]
-
-
-def _expand_switches(argv: Sequence[str], config_class: type[Any]) -> list[str]:
-    """`--dry_run` alone means `--dry_run=true`, as everywhere else; jsonargparse wants the value spelled out."""
-    hints = get_type_hints(config_class)
-    switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
-    for section, hint in hints.items():
-        if is_dataclass(hint):
-            switches |= {f"--{section}.{name}" for name, inner in get_type_hints(hint).items() if inner is bool}
-    out: list[str] = []
-    for i, word in enumerate(argv):
-        following = argv[i + 1] if i + 1 < len(argv) else "--"
-        out.append(f"{word}=true" if word in switches and following.startswith("--") else word)
-    return out
-
-
-def _files_first(argv: Sequence[str]) -> list[str]:
-    """The command line wins over the file, also where it stands before it; jsonargparse goes by the order."""
-    files: list[str] = []
-    others: list[str] = []
-    for i, word in enumerate(argv):
-        is_file = word == "--config" or word.startswith("--config=") or (i > 0 and argv[i - 1] == "--config")
-        (files if is_file else others).append(word)
-    return files + others
-
-
-def _config_files(argv: Sequence[str]) -> list[str]:
-    return [
-        word.removeprefix("--config=")
-        for before, word in pairwise(["", *argv])
-        if word.startswith("--config=") or before == "--config"
-    ]
-
-
-def _explain(error: Exception, parser: ArgumentParser) -> str:
-    """One line that names key, value and what would be right, from jsonargparse's message."""
-    text = " ".join(str(error).split())
-    keys = sorted(action.dest for action in parser._actions if action.dest not in ("help", "print_config"))
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
-    grouped = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
-    plain = re.search(r"does not accept option '([\w.]+)'|Key '([\w.]+)' is not expected|option '([\w.]+)'", text)
-    ambiguous = re.search(r"ambiguous option: --([\w.]+)", text)
-    name = None
-    if ambiguous:
-        name = ambiguous.group(1)
-    elif unknown:
-        name = unknown.group(1)
-    elif grouped:
-        name = f"{grouped.group(1)}.{grouped.group(2)}"
-    elif plain:
-        name = next(group for group in plain.groups() if group)
-    if name is not None:
-        close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else "--help lists every key"
-        return f"unknown setting {name!r}; {hint}"
-    text = re.sub(r"^Parser key \"([\w.]+)\": ", r"\1: ", text)
-    text = re.sub(r"Expected a <class '(\w+)'>\.?", r"expected \1,", text)
-    text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
-    text = re.sub(r"Parser key \"([\w.]+)\": ", r"\1: ", text)
-    not_text = re.search(r"expected str, Got value: (True|False|[\d.]+)\b", text)
-    hint = "; YAML reads it as a number or a truth value: write it in quotes" if not_text else ""
-    union = re.match(
-        r"([\w.]+(?:: \w+)?): Does not validate against any of the Union subtypes .*Given value: (.*)$", text
-    )
-    if union:  # each member of the union has said what it expected
-        wanted = [word.replace("NoneType", "null") for word in dict.fromkeys(re.findall(r"expected (\w+)", text))]
-        return f"{union.group(1)}: expected {' or '.join(wanted)}, got {union.group(2)}{hint}"
-    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\.", r"expected one of \1,", text)
-    return re.sub(r"Got value: (.*)$", r"got \1", text) + hint
-
-
-def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: str) -> ConfigT:
-    """The resolved configuration. Raises UserError for anything wrong in it."""
-    parser = build_parser(config_class, description)
-    try:
-        namespace = parser.parse_args(_expand_switches(_files_first(argv), config_class))
-        values = parser.instantiate(namespace).as_dict()
-    except UserError:
-        raise
-    except (ArgumentError, TypeError, ValueError) as error:
-        where = f"{' or '.join(_config_files(argv))}: " if "parsing config" in str(error) else ""
-        raise UserError(where + _explain(error, parser)) from None
-    return config_class(**{name: value for name, value in values.items() if name != "config"})
 
 
 def is_rank_zero() -> bool:
@@ -205,22 +104,9 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
     return run_main(body)
 
 
-def _listed(argv: Sequence[str], flag: str) -> list[str]:
-    """`--genomes A B C` as one YAML list, which is what jsonargparse reads."""
-    words = list(argv)
-    if flag not in words:
-        return words
-    at = words.index(flag)
-    end = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
-    given = words[at + 1 : end]
-    if len(given) == 1 and given[0].startswith("["):
-        return words
-    return [*words[: at + 1], json.dumps(given), *words[end:]]
-
-
 def proxy_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        words = _listed(without_local_rank(sys.argv[1:] if argv is None else argv), "--genomes")
+        words = without_local_rank(sys.argv[1:] if argv is None else argv)
         config = parse_config(ProxyJobConfig, words, "Distil layer mappings briefly, side by side, and score them.")
         from engine.jobs.proxy.job import proxy
 

@@ -6,7 +6,8 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from engine.cli import parse_config, run_main
+from engine.cli import run_main
+from engine.config.reading import parse_config
 from engine.errors import UserError
 from engine.records.stdout import survive_lost_readers
 from ga.config import SearchConfig

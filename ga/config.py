@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from engine.config.distill import require
-from engine.config.marks import how, result
+from engine.config.checks import require
+from engine.config.marks import PathText, how, result
 from engine.config.proxy import ProxyJobConfig, ProxySettings
 from ga.evolution.genome import Constraint
 from ga.evolution.operators import PRESETS, Settings
@@ -96,6 +96,12 @@ class SearchSection(Settings):
         for name in ("trials", "cohort", "slots_per_job", "max_failures"):
             require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), "must be at least 1")
         require(self.seed >= 0, "search.seed", self.seed, "must be >= 0")
+        require(
+            not (self.storage or "").startswith(("sqlite:///~", "sqlite:///$")),
+            "search.storage",
+            self.storage,
+            "nothing is expanded in a URL; write the whole path, as in sqlite:////home/me/study.db",
+        )
         require(self.job_minutes > 0, "search.job_minutes", self.job_minutes, "must be > 0")
         require(self.confirm_top >= 0, "search.confirm_top", self.confirm_top, "must be >= 0")
         require(
@@ -143,11 +149,11 @@ class SearchSection(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(ProxySettings):
-    output_dir: str = how("runs/search")
+    output_dir: PathText = how("runs/search")
     """Folder of the search: trials, TensorBoard, report and, unless search.storage names another, study.db. Starting
     the same command again continues it."""
 
-    hostfile: str | None = how(None)
+    hostfile: PathText | None = how(None)
     """DeepSpeed hostfile (`worker-1 slots=8`) of the hosts that run jobs; unset: this machine."""
 
     status: bool = how(False)

@@ -9,19 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.config.marks import evaluation, how, located, result
-from engine.errors import UserError
+from engine.config.checks import require
+from engine.config.marks import PathText, evaluation, how, located, result
 from engine.mapping import RANDOM_EACH_STEP, MappingPair
-
-
-def require(ok: bool, key: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise UserError(f"{key}={value!r}: {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    path: str = located("models/all-MiniLM-L6-v2", teacher=True)
+    path: PathText = located("models/all-MiniLM-L6-v2", teacher=True)
     """Folder or hub name of the frozen teacher (any Auto-class encoder that uses transformers' attention interface)."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = result("auto", teacher=True)
@@ -36,7 +31,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    path: str | None = result(None)
+    path: PathText | None = result(None)
     """HF folder or hub name to start from; it then owns the architecture, and `layers` … `init` must stay unset."""
 
     layers: int | None = result(None)
@@ -249,7 +244,7 @@ def trained_pairs(loss: LossConfig, mapping: MappingPair) -> frozenset[tuple[int
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: str = located("data/news")
+    path: PathText = located("data/news")
     """Folder that launch/prepare_data.py wrote (with manifest.json)."""
 
     seq_len: int | None = located(None)
@@ -381,13 +376,14 @@ class TrainConfig:
             f"must not exceed train.steps={self.steps}",
         )
         require_decay(self.schedule, self.decay_share)
-        require(
-            self.schedule != "warmup_stable_decay" or self.warmup_steps + self.decay_steps <= self.steps,
-            "train.decay_share",
-            self.decay_share,
-            f"{self.decay_steps} steps of decay and {self.warmup_steps} of warm-up must not exceed "
-            f"train.steps={self.steps}",
-        )
+        if self.schedule == "warmup_stable_decay" and 0.0 < decay_share_of(self.decay_share) <= 1.0:
+            require(
+                self.warmup_steps + self.decay_steps <= self.steps,
+                "train.decay_share",
+                self.decay_share,
+                f"{self.decay_steps} steps of decay and {self.warmup_steps} of warm-up must not exceed "
+                f"train.steps={self.steps}",
+            )
 
     @property
     def decay_steps(self) -> int:
@@ -427,7 +423,7 @@ class KernelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    output_dir: str = how("runs/distill")
+    output_dir: PathText = how("runs/distill")
     """Run directory; starting the same command again continues the run in it."""
 
     seed: int = evaluation(0)
@@ -437,7 +433,7 @@ class RunConfig:
     """auto: continue from the newest complete checkpoint; never: start anew (refused when there are checkpoints);
     or the name of one, like step-00000100."""
 
-    deepspeed_config: str = how("auto")
+    deepspeed_config: PathText = how("auto")
     """DeepSpeed JSON (see ds_configs/README.md); auto: zero1_bf16.json on a GPU, zero0_bf16.json on a CPU with AMX
     or AVX-512 bf16, zero0_fp32.json elsewhere."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.config.checks import require
 from engine.config.distill import (
     KernelConfig,
     LossConfig,
@@ -12,10 +13,9 @@ from engine.config.distill import (
     OptimConfig,
     Schedule,
     decay_share_of,
-    require,
     require_decay,
 )
-from engine.config.marks import evaluation, how, located, result
+from engine.config.marks import PathText, evaluation, how, located, result
 from engine.mapping import RANDOM_EACH_STEP
 
 GRID_KEYS = ("lr", "epochs", "batch")
@@ -24,13 +24,13 @@ METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 @dataclass(frozen=True, kw_only=True)
 class CustomTaskConfig:
-    train: str
+    train: PathText
     """File of the training rows, with named columns: .csv, .tsv, JSON lines, a JSON list or Parquet."""
 
-    dev: str
+    dev: PathText
     """File of the rows that score."""
 
-    test: str | None = None
+    test: PathText | None = None
     """File of rows to predict; needs no label column."""
 
     text: str = "text"
@@ -55,7 +55,7 @@ class CustomTaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskDataConfig:
-    data_dir: str | None = located(None)
+    data_dir: PathText | None = located(None)
     """Folder with tasks in their official layout (SST-2/train.tsv, SQuAD/train-v1.1.json …); unset: the hub."""
 
     custom: dict[str, CustomTaskConfig] = located(factory=dict)
@@ -125,7 +125,7 @@ class TaskConfig(TaskDataConfig):
         require(bool(self.names), "task.name", self.name, "name at least one task")
         require(bool(self.seeds), "task.seeds", self.seeds, "give at least one seed")
         require(len(set(self.seeds)) == len(self.seeds), "task.seeds", self.seeds, "each seed once")
-        require(min(self.seeds) >= 0, "task.seeds", self.seeds, "seeds must be >= 0")
+        require(min(self.seeds, default=0) >= 0, "task.seeds", self.seeds, "seeds must be >= 0")
         for name in ("epochs", "lr"):
             value = getattr(self, name)
             require(value is None or value > 0, f"task.{name}", value, "must be > 0")
@@ -140,9 +140,9 @@ class TaskConfig(TaskDataConfig):
             require(key in GRID_KEYS, "task.grid", key, f"only {', '.join(GRID_KEYS)} can be searched")
             require(bool(values) and min(values) > 0, f"task.grid.{key}", values, "give at least one value > 0")
             require(
-                getattr(self, key) is None,
+                key not in GRID_KEYS or getattr(self, key) is None,
                 f"task.{key}",
-                getattr(self, key),
+                getattr(self, key, None),
                 f"remove it: task.grid already sets {key}",
             )
         for value in self.grid.get("batch", ()):
@@ -157,7 +157,7 @@ class TaskConfig(TaskDataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    path: str = located("runs/quickstart")
+    path: PathText = located("runs/quickstart")
     """What to fine-tune: a student folder, a run directory of launch/distill.py (its `student/`), or any Hugging Face
     encoder by folder or hub name."""
 
@@ -170,7 +170,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskTeacherConfig:
-    path: str | None = located(None)
+    path: PathText | None = located(None)
     """Folder of a teacher that was fine-tuned on the same task, for task-stage distillation; unset: none. `{task}` in
     it stands for the task's name, as in runs/teacher/{task}/model."""
 
@@ -233,13 +233,13 @@ class FineTrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    output_dir: str = how("runs/finetune")
+    output_dir: PathText = how("runs/finetune")
     """Folder of all fine-tunings of this command; starting the same command again continues where it stopped."""
 
     resume: Literal["auto", "never"] = how("auto")
     """auto: keep finished fine-tunings and continue the unfinished one; never: refuse a folder that has any."""
 
-    deepspeed_config: str = how("auto")
+    deepspeed_config: PathText = how("auto")
     """DeepSpeed JSON (see ds_configs/README.md); auto as in launch/distill.py."""
 
     dry_run: bool = how(False)

@@ -4,42 +4,60 @@ from __future__ import annotations
 
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from pathlib import Path
 
+from engine.config.checks import Problem, refuse
+from engine.config.nodes import read_text
 from engine.errors import UserError
 
 _NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
-_HOST_LINE = re.compile(r"^(\S+)\s+slots=(\d+)(?:\s.*)?$")
+_HOST_LINE = re.compile(r"^(\S+)\s+slots=(\d+)(?:\s.*)?$", re.ASCII)
+MOST_SLOTS = 1024
 
 
 def parse_hostfile(path: Path) -> dict[str, int]:
     """host -> number of slots, in the order of the file (DeepSpeed's format: `worker-1 slots=8`, # comments).
 
-    Raises UserError naming file and line for what DeepSpeed would refuse, and for a host without slots.
+    Raises SettingsError naming file and lines for what DeepSpeed would refuse, for a host without slots, and for what
+    is no host's name.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hostfile={str(path)!r} cannot be read: {error}") from None
     hosts: dict[str, int] = {}
+    problems: list[Problem] = []
+    lines = read_text(path).splitlines()
+    if path.read_bytes().startswith(BOM_UTF8):
+        text = "a byte order mark, which DeepSpeed would take for a part of the name; save the file without it"
+        problems.append(Problem(text, source=str(path), line=1))
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
             continue
-        match = _HOST_LINE.match(line)
-        if match is None:
-            raise UserError(f"{path}, line {number}: {line!r} is not a host; write HOST slots=N, e.g. worker-1 slots=8")
-        host, slots = match.group(1), int(match.group(2))
-        if host in hosts:
-            raise UserError(f"{path}, line {number}: host {host!r} is there twice; give each host one line")
-        if host.startswith("-") or set(host) & set("@:,"):  # an option of ssh; they mean something else in --include
-            raise UserError(f"{path}, line {number}: host {host!r} is no plain name; give it one in ~/.ssh/config")
-        if slots < 1:
-            raise UserError(f"{path}, line {number}: {line!r} has no slot; write slots=1 or more, or remove the line")
-        hosts[host] = slots
-    if not hosts:
-        raise UserError(f"{path} names no host; write one line for each, e.g. worker-1 slots=8")
+        try:
+            host, slots = _host(line)
+            if host in hosts:
+                raise UserError(f"host {host!r} is there twice; give each host one line")
+        except UserError as error:
+            problems.append(Problem(str(error), source=str(path), line=number))
+        else:
+            hosts[host] = slots
+    if not hosts and not problems:
+        problems.append(Problem("names no host; write one line for each, e.g. worker-1 slots=8", source=str(path)))
+    refuse(problems)
     return hosts
+
+
+def _host(line: str) -> tuple[str, int]:
+    match = _HOST_LINE.match(line)
+    if match is None:
+        raise UserError(f"{line!r} is not a host; write HOST slots=N, e.g. worker-1 slots=8")
+    host, slots = match.group(1), int(match.group(2)[: len(str(MOST_SLOTS)) + 1])
+    if host.startswith("-") or set(host) & set("@:,"):  # an option of ssh; they mean something else in --include
+        raise UserError(f"host {host!r} is no plain name; give it one in ~/.ssh/config")
+    if not 1 <= slots <= MOST_SLOTS:
+        raise UserError(
+            f"{line!r}: a host has 1 to {MOST_SLOTS} slots; write its number of devices, or remove the line"
+        )
+    return host, slots
 
 
 def rank_exports(environ: Mapping[str, str], cwd: Path) -> dict[str, str]:
@@ -53,10 +71,7 @@ def rank_exports(environ: Mapping[str, str], cwd: Path) -> dict[str, str]:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{os.fspath(path)} cannot be read: {error}; write it as UTF-8 text") from None
+        lines = read_text(path).splitlines()
         for number, line in enumerate(lines, start=1):
             key, equals, value = line.partition("=")
             if not equals or not _NAME.match(key.strip()):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from enum import StrEnum
 from operator import attrgetter
-from typing import Any
+from typing import Annotated, Any
 
 from engine.records.fingerprints import flatten
 
@@ -22,6 +22,9 @@ class Mark(StrEnum):
     HOW = "how"
     """Says how it is computed, kept or shown, up to rounding: free to change."""
 
+
+PathText = Annotated[str, "path"]
+"""Type of a setting that is a path, or a name on the hub: `~` in it stands for the home folder."""
 
 FIXED = (Mark.RESULT, Mark.EVALUATION)
 """Marks of what must be the same when something is continued."""

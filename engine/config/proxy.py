@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.config.checks import require
 from engine.config.distill import (
     DataConfig,
     KernelConfig,
@@ -14,10 +15,9 @@ from engine.config.distill import (
     StudentConfig,
     TeacherConfig,
     TrainConfig,
-    require,
 )
 from engine.config.finetune import TaskDataConfig
-from engine.config.marks import evaluation, how, located, result
+from engine.config.marks import PathText, evaluation, how, located, result
 from engine.records.yardstick import TaskScale
 
 PROXY_INIT = "uniform"
@@ -69,7 +69,7 @@ class ProxyConfig:
     batch: int = result(32)
     """Rows per optimizer step (evaluator finetune)."""
 
-    teacher_cache: str | None = how(None)
+    teacher_cache: PathText | None = how(None)
     """Folder that keeps what the teacher computes for each batch, for later jobs with the same batches (a search's jobs
     all have them); CPU only. Unset: none."""
 
@@ -163,13 +163,13 @@ class ProxyTrainConfig:
 class ProxySettings:
     """What the jobs of a search have in common with one that is started by hand."""
 
-    output_dir: str = how()
+    output_dir: PathText = how()
     """Folder of everything that is written."""
 
     seed: int = evaluation(0)
     """Seed of weights, data order and dropout, of the first repeat."""
 
-    deepspeed_config: str = how("auto")
+    deepspeed_config: PathText = how("auto")
     """DeepSpeed JSON (see ds_configs/README.md); auto as in launch/distill.py, but ZeRO stage 0 on a CPU."""
 
     dry_run: bool = how(False)
@@ -201,12 +201,13 @@ class ProxySettings:
             self.data.eval_sequences,
             "remove it: a proxy is scored on tasks",
         )
-        self.train.as_train(self.proxy.steps)
+        if self.proxy.steps >= 1:
+            self.train.as_train(self.proxy.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyJobConfig(ProxySettings):
-    output_dir: str = how("runs/proxy")
+    output_dir: PathText = how("runs/proxy")
     """Folder for records.jsonl, TensorBoard and kept students; genomes that it holds a result of are not run again."""
 
     resume: Literal["auto", "never"] = how("auto")

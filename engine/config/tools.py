@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.config.distill import require
-from engine.config.marks import how, located, result
+from engine.config.checks import require
+from engine.config.marks import PathText, how, located, result
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    path: str
+    path: PathText
     """File of text, JSON lines, CSV, TSV or Parquet (also compressed), a folder of these, a cloned data set repository,
     a folder saved by `datasets`, or a hub data set name."""
 
@@ -56,10 +56,10 @@ class PrepareConfig:
     sources: list[SourceConfig] = located(factory=list)
     """Where the text comes from."""
 
-    output_dir: str = how("data/corpus")
+    output_dir: PathText = how("data/corpus")
     """Folder for the shards and manifest.json."""
 
-    tokenizer: str = located("models/all-MiniLM-L6-v2")
+    tokenizer: PathText = located("models/all-MiniLM-L6-v2")
     """Folder or hub name of the tokenizer: the teacher's."""
 
     seq_len: int = result(128)
@@ -101,10 +101,10 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    run: str
+    run: PathText
     """Run directory that launch/distill.py wrote."""
 
-    to: str | None = None
+    to: PathText | None = None
     """Folder to write; unset: `student` inside the run directory."""
 
     tag: str = "newest"
@@ -113,10 +113,10 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HostCheckConfig:
-    hostfile: str
+    hostfile: PathText
     """DeepSpeed hostfile (`worker-1 slots=8`) of the hosts to check."""
 
-    shared: str | None = None
+    shared: PathText | None = None
     """Folder that all hosts should share (where runs are written); a file that the first host writes there must appear
     on the others. Unset: not checked."""
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from engine.config.deepspeed import FOLDER, Execution, default_config_name, resolve_execution
+from engine.config.deepspeed import Execution, default_config_name, resolve_execution
+from engine.config.deepspeed_file import FOLDER, NAMES, REMEDIES
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.errors import UserError
 from engine.models.apex import require_apex
@@ -27,24 +31,43 @@ def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig
     path = Path(deepspeed_config)
     if deepspeed_config == "auto":
         path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())
-    execution = resolve_execution(train, optim, path, runtime.launcher_world_size())
-    check_zero_section(execution)
+    execution = resolve_execution(train, optim, path, runtime.launcher_world_size(), refused_by_deepspeed)
     check_precision(execution)
     if optim.name.startswith("apex_"):
         require_apex(optim.name)
     return execution
 
 
-def check_zero_section(execution: Execution) -> None:
-    """DeepSpeed would find these mistakes too, but only after both models are loaded, and with a traceback."""
+def refused_by_deepspeed(ds: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields key and fault of the values that DeepSpeed's own classes refuse. It would find them too, but only after
+    both models are loaded, and with a traceback."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    try:
-        DeepSpeedZeroConfig(**execution.resolved["zero_optimization"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
-        raise UserError(f"{execution.source}: {key}={first['input']!r}: {first['msg']}") from None
+    classes = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "comms_logger": CommsLoggerConfig,
+        "compile": CompileConfig,
+    }
+    for section, kind in classes.items():
+        known = {key: value for key, value in _section(ds, section).items() if f"{section}.{key}" not in REMEDIES}
+        try:
+            kind(**known)
+        except ValidationError as error:
+            for one in error.errors():
+                key = ".".join(str(part) for part in (section, *one["loc"]))
+                given = f"={json.dumps(one['input'], default=repr)}" if one["loc"] else ""
+                if one["type"] != "extra_forbidden" or section not in NAMES:  # names were looked at already
+                    yield key, f"{key}{given}: {one['msg']}"
+
+
+def _section(ds: dict[str, Any], name: str) -> dict[str, Any]:
+    section = ds.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def check_precision(execution: Execution) -> None:

@@ -127,7 +127,7 @@ def hold_out(task: TaskData, *, parts: int) -> TaskData:
 
 
 def _root(config: TaskDataConfig) -> Path:
-    root = Path(config.data_dir or "").expanduser()
+    root = Path(config.data_dir or "")
     if not root.is_dir():
         raise UserError(f"task.data_dir={config.data_dir!r}: no such folder{beside(root)}")
     return root
@@ -263,7 +263,7 @@ def _custom_rows(spec: TaskSpec, config: TaskDataConfig, *, test: bool) -> dict[
     files = {"train": custom.train, "dev": custom.dev, **({"test": custom.test} if test and custom.test else {})}
     found: dict[str, Rows] = {}
     for name, file in files.items():
-        path = Path(file).expanduser()
+        path = Path(file)
         if not path.is_file():
             what = "is a folder, name a file" if path.is_dir() else "no such file"
             raise UserError(f"{key}.{name}={file!r}: {what}{beside(path)}")

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from engine.config.checks import require
 from engine.config.marks import result
-from engine.errors import UserError
 from ga.evolution.genome import Genes, Space, below
 
 TRIES = 20
@@ -41,15 +41,12 @@ class Settings:
     """Probability, for each gene, of the next lower or higher value."""
 
     def __post_init__(self) -> None:
-        def require(holds: bool, name: str, rule: str) -> None:
-            if not holds:
-                raise UserError(f"search.{name}={getattr(self, name)}: {rule}")
-
-        require(self.population >= 2, "population", "must be at least 2")
-        require(self.tournament_size >= 1, "tournament_size", "must be at least 1")
-        require(1 <= self.rank_pressure <= 2, "rank_pressure", "must be between 1 and 2")
+        for name in ("population", "tournament_size"):
+            least = 2 if name == "population" else 1
+            require(getattr(self, name) >= least, f"search.{name}", getattr(self, name), f"must be at least {least}")
+        require(1 <= self.rank_pressure <= 2, "search.rank_pressure", self.rank_pressure, "must be between 1 and 2")
         for name in ("newcomers", "crossover_rate", "reset_rate", "creep_rate"):
-            require(0 <= getattr(self, name) <= 1, name, "must be between 0 and 1")
+            require(0 <= getattr(self, name) <= 1, f"search.{name}", getattr(self, name), "must be between 0 and 1")
 
 
 PRESETS = {

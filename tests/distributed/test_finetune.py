@@ -22,8 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_world import TinyWorld
 from transformers import AutoTokenizer, pipeline
 
-from engine.cli import parse_config
 from engine.config.finetune import FinetuneConfig
+from engine.config.reading import parse_config
 from engine.errors import UserError
 from engine.jobs.finetune.plan import make_finetune_plan
 from engine.jobs.finetune.unit import look_back

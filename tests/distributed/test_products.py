@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_world import TinyWorld
 from transformers import AutoModel, AutoTokenizer
 
-from engine.cli import parse_config
-from engine.config.deepspeed import FOLDER
+from engine.config.deepspeed_file import FOLDER
 from engine.config.distill import RunConfig
+from engine.config.reading import parse_config
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.jobs.distill.module import DistilModule

@@ -56,7 +56,7 @@ class SourceReader:
         self._max = max_line_bytes
         self._skip = skip_bad
         self._digest = hashlib.sha256()
-        self._root = Path(os.path.expanduser(source.path))
+        self._root = Path(source.path)
         self.saved_dataset = is_saved_dataset(self._root)
         self.selection = self._select()
         self._stats = [(path, path.stat()) for path in self._stored()]

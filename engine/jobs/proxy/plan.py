@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import engine
-from engine.config.deepspeed import FOLDER
+from engine.config.deepspeed_file import FOLDER
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, RunConfig
 from engine.config.marks import Mark, settings
 from engine.config.proxy import ProxyJobConfig

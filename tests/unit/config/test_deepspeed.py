@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from engine.config.deepspeed import FOLDER, Execution, load_ds_config, resolve_execution
+from engine.config.deepspeed import Execution, resolve_execution
+from engine.config.deepspeed_file import FOLDER, load_ds_config
 from engine.config.distill import OptimConfig, RunConfig, TrainConfig
 from engine.errors import UserError
 
@@ -54,15 +55,15 @@ def test_accumulation_is_derived(tmp_path: Path) -> None:
         ({"gradient_accumulation_steps": 7}, "gradient_accumulation_steps=7"),
         ({"train_micro_batch_size_per_gpu": 5}, r"does not divide .* use one of \[1, 2, 4, 8, 16, 32\]"),
         ({"train_micro_batch_size_per_gpu": "4"}, "whole number"),
-        ({"optimizer": {"type": "Adam"}}, "remove the section 'optimizer'"),
-        ({"scheduler": {}}, "remove the section 'scheduler'"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer: remove it: optim"),
+        ({"scheduler": {}}, "scheduler: remove it: train.schedule"),
         ({"tensorboard": {"enabled": True}}, "owns the TensorBoard writer"),
         ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"stage": 4}}, "stage=4"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
         ({"bf16": True}, "must be an object"),
         ({"zero_optimization": 2}, "zero_optimization=2 must be an object"),
-        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param='cpu' must be an object"),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, 'offload_param="cpu" must be an object'),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs ZeRO stage 3"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs ZeRO stage 1"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "'nvme' must be none or cpu"),

@@ -7,8 +7,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from engine.cli import parse_config
 from engine.config.distill import RunConfig
+from engine.config.reading import parse_config
 from engine.errors import UserError
 from ga.cli import search_main
 from ga.config import SearchConfig

@@ -161,7 +161,7 @@ def test_bad_lines_of_the_environment_file(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(UserError, match=r"\.deepspeed_env, line 2: .* is not NAME=value"):
             rank_exports({}, tmp_path)
     file.write_bytes(b"A=\xff\n")
-    with pytest.raises(UserError, match=r"\.deepspeed_env cannot be read"):
+    with pytest.raises(UserError, match=r"\.deepspeed_env, line 1: byte 0xff is not UTF-8"):
         rank_exports({}, tmp_path)
 
 

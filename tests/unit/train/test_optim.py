@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from engine.config.deepspeed import FOLDER, resolve_execution
+from engine.config.deepspeed import resolve_execution
+from engine.config.deepspeed_file import FOLDER
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.config.finetune import FineTrainConfig
 from engine.errors import UserError

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertForMaskedLM, BertModel
 
-from engine.cli import parse_config
-from engine.config.deepspeed import FOLDER, Execution, resolve_execution
+from engine.config.deepspeed import Execution, resolve_execution
+from engine.config.deepspeed_file import FOLDER
 from engine.config.distill import OptimConfig, RunConfig, TrainConfig
+from engine.config.reading import parse_config
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.jobs.distill.banner import closing_table, estimate_memory

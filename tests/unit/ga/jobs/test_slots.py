@@ -37,10 +37,13 @@ def test_hostfile(tmp_path: Path) -> None:
         ("worker-1 slots=4\nworker-2\n", r"hostfile, line 2: 'worker-2' is not a host; write HOST slots=N"),
         ("worker-1 slots=4x\n", r"line 1: .* is not a host"),
         ("worker-1 slots=4\n\nworker-1 slots=4\n", r"line 3: host 'worker-1' is there twice"),
-        ("worker-1 slots=0\n", r"line 1: .* has no slot"),
+        ("worker-1 slots=0\n", r"line 1: 'worker-1 slots=0': a host has 1 to 1024 slots"),
         ("me@worker-1 slots=2\n", r"line 1: host 'me@worker-1' is no plain name"),
         ("-worker slots=1\n", r"line 1: host '-worker' is no plain name"),
         ("# nobody\n", r"names no host"),
+        ("worker-1 slots=99999999999999999999\n", r"line 1: .*: a host has 1 to 1024 slots"),
+        ("\ufeffworker-1 slots=1\n", r"line 1: a byte order mark"),
+        ("a slots=1\nb\na slots=2\n", r"^2 problems: \(1\) .*, line 2: 'b' is not .* \(2\) .*, line 3: host 'a' is"),
     ],
 )
 def test_bad_hostfile(text: str, message: str, tmp_path: Path) -> None:
@@ -49,10 +52,10 @@ def test_bad_hostfile(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_hostfile_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none' cannot be read"):
+    with pytest.raises(UserError, match=r"none: cannot be read: No such file"):
         parse_hostfile(tmp_path / "none")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="bytes: is UTF-16 text; save it as UTF-8"):
         parse_hostfile(tmp_path / "bytes")
 
 

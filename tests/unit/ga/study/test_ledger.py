@@ -363,8 +363,8 @@ def test_a_driver_on_another_machine_is_dead_when_its_beat_stands_still(
 
 
 def test_a_search_config_makes_the_configuration_of_its_jobs(tmp_path: Path) -> None:
-    from engine.cli import parse_config
     from engine.config.proxy import ProxyJobConfig
+    from engine.config.reading import parse_config
     from engine.records.run_dir import as_yaml
 
     argv = ["--proxy.report_at", "[3, 5]", "--search.halving", "2", "--seed", "4", "--student.layers", "2"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from engine.cli import parse_config
+from engine.config.reading import parse_config
 from engine.records.yardstick import counted
 from ga.config import SearchConfig
 from ga.evolution.genome import Space

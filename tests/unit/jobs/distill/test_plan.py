@@ -8,8 +8,8 @@ import pytest
 from launching import ROOT
 from tiny_world import TinyWorld
 
-from engine.cli import parse_config
 from engine.config.distill import RunConfig
+from engine.config.reading import parse_config
 from engine.errors import UserError
 from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
 

@@ -13,9 +13,9 @@ from glue_sample import write_glue_sample
 from squad_sample import write_squad_sample
 from tiny_world import TinyWorld
 
-from engine.cli import parse_config
 from engine.config.finetune import FinetuneConfig
 from engine.config.identity import changed_keys
+from engine.config.reading import parse_config
 from engine.errors import UserError
 from engine.jobs.finetune.plan import FinetunePlan, make_finetune_plan, unit_identity
 from engine.tasks.encode import encode_task
@@ -89,12 +89,11 @@ MISTAKES = [
     (["--task.nmae", "RTE"], "unknown setting 'task.nmae'; did you mean 'task.name'?"),
     (["--task.seed", "0"], "unknown setting 'task.seed'; did you mean 'task.seeds'?"),
     (["--task.seeds", "[0, 0]"], "task.seeds=[0, 0]: each seed once"),
-    (["--task.seeds", "[0, x]"], "task.seeds: expected int, got x"),
-    (["--task.epochs", "many"], "task.epochs: expected float or null, got many"),
+    (["--task.seeds", "[0, x]"], "task.seeds, entry 2: expected a whole number, got x"),
+    (["--task.epochs", "many"], "task.epochs: expected a number, got many"),
     (["--task.grid", "{rate: [1]}"], "only lr, epochs, batch can be searched"),
     (["--task.grid", "{lr: [1]}", "--task.lr", "1"], "task.lr=1.0: remove it: task.grid already sets lr"),
     (["--task.custom", "{m: {train: a, devv: b}}"], "devv"),
-    (["--task.custom", "{m: {train: a, dev: b, labels: [no, yes]}}"], "got [False, True]; YAML reads it as"),
     (["--loss.hidden", "1"], "loss.hidden=1.0: needs a teacher: set teacher.path"),
     (["--loss.labels", "0"], "must be > 0 without a teacher"),
     (["--mapping.hidden", "random-each-step"], "only launch/distill.py draws layers; write a fixed mapping"),

@@ -9,8 +9,8 @@ import pytest
 from glue_sample import write_glue_sample
 from tiny_world import TinyWorld
 
-from engine.cli import _listed, parse_config
 from engine.config.proxy import ProxyJobConfig
+from engine.config.reading import parse_config
 from engine.errors import UserError
 from engine.jobs.proxy.plan import ProxyPlan, code_version, make_proxy_plan
 from engine.jobs.proxy.report import earlier_results, fitness_table, signal_of
@@ -37,7 +37,7 @@ def plan(world: TinyWorld, glue: Path, *genomes: str, **settings: object) -> Pro
     values.update({key.replace("__", "."): value for key, value in settings.items()})
     argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     listed = ["--genomes", *genomes] if genomes else []
-    return make_proxy_plan(parse_config(ProxyJobConfig, _listed([*listed, *argv], "--genomes"), "test"))
+    return make_proxy_plan(parse_config(ProxyJobConfig, [*listed, *argv], "test"))
 
 
 def test_each_mapping_is_run_once_however_it_is_written(tiny_world: TinyWorld, glue: Path) -> None:
@@ -180,12 +180,10 @@ def test_another_metric_of_a_custom_task_is_another_fitness(tiny_world: TinyWorl
     assert len(found) == 2
 
 
-def test_genomes_are_one_list_on_the_command_line() -> None:
-    assert _listed(["--genomes", "1-2", "uniform", "--seed", "1"], "--genomes") == [
-        "--genomes", '["1-2", "uniform"]', "--seed", "1",
-    ]  # fmt: skip
-    assert _listed(["--genomes", "[1-2, last]"], "--genomes") == ["--genomes", "[1-2, last]"]
-    assert _listed(["--seed", "1"], "--genomes") == ["--seed", "1"]
+@pytest.mark.parametrize("words", [["1-2", "uniform"], ['["1-2", "uniform"]'], ["[1-2, uniform]"]])
+def test_genomes_are_words_or_a_list(words: list[str]) -> None:
+    config = parse_config(ProxyJobConfig, ["--seed", "1", "--genomes", *words, "--output_dir", "x"], "test")
+    assert (config.genomes, config.seed) == (["1-2", "uniform"], 1)
 
 
 def result(genome: str, seed: int, fitness: float, fingerprint: str = "f") -> dict[str, object]:

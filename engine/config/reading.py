@@ -1,0 +1,210 @@
+"""From command line and files to a configuration: every problem of all of them is found before one is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml  # type: ignore[import-untyped]
+
+from engine.config.checks import Problem, SettingsError, collected, refuse
+from engine.config.help import help_text
+from engine.config.nodes import NULL, TEXT, Entries, compose, described, is_null, line_of, read_text
+from engine.config.schema import Schema
+from engine.config.values import Reader, expanded
+from engine.errors import EXIT_DONE, UserError
+from engine.records.run_dir import as_yaml
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: str) -> ConfigT:
+    """Returns the resolved configuration: the command line wins over files, and what stands later over what stands
+    earlier. `--help` and `--print_config` print and end the process. Raises SettingsError with all that is wrong."""
+    schema = Schema(config_class)
+    options, problems = split_options(argv)
+    asked = {name for name, _ in options}
+    if asked & {"--help", "-h"}:
+        print(help_text(schema, description), end="")
+        raise SystemExit(EXIT_DONE)
+    sources: list[_File | _Option] = [_File(words) for name, words in options if name == "--config"]
+    sources += [_Option(name, words) for name, words in options if name not in ("--config", "--print_config")]
+    given: dict[str, Given] = {}
+    for source in sources:
+        given |= source.read(schema)
+        problems += source.problems
+    config = _made(config_class, schema, given, problems)
+    if "--print_config" in asked:
+        print(as_yaml(config), end="")
+        raise SystemExit(EXIT_DONE)
+    return config
+
+
+@dataclass(frozen=True)
+class Given:
+    """A setting as it was given."""
+
+    value: Any
+    source: str = ""
+    """File; empty: the command line."""
+    line: int = 0
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[tuple[str, list[str]]], list[Problem]]:
+    """Returns each `--name` with the words up to the next (`--name=value` has one), and what stands before all."""
+    options: list[tuple[str, list[str]]] = []
+    problems: list[Problem] = []
+    for word in argv:
+        if word.startswith("--") or word == "-h":
+            name, equals, value = word.partition("=")
+            options.append((name, [value] if equals else []))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            problems.append(Problem(f"unexpected {word!r}: write --config FILE, or --section.name VALUE"))
+    return options, problems
+
+
+class _File:
+    """A `--config`, with what is wrong in it."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.problems: list[Problem] = []
+        self._words = words
+        self._path = ""
+
+    def read(self, schema: Schema) -> dict[str, Given]:
+        given: dict[str, Given] = {}
+        try:
+            if len(self._words) != 1:
+                raise UserError(f"--config takes one file, got {' '.join(self._words) or 'none'}")
+            self._path = expanded(self._words[0], "--config")
+            self._add_section(self._top(), "", schema, given)
+        except SettingsError as error:
+            self.problems += error.problems
+        except UserError as error:
+            self.problems.append(Problem(str(error)))
+        return given
+
+    def _say(self, text: str, node: yaml.Node, key: str = "") -> None:
+        self.problems.append(Problem(text, key=key, source=self._path, line=line_of(node)))
+
+    def _top(self) -> yaml.MappingNode:
+        text = read_text(Path(self._path))
+        if not text.strip():
+            raise SettingsError([Problem("is empty; leave it away to have every default", source=self._path)])
+        node = compose(text, self._path)
+        if node is None:  # comments alone: every setting has its default
+            return yaml.MappingNode(tag="", value=[])
+        if not isinstance(node, yaml.MappingNode):
+            text = f"expected settings like `output_dir: runs/first`, got {described(node)}"
+            raise SettingsError([Problem(text, source=self._path, line=line_of(node))])
+        return node
+
+    def _add_section(self, node: yaml.MappingNode, above: str, schema: Schema, given: dict[str, Given]) -> None:
+        """above: `section.`, or empty for the whole file."""
+        entries = Entries(node, self._path, above.removesuffix("."))
+        self.problems += entries.problems
+        here: set[str] = set()
+        for name, key_node, value in entries:
+            key = above + name
+            if key in schema.sections:
+                if isinstance(value, yaml.MappingNode):
+                    self._add_section(value, f"{key}.", schema, given)
+                elif not is_null(value):  # a section without any setting has its defaults
+                    self._say(
+                        f"{key} is a section: write its settings indented below it, not {described(value)}", value
+                    )
+            elif key in schema.settings:
+                if key in given and key not in here:
+                    lines = f"lines {given[key].line} and {line_of(key_node)}"
+                    self._say(f"{key} is there twice, {lines}; keep one", key_node)
+                reader = Reader(key, self._path)
+                given[key] = Given(reader.read(value, schema.settings[key].hint, key), self._path, line_of(key_node))
+                self.problems += reader.problems
+                here.add(key)
+            else:
+                self._say(f"unknown setting {key!r}; {schema.hint(key)}", key_node)
+
+
+class _Option:
+    """A setting on the command line, with what is wrong in it."""
+
+    def __init__(self, name: str, words: list[str]) -> None:
+        self.problems: list[Problem] = []
+        self._key, self._words = name.removeprefix("--"), words
+
+    def read(self, schema: Schema) -> dict[str, Given]:
+        if self._key not in schema.settings:
+            self.problems = [Problem(f"unknown setting {self._key!r}; {schema.hint(self._key)}")]
+            return {}
+        hint = schema.settings[self._key].hint
+        alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        try:
+            node = self._node({get_origin(one) or one for one in alternatives})
+        except UserError as error:
+            self.problems = [Problem(f"{self._key}: {error}", key=self._key)]
+            return {}
+        reader = Reader(self._key, "")
+        value = reader.read(node, hint, self._key)
+        self.problems = reader.problems
+        return {self._key: Given(value)}
+
+    def _node(self, kinds: set[Any]) -> yaml.Node:
+        """kinds: the types that the setting may have. What is no list or dictionary is taken as it is written."""
+        words = self._words or (["true"] if bool in kinds else [])
+        if not words:
+            raise UserError("a value is missing")
+        if len(words) == 1:
+            is_yaml = dict in kinds or (list in kinds and words[0].lstrip().startswith("["))
+            if is_yaml:
+                return compose(words[0], "") or _scalar("null")
+            if list not in kinds or str in kinds or words[0] == "null":
+                return _scalar(words[0])
+        elif list not in kinds:
+            raise UserError(f"takes one value, got {len(words)}; write one with spaces in quotes")
+        return yaml.SequenceNode(tag="tag:yaml.org,2002:seq", value=list(map(_scalar, words)))
+
+
+def _scalar(word: str) -> yaml.ScalarNode:
+    return yaml.ScalarNode(tag=NULL if word == "null" else TEXT, value=word)
+
+
+def _made(config_class: type[ConfigT], schema: Schema, given: dict[str, Given], problems: list[Problem]) -> ConfigT:
+    """Returns the configuration. Raises SettingsError for `problems` and those that the classes find themselves: of a
+    section whose values could be read, and of the whole if that holds for all of it."""
+    for key, setting in schema.settings.items():
+        if setting.default is MISSING and key not in given:
+            problems.append(Problem(f"{key} is missing; write --{key} VALUE, or {key} in a file", key=key))
+    unreadable = {problem.key.partition(".")[0] for problem in problems if problem.key}
+    values: dict[str, dict[str, Any]] = {name: {} for name in ("", *schema.sections)}
+    for key, one in given.items():
+        section, _, name = key.rpartition(".")
+        values[section][name] = one.value
+    with collected() as found:
+        sections = {
+            name: replace(default, **values[name])
+            for name, default in schema.sections.items()
+            if name not in unreadable
+        }
+        config = None if unreadable else config_class(**values[""], **sections)
+    refuse(_in_order([*problems, *(_placed(one, given) for one in found)]))
+    assert config is not None
+    return config
+
+
+def _placed(problem: Problem, given: dict[str, Given]) -> Problem:
+    """With file and line of its setting, or of the one that holds it."""
+    key = problem.key
+    while key and key not in given:
+        key = key.rpartition(".")[0]
+    at = given.get(key, Given(None))
+    return replace(problem, source=at.source, line=at.line)
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    """By file and line; what has none, at the end."""
+    return sorted(problems, key=lambda one: (not one.source, one.source, one.line))

@@ -1,0 +1,211 @@
+"""From what stands in a file, or on a command line, to the value of a setting: its type says how a text is read.
+
+So `no`, `12` or `2024-01-01` are text where text is wanted, and `1e-3` is a number where a number is wanted, whatever
+YAML would make of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+
+from engine.config.checks import Problem, collected
+from engine.config.nodes import PLAIN_TAGS, Entries, described, is_null, line_of, text_of
+from engine.errors import UserError
+
+LARGEST = 2**31 - 1
+"""Of whole numbers: counts, seeds, steps."""
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""As in YAML 1.1."""
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)", re.ASCII)
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9]", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]")
+
+
+class Reader:
+    """Reads the value of one setting, and keeps what is wrong in it."""
+
+    def __init__(self, key: str, source: str) -> None:
+        """source: the file; empty: the command line."""
+        self.problems: list[Problem] = []
+        self._key, self._source = key, source
+
+    def read(self, node: yaml.Node, hint: Any, what: str) -> Any:
+        """Returns the value of a type, or None after a problem. what: the setting's name in messages."""
+        try:
+            return self._value(node, hint, what)
+        except UserError as error:
+            self._keep([Problem(str(error))], node)
+            return None
+
+    def _keep(self, problems: Iterable[Problem], node: yaml.Node) -> None:
+        """Adds problems; they are at the node, unless they know better."""
+        for one in problems:
+            line = one.line or line_of(node)
+            self.problems.append(dataclasses.replace(one, key=self._key, source=self._source, line=line))
+
+    def _value(self, node: yaml.Node, hint: Any, what: str) -> Any:
+        if node.tag not in PLAIN_TAGS:
+            raise UserError(f"{what}: tags like {node.tag!r} are not read; write the plain value")
+        origin = get_origin(hint)
+        if origin in (Union, UnionType):
+            return self._union(node, get_args(hint), what)
+        if origin is list:
+            return self._list(node, get_args(hint)[0], what)
+        if origin is dict:
+            return self._dict(node, get_args(hint), what)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            return self._record(node, hint, what)
+        if origin is Annotated:
+            return _path(node, what)
+        if origin is Literal:
+            return _choice(node, get_args(hint), what)
+        return {bool: _truth, int: _whole, float: _number, str: _text}[hint](node, what)
+
+    def _union(self, node: yaml.Node, hints: tuple[Any, ...], what: str) -> Any:
+        """Of null and others; of two others one is a list."""
+        others = [hint for hint in hints if hint is not NoneType]
+        if len(others) < len(hints) and is_null(node):
+            if node.value == "~" and get_origin(others[0]) is Annotated:
+                raise UserError(f"{what}: `~` alone is YAML's null; write null, or ~/ for the home folder")
+            return None
+        is_list = isinstance(node, yaml.SequenceNode)
+        fitting = [hint for hint in others if (get_origin(hint) is list) == is_list]
+        return self._value(node, (fitting or others)[0], what)
+
+    def _list(self, node: yaml.Node, hint: Any, what: str) -> list[Any]:
+        if not isinstance(node, yaml.SequenceNode):
+            raise _unlike(node, what, "a list", f"write [{described(node)}] for one entry")
+        if len(node.value) == 1:
+            return [self.read(node.value[0], hint, what)]
+        return [self.read(one, hint, f"{what}, entry {number}") for number, one in enumerate(node.value, start=1)]
+
+    def _dict(self, node: yaml.Node, hints: tuple[Any, ...], what: str) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise _unlike(node, what, "names with values, like {name: value}")
+        entries = Entries(node, self._source, what)
+        self._keep(entries.problems, node)
+        return {
+            self.read(key, hints[0], f"{what}, name"): self.read(value, hints[1], f"{what}.{name}")
+            for name, key, value in entries
+        }
+
+    def _record(self, node: yaml.Node, kind: type[Any], what: str) -> Any:
+        """A dataclass inside of a list or a dictionary."""
+        hints = get_type_hints(kind, include_extras=True)
+        if not isinstance(node, yaml.MappingNode):
+            raise _unlike(node, what, f"a section with {', '.join(hints)}")
+        before = len(self.problems)
+        entries = Entries(node, self._source, what)
+        self._keep(entries.problems, node)
+        given: dict[str, Any] = {}
+        for name, key, value in entries:
+            if name in hints:
+                given[name] = self.read(value, hints[name], f"{what}.{name}")
+            else:
+                close = difflib.get_close_matches(name.lower(), hints, n=1, cutoff=0.5)
+                remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(hints)}"
+                self._keep([Problem(f"{what}: unknown setting {name!r}; {remedy}")], key)
+        for one in dataclasses.fields(kind):
+            if one.name not in given and one.default is one.default_factory is dataclasses.MISSING:
+                self._keep([Problem(f"{what}: {one.name} is missing; write it")], node)
+        if len(self.problems) > before:
+            return None
+        with collected() as found:
+            made = kind(**given)
+        self._keep([Problem(f"{what}: {one.text}") for one in found], node)
+        return made
+
+
+def expanded(text: str, what: str) -> str:
+    """Returns a path with the home folder in the place of `~`. Raises UserError for what only a shell would expand."""
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        return path
+    if path.startswith("~"):
+        raise UserError(f"{what}={text!r}: there is no such home folder; write ./{text} for a folder of that name here")
+    if _VARIABLE.search(path):
+        raise UserError(
+            f"{what}={text!r} does not exist, and environment variables are not expanded here: write the path itself "
+            "(~ stands for the home folder)"
+        )
+    return path
+
+
+def _unlike(node: yaml.Node, what: str, expected: str, remedy: str = "") -> UserError:
+    if is_null(node):
+        remedy = "write a value, or remove the setting to have its default"
+    return UserError(f"{what}: expected {expected}, got {described(node)}{'; ' if remedy else ''}{remedy}")
+
+
+def _scalar(node: yaml.Node, what: str, expected: str) -> str:
+    if isinstance(node, yaml.ScalarNode) and not is_null(node):
+        return text_of(node)
+    raise _unlike(node, what, expected)
+
+
+def _truth(node: yaml.Node, what: str) -> bool:
+    text = _scalar(node, what, "true or false").lower()
+    if text not in TRUTH:
+        raise _unlike(node, what, "true or false")
+    return TRUTH[text]
+
+
+def _whole(node: yaml.Node, what: str) -> int:
+    expected = "a whole number"
+    text = _scalar(node, what, expected)
+    if not _WHOLE.fullmatch(text):
+        raise _unlike(node, what, expected, "write decimal digits, without a leading zero")
+    if len(text) > 30 or abs(int(text)) > LARGEST:
+        raise _unlike(node, what, expected, f"it must not exceed {LARGEST}")
+    return int(text)
+
+
+def _number(node: yaml.Node, what: str) -> float:
+    expected = "a number"
+    text = _scalar(node, what, expected)
+    if _LEADING_ZERO.match(text):
+        raise _unlike(node, what, expected, "write it without a leading zero")
+    try:
+        value = float(text)
+    except ValueError:
+        raise _unlike(node, what, expected, "write it like 0.001 or 1e-3") from None
+    if not math.isfinite(value):
+        raise _unlike(node, what, expected, "it must be finite")
+    return value
+
+
+def _text(node: yaml.Node, what: str) -> str:
+    if isinstance(node, yaml.CollectionNode):
+        raise _unlike(node, what, "text", "write it in quotes if it is one")
+    text = _scalar(node, what, "text")
+    if _CONTROL.search(text):
+        raise UserError(f"{what}={text!r} has a line break or another control character in it; remove that")
+    return text
+
+
+def _choice(node: yaml.Node, choices: tuple[str, ...], what: str) -> str:
+    expected = f"one of {', '.join(map(repr, choices))}"
+    text = _scalar(node, what, expected)
+    if text not in choices:
+        raise _unlike(node, what, expected)
+    return text
+
+
+def _path(node: yaml.Node, what: str) -> str:
+    """A path, or the name of something on the hub."""
+    if is_null(node) and node.value == "~":
+        raise UserError(f"{what}: `~` alone is YAML's null; write ~/ for the home folder")
+    text = _text(node, what)
+    if not text:
+        raise UserError(f"{what} is empty; name a file or folder")
+    return expanded(text, what)
