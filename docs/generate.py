@@ -26,11 +26,22 @@ INTRO = """\
 
 Generated from the dataclasses of `engine/config/` and `ga/config.py` by `make docs`; do not edit.
 
-Every script takes `--config FILE.yaml` and any field as `--section.field value`; the command line wins over the file,
-and of several files the last.
-`--help` lists the fields, `--print_config` prints the resolved file. A mistake names key, value and remedy, and exits
-with code 2 before any model is loaded. How a run executes (precision, ZeRO stage, offload, micro batch) is set in one
-file of [ds_configs](../ds_configs/README.md).
+Every script takes `--config FILE.yaml` and any setting as `--section.name value`. The command line wins over files; of
+several files, and of a setting that is given twice on a command line, the last wins. Within one file nothing may stand
+twice. `--help` lists the settings, `--print_config` prints the resolved file. All mistakes of all files are said in one
+line, with file, line, value and remedy, and the exit code is 2, before any model is loaded. How a run executes
+(precision, ZeRO stage, offload, micro batch) is set in one file of [ds_configs](../ds_configs/README.md).
+
+How a value is read:
+
+- The setting decides, not YAML: `no`, `12` and `2024-01-01` are text where text is wanted, `1e-3` is a number. Truth
+  values are `true` or `false` (`yes`, `no`, `on`, `off` mean the same). Whole numbers have decimal digits (`1_000` is a
+  thousand; `010` is refused) and end at 2147483647; `inf` and `nan` are no numbers.
+- A section without settings, and a file of comments alone, leave the defaults. `null`, `~` or nothing unsets a setting
+  whose default is "unset", and is an error elsewhere.
+- `~/` at the start of a path is the home folder, in files too. Environment variables such as `$HOME` are not expanded.
+- A list is `[a, b]`, or several words on the command line: `--genomes uniform last`.
+- Files are UTF-8. Anchors, aliases and `<<` work; a JSON file is read as the YAML that it is.
 
 "continued" says what may change when the same command goes on with what it has begun: `fixed` settings may not, `free`
 ones may; with `same content` the file may lie elsewhere, if its content is the same.

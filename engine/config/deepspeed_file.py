@@ -19,7 +19,7 @@ from engine.errors import UserError
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
 _ZERO = "zero_optimization"
-_OFFLOAD = "device nvme_path buffer_count buffer_size pin_memory"
+_OFFLOAD = "device nvme_path buffer_count pin_memory"
 NAMES: dict[str, frozenset[str]] = {
     place: frozenset(names.split())
     for place, names in {
@@ -47,7 +47,7 @@ NAMES: dict[str, frozenset[str]] = {
             zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
             memory_efficient_linear pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings
             enable_sanity_checks save_muon_momentum_buffer_in_memory leaf_module""",
-        f"{_ZERO}.offload_param": f"{_OFFLOAD} max_in_cpu",
+        f"{_ZERO}.offload_param": f"{_OFFLOAD} buffer_size max_in_cpu",
         f"{_ZERO}.offload_optimizer": f"""
             {_OFFLOAD} pipeline_read pipeline_write fast_init ratio super_offload cpuadam_cores_perc""",
         "checkpoint": "tag_validation parallel_write",

@@ -89,9 +89,71 @@ def test_lamb_and_zero_do_not_go_together() -> None:
     resolve(run(optim=OptimConfig(name="lamb")), FOLDER / "zero0_bf16.json", 1)
 
 
+WRONG = [
+    ("", "line 1: not valid JSON"),
+    ('{\n"bf16": {"enabled": true},}', "line 2: not valid JSON"),
+    ('{\n// fast\n"bf16": {}}', "line 2: not valid JSON .*; it has no comments, and no comma before a closing bracket"),
+    ("[1]", "the top level must be a JSON object"),
+    ("[" * 5000, "not valid JSON"),
+    ('{"seed": %s}' % ("9" * 5000), "not valid JSON"),
+    ('{"zero_optimization": {},\n"bf16": {},\n"zero_optimization": {}}', "line 3: zero_optimization is there twice"),
+    ('{"zero_optimization": {"stage": 1,\n"stage": 2}}', "line 2: zero_optimization.stage is there twice"),
+    ('{"gradient_clipping": NaN}', "line 1: gradient_clipping is no finite number"),
+    ('{"zero_optimization": {"reduce_bucket_size": 1e400}}', "reduce_bucket_size is no finite number"),
+    ('{"zero_optimization": {},\n"offload_optimizer": {}}', "line 2: .*; it belongs into zero_optimization$"),
+    ('{"stage": 2}', "unknown key 'stage'; it belongs into zero_optimization"),
+    ('{"zero_optimization": {"gradient_clipping": 1}}', "it belongs into the top level"),
+    ('{"zero_optimization": {"cpu_offload": true}}', 'an old name; write "offload_optimizer": {"device": "cpu"}'),
+    ('{"cpu_offload_params": true}', 'an old name; write "offload_param": {"device": "cpu"}'),
+    ('{"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": true}}', "stage3_gather_16bit_weights_on_mod"),
+    ('{"bfloat16": {"enabled": true}}', "the old name of bf16"),
+    ('{"sparse_gradients": true}', "DeepSpeed has it no more"),
+    ('{"activation_checkpointing": {}}', "remove it: student.activation_checkpointing"),
+    ('{"checkpoint": {"use_node_local_storage": true}}', "checkpoint.storage of the run config owns it"),
+    ('{"zero_optimization": true}', 'zero_optimization=true must be an object like {"stage": 1}'),
+    ('{"zero_optimization": null}', 'zero_optimization=null must be an object like {"stage": 1}'),
+    ('{"bf16": {"enabled": "auto"}}', 'bf16.enabled="auto" must be true or false'),
+    ('{"zero_optimization": {"stage": true}}', "stage=true must be a whole number"),
+    ('{"gradient_clipping": true}', "gradient_clipping=true must be a number"),
+    ('{"prescale_gradients": "no"}', 'prescale_gradients="no" must be true or false'),
+    ('{"communication_data_type": "bf17"}', 'communication_data_type="bf17" must be fp32, fp16 or bf16'),
+    ('{"torch_autocast": {"dtype": "half"}}', "must be a precision like fp32, fp16 or bf16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "says"), WRONG, ids=lambda one: one[:50])
+def test_what_is_wrong_in_a_file_is_one_line_with_its_place(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says.replace("{", r"\{")) as error:
+        load_ds_config(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"stage": 1,\n"zero_optimization": {"overlap_com": true},\n"bf16": 3}')
+    with pytest.raises(UserError, match=r"^3 problems: \(1\) .*line 1: .* \(2\) .*line 2: .* \(3\) .*line 3: bf16=3"):
+        load_ds_config(path)
+
+
+def test_contradictions_are_said_at_once(tmp_path: Path) -> None:
+    on, nvme = {"enabled": True}, {"device": "nvme"}
+    path = write(tmp_path, bf16=on, fp16=on, zero_optimization={"stage": 3, "offload_param": nvme})
+    with pytest.raises(UserError, match=r"^2 problems: .*choose one .*offload_param.device='nvme' must be none or cpu"):
+        resolve(run(32), path, 1)
+
+
+@pytest.mark.parametrize("data", [b"\xef\xbb\xbf{}", b"{\r\n\t\r\n}", b'{"data_types": {"param_dtype": "bf16"}}'])
+def test_files_of_other_editors(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "ds.json").write_bytes(data)
+    assert resolve(run(32), tmp_path / "ds.json", 1).zero_stage == 0
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file; shipped in .*zero1_bf16.json"):
         load_ds_config(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
+    (tmp_path / "bad.json").write_bytes("{}".encode("utf-16"))
+    with pytest.raises(UserError, match=r"bad\.json: is UTF-16 text; save it as UTF-8"):
         load_ds_config(tmp_path / "bad.json")
