@@ -95,7 +95,7 @@ class _File:
     def _top(self) -> yaml.MappingNode:
         text = read_text(Path(self._path))
         if not text.strip():
-            raise SettingsError([Problem("is empty; leave it away to have every default", source=self._path)])
+            raise SettingsError([Problem("is empty; leave it out to have every default", source=self._path)])
         node = compose(text, self._path)
         if node is None:  # comments alone: every setting has its default
             return yaml.MappingNode(tag="", value=[])
