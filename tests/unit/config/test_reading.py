@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config.distill import RunConfig
@@ -110,6 +110,7 @@ WRONG = [
     ("mapping: {hidden: [0, 3]}", "mapping.hidden: expected text, got a list"),
     ("teacher: {dtype: fp8}", "teacher.dtype: expected one of 'auto', 'float32', 'bfloat16', 'float16', got fp8"),
     ("optim: {betas: 0.9}", "optim.betas: expected a list, got 0.9; write [0.9]"),
+    ("train: {schedule: warmup_stable_decay, decay_share: 1e308}", "train.decay_share=1e+308: must be in (0, 1]"),
     ("optim: {betas: [0.9, x]}", "optim.betas, entry 2: expected a number, got x"),
     ("train:\n\tlr: 1\n", "line 2: not valid YAML: found character '\\t' that cannot start any token while scanning"),
     ("loss:\n  hidden: [\n", "line 3: not valid YAML"),
@@ -294,25 +295,31 @@ VALUES = ["null", "~", "1e-3", "-1", "0", "1e308", "1e400", ".nan", "yes", "[]",
 SIGNS = ["&a", "*a", "<<", "!!int", "|", "\t", '"', "'", "---", "\n", "\n  ", ": ", "- ", "#", *"{}[],", "\0", "\x85"]
 NAMES = sorted({name for kind in CLASSES for key in Schema(kind).settings for name in (key, *key.split("."))})
 PIECES = st.sampled_from([*NAMES, *VALUES, *SIGNS])
-NAMED = st.dictionaries(
-    st.sampled_from(NAMES),
+CONTENTS = st.sampled_from(
+    ["1", "0", "-1", "1e308", "2147483647", "null", "yes", "[1, -1]", "[]", "{}", "{lr: [0]}"]
+) | (
     st.sampled_from(
-        ["1", "0", "-1", "1e308", "2147483647", "null", "yes", "[1, -1]", "[]", "{}", "{a: [0]}", "uniform"]
+        ["warmup_stable_decay", "random-each-step", "nsga2", "autotinybert", "tinybert", "mapping", "uniform"]
     )
-    | st.sampled_from(["warmup_stable_decay", "random-each-step", "nsga2", "autotinybert", "tinybert", "mapping"]),
-    max_size=6,
-).map(lambda found: "".join(f"{key}: {text}\n" for key, text in found.items()))
+)
+REQUIRED = {ProxyJobConfig: "genomes: [uniform]\n", ExportConfig: "run: x\n", HostCheckConfig: "hostfile: x\n"}
+
+
+def files(kind: Any) -> st.SearchStrategy[str]:
+    """Texts: of settings of `kind` with values of any type, and of pieces of YAML in any order."""
+    named = st.dictionaries(st.sampled_from(list(Schema(kind).settings)), CONTENTS, max_size=4)
+    lines = named.map(lambda found: "".join(f"{key}: {text}\n" for key, text in found.items()))
+    return lines.map(lambda text: REQUIRED.get(kind, "") + text) | st.lists(PIECES, max_size=12).map("".join)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 @settings(max_examples=60, deadline=None)
-@given(text=NAMED | st.lists(PIECES, max_size=12).map("".join))
-@example(text="train.schedule: warmup_stable_decay\ntrain.decay_share: 1e308\n")
+@given(data=st.data())
 def test_any_file_is_read_or_refused_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, kind: Any, text: str
+    tmp_path_factory: pytest.TempPathFactory, kind: Any, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_bytes(text.encode())
+    path.write_bytes(data.draw(files(kind)).encode())
     try:
         read_back = as_yaml(parse_config(kind, ["--config", str(path)], "test"))
     except UserError as error:
