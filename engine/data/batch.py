@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import numpy as np
@@ -26,9 +26,11 @@ class Counts:
     """B * L * L, pads included."""
     masked: float = 0
     """Positions with an MLM label."""
+    pairs_within: Mapping[int, float] = field(default_factory=dict)
+    """Window -> those of `token_pairs` that are no further apart than it."""
 
     @classmethod
-    def of(cls, lengths: npt.NDArray[np.int64], *, masked: int = 0) -> Counts:
+    def of(cls, lengths: npt.NDArray[np.int64], *, masked: int = 0, windows: Iterable[int] = ()) -> Counts:
         """Of one micro batch whose rows have `lengths` (B,) real tokens and are padded to the longest."""
         positions, longest = len(lengths) * int(lengths.max()), int(lengths.max())
         return cls(
@@ -38,16 +40,36 @@ class Counts:
             positions=positions,
             position_pairs=positions * longest,
             masked=masked,
+            pairs_within={window: _pairs_within(window, lengths) for window in windows},
         )
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        windows = self.pairs_within | other.pairs_within
+        one, two = (replace(x, pairs_within={w: x.pairs_within.get(w, 0) for w in windows}) for x in (self, other))
+        return one.with_values([a + b for a, b in zip(one.as_list(), two.as_list(), strict=True)])
 
     def scaled(self, factor: float) -> Counts:
-        return Counts(*(getattr(self, f.name) * factor for f in fields(self)))
+        return self.with_values([value * factor for value in self.as_list()])
 
     def as_list(self) -> list[float]:
-        return [float(getattr(self, f.name)) for f in fields(self)]
+        """Returns all numbers, in an order that depends on the windows alone."""
+        plain = [float(getattr(self, f.name)) for f in fields(self) if f.name != "pairs_within"]
+        return plain + [float(self.pairs_within[window]) for window in sorted(self.pairs_within)]
+
+    def with_values(self, values: Sequence[float]) -> Counts:
+        """Returns counts of the same windows with the numbers of an `as_list`."""
+        plain = len(fields(self)) - 1
+        return Counts(*values[:plain], dict(zip(sorted(self.pairs_within), values[plain:], strict=True)))
+
+    def pairs(self, window: int | None) -> float:
+        """Returns the pairs of real tokens that are in the window; None: all."""
+        return self.token_pairs if window is None else self.pairs_within[window]
+
+
+def _pairs_within(window: int, lengths: npt.NDArray[np.int64]) -> int:
+    """Returns how many pairs of positions of sequences are no further apart than the window."""
+    reach = np.minimum(window, lengths - 1)
+    return int((lengths * (2 * reach + 1) - reach * (reach + 1)).sum())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +70,9 @@ class CorpusLoader:
         pin_memory: bool = False,
         manifest: Manifest | None = None,
         check: ShardCheck | None = None,
+        windows: Iterable[int] = (),
     ) -> None:
+        """windows: within which pairs of tokens are counted."""
         self.manifest = manifest if manifest is not None else load_manifest(path)
         self.check = check
         check_tokenizer(self.manifest, tokenizer)
@@ -107,7 +109,7 @@ class CorpusLoader:
                 f"data.whole_word_mask=true: the tokenizer {tokenizer.name_or_path!r} does not mark where words begin; "
                 "set it to false"
             )
-        self._pin_memory = pin_memory
+        self._pin_memory, self._windows = pin_memory, frozenset(windows)
         self._mlm_probability, self._whole_word, self._seed = mlm_probability, whole_word, seed
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
@@ -201,7 +203,9 @@ class CorpusLoader:
                 tables=self._tables,
                 seed=self._seed,
             )
-        counts = Counts.of(lengths, masked=0 if labels is None else int((labels != IGNORE).sum()))
+        counts = Counts.of(
+            lengths, masked=0 if labels is None else int((labels != IGNORE).sum()), windows=self._windows
+        )
         batch = Batch(
             input_ids=torch.from_numpy(ids),
             attention_mask=None if mask is None else torch.from_numpy(mask),

@@ -14,26 +14,39 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from engine.kernels.exact import exact_products, scaled, square_sum, widest
-from engine.kernels.reference import ZEROED_SCORE_TINYBERT
+from engine.kernels.reference import ZEROED_SCORE_TINYBERT, outside
 
 MAP_ENTRIES_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
 """CPU: 2 MiB in fp32, a core's cache. CUDA: 256 MiB, enough to fill it, and far from the 2^31 elements that a dot
 product takes."""
+SMALLEST_TILE = 64
+"""Rows, where a window makes tiles small."""
 
-Tile = tuple[slice, slice, slice]
-"""Sequences, heads and rows (queries) that are worked on together, with all their keys."""
+Tile = tuple[slice, slice, slice, slice]
+"""Sequences, heads and rows (queries) that are worked on together, and all the keys in their window."""
 
 
-def tiles(B: int, H: int, L: int, device: torch.device) -> Iterator[Tile]:
+def tiles(B: int, H: int, L: int, device: torch.device, window: int | None = None) -> Iterator[Tile]:
     """Cuts B * H maps of (L, L) into tiles of at most MAP_ENTRIES_AT_ONCE entries, or one row."""
     most = MAP_ENTRIES_AT_ONCE[device.type]
     sequences = min(B, max(1, most // (H * L * L)))
     heads = H if sequences > 1 else min(H, max(1, most // (L * L)))
     rows = L if heads > 1 or most >= L * L else max(1, most // L)
+    if window is not None:  # more rows would have more keys outside of their windows than in them
+        rows = min(rows, max(SMALLEST_TILE, window))
     for b in range(0, B, sequences):
         for h in range(0, H, heads):
             for i in range(0, L, rows):
-                yield slice(b, b + sequences), slice(h, h + heads), slice(i, i + rows)
+                keys = slice(0, L) if window is None else slice(max(0, i - window), min(L, i + rows + window))
+                yield slice(b, b + sequences), slice(h, h + heads), slice(i, i + rows), keys
+
+
+def outside_of_tile(tile: Tile, L: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Returns (rows, keys) bool of the pairs that are further apart than the window; None for none."""
+    if window is None:
+        return None
+    positions = torch.arange(L, device=device)
+    return outside(window, positions[tile[2]], positions[tile[3]])
 
 
 class _ScoreMSE(torch.autograd.Function):
@@ -49,6 +62,7 @@ class _ScoreMSE(torch.autograd.Function):
         mask: torch.Tensor | None,
         factor: float,
         tinybert: bool,
+        window: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         kind = widest(q_s, k_s, q_t, k_t)
@@ -56,15 +70,21 @@ class _ScoreMSE(torch.autograd.Function):
         d_queries, d_keys = (torch.zeros(x.shape, dtype=kind, device=x.device) if wanted else None for x in (q_s, k_s))
         pads = None if mask is None else ~mask[:, None, :, None]
         with exact_products(q_s.device):
-            for b, h, i in tiles(*q_s.shape[:3], device=q_s.device):
-                key_pads = None if pads is None else pads[b]
-                query_pads = None if key_pads is None or tinybert else key_pads[:, :, i]
-                rows_s, rows_t = (wide_maps(x[b, h, i], kind, query_pads) for x in (q_s, q_t))
-                keys_s, keys_t = (wide_maps(x[b, h], kind, key_pads) for x in (k_s, k_t))
+            for tile in tiles(*q_s.shape[:3], device=q_s.device, window=window):
+                b, h, i, j = tile
+                unseen = outside_of_tile(tile, q_s.shape[2], window, q_s.device)
+                row_pads = None if pads is None or tinybert else pads[b, :, i]
+                key_pads = None if pads is None else pads[b, :, j]
+                rows_s, rows_t = (wide_maps(x[b, h, i], kind, row_pads) for x in (q_s, q_t))
+                keys_s, keys_t = (wide_maps(x[b, h, j], kind, key_pads) for x in (k_s, k_t))
                 scores_t = torch.bmm(rows_t, keys_t.transpose(1, 2)).mul_(scale_t)
+                if unseen is not None:
+                    scores_t.masked_fill_(unseen, 0.0)
                 if tinybert:
                     scores_s = torch.bmm(rows_s, keys_s.transpose(1, 2)).mul_(scale_s)
                     below = scores_s <= ZEROED_SCORE_TINYBERT
+                    if unseen is not None:
+                        below |= unseen
                     scores_t.masked_fill_(scores_t <= ZEROED_SCORE_TINYBERT, 0.0)
                     targets.append(square_sum(scores_t, kind))
                     difference = scores_s.masked_fill_(below, 0.0).sub_(scores_t)
@@ -73,9 +93,11 @@ class _ScoreMSE(torch.autograd.Function):
                 else:
                     targets.append(square_sum(scores_t, kind))
                     difference = scores_t.baddbmm_(rows_s, keys_s.transpose(1, 2), beta=-1.0, alpha=scale_s)
+                    if unseen is not None:
+                        difference.masked_fill_(unseen, 0.0)
                     sums.append(square_sum(difference, kind))
                 if d_queries is not None and d_keys is not None:
-                    add_products(d_queries[b, h, i], d_keys[b, h], difference, rows_s, keys_s)
+                    add_products(d_queries[b, h, i], d_keys[b, h, j], difference, rows_s, keys_s)
         if d_queries is not None and d_keys is not None:
             ctx.save_for_backward(d_queries, d_keys)
             ctx.factor, ctx.dtypes = 2.0 * factor * scale_s, (q_s.dtype, k_s.dtype)
@@ -88,7 +110,7 @@ class _ScoreMSE(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = upstream * ctx.factor
         d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return d_query, d_key, None, None, None, None, None, None, None
+        return d_query, d_key, None, None, None, None, None, None, None, None
 
 
 def wide_maps(x: torch.Tensor, kind: torch.dtype, pads: torch.Tensor | None) -> torch.Tensor:
@@ -117,8 +139,9 @@ def score_mse(
     mask: torch.Tensor | None,
     factor: float,
     tinybert: bool = False,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """factor * sum((A_s - A_t)^2), differentiable, and factor * sum(A_t^2). All have the same number of heads; factor
-    is 1 / (H * token_pairs). tinybert: as reference.attention_score_mse_tinybert."""
-    value, target = _ScoreMSE.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, mask, factor, tinybert)
+    """factor * sum((A_s - A_t)^2), differentiable, and factor * sum(A_t^2), both over pairs in the window. All have the
+    same number of heads; factor is 1 / (H * token_pairs). tinybert: as reference.attention_score_mse_tinybert."""
+    value, target = _ScoreMSE.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, mask, factor, tinybert, window)
     return value, target

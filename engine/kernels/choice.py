@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,8 @@ class Rows(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Queries (B, H, L, d) and keys (B, H or fewer, L, d) of both sides, and the factors on Q K^T."""
+    """Queries (B, H, L, d) and keys (B, H or fewer, L, d) of both sides, the factors on Q K^T, and how many tokens to
+    each side the layers attend to (None: all)."""
 
     q_s: torch.Tensor
     k_s: torch.Tensor
@@ -45,6 +46,13 @@ class Attention(NamedTuple):
     k_t: torch.Tensor
     scale_s: float
     scale_t: float
+    window_s: int | None = None
+    window_t: int | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Of the pairs of tokens that both layers attend to."""
+        return reference.narrower(self.window_s, self.window_t)
 
     def with_all_heads(self) -> Attention:
         """Grouped keys repeated for each query head."""
@@ -53,12 +61,13 @@ class Attention(NamedTuple):
         return self._replace(k_s=reference.repeat_heads(self.k_s, heads), k_t=reference.repeat_heads(self.k_t, heads))
 
     def padded(self, segments: Segments) -> Attention:
-        tensors = (segments.padded(x, 2) for x in self[:4])
-        return Attention(*tensors, self.scale_s, self.scale_t)
+        return self._with(segments.padded(x, 2) for x in self[:4])
 
     def without_kept_pads(self, segments: Segments) -> Attention:
-        tensors = (x[:, :, : segments.tokens] for x in self[:4])
-        return Attention(*tensors, self.scale_s, self.scale_t)
+        return self._with(x[:, :, : segments.tokens] for x in self[:4])
+
+    def _with(self, tensors: Iterable[torch.Tensor]) -> Attention:
+        return Attention(*tensors, *self[4:])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -85,50 +94,51 @@ class Kernels:
         self, inputs: Attention, rows: Rows, *, pairs: float, tinybert: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The MSE of attention scores, differentiable, and the mean of the teacher's squared scores over the same
-        pairs, detached. pairs: of real tokens, or of positions for `tinybert`, which needs padded batches."""
+        pairs, detached. pairs: of real tokens that both layers attend to, or of positions for `tinybert`, which needs
+        padded batches."""
         assert not (tinybert and rows.segments is not None), "TinyBERT's mean over positions needs them"
         if self.backend == "reference":
             return _reference_scores(inputs, rows, pairs, tinybert)
         inputs = inputs.with_all_heads()
         factor = 1.0 / reference.normaliser(inputs.q_s.shape[1] * pairs)
         scales = {"scale_s": inputs.scale_s, "scale_t": inputs.scale_t}
-        if self.attention == "tile" or tinybert:  # Gram matrices know nothing of TinyBERT's cut-off
+        window = inputs.window
+        if self.attention == "tile" or tinybert or window is not None:  # Gram matrices cannot leave out single scores
             if self._on_triton(*inputs[:4], widest_head=WIDEST_HEAD):
                 from engine.kernels.triton import attention
 
                 inputs, mask = _as_packed(inputs, rows)
                 return attention.score_mse(
-                    *inputs[:4], **scales, segments=rows.segments, mask=mask, factor=factor, tinybert=tinybert
+                    *inputs[:4],
+                    **scales,
+                    segments=rows.segments,
+                    mask=mask,
+                    factor=factor,
+                    tinybert=tinybert,
+                    window=window,
                 )
             inputs, mask = _as_padded(inputs, rows)
-            return attention_tile.score_mse(*inputs[:4], **scales, mask=mask, factor=factor, tinybert=tinybert)
+            return attention_tile.score_mse(
+                *inputs[:4], **scales, mask=mask, factor=factor, tinybert=tinybert, window=window
+            )
         inputs, mask = _as_padded(inputs, rows)
         return attention_gram.score_mse(*inputs[:4], **scales, mask=mask, factor=factor, accumulate=self.gram_sums)
 
     def softmax_kl(self, inputs: Attention, rows: Rows, *, tokens: float) -> torch.Tensor:
-        """KL(P_t || P_s) of softmax(scale Q K^T) over real keys, mean over heads and real queries."""
+        """KL(P_t || P_s) of softmax(scale Q K^T) over real keys in the window, mean over heads and real queries."""
+        settings: dict[str, Any] = {name: getattr(inputs, name) for name in Attention._fields[4:]}
         if self.backend == "reference":
             inputs, mask = _as_padded(inputs, rows)
-            scales = {"scale_s": inputs.scale_s, "scale_t": inputs.scale_t}
-            return reference.attention_probs_kl(*inputs[:4], **scales, mask=mask, tokens=tokens)
+            return reference.attention_probs_kl(*inputs[:4], **settings, mask=mask, tokens=tokens)
         inputs = inputs.with_all_heads()
         factor = 1.0 / reference.normaliser(inputs.q_s.shape[1] * tokens)
         if self._on_triton(*inputs[:4], widest_head=WIDEST_HEAD):
             from engine.kernels.triton import kl
 
             inputs, mask = _as_packed(inputs, rows)
-            return kl.softmax_kl(
-                *inputs[:4],
-                scale_s=inputs.scale_s,
-                scale_t=inputs.scale_t,
-                segments=rows.segments,
-                mask=mask,
-                factor=factor,
-            )
+            return kl.softmax_kl(*inputs[:4], **settings, segments=rows.segments, mask=mask, factor=factor)
         inputs, mask = _as_padded(inputs, rows)
-        return softmax_kl.softmax_kl(
-            *inputs[:4], scale_s=inputs.scale_s, scale_t=inputs.scale_t, mask=mask, factor=factor
-        )
+        return softmax_kl.softmax_kl(*inputs[:4], **settings, mask=mask, factor=factor)
 
     def relation_kl(
         self, x_s: torch.Tensor, x_t: torch.Tensor, rows: Rows, *, relation_heads: int, tokens: float
@@ -196,15 +206,13 @@ def _as_padded(inputs: Attention, rows: Rows) -> tuple[Attention, torch.Tensor |
 
 def _reference_scores(inputs: Attention, rows: Rows, pairs: float, tinybert: bool) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, mask = _as_padded(inputs, rows)
-    scales = {"scale_s": inputs.scale_s, "scale_t": inputs.scale_t}
+    settings = {"scale_s": inputs.scale_s, "scale_t": inputs.scale_t, "window": inputs.window, "mask": mask}
     nothing = [torch.zeros_like(x[..., :1]) for x in inputs[:2]]
     sides = (inputs[:4], (*nothing, inputs.q_t, inputs.k_t))
     if tinybert:
-        of = [
-            reference.attention_score_mse_tinybert(*side, **scales, mask=mask, position_pairs=pairs) for side in sides
-        ]
+        of = [reference.attention_score_mse_tinybert(*side, **settings, position_pairs=pairs) for side in sides]  # type: ignore[arg-type]
     else:
-        of = [reference.attention_score_mse(*side, **scales, mask=mask, token_pairs=pairs) for side in sides]
+        of = [reference.attention_score_mse(*side, **settings, token_pairs=pairs) for side in sides]  # type: ignore[arg-type]
     return of[0], of[1].detach()
 
 

@@ -8,6 +8,9 @@ the mean over the global batch, however that was split.
 
 `mask` is (B, L) bool, True = real token, or None when all are. Masked tensors are overwritten BEFORE any arithmetic
 (0 * NaN is NaN), so whatever stands in the padding reaches neither value nor gradient, and gradients there are 0.
+
+A window is how many tokens to each side a layer attends to; None: to all. `window_s` and `window_t` are those of the
+student's and of the teacher's layer.
 """
 
 from __future__ import annotations
@@ -69,6 +72,25 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         return scale * (q @ repeat_heads(k, q.shape[1]).transpose(-1, -2))
 
 
+def narrower(one: int | None, other: int | None) -> int | None:
+    """Returns the window of the pairs that are inside of both."""
+    given = [window for window in (one, other) if window is not None]
+    return min(given, default=None)
+
+
+def outside(window: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Returns (rows, columns) bool: which pairs of these positions are further apart than the window."""
+    return (rows[:, None] - columns[None, :]).abs() > window
+
+
+def _within(scores: torch.Tensor, window: int | None, value: float) -> torch.Tensor:
+    """Scores (B, H, L, L) with `value` at the pairs outside of the window."""
+    if window is None:
+        return scores
+    positions = torch.arange(scores.shape[-1], device=scores.device)
+    return scores.masked_fill(outside(window, positions, positions), value)
+
+
 def hidden_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, tokens: float) -> torch.Tensor:
     """Mean squared error of hidden states (B, L, D): sum over real tokens of |s - t|^2 / (tokens * D).
 
@@ -105,17 +127,20 @@ def attention_score_mse(
     scale_t: float,
     mask: torch.Tensor | None,
     token_pairs: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """MSE of attention scores A = scale * Q K^T, before softmax: sum over heads and pairs (i, j) of real tokens of
     (A_s - A_t)^2 / (H * token_pairs). TinyBERT (arXiv 1909.10351).
 
     q (B, H, L, d_s) and (B, H, L, d_t): equal H, any head widths. k may have fewer heads (grouped-query attention).
+    window: of the pairs that both layers attend to, which alone count; token_pairs is their number.
     """
     check_same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
     # A zeroed query or key makes its scores 0 on both sides: no pair mask is needed.
     scores_s = _scores(without_padding(q_s, mask), without_padding(k_s, mask), scale_s)
     scores_t = _scores(without_padding(q_t, mask), without_padding(k_t, mask), scale_t)
-    return _normalised((scores_s - scores_t).square().sum(), q_s.shape[1] * token_pairs)
+    difference = _within(scores_s - scores_t, window, 0.0)
+    return _normalised(difference.square().sum(), q_s.shape[1] * token_pairs)
 
 
 def attention_score_mse_tinybert(
@@ -128,10 +153,13 @@ def attention_score_mse_tinybert(
     scale_t: float,
     mask: torch.Tensor | None,
     position_pairs: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """MSE of attention scores as in TinyBERT's released general_distill.py: -10000 is added to the scores of padded
     keys, each side's scores <= -100 become 0, and the mean is over all positions, pads included:
     sum / (H * position_pairs). The scores of padded queries count, so their content matters here.
+
+    window: of the pairs that both layers attend to; beyond it scores are 0 on both sides, as at padded keys.
     """
     check_same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
 
@@ -142,17 +170,26 @@ def attention_score_mse_tinybert(
         return torch.where(scores <= ZEROED_SCORE_TINYBERT, 0.0, scores)
 
     difference = compared(q_s, k_s, scale_s) - compared(q_t, k_t, scale_t)
-    return _normalised(difference.square().sum(), q_s.shape[1] * position_pairs)
+    return _normalised(_within(difference, window, 0.0).square().sum(), q_s.shape[1] * position_pairs)
 
 
-def _softmax_kl_sum(scores_s: torch.Tensor, scores_t: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _softmax_kl_sum(
+    scores_s: torch.Tensor,
+    scores_t: torch.Tensor,
+    mask: torch.Tensor | None,
+    window_s: int | None = None,
+    window_t: int | None = None,
+) -> torch.Tensor:
     """Sum over heads and real rows of KL(softmax(scores_t) || softmax(scores_s)); scores (B, H, L, L)."""
-    if mask is not None:
-        # The lowest finite number instead of -inf: a sequence of padding only then has uniform rows, not NaN ones.
-        padded_key = ~mask[:, None, None, :]
-        lowest = torch.finfo(scores_s.dtype).min
-        scores_s, scores_t = scores_s.masked_fill(padded_key, lowest), scores_t.masked_fill(padded_key, lowest)
-    log_s, log_t = F.log_softmax(scores_s, dim=-1), F.log_softmax(scores_t, dim=-1)
+    # The lowest finite number instead of -inf: a sequence of padding only then has uniform rows, not NaN ones.
+    lowest = torch.finfo(scores_s.dtype).min
+    log_s, log_t = (
+        F.log_softmax(
+            _within(scores if mask is None else scores.masked_fill(~mask[:, None, None, :], lowest), window, lowest),
+            dim=-1,
+        )
+        for scores, window in ((scores_s, window_s), (scores_t, narrower(window_s, window_t)))
+    )
     rows = (log_t.exp() * (log_t - log_s)).sum(dim=-1)
     return (rows if mask is None else rows.masked_fill(~mask[:, None, :], 0.0)).sum()
 
@@ -167,14 +204,19 @@ def attention_probs_kl(
     scale_t: float,
     mask: torch.Tensor | None,
     tokens: float,
+    window_s: int | None = None,
+    window_t: int | None = None,
 ) -> torch.Tensor:
     """KL(P_t || P_s) of the attention probabilities P = softmax(scale * Q K^T over real keys): sum over heads and
     real queries / (H * tokens). MiniLM (arXiv 2002.10957). Shapes as in attention_score_mse.
+
+    With windows P are the probabilities that the layers compute, over the keys in theirs. Where the student's window is
+    the narrower one the teacher's are those given that the key is in it: the divergence would be infinite otherwise.
     """
     check_same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
     scores_s = _scores(without_padding(q_s, mask), without_padding(k_s, mask), scale_s)
     scores_t = _scores(without_padding(q_t, mask), without_padding(k_t, mask), scale_t)
-    return _normalised(_softmax_kl_sum(scores_s, scores_t, mask), q_s.shape[1] * tokens)
+    return _normalised(_softmax_kl_sum(scores_s, scores_t, mask, window_s, window_t), q_s.shape[1] * tokens)
 
 
 def split_heads(x: torch.Tensor, relation_heads: int) -> torch.Tensor:

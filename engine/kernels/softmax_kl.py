@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from engine.kernels.attention_tile import add_products, tiles, wide_maps
+from engine.kernels.attention_tile import add_products, outside_of_tile, tiles, wide_maps
 from engine.kernels.exact import exact_products, scaled, widest
+from engine.kernels.reference import narrower
 
 
 class _SoftmaxKL(torch.autograd.Function):
@@ -29,6 +30,8 @@ class _SoftmaxKL(torch.autograd.Function):
         scale_t: float,
         mask: torch.Tensor | None,
         factor: float,
+        window_s: int | None,
+        window_t: int | None,
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         kind = widest(q_s, k_s, q_t, k_t)
@@ -36,21 +39,25 @@ class _SoftmaxKL(torch.autograd.Function):
         d_queries, d_keys = (torch.zeros(x.shape, dtype=kind, device=x.device) if wanted else None for x in (q_s, k_s))
         pads = None if mask is None else ~mask[:, None, :, None]
         with exact_products(q_s.device):
-            for b, h, i in tiles(*q_s.shape[:3], device=q_s.device):
-                key_pads = None if pads is None else pads[b]
-                row_pads = None if key_pads is None else key_pads[:, :, i]
+            for tile in tiles(*q_s.shape[:3], device=q_s.device, window=window_s):
+                b, h, i, j = tile
+                unseen_s, unseen_t = (
+                    outside_of_tile(tile, q_s.shape[2], window, q_s.device)
+                    for window in (window_s, narrower(window_s, window_t))
+                )
+                row_pads, key_pads = (None, None) if pads is None else (pads[b, :, i], pads[b, :, j])
                 rows_s, rows_t = (wide_maps(x[b, h, i], kind, row_pads) for x in (q_s, q_t))
-                keys_s, keys_t = (wide_maps(x[b, h], kind, key_pads) for x in (k_s, k_t))
+                keys_s, keys_t = (wide_maps(x[b, h, j], kind, key_pads) for x in (k_s, k_t))
                 heads = len(range(*h.indices(q_s.shape[1])))
                 no_key, no_row = (_of_heads(x, heads) for x in (key_pads, row_pads))
-                log_t = _log_probabilities(rows_t, keys_t, scale_t, no_key)
-                log_s = _log_probabilities(rows_s, keys_s, scale_s, no_key)
+                log_t = _log_probabilities(rows_t, keys_t, scale_t, no_key, unseen_t)
+                log_s = _log_probabilities(rows_s, keys_s, scale_s, no_key, unseen_s)
                 p_t = log_t.exp()
                 per_row = p_t.mul(log_t.sub_(log_s)).sum(-1, keepdim=True)
                 sums.append(_real(per_row, no_row).sum())
                 if d_queries is not None and d_keys is not None:
                     difference = _real(log_s.exp_().sub_(p_t), no_row)
-                    add_products(d_queries[b, h, i], d_keys[b, h], difference, rows_s, keys_s)
+                    add_products(d_queries[b, h, i], d_keys[b, h, j], difference, rows_s, keys_s)
         if d_queries is not None and d_keys is not None:
             ctx.save_for_backward(d_queries, d_keys)
             ctx.factor, ctx.dtypes = factor * scale_s, (q_s.dtype, k_s.dtype)
@@ -61,7 +68,7 @@ class _SoftmaxKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = upstream * ctx.factor
         d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return d_query, d_key, None, None, None, None, None, None
+        return d_query, d_key, None, None, None, None, None, None, None, None
 
 
 def _of_heads(pads: torch.Tensor | None, heads: int) -> torch.Tensor | None:
@@ -74,11 +81,19 @@ def _real(x: torch.Tensor, pads: torch.Tensor | None) -> torch.Tensor:
 
 
 def _log_probabilities(
-    rows: torch.Tensor, keys: torch.Tensor, scale: float, key_pads: torch.Tensor | None
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    key_pads: torch.Tensor | None,
+    unseen: torch.Tensor | None,
 ) -> torch.Tensor:
+    """unseen: (rows, keys) bool, pairs outside of the window."""
     scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)
-    if key_pads is not None:  # the lowest number, not -inf: a sequence of padding only has uniform rows, not NaN ones
-        scores.masked_fill_(key_pads.transpose(-1, -2), torch.finfo(scores.dtype).min)
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a sequence of padding only has uniform rows, not NaN ones
+    if key_pads is not None:
+        scores.masked_fill_(key_pads.transpose(-1, -2), lowest)
+    if unseen is not None:
+        scores.masked_fill_(unseen, lowest)
     return torch.log_softmax(scores, dim=-1)
 
 
@@ -92,8 +107,11 @@ def softmax_kl(
     scale_t: float,
     mask: torch.Tensor | None,
     factor: float,
+    window_s: int | None = None,
+    window_t: int | None = None,
 ) -> torch.Tensor:
     """factor * sum over heads and real rows of KL(P_t || P_s). (B, H, L, d), the same number of heads everywhere, any
-    head widths; factor is 1 / (H * tokens). For self-relations pass one tensor as queries and keys."""
-    value: torch.Tensor = _SoftmaxKL.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, mask, factor)
+    head widths; factor is 1 / (H * tokens). For self-relations pass one tensor as queries and keys. Windows: as in
+    reference.attention_probs_kl."""
+    value: torch.Tensor = _SoftmaxKL.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, mask, factor, window_s, window_t)
     return value

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine.errors import UserError
-from engine.losses.base import AttentionMapped, Evaluated, LossSetup, StepInputs, Target
+from engine.kernels.choice import Attention
+from engine.losses.base import AttentionMapped, Evaluated, LossSetup, Pair, StepInputs, Target
 
 TARGET = "attention_target"
 """What is observed: the mean of the teacher's squared scores. With the loss it gives rho = |A_s - A_t| / |A_t|."""
@@ -23,13 +24,22 @@ def check_equal_heads(loss: str, setup: LossSetup) -> None:
         )
 
 
-class AttentionScoreLoss(AttentionMapped):
-    """MSE of attention scores before softmax (TinyBERT, arXiv 1909.10351)."""
-
-    name = "attention"
+class HeadByHead(AttentionMapped):
+    """A loss on the attention maps of each pair of layers."""
 
     def check(self) -> None:
         check_equal_heads(self.name, self.setup)
+
+    def attention(self, inputs: StepInputs, pair: Pair) -> Attention:
+        """What both layers compute their attention from."""
+        windows = self.setup.student.window(pair.student), self.setup.teacher.window(pair.teacher)
+        return inputs.attention(self.name, pair)._replace(window_s=windows[0], window_t=windows[1])
+
+
+class AttentionScoreLoss(HeadByHead):
+    """MSE of attention scores before softmax (TinyBERT, arXiv 1909.10351)."""
+
+    name = "attention"
 
     @property
     def targets(self) -> dict[str, Target]:
@@ -43,27 +53,25 @@ class AttentionScoreLoss(AttentionMapped):
         values, targets = {}, {}
         tinybert, counts = self.setup.counts_pads, inputs.per_micro
         for pair in self.pairs:
+            tensors = self.attention(inputs, pair)
             values[f"{self.name}/{pair}"], targets[f"{TARGET}/{pair}"] = inputs.kernels.attention_score_mse(
-                inputs.attention(self.name, pair),
+                tensors,
                 inputs.rows,
-                pairs=counts.position_pairs if tinybert else counts.token_pairs,
+                pairs=counts.position_pairs if tinybert else counts.pairs(tensors.window),
                 tinybert=tinybert,
             )
         return Evaluated.weighted(values, weights)._replace(observed=targets)
 
 
-class AttentionProbsLoss(AttentionMapped):
+class AttentionProbsLoss(HeadByHead):
     """KL of attention probabilities (MiniLM, arXiv 2002.10957), always over real tokens."""
 
     name = "attention_probs"
 
-    def check(self) -> None:
-        check_equal_heads(self.name, self.setup)
-
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         values = {
             f"{self.name}/{pair}": inputs.kernels.softmax_kl(
-                inputs.attention(self.name, pair), inputs.rows, tokens=inputs.per_micro.tokens
+                self.attention(inputs, pair), inputs.rows, tokens=inputs.per_micro.tokens
             )
             for pair in self.pairs
         }

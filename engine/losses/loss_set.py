@@ -109,6 +109,8 @@ class LossSet:
     """Hidden states (0 = embeddings) that are compared through a projection, by their name in the log."""
     targets: dict[str, Target]
     """What of the teacher a term is the mean squared distance to, for the terms that are one."""
+    windows: frozenset[int]
+    """Of student and teacher: within which the pairs of tokens of a batch must be counted."""
     warnings: tuple[str, ...]
     """Settings without effect."""
 
@@ -127,7 +129,8 @@ class LossSet:
         """kernels: what computes them; unset: those that run anywhere."""
         for layer_map in (hidden_map, attention_map):
             assert (layer_map.student_layers, layer_map.teacher_layers) == (student.layers, teacher.layers), layer_map
-        self.config = config
+        self.config, self.teacher = config, teacher
+        self.windows = frozenset(window for window in (*student.windows, *teacher.windows) if window is not None)
         average = config.resolved_average_layers
         setup = LossSetup(
             config=config,

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 from engine.config.distill import LossConfig
 from engine.data.batch import Batch
 from engine.kernels.choice import Rows
+from engine.kernels.reference import outside
 from engine.losses.base import Target
 from engine.losses.loss_set import LossSet
 from engine.models.capture import capture, runnable_anywhere
 from engine.models.features import Features, Wanted
 from engine.models.moments import LinearMap, Moments, fit
 from engine.models.projections import Projections
+from engine.models.shape import ModelShape
 from engine.ranks.collectives import from_rank_zero
 
 EVERY_FIFTH = 5
@@ -45,7 +47,14 @@ class Measured:
 class TeacherSlice:
     """A slice of the corpus, and what the teacher makes of it; one for all students of a cohort."""
 
-    def __init__(self, batches: Iterable[Batch], teacher: Callable[[Batch], Features], device: torch.device) -> None:
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        teacher: Callable[[Batch], Features],
+        device: torch.device,
+        shape: ModelShape | None = None,
+    ) -> None:
+        """shape: of the teacher; unset: its layers attend to all tokens."""
         self.batches: list[Batch] = []
         """On the CPU."""
         self.hidden: list[dict[int, torch.Tensor]] = []
@@ -61,7 +70,7 @@ class TeacherSlice:
             self.hidden.append(states)
             self.finite.append(finite_rows(list(states.values()), int(batch.counts.tokens)))
             for layer in features.query:
-                spread = self._scores.setdefault(layer, _Spread())
+                spread = self._scores.setdefault(layer, _Spread(shape.window(layer) if shape else None))
                 spread.add(features, layer, Rows(batch.to(device).token_mask, features.segments))
 
     @property
@@ -75,7 +84,7 @@ class TeacherSlice:
 
     def variance(self, target: Target) -> float:
         """Of hidden states about their mean, averaged over dimensions; of attention scores about the mean of their
-        head, over all pairs of real tokens."""
+        head, over all pairs of real tokens that its layer attends to."""
         if target.kind == "scores":
             return self._scores[target.layer].variance
         kept = zip(self.hidden, self.finite, strict=True)
@@ -84,9 +93,10 @@ class TeacherSlice:
 
 
 class _Spread:
-    """Sums of attention scores and of their squares, head by head."""
+    """Sums of attention scores within a window (None: of all) and of their squares, head by head."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None) -> None:
+        self._window = window
         self._count = 0
         self._sums: torch.Tensor = torch.zeros(())
         self._squares: torch.Tensor = torch.zeros(())
@@ -101,12 +111,17 @@ class _Spread:
         groups = query.shape[1] // key.shape[1]
         for q, k, length in zip(query, key, lengths, strict=True):
             wide = k[:, :length].float().repeat_interleave(groups, dim=0)
-            scores = (features.scaling[layer] * q[:, :length].float() @ wide.transpose(1, 2)).flatten(1).double()
+            scores = (features.scaling[layer] * q[:, :length].float() @ wide.transpose(1, 2)).double()
+            if self._window is None:
+                scores = scores.flatten(1)
+            else:
+                positions = torch.arange(length, device=scores.device)
+                scores = scores[:, ~outside(self._window, positions, positions)]
             if not bool(torch.isfinite(scores).all()):
                 continue
             self._sums = self._sums + scores.sum(1).cpu()
             self._squares = self._squares + scores.square().sum(1).cpu()
-            self._count += length * length
+            self._count += scores.shape[1]
 
     @property
     def variance(self) -> float:

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -53,6 +53,10 @@ EAGER_UP_TO = 256
 128, by 1.2 to 1.4 at 256 without pads, at each head width that was measured (16, 32, 64); beyond, 16 lost."""
 
 
+CHANGE_SCORES = ("softcap", "s_aux", "position_bias")
+"""Arguments of attention functions that make the probabilities others than softmax(scaling Q K^T)."""
+
+
 class DeepEnough(Exception):
     """Leaves a forward pass whose rest nobody needs."""
 
@@ -70,11 +74,20 @@ class Recorder:
     calls: int = 0
     causal: bool = False
 
-    def record(self, module: nn.Module, qkv: tuple[torch.Tensor, ...], scaling: float | None) -> None:
+    def record(
+        self, module: nn.Module, qkv: tuple[torch.Tensor, ...], scaling: float | None, more: Mapping[str, Any]
+    ) -> None:
+        """more: what else the model gives to its attention. Raises UserError for what no loss on scores knows of."""
         self.calls += 1
         self.causal |= bool(getattr(module, "is_causal", False))
         if self.calls not in self.layers:
             return
+        changed = [name for name in CHANGE_SCORES if more.get(name) is not None]
+        if changed:
+            raise UserError(
+                f"{type(module).__name__} computes its attention from more than queries and keys ({changed[0]}), which "
+                "the losses on attention do not follow; set loss.attention, loss.attention_probs and loss.relation to 0"
+            )
         query, key, value = qkv
         self.features.query[self.calls] = query
         self.features.key[self.calls] = key
@@ -150,7 +163,7 @@ def _with_recording(function: AttentionFunction) -> AttentionFunction:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         recorder = _active.get()
         if recorder is not None:
-            recorder.record(module, (query, key, value), scaling)
+            recorder.record(module, (query, key, value), scaling, kwargs)
         packed = packing_of(attention_mask)
         if packed is not None:
             return packed_attention(function, module, (query, key, value), packed.segments, scaling, **kwargs), None
@@ -220,6 +233,8 @@ def _without_asking_the_device(mask_function: Callable[..., torch.Tensor | None]
         if attention_mask is not None:
             packed = packed_mask()
             if packed is not None:
+                if kwargs.get("local_size") is not None:
+                    raise ValueError("layers with a window need their mask")
                 return packed
             kwargs["allow_is_bidirectional_skip"] = False
         return mask_function(*args, attention_mask=attention_mask, **kwargs)

@@ -23,6 +23,7 @@ from transformers import (
 from engine.errors import UserError
 from engine.hub.files import not_readable, quiet, safely, stored_tensors, weights_fingerprint, where
 from engine.models.shape import ModelShape
+from engine.models.windows import has_windows, windows_of
 from engine.records.fingerprints import digest
 
 Head = Literal["none", "mlm", "classification", "span"]
@@ -65,14 +66,22 @@ class Difference:
 
 
 def shape_of(config: PretrainedConfig, has_mlm_head: bool) -> ModelShape:
-    """The sizes of a model. ALBERT runs `inner_group_num` layers for each that its configuration counts."""
+    """The sizes of a model. ALBERT runs `inner_group_num` layers for each that its configuration counts. Raises
+    UserError for one whose layers attend to anything else than all tokens or a window."""
     return ModelShape(
         layers=config.num_hidden_layers * getattr(config, "inner_group_num", 1),
         width=config.hidden_size,
         heads=config.num_attention_heads,
         vocab=config.vocab_size,
         has_mlm_head=has_mlm_head,
+        windows=_windows_of(config.to_json_string(use_diff=False), type(config)) if has_windows(config) else (),
     )
+
+
+@cache
+def _windows_of(settings: str, kind: type[PretrainedConfig]) -> tuple[int | None, ...]:
+    with quiet():
+        return windows_of(skeleton(kind.from_dict(json.loads(settings)), "none"))
 
 
 def model_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:

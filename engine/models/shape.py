@@ -19,6 +19,12 @@ class ModelShape:
     """Number of query heads."""
     vocab: int
     has_mlm_head: bool
+    windows: tuple[int | None, ...] = ()
+    """How many tokens to each side each layer attends to, None: to all; empty: all layers to all."""
+
+    def window(self, layer: int) -> int | None:
+        """Returns that of a layer, counted from 1."""
+        return self.windows[layer - 1] if self.windows else None
 
 
 def forward_flops_per_token(

@@ -77,7 +77,8 @@ def build_student_config(
     if values.get("num_hidden_groups"):
         values["num_hidden_groups"] = min(values["num_hidden_groups"], layers // inner)
     if values.get("layer_types"):
-        values["layer_types"] = _layer_types(values["layer_types"], layers, sources)
+        types = values["layer_types"]
+        values["layer_types"] = [types[g - 1] for g in like_layers(sources or (0,) * layers, len(types))]
     values.update({name: cfg.dropout for name in DROPOUTS if name in values})
     with quiet():
         return type(teacher_config).from_dict(values)
@@ -121,10 +122,10 @@ def _attention_widths(values: dict[str, Any], teacher: ModelShape, hidden: int, 
     return found
 
 
-def _layer_types(types: list[str], layers: int, sources: tuple[int, ...] | None) -> list[str]:
-    """The kind (sliding or full attention) of each layer: its source's, else the teacher's pattern from the bottom."""
-    own = [types[m % len(types)] for m in range(layers)]
-    return [types[g - 1] if g else own[m] for m, g in enumerate(sources or [0] * layers)]
+def like_layers(sources: tuple[int, ...], teacher_layers: int) -> tuple[int, ...]:
+    """Returns the teacher layer whose kind (sliding or full attention) each student layer has: its source, else that of
+    the teacher's pattern from the bottom."""
+    return tuple(g or m % teacher_layers + 1 for m, g in enumerate(sources))
 
 
 def build_student(

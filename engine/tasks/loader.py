@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 
@@ -49,11 +49,14 @@ class TaskLoader:
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
+        windows: Iterable[int] = (),
     ) -> None:
+        """windows: within which pairs of tokens are counted."""
         assert len(encoded) > 0, "no rows"
         assert global_batch % (micro_batch * world) == 0, (global_batch, micro_batch, world)  # ds_config.py sees to it
         assert 0 <= rank < world, (rank, world)
         self._encoded, self._lengths = encoded, encoded.lengths
+        self._windows = frozenset(windows)
         self._order = TrainingOrder([len(encoded)], [1.0], seed)
         self._seed, self._pad_id, self._pin_memory = seed, pad_id, pin_memory
         self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
@@ -93,7 +96,7 @@ class TaskLoader:
         self.wait_s += seconds
 
     def _batch(self, rows: Ints) -> TaskBatch:
-        batch = _padded(self._encoded, rows, self._pad_id)
+        batch = _padded(self._encoded, rows, self._pad_id, self._windows)
         return batch.pinned() if self._pin_memory else batch
 
     def _bucket_rows(self, number: int) -> Ints:
@@ -146,7 +149,7 @@ def _stand_in(encoded: Encoded, rows: Ints, pad_id: int) -> TaskBatch:
     return replace(_padded(encoded, rows, pad_id), counts=Counts(), rows=torch.full((len(rows),), -1))
 
 
-def _padded(encoded: Encoded, rows: Ints, pad_id: int) -> TaskBatch:
+def _padded(encoded: Encoded, rows: Ints, pad_id: int, windows: Iterable[int] = ()) -> TaskBatch:
     """The rows, padded to the longest of them."""
     starts = encoded.starts[rows]
     lengths = encoded.starts[rows + 1] - starts
@@ -163,7 +166,7 @@ def _padded(encoded: Encoded, rows: Ints, pad_id: int) -> TaskBatch:
         input_ids=laid_out(encoded.ids, pad_id),
         attention_mask=None if real.all() else torch.from_numpy(real.astype(np.int64)),
         labels=None,
-        counts=Counts.of(lengths),
+        counts=Counts.of(lengths, windows=windows),
         lengths=tuple(lengths.tolist()),
         token_types=None if encoded.types is None else laid_out(encoded.types, 0),
         targets=None if encoded.targets is None else torch.from_numpy(encoded.targets[rows]),

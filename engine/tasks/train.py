@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, Schedule, TrainConfig, decay_steps
+from engine.losses.loss_set import LossSet
 from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.tasks.encode import EncodedTask
@@ -94,12 +95,12 @@ def train_on_task(
     cannot be trained again; everything that DeepSpeed holds of it is given back. With patience, the score is that of
     the best evaluation, whose weights a checkpointer keeps. The caller closes the monitor.
     """
-    loader = _loader(task, seed, execution, runtime, train)
+    loader = _loader(task, seed, execution, runtime, train, module.losses)
     measured = Measured()
     if chosen is None and module.losses is not None and module.losses.looks_at_slice:
         assert teacher is not None
         rows = loader.first(sequences_of(module.losses.config, task.mean_tokens))
-        measured = begin(module, TeacherSlice(rows, teacher, runtime.device))
+        measured = begin(module, TeacherSlice(rows, teacher, runtime.device, module.losses.teacher))
     optimizer = choose_optimizer(module, optim, train, execution, runtime.device, require_fused=require_fused)
     ds_engine = start_engine(module, optimizer, train, execution)
     try:
@@ -159,7 +160,9 @@ def train_on_task(
         gc.collect()  # engine and optimizer refer to each other
 
 
-def _loader(task: EncodedTask, seed: int, execution: Execution, runtime: Runtime, train: TrainConfig) -> TaskLoader:
+def _loader(
+    task: EncodedTask, seed: int, execution: Execution, runtime: Runtime, train: TrainConfig, losses: LossSet | None
+) -> TaskLoader:
     return TaskLoader(
         task.train,
         pad_id=task.pad_id,
@@ -169,4 +172,5 @@ def _loader(task: EncodedTask, seed: int, execution: Execution, runtime: Runtime
         rank=runtime.rank,
         world=runtime.world_size,
         pin_memory=runtime.device.type == "cuda",
+        windows=() if losses is None else losses.windows,
     )

@@ -148,7 +148,7 @@ class Trainer:
     def train_step(self, inputs: StepBatches) -> bool:
         """One optimizer step of every model; returns whether any rank was told to stop before it."""
         *sums, stops = summed([*inputs.local_counts.as_list(), self.stop.requested])
-        counts, stopping = Counts(*sums), stops > 0
+        counts, stopping = inputs.local_counts.with_values(sums), stops > 0
         self._interval_counts = self._interval_counts + counts
         per_micro = counts.scaled(1.0 / (self.runtime.world_size * self.execution.grad_accum_steps))
         live = self.live

@@ -67,10 +67,11 @@ def cases() -> Iterator[Case]:
                 "BLOCK_S": padded_width(width_s),
                 "BLOCK_T": padded_width(width_t),
             }
-            for tinybert in (False, True):
+            for tinybert, windowed in ((False, False), (True, False), (False, True), (True, True)):
                 shared = {
                     "H": 12,
                     "TINYBERT": tinybert,
+                    "WINDOWED": windowed,
                     "CUT": ZEROED_SCORE_TINYBERT,
                     "GRADIENT": True,
                     **widths,
@@ -93,17 +94,21 @@ def cases() -> Iterator[Case]:
                     "SUMS": True,
                 }
                 yield case("score, by rows", triton_attention._by_rows, dtype, constants, triton_attention.WARPS)
-            blocks = {"H": 12, "BM": triton_kl.ROWS, "BN": triton_kl.COLUMNS, "MASKED": True, **exact}
-            one = {"WIDTH": width_t, "BLOCK": padded_width(width_t), "LOW": triton_kl.LOWEST}
-            yield case("KL, log sums", triton_kl._log_sums, dtype, {**blocks, **one}, triton_kl.warps_of(width_t))
-            yield case(
-                "KL, by queries",
-                triton_kl._by_queries,
-                dtype,
-                {**blocks, **widths, "GRADIENT": True},
-                triton_kl.warps_of(width_t),
-            )
-            yield case("KL, by keys", triton_kl._by_keys, dtype, {**blocks, **widths}, triton_kl.warps_of(width_t))
+            for windowed in (False, True):
+                blocks = {
+                    "H": 12,
+                    "BM": triton_kl.ROWS,
+                    "BN": triton_kl.COLUMNS,
+                    "MASKED": True,
+                    "WINDOWED": windowed,
+                    **exact,
+                }
+                one = {"WIDTH": width_t, "BLOCK": padded_width(width_t), "LOW": triton_kl.LOWEST}
+                both = {**blocks, **widths}
+                warps = triton_kl.warps_of(width_t)
+                yield case("KL, log sums", triton_kl._log_sums, dtype, {**blocks, **one}, warps)
+                yield case("KL, by queries", triton_kl._by_queries, dtype, {**both, "GRADIENT": True}, warps)
+                yield case("KL, by keys", triton_kl._by_keys, dtype, both, warps)
         constants = {
             "WIDTH": 768,
             "S_TYPE": TYPES[dtype],
@@ -119,7 +124,7 @@ def cases() -> Iterator[Case]:
 
 def case(name: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int) -> Case:
     widths = "/".join(str(constants[key]) for key in ("WIDTH_S", "WIDTH_T", "WIDTH") if key in constants)
-    kind = " tinybert" if constants.get("TINYBERT") else ""
+    kind = "".join(f" {name.lower()}" for name in ("TINYBERT", "WINDOWED") if constants.get(name))
     return Case(
         f"{name} {dtype} {widths}{kind}",
         kernel,

@@ -247,3 +247,152 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(one, torch.Tensor):
                 self.entries = max(self.entries, one.numel())
         return result
+
+
+WINDOWS = [(3, None), (None, 3), (5, 9), (9, 5), (7, 7), (100, 100)]
+"""Of student and teacher, at 40 tokens."""
+
+
+def of_tokens(case: Case, window: int | None) -> list[list[tuple[list[int], list[list[int]]]]]:
+    """Sequence -> real positions, and for each of them the real positions that it attends to."""
+    B, _, L, _ = case.tensors[0].shape
+    found = []
+    for b in range(B):
+        real = [i for i in range(L) if case.mask is None or case.mask[b, i]]
+        found.append([(i, [j for j in real if window is None or abs(i - j) <= window]) for i in real])
+    return found  # type: ignore[return-value]
+
+
+def row_scores(q: torch.Tensor, k: torch.Tensor, scale: float, b: int, i: int, keys: list[int]) -> torch.Tensor:
+    """(H, keys) scores of one query."""
+    return torch.einsum("hd,hjd->hj", q[b, :, i], k[b, :, keys]) * scale
+
+
+def scores_by_hand(case: Case, window: int | None) -> list[torch.Tensor]:
+    """One query at a time, in float64."""
+
+    def compute(tensors: Tensors) -> torch.Tensor:
+        q_s, k_s, q_t, k_t = tensors
+        total, pairs = q_s.new_zeros(()), 0
+        for b, rows in enumerate(of_tokens(case, window)):
+            for i, keys in rows:
+                gap = row_scores(q_s, k_s, case.scale_s, b, i, keys) - row_scores(q_t, k_t, case.scale_t, b, i, keys)
+                total, pairs = total + gap.square().sum(), pairs + len(keys)
+        return total / (case.heads * pairs)
+
+    return value_and_gradients(compute, case.tensors, torch.float64)
+
+
+def kl_by_hand(case: Case, window_s: int | None, window_t: int | None) -> list[torch.Tensor]:
+    """One query at a time, in float64: the student's probabilities over its window, the teacher's over the part of its
+    own that lies in the student's."""
+    both = min((w for w in (window_s, window_t) if w is not None), default=None)
+
+    def compute(tensors: Tensors) -> torch.Tensor:
+        q_s, k_s, q_t, k_t = tensors
+        total = q_s.new_zeros(())
+        for b, rows in enumerate(of_tokens(case, window_s)):
+            for (i, keys), (_, keys_t) in zip(rows, of_tokens(case, both)[b], strict=True):
+                log_s = torch.log_softmax(row_scores(q_s, k_s, case.scale_s, b, i, keys), -1)
+                log_t = torch.log_softmax(row_scores(q_t, k_t, case.scale_t, b, i, keys_t), -1)
+                at = [keys.index(j) for j in keys_t]
+                total = total + (log_t.exp() * (log_t - log_s[:, at])).sum()
+        return total / (case.heads * case.tokens)
+
+    return value_and_gradients(compute, case.tensors, torch.float64)
+
+
+def in_window_pairs(case: Case, window: int | None) -> int:
+    return sum(len(keys) for rows in of_tokens(case, window) for _, keys in rows)
+
+
+def reference_scores(*tensors: torch.Tensor, factor: float, **settings: object) -> tuple[torch.Tensor, None]:
+    return reference.attention_score_mse(*tensors, **settings, token_pairs=1.0 / factor / tensors[0].shape[1]), None  # type: ignore[arg-type]
+
+
+def reference_kl(*tensors: torch.Tensor, factor: float, **settings: object) -> torch.Tensor:
+    return reference.attention_probs_kl(*tensors, **settings, tokens=1.0 / factor / tensors[0].shape[1])  # type: ignore[arg-type]
+
+
+KNOW_WINDOWS = {"reference": reference_scores} | {k: f for k, f in SCORES.items() if not k.startswith("gram")}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [0, 3, 7, 100])
+@pytest.mark.parametrize("name", KNOW_WINDOWS)
+def test_scores_within_a_window_equal_the_formula(name: str, window: int, masked: bool) -> None:
+    case = make_case(3, 2, 40, 16, 26, masked=masked, seed=window)
+    factor = 1.0 / (case.heads * in_window_pairs(case, window))
+    dtype = torch.float32 if name.startswith(TRITON) else torch.float64
+
+    def compute(tensors: Tensors) -> torch.Tensor:
+        return KNOW_WINDOWS[name](*tensors, **case.scales, mask=case.mask, factor=factor, window=window)[0]
+
+    got = value_and_gradients(compute, case.tensors, dtype)
+    assert_equal_to(
+        scores_by_hand(case, window), got, value=max(1e-12, 0.1 * ROUNDING[dtype]), gradient=ROUNDING[dtype]
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("name", ["reference", *SOFTMAX_KL])
+def test_softmax_kl_within_windows_equals_the_formula(
+    name: str, windows: tuple[int | None, int | None], masked: bool
+) -> None:
+    case = make_case(3, 2, 40, 16, 26, masked=masked, seed=4)
+    factor = 1.0 / (case.heads * case.tokens)
+    dtype = torch.float32 if name == TRITON else torch.float64
+    function = reference_kl if name == "reference" else SOFTMAX_KL[name]
+
+    def compute(tensors: Tensors) -> torch.Tensor:
+        return function(
+            *tensors, **case.scales, mask=case.mask, factor=factor, window_s=windows[0], window_t=windows[1]
+        )
+
+    got = value_and_gradients(compute, case.tensors, dtype)
+    wanted = kl_by_hand(case, *windows)
+    assert_equal_to(wanted, got, value=max(1e-12, 2 * ROUNDING[dtype]), gradient=max(1e-12, 2 * ROUNDING[dtype]))
+
+
+@pytest.mark.parametrize("name", [name for name in KNOW_WINDOWS if name != "reference"])
+def test_scores_of_tinybert_within_a_window_equal_the_reference(name: str) -> None:
+    case = make_case(2, 2, 40, 16, 32, masked=True, poisoned=False)
+    case = Case(tuple(20 * x for x in case.tensors), case.mask, case.scale_s, case.scale_t)  # type: ignore[arg-type]
+    positions = 2 * 40 * 40
+
+    def wanted(tensors: Tensors) -> torch.Tensor:
+        return reference.attention_score_mse_tinybert(
+            *tensors, **case.scales, mask=case.mask, position_pairs=positions, window=6
+        )
+
+    def compute(tensors: Tensors) -> torch.Tensor:
+        factor = 1.0 / (case.heads * positions)
+        return SCORES[name](*tensors, **case.scales, mask=case.mask, factor=factor, tinybert=True, window=6)[0]
+
+    want = value_and_gradients(wanted, case.tensors, torch.float64)
+    assert_equal_to(want, value_and_gradients(compute, case.tensors, torch.float32), value=2e-5, gradient=3e-6)
+
+
+@needs_triton
+def test_packed_sequences_have_the_windows_of_padded_ones() -> None:
+    case = make_case(3, 2, 40, 16, 26, masked=True)
+    tensors, segments = packed(case)
+    pairs, L = in_window_pairs(case, 5), segments.longest
+
+    def scores(given: Tensors) -> torch.Tensor:
+        factor = 1.0 / (case.heads * pairs)
+        return triton_attention.score_mse(*given, **case.scales, segments=segments, mask=None, factor=factor, window=5)[
+            0
+        ]
+
+    def kl(given: Tensors) -> torch.Tensor:
+        factor = 1.0 / (case.heads * case.tokens)
+        return triton_kl.softmax_kl(
+            *given, **case.scales, segments=segments, mask=None, factor=factor, window_s=9, window_t=5
+        )
+
+    for wanted, function in ((scores_by_hand(case, 5), scores), (kl_by_hand(case, 9, 5), kl)):
+        got = value_and_gradients(function, tensors, torch.float32)
+        spread = [got[0], *(segments.padded(g, 2) for g in got[1:])]
+        assert_equal_to([wanted[0], *(w[:, :, :L] for w in wanted[1:])], spread, value=2e-5, gradient=6e-6)

@@ -53,6 +53,7 @@ def open_corpus(plan: Plan, check: ShardCheck | None = None) -> CorpusLoader:
         whole_word=config.data.whole_word_mask,
         tokenizer=plan.tokenizer,
         pin_memory=runtime.uses_gpu(),
+        windows=plan.losses.windows,
     )
 
 

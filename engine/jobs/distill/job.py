@@ -150,7 +150,7 @@ class Job:
         if not module.losses.looks_at_slice:
             return Measured()
         batches = self.loader.first(sequences_of(self.config.loss, self.plan.seq_len))
-        return begin(module, TeacherSlice(batches, teacher, self.here.device))
+        return begin(module, TeacherSlice(batches, teacher, self.here.device, self.plan.teacher_shape))
 
     def _tidy(self, chosen: Chosen | None) -> None:
         """Puts what earlier starts left out of the way, and says so."""
@@ -295,7 +295,8 @@ class HeldOutLosses:
         batches = list(self.loader.evaluation(self.trainee.execution.micro_batch_size))
         if not batches:
             return False
-        counts = Counts(*summed(sum((batch.counts for batch in batches), Counts()).as_list()))
+        local = sum((batch.counts for batch in batches), Counts())
+        counts = local.with_values(summed(local.as_list()))
         count = len(self.names)
         sums = torch.zeros(count + 1, device=device)
         ds_engine.eval()

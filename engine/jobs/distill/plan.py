@@ -28,7 +28,7 @@ from engine.models.fit import Member, Parts, check_fit
 from engine.models.hub import model_hashes
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
-from engine.models.student import build_student_config
+from engine.models.student import build_student_config, like_layers
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,9 @@ def mapped_losses(
     """Builds the losses over `mapping`, which is that of `config`. Raises UserError for what does not fit the two
     models."""
     if config.student.path is None:
-        resolve_init(config.student.init or "random", student.layers, teacher.layers, mapping.hidden)
+        sources = resolve_init(config.student.init or "random", student.layers, teacher.layers, mapping.hidden)
+        same = like_layers(sources, teacher.layers)
+        student = replace(student, windows=tuple(teacher.window(layer) for layer in same))
     shared: dict[str, Any] = {
         "student": student,
         "teacher": teacher,

@@ -260,7 +260,7 @@ class ProxyJob:
             learning = [genome.plan for genome in genomes if genome.plan is not None]
             on = None
             if teacher is not None and any(plan.losses.looks_at_slice for plan in learning):
-                on = TeacherSlice(loader.first(self._slice), teacher, self.here.device)
+                on = TeacherSlice(loader.first(self._slice), teacher, self.here.device, base.teacher_shape)
             if self._layer_tables is not None:
                 self._layer_tables.begin(base, genomes, loader)
             members = [

@@ -23,8 +23,10 @@ from engine.kernels.triton.common import (
     FUSED,
     INTERPRETED,
     STAGES,
+    blocks_of_window,
     dot,
     dot_to,
+    in_window,
     load_rows,
     padded_width,
     precision,
@@ -43,12 +45,15 @@ def columns_of(width_t: int) -> int:
 
 @triton.jit
 def _difference(
-    own_s, other_s, own_t, other_t, scale_s, scale_t,
-    CUT: tl.constexpr, TINYBERT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    own_s, other_s, own_t, other_t, scale_s, scale_t, own, other, window,
+    CUT: tl.constexpr, TINYBERT: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Of one tile: sum((A_s - A_t)^2) and sum(A_t^2), both / scale_s^2, and the matrix that the gradients are products
-    of: (A_s - A_t) / scale_s. One accumulator serves both sides: two would not fit into the registers."""
+    of: (A_s - A_t) / scale_s. One accumulator serves both sides: two would not fit into the registers.
+    WINDOWED: only pairs of positions own and other that are `window` or less apart count."""
     scores = dot(own_t, tl.trans(other_t), PRECISION, WIDEN) * (scale_t / scale_s)
+    if WINDOWED:
+        scores = tl.where(in_window(own, other, window), scores, 0.0)
     if TINYBERT:
         scores = tl.where(scores * scale_s <= CUT, 0.0, scores)
     targets = tl.sum(tl.sum(scores * scores, axis=1), axis=0)
@@ -58,6 +63,8 @@ def _difference(
         scores = tl.where(passed, of_student, 0.0) - scores
     else:
         scores = dot_to(own_s, tl.trans(other_s), -scores, PRECISION, WIDEN)
+    if WINDOWED:
+        scores = tl.where(in_window(own, other, window), scores, 0.0)
     value = tl.sum(tl.sum(scores * scores, axis=1), axis=0)
     if TINYBERT:
         scores = tl.where(passed, scores, 0.0)
@@ -66,12 +73,12 @@ def _difference(
 
 @triton.jit
 def _whole(
-    Q_S, K_S, Q_T, K_T, D_Q, D_K, STARTS, LENGTHS, MASK, PART, scale_s, scale_t,
+    Q_S, K_S, Q_T, K_T, D_Q, D_K, STARTS, LENGTHS, MASK, PART, scale_s, scale_t, window,
     q_s_b, q_s_h, q_s_l, k_s_b, k_s_h, k_s_l, q_t_b, q_t_h, q_t_l, k_t_b, k_t_h, k_t_l,
     d_q_b, d_q_h, d_q_l, d_k_b, d_k_h, d_k_l, mask_b,
     H: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TINYBERT: tl.constexpr, CUT: tl.constexpr,
-    GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    WINDOWED: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One program for each (sequence, head)."""
     pid = tl.program_id(0)
@@ -99,7 +106,9 @@ def _whole(
         # rows that are not read are 0, and so are their scores on both sides
         k_s = load_rows(K_S, keys, real, k_s_l, WIDTH_S, BLOCK_S)
         k_t = load_rows(K_T, keys, real, k_t_l, WIDTH_T, BLOCK_T)
-        v, t, difference = _difference(q_s, k_s, q_t, k_t, scale_s, scale_t, CUT, TINYBERT, PRECISION, WIDEN)
+        v, t, difference = _difference(
+            q_s, k_s, q_t, k_t, scale_s, scale_t, rows, keys, window, CUT, TINYBERT, WINDOWED, PRECISION, WIDEN
+        )
         value += v
         target += t
         if GRADIENT:
@@ -124,12 +133,13 @@ def _whole(
 
 @triton.jit
 def _by_rows(
-    OWN_S, OTHER_S, OWN_T, OTHER_T, D_OWN, STARTS, LENGTHS, MASK, PART, scale_s, scale_t,
+    OWN_S, OTHER_S, OWN_T, OTHER_T, D_OWN, STARTS, LENGTHS, MASK, PART, scale_s, scale_t, window,
     own_s_b, own_s_h, own_s_l, other_s_b, other_s_h, other_s_l, own_t_b, own_t_h, own_t_l,
     other_t_b, other_t_h, other_t_l, d_b, d_h, d_l, mask_b,
     H: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, OWN_MASKED: tl.constexpr, OTHER_MASKED: tl.constexpr, TINYBERT: tl.constexpr,
-    CUT: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    CUT: tl.constexpr, WINDOWED: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One program for each BM rows of a (sequence, head) of one side; the difference is symmetric in what is own and
     other, so that one kernel gives dQ (own = queries) and dK (own = keys) without transposing what it has computed."""
@@ -148,7 +158,10 @@ def _by_rows(
     gradient = tl.zeros((BM, BLOCK_S), dtype=tl.float32)
     value, target = 0.0, 0.0
     if block * BM < length:
-        for first in range(0, length, BN):
+        start_at, end_at = 0, length
+        if WINDOWED:
+            start_at, end_at = blocks_of_window(block * BM, BM, BN, length, window)
+        for first in range(start_at, end_at, BN):
             other = first + tl.arange(0, BN)
             real = other < length
             if OTHER_MASKED:
@@ -156,7 +169,20 @@ def _by_rows(
             other_s = load_rows(OTHER_S, other, real, other_s_l, WIDTH_S, BLOCK_S)
             other_t = load_rows(OTHER_T, other, real, other_t_l, WIDTH_T, BLOCK_T)
             v, t, difference = _difference(
-                own_s, other_s, own_t, other_t, scale_s, scale_t, CUT, TINYBERT, PRECISION, WIDEN
+                own_s,
+                other_s,
+                own_t,
+                other_t,
+                scale_s,
+                scale_t,
+                own,
+                other,
+                window,
+                CUT,
+                TINYBERT,
+                WINDOWED,
+                PRECISION,
+                WIDEN,
             )
             value += v
             target += t
@@ -190,10 +216,11 @@ def launch(
     *,
     tinybert: bool,
     gradient: bool,
+    window: int | None = None,
     one_program: int = ONE_PROGRAM,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(2,) float32 sums over all scores of D^2 and (A_t / scale_s)^2, D = (A_s - A_t) / scale_s, and [D K_s, D^T Q_s]
-    if `gradient`, in the inputs' bfloat16 or in float32."""
+    """(2,) float32 sums over all scores (in the window) of D^2 and (A_t / scale_s)^2, D = (A_s - A_t) / scale_s, and
+    [D K_s, D^T Q_s] if `gradient`, in the inputs' bfloat16 or in float32."""
     q_s, k_s, q_t, k_t = tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)  # type: ignore[assignment]
     device, packed = q_s.device, segments is not None
     B, H, L, width_s = q_s.shape
@@ -216,11 +243,13 @@ def launch(
         "BLOCK_T": padded_width(q_t.shape[-1]),
         "TINYBERT": tinybert,
         "CUT": ZEROED_SCORE_TINYBERT,
+        "WINDOWED": window is not None,
         "GRADIENT": gradient,
         "PRECISION": precision(q_s.dtype),
         "WIDEN": INTERPRETED and q_s.dtype != torch.float32,
         **FUSED,
     }
+    reach = window or 0
     pads = starts if mask is None else mask.view(torch.uint8)
     mask_b = 0 if mask is None else mask.stride(0)
     s = {id(x): _strides(x, packed=packed) for x in (q_s, k_s, q_t, k_t, d_q, d_k)}
@@ -230,7 +259,7 @@ def launch(
         block = max(16, triton.next_power_of_2(longest))
         part = torch.empty(B * H, 2, dtype=torch.float32, device=device)
         _whole[(B * H,)](
-            q_s, k_s, q_t, k_t, d_q, d_k, starts, lengths, pads, part, *scales,
+            q_s, k_s, q_t, k_t, d_q, d_k, starts, lengths, pads, part, *scales, reach,
             *s[id(q_s)], *s[id(k_s)], *s[id(q_t)], *s[id(k_t)], *s[id(d_q)], *s[id(d_k)], mask_b,
             BLOCK_L=block, BN=min(block, columns_of(q_t.shape[-1])), MASKED=mask is not None, num_warps=WARPS,
             num_stages=1, **shared,
@@ -242,7 +271,7 @@ def launch(
     for own_s, other_s, own_t, other_t, d_own, by_query in sides if gradient else sides[:1]:
         masked = mask is not None
         _by_rows[(blocks, B * H)](
-            own_s, other_s, own_t, other_t, d_own, starts, lengths, pads, part, *scales,
+            own_s, other_s, own_t, other_t, d_own, starts, lengths, pads, part, *scales, reach,
             *s[id(own_s)], *s[id(other_s)], *s[id(own_t)], *s[id(other_t)], *s[id(d_own)], mask_b,
             BM=ROWS, BN=columns_of(q_t.shape[-1]), SUMS=by_query, num_warps=WARPS,
             num_stages=STAGES, OWN_MASKED=masked and not (tinybert and by_query),
@@ -265,10 +294,11 @@ class _ScoreMSE(torch.autograd.Function):
         mask: torch.Tensor | None,
         factor: float,
         tinybert: bool,
+        window: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         sums, grads = launch(
-            (q_s, k_s, q_t, k_t), (scale_s, scale_t), segments, mask, tinybert=tinybert, gradient=wanted
+            (q_s, k_s, q_t, k_t), (scale_s, scale_t), segments, mask, tinybert=tinybert, gradient=wanted, window=window
         )
         if wanted:
             ctx.save_for_backward(*grads)
@@ -282,7 +312,7 @@ class _ScoreMSE(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = upstream * ctx.factor
         d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return d_query, d_key, None, None, None, None, None, None, None, None
+        return d_query, d_key, None, None, None, None, None, None, None, None, None
 
 
 def score_mse(
@@ -297,11 +327,12 @@ def score_mse(
     mask: torch.Tensor | None,
     factor: float,
     tinybert: bool = False,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As attention_tile.score_mse; q_s, k_s, q_t, k_t of one dtype (float32, bfloat16, float16).
 
     With `segments` they are (1, H, T, d), T the tokens of all sequences. Without, mask (B, L) bool may name pads.
     """
     assert q_s.dtype in DTYPES, q_s.dtype
-    value, target = _ScoreMSE.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, segments, mask, factor, tinybert)
+    value, target = _ScoreMSE.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, segments, mask, factor, tinybert, window)
     return value, target

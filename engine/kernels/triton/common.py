@@ -58,3 +58,16 @@ def dot_to(a, b, to, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc=to, input_precision=PRECISION)
+
+
+@triton.jit
+def in_window(rows, columns, window):
+    """(rows, columns) bool: whether these positions are `window` or less apart."""
+    return tl.abs(rows[:, None] - columns[None, :]) <= window
+
+
+@triton.jit
+def blocks_of_window(first, OWN: tl.constexpr, OTHER: tl.constexpr, length, window):
+    """Where the blocks of OTHER positions begin and end that hold the windows of OWN positions from `first` on."""
+    start = tl.maximum(first - window, 0) // OTHER * OTHER
+    return start, tl.minimum(first + OWN + window, length)

@@ -14,8 +14,20 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from engine.kernels.exact import scaled
+from engine.kernels.reference import narrower
 from engine.kernels.segments import Segments
-from engine.kernels.triton.common import DTYPES, FUSED, INTERPRETED, STAGES, dot, load_rows, padded_width, precision
+from engine.kernels.triton.common import (
+    DTYPES,
+    FUSED,
+    INTERPRETED,
+    STAGES,
+    blocks_of_window,
+    dot,
+    in_window,
+    load_rows,
+    padded_width,
+    precision,
+)
 
 ROWS, COLUMNS = 64, 32
 
@@ -39,11 +51,12 @@ def _real_rows(MASK, rows, length, MASKED: tl.constexpr):
 
 @triton.jit
 def _log_sums(
-    Q, K, STARTS, LENGTHS, MASK, OUT, scale, q_b, q_h, q_l, k_b, k_h, k_l, out_b, out_h, mask_b,
+    Q, K, STARTS, LENGTHS, MASK, OUT, scale, window, q_b, q_h, q_l, k_b, k_h, k_l, out_b, out_h, mask_b,
     H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, h, start + i] = log sum over real keys j of exp(scale q_i k_j), for every position i of a sequence."""
+    """OUT[b, h, start + i] = log sum over real keys j of exp(scale q_i k_j), for every position i of a sequence.
+    WINDOWED: over those that are `window` or less away."""
     block, pid = tl.program_id(0), tl.program_id(1)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     start, length = tl.load(STARTS + b).to(tl.int64), tl.load(LENGTHS + b)
@@ -53,14 +66,20 @@ def _log_sums(
     K += b * k_b + h * k_h + start * k_l
     highest = tl.full((BM,), LOW, dtype=tl.float32)
     total = tl.zeros((BM,), dtype=tl.float32)
-    for first in range(0, length, BN):
+    start_at, end_at = 0, length
+    if WINDOWED:
+        start_at, end_at = blocks_of_window(block * BM, BM, BN, length, window)
+    for first in range(start_at, end_at, BN):
         keys = first + tl.arange(0, BN)
         real = _real_rows(MASK, keys, length, MASKED)
         k = load_rows(K, keys, real, k_l, WIDTH, BLOCK)
         scores = dot(q, tl.trans(k), PRECISION, WIDEN) * scale
-        scores = tl.where(real[None, :], scores, LOW)
+        seen = real[None, :]
+        if WINDOWED:
+            seen = seen & in_window(rows, keys, window)
+        scores = tl.where(seen, scores, LOW)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
-        raised = tl.where(real[None, :], tl.exp(scores - higher[:, None]), 0.0)
+        raised = tl.where(seen, tl.exp(scores - higher[:, None]), 0.0)
         total = total * tl.exp(highest - higher) + tl.sum(raised, axis=1)
         highest = higher
     # a sequence of padding only has no sum; its rows do not count
@@ -70,11 +89,11 @@ def _log_sums(
 
 @triton.jit
 def _by_queries(
-    Q_S, K_S, Q_T, K_T, D_Q, LSE_S, LSE_T, STARTS, LENGTHS, MASK, PART, scale_s, scale_t,
+    Q_S, K_S, Q_T, K_T, D_Q, LSE_S, LSE_T, STARTS, LENGTHS, MASK, PART, scale_s, scale_t, window_s, window_t,
     q_s_b, q_s_h, q_s_l, k_s_b, k_s_h, k_s_l, q_t_b, q_t_h, q_t_l, k_t_b, k_t_h, k_t_l, d_b, d_h, d_l,
     lse_b, lse_h, mask_b,
     H: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, GRADIENT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A program owns BM queries: their part of the value, and their gradient."""
@@ -92,18 +111,25 @@ def _by_queries(
     K_T += b * k_t_b + h * k_t_h + start * k_t_l
     gradient = tl.zeros((BM, BLOCK_S), dtype=tl.float32)
     value = tl.zeros((BM,), dtype=tl.float32)
-    for first in range(0, length, BN):
+    start_at, end_at = 0, length
+    if WINDOWED:
+        start_at, end_at = blocks_of_window(block * BM, BM, BN, length, window_s)
+    for first in range(start_at, end_at, BN):
         keys = first + tl.arange(0, BN)
         real = _real_rows(MASK, keys, length, MASKED)
-        counts = own[:, None] & real[None, :]
+        seen_s = own[:, None] & real[None, :]
+        seen_t = seen_s
+        if WINDOWED:
+            seen_s = seen_s & in_window(rows, keys, window_s)
+            seen_t = seen_t & in_window(rows, keys, window_t)
         k_s = load_rows(K_S, keys, real, k_s_l, WIDTH_S, BLOCK_S)
         k_t = load_rows(K_T, keys, real, k_t_l, WIDTH_T, BLOCK_T)
         log_s = dot(q_s, tl.trans(k_s), PRECISION, WIDEN) * scale_s - lse_s[:, None]
         log_t = dot(q_t, tl.trans(k_t), PRECISION, WIDEN) * scale_t - lse_t[:, None]
-        p_t = tl.where(counts, tl.exp(log_t), 0.0)
-        value += tl.sum(tl.where(counts, p_t * (log_t - log_s), 0.0), axis=1)
+        p_t = tl.where(seen_t, tl.exp(log_t), 0.0)
+        value += tl.sum(tl.where(seen_t, p_t * (log_t - log_s), 0.0), axis=1)
         if GRADIENT:
-            difference = tl.where(counts, tl.exp(log_s), 0.0) - p_t
+            difference = tl.where(seen_s, tl.exp(log_s), 0.0) - p_t
             gradient += dot(difference.to(q_s.dtype), k_s, PRECISION, WIDEN)
     tl.store(PART + pid * tl.num_programs(0) + block, tl.sum(value, axis=0))
     if GRADIENT:
@@ -117,11 +143,12 @@ def _by_queries(
 
 @triton.jit
 def _by_keys(
-    Q_S, K_S, Q_T, K_T, D_K, LSE_S, LSE_T, STARTS, LENGTHS, MASK, scale_s, scale_t,
+    Q_S, K_S, Q_T, K_T, D_K, LSE_S, LSE_T, STARTS, LENGTHS, MASK, scale_s, scale_t, window_s, window_t,
     q_s_b, q_s_h, q_s_l, k_s_b, k_s_h, k_s_l, q_t_b, q_t_h, q_t_l, k_t_b, k_t_h, k_t_l, d_b, d_h, d_l,
     lse_b, lse_h, mask_b,
     H: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A program owns BM keys and their gradient. Tiles are computed transposed, keys by queries, so that no accumulator
     has to be transposed."""
@@ -138,7 +165,10 @@ def _by_keys(
     LSE_S += b * lse_b + h * lse_h + start
     LSE_T += b * lse_b + h * lse_h + start
     gradient = tl.zeros((BM, BLOCK_S), dtype=tl.float32)
-    for first in range(0, length, BN):
+    start_at, end_at = 0, length
+    if WINDOWED:
+        start_at, end_at = blocks_of_window(block * BM, BM, BN, length, window_s)
+    for first in range(start_at, end_at, BN):
         queries = first + tl.arange(0, BN)
         real = _real_rows(MASK, queries, length, MASKED)
         counts = own[:, None] & real[None, :]
@@ -148,6 +178,9 @@ def _by_keys(
         lse_t = tl.load(LSE_T + queries, mask=real, other=0.0)
         p_s = tl.exp(dot(k_s, tl.trans(q_s), PRECISION, WIDEN) * scale_s - lse_s[None, :])
         p_t = tl.exp(dot(k_t, tl.trans(q_t), PRECISION, WIDEN) * scale_t - lse_t[None, :])
+        if WINDOWED:
+            p_t = tl.where(in_window(rows, queries, window_t), p_t, 0.0)
+            counts = counts & in_window(rows, queries, window_s)
         difference = tl.where(counts, p_s - p_t, 0.0)
         gradient += dot(difference.to(k_s.dtype), q_s, PRECISION, WIDEN)
     columns = tl.arange(0, BLOCK_S)
@@ -165,6 +198,8 @@ def launch(
     mask: torch.Tensor | None,
     *,
     gradient: bool,
+    window_s: int | None = None,
+    window_t: int | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The float32 sum of KL over rows, and [dS K_s, dS^T Q_s] if `gradient`, in the inputs' bfloat16 or in float32."""
     q_s, k_s, q_t, k_t = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
@@ -182,12 +217,15 @@ def launch(
 
     pads = starts if mask is None else mask.view(torch.uint8)
     mask_b = 0 if mask is None else mask.stride(0)
+    windowed = window_s is not None or window_t is not None
+    reach = [longest if window is None else window for window in (window_s, narrower(window_s, window_t))]
     grid = (triton.cdiv(longest, ROWS), B * H)
     settings: dict[str, Any] = {
         "H": H,
         "BM": ROWS,
         "BN": COLUMNS,
         "MASKED": mask is not None,
+        "WINDOWED": windowed,
         "PRECISION": precision(q_s.dtype),
         "WIDEN": INTERPRETED and q_s.dtype != torch.float32,
         "num_warps": warps_of(q_t.shape[-1]),
@@ -196,9 +234,12 @@ def launch(
     }
     log_sums = [torch.empty(q_s.shape[:3], dtype=torch.float32, device=device) for _ in range(2)]
     lse = (0 if segments is not None else log_sums[0].stride(0), log_sums[0].stride(1))
-    for q, k, scale, out in ((q_s, k_s, scales[0], log_sums[0]), (q_t, k_t, scales[1], log_sums[1])):
+    for q, k, scale, out, window in (
+        (q_s, k_s, scales[0], log_sums[0], reach[0]),
+        (q_t, k_t, scales[1], log_sums[1], reach[1]),
+    ):
         _log_sums[grid](
-            q, k, starts, lengths, pads, out, scale, *strides(q), *strides(k), *lse, mask_b,
+            q, k, starts, lengths, pads, out, scale, window, *strides(q), *strides(k), *lse, mask_b,
             WIDTH=q.shape[-1], BLOCK=padded_width(q.shape[-1]), LOW=LOWEST, **settings,
         )  # fmt: skip
     widths = {
@@ -213,13 +254,13 @@ def launch(
     part = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=device)
     sides = (*strides(q_s), *strides(k_s), *strides(q_t), *strides(k_t))
     _by_queries[grid](
-        q_s, k_s, q_t, k_t, d_q, *log_sums, starts, lengths, pads, part, *scales, *sides, *strides(d_q), *lse, mask_b,
-        GRADIENT=gradient, **widths, **settings,
+        q_s, k_s, q_t, k_t, d_q, *log_sums, starts, lengths, pads, part, *scales, *reach, *sides, *strides(d_q),
+        *lse, mask_b, GRADIENT=gradient, **widths, **settings,
     )  # fmt: skip
     if gradient:
         _by_keys[grid](
-            q_s, k_s, q_t, k_t, d_k, *log_sums, starts, lengths, pads, *scales, *sides, *strides(d_k), *lse, mask_b,
-            **widths, **settings,
+            q_s, k_s, q_t, k_t, d_k, *log_sums, starts, lengths, pads, *scales, *reach, *sides, *strides(d_k),
+            *lse, mask_b, **widths, **settings,
         )  # fmt: skip
     return part.sum(), grads
 
@@ -237,9 +278,14 @@ class _SoftmaxKL(torch.autograd.Function):
         segments: Segments | None,
         mask: torch.Tensor | None,
         factor: float,
+        window_s: int | None,
+        window_t: int | None,
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        total, grads = launch((q_s, k_s, q_t, k_t), (scale_s, scale_t), segments, mask, gradient=wanted)
+        total, grads = launch(
+            (q_s, k_s, q_t, k_t), (scale_s, scale_t), segments, mask,
+            gradient=wanted, window_s=window_s, window_t=window_t,
+        )  # fmt: skip
         if wanted:
             ctx.save_for_backward(*grads)
             ctx.factor, ctx.dtypes = factor * scale_s, (q_s.dtype, k_s.dtype)
@@ -250,7 +296,7 @@ class _SoftmaxKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = upstream * ctx.factor
         d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return d_query, d_key, None, None, None, None, None, None, None
+        return d_query, d_key, None, None, None, None, None, None, None, None, None
 
 
 def softmax_kl(
@@ -264,8 +310,12 @@ def softmax_kl(
     segments: Segments | None = None,
     mask: torch.Tensor | None,
     factor: float,
+    window_s: int | None = None,
+    window_t: int | None = None,
 ) -> torch.Tensor:
     """As softmax_kl.softmax_kl; all of one dtype (float32, bfloat16, float16). With `segments`: (1, H, T, d)."""
     assert q_s.dtype in DTYPES, q_s.dtype
-    value: torch.Tensor = _SoftmaxKL.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, segments, mask, factor)
+    value: torch.Tensor = _SoftmaxKL.apply(
+        q_s, k_s, q_t, k_t, scale_s, scale_t, segments, mask, factor, window_s, window_t
+    )
     return value
