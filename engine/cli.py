@@ -16,6 +16,7 @@ from engine.config.reading import parse_config
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
 from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, RunFailure, UserError
 from engine.ranks import allocator, environment, rendezvous, threads
+from engine.records.stdout import survive_lost_readers
 
 RANK_ZERO_SPEAKS_WITHIN_S = 20.0
 
@@ -75,7 +76,8 @@ def _say_error(error: str) -> None:
 
 def run_main(body: Callable[[], int]) -> int:
     """Runs `body`; a UserError becomes one line (of rank 0 when it has it too) and exit code 2 on every rank, a
-    RunFailure one line and exit code 1."""
+    RunFailure one line and exit code 1, a package that is missing one line and exit code 2."""
+    survive_lost_readers()
     try:
         environment.complete(os.environ)
         threads.wait_briefly(os.environ)
@@ -86,6 +88,12 @@ def run_main(body: Callable[[], int]) -> int:
         return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_CRASH
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "engine", "ga"):
+            raise
+        _say_error(f"the Python package {package!r} is missing; pip install {package}")
+        return EXIT_BAD_INPUT
     except Exception as error:
         _told_to_all(f"{type(error).__name__}: {error}")
         if rendezvous.has_failed():

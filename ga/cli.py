@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from engine.cli import run_main
 from engine.config.reading import parse_config
 from engine.errors import UserError
-from engine.records.stdout import survive_lost_readers
 from ga.config import SearchConfig
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -18,7 +17,6 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 def search_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        survive_lost_readers()  # or a driver whose terminal is gone would leave its jobs
         words = sys.argv[1:] if argv is None else argv
         config = parse_config(SearchConfig, words, "Search the layer mapping with proxy jobs.")
         from ga.search import search

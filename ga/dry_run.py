@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import shlex
@@ -17,6 +16,7 @@ import optuna
 
 from engine.errors import UserError
 from engine.records.columns import labelled
+from engine.records.flock import Flock, try_flock
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick, is_none
 from ga.config import SearchConfig
@@ -135,15 +135,11 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Keeps other drivers out of the measured job's folder, until the end of the block or of this process, where the
     file system has flock. Raises UserError when another one is in there."""
     with (folder / LOCK).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if try_flock(file) is Flock.HELD:
             raise UserError(
                 f"another --dry_run is measuring in {folder}; wait until it has ended, stop it, or name another "
                 "output_dir"
-            ) from None
-        except OSError:  # no flock here: nothing tells one driver of another
-            pass
+            )
         yield
 
 

@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.models.apex import require_apex
 from engine.models.attention import Backend, resolve_backend
 from engine.models.shape import ModelShape
-from engine.ranks import runtime
+from engine.ranks import extension_builds, runtime
 
 
 def compute_device() -> torch.device:
@@ -28,6 +28,7 @@ def compute_device() -> torch.device:
 
 def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig) -> Execution:
     """How this machine executes it. Raises UserError for a DeepSpeed file or an optimizer that cannot work."""
+    extension_builds.require_folder()
     path = Path(deepspeed_config)
     if deepspeed_config == "auto":
         path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())

@@ -7,7 +7,6 @@ exist). No torch here."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import IO, Any
 from engine.errors import UserError
 from engine.ranks import watchdog
 from engine.ranks.guard import GRACE_S, started
+from engine.records.flock import Flock, try_flock
 
 FILE = "run.lock"
 BEAT_S = 3.0
@@ -126,16 +126,13 @@ def _flock(folder: Path, file: IO[bytes]) -> bool:
     ended, because its launcher is gone."""
     until = time.monotonic() + ENDS_WITHIN_S
     while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            holder = _read(folder)
-            if time.monotonic() > until or not _is_ending(holder):
-                raise _refusal(folder, holder) from None
-            time.sleep(0.2)
-        except OSError:
-            return False
+        lock = try_flock(file)
+        if lock is not Flock.HELD:
+            return lock is Flock.TAKEN
+        holder = _read(folder)
+        if time.monotonic() > until or not _is_ending(holder):
+            raise _refusal(folder, holder)
+        time.sleep(0.2)
 
 
 def _is_ending(holder: dict[str, Any] | None) -> bool:

@@ -13,7 +13,7 @@ from types import FrameType
 
 import torch
 
-from engine.ranks import allocator, environment, extension_locks, rendezvous, threads, watchdog
+from engine.ranks import allocator, environment, extension_builds, extension_locks, rendezvous, threads, watchdog
 from engine.ranks.collectives import summed
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -133,7 +133,8 @@ def start(seed: int) -> Runtime:
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=COLLECTIVE_TIMEOUT,
         )
-    deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    with extension_builds.explained():
+        deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     if not on_gpu:
         _unlink_shared_buffers(local_rank)
     torch.manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,9 +90,15 @@ class RunDir:
             )
 
     def write_settings(
-        self, config: Any, *, ds_config: dict[str, Any] | None = None, tokenizer: Tokenizer | None = None
+        self,
+        config: Any,
+        *,
+        ds_config: dict[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
+        beside_tokenizer: Callable[[Path], None] | None = None,
     ) -> None:
-        """Makes the folder and writes the resolved configuration, and what else is given. For rank 0, through
+        """Makes the folder and writes the resolved configuration, and what else is given (`beside_tokenizer` adds files
+        that exports take along with the tokenizer's). For rank 0, through
         collectives.from_rank_zero where others wait for it. Raises UserError."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -100,6 +107,8 @@ class RunDir:
                 self.ds_config.write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(self.tokenizer)
+            if beside_tokenizer is not None:
+                beside_tokenizer(self.tokenizer)
         except OSError as error:
             raise UserError(
                 f"output_dir={str(self.root)!r} cannot be written: {error}; make room or get the permission there, or "

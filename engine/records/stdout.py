@@ -4,6 +4,7 @@ or lead to a disk that is full."""
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import IO, Any
@@ -43,6 +44,10 @@ class Surviving:
 
 
 def survive_lost_readers() -> None:
-    """From now on, for this process."""
-    if not isinstance(sys.stdout, Surviving):
-        sys.stdout, sys.stderr = Surviving(sys.stdout), Surviving(sys.stderr)
+    """From now on, for this process; and what an output's encoding has no character for is shown by its number."""
+    if isinstance(sys.stdout, Surviving):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not one that a caller has put in its place
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = Surviving(sys.stdout), Surviving(sys.stderr)

@@ -23,6 +23,7 @@ from engine.models.hub import init_arguments, model_class
 from engine.records.run_dir import COMPLETE, RunDir
 from engine.train.checkpoint import EXPORT_FILE
 from engine.train.checkpoint_files import is_sound, problems_of, read_marker
+from engine.train.portable import make_portable
 
 CARD_TAG = "- mapdistill"
 TASK_HEADS = {"classification": "AutoModelForSequenceClassification", "span": "AutoModelForQuestionAnswering"}
@@ -117,6 +118,7 @@ def write_model(
             save_file(projections, pending / PROJECTIONS_FILE)
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, pending, dirs_exist_ok=True)
+        make_portable(pending, model)
         (pending / "README.md").write_text(model_card(description), encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)

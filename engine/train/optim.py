@@ -20,6 +20,7 @@ from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.errors import UserError
 from engine.models.apex import require_apex
+from engine.ranks import extension_builds
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def build_optimizer(
     if execution.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return ChosenOptimizer(DeepSpeedCPUAdam(groups, adamw_mode=True, **settings), "DeepSpeedCPUAdam (AdamW)", "")
+        with extension_builds.explained():
+            optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return ChosenOptimizer(optimizer, "DeepSpeedCPUAdam (AdamW)", "")
     if device.type == "cuda":
         from deepspeed.ops.adam import FusedAdam
 

@@ -18,6 +18,7 @@ from sqlalchemy import URL, Connection, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from engine.errors import UserError
+from engine.records.flock import Flock, try_flock
 
 LOCK_KEY = int.from_bytes(hashlib.sha256(b"mapdistill: the lock of a search").digest()[:8], "big", signed=True)
 """Of the advisory lock; PostgreSQL keeps those of each database apart."""
@@ -89,16 +90,19 @@ class FileLock:
             yield
         finally:
             # closing alone would leave it to a child that was forked meanwhile
-            fcntl.flock(file, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):  # of a file system without locks
+                fcntl.flock(file, fcntl.LOCK_UN)
             os.close(file)
 
-    @staticmethod
-    def _take(file: int) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    def _take(self, file: int) -> bool:
+        lock = try_flock(file)
+        if lock is Flock.MISSING:
+            raise refuse(
+                self._shown,
+                f"the file system of {self._path.parent} has no file locks, without which a search would lose trials",
+                "name a file on another one (sqlite:////tmp/search.db) or a PostgreSQL server",
+            )
+        return lock is Flock.TAKEN
 
     def close(self) -> None:
         """Nothing is open between two holds."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import IO, Any
 from optuna import Study
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from engine.records.flock import Flock, try_flock
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.evolution.sampler import parameter_names
@@ -72,9 +72,7 @@ class Show:
     def _leads(self) -> bool:
         if self._board is None:
             assert self._lock is not None
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if try_flock(self._lock) is Flock.HELD:
                 return False
             self._board = SearchBoard(
                 self._config.root / TENSORBOARD,

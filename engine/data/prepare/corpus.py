@@ -7,13 +7,12 @@ turn each unit into one shard (shard_pool.py). The manifest is written last.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.config.tools import PrepareConfig
 from engine.data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, load_manifest
@@ -24,9 +23,7 @@ from engine.data.prepare.units import UnitSettings, unit_settings
 from engine.data.shards import remove_strays, shard_name
 from engine.errors import UserError
 from engine.hub.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    pass
+from engine.records.flock import Flock, try_flock
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -142,10 +139,11 @@ def _already_prepared(
 def _locked(folder: Path) -> Iterator[None]:
     """One writer a folder. The lock dies with its process, so a killed run leaves none behind."""
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"output_dir={str(folder)!r}: another prepare_data.py is writing there") from None
+        lock = try_flock(file)
+        if lock is Flock.HELD:
+            raise UserError(f"output_dir={str(folder)!r}: another prepare_data.py is writing there")
+        if lock is Flock.MISSING:
+            print(f"{folder}: no file locks there, so nothing keeps a second prepare_data.py out: start no other one")
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from engine.train.deepspeed_engine import start_engine
 from engine.train.export import export_checkpoint, export_live
 from engine.train.monitor import Monitor
 from engine.train.optim import ChosenOptimizer, parameters_of
+from engine.train.portable import keep_sentence_modules
 from engine.train.trainee import Trainee
 from engine.train.trainer import Outcome, Teacher, Trainer
 
@@ -79,7 +81,10 @@ class Job:
         if not self.config.dry_run:
             from_rank_zero(
                 lambda: self.run_dir.write_settings(
-                    self.config, ds_config=plan.execution.resolved, tokenizer=plan.tokenizer
+                    self.config,
+                    ds_config=plan.execution.resolved,
+                    tokenizer=plan.tokenizer,
+                    beside_tokenizer=partial(keep_sentence_modules, self.config.teacher.path),
                 )
             )
             self._tidy(chosen)

@@ -29,6 +29,7 @@ from engine.models.hub import model_hashes
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config, like_layers
+from engine.train.portable import license_of, public_name
 
 
 @dataclass(frozen=True)
@@ -220,17 +221,19 @@ def identity(plan: Plan) -> dict[str, Any]:
 def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[str, Any]:
     """What a checkpoint tells launch/export.py: the student's configuration, and the facts of its model card."""
     config, shape = plan.config, plan.student_shape
+    started_from = config.student.init or "random" if config.student.path is None else public_name(config.student.path)
     return {
         "student_config": student_config.to_dict(),
         "head": "mlm" if plan.mlm_head else "none",
         "card": {
-            "teacher": config.teacher.path,
+            "teacher": public_name(config.teacher.path),
+            "licence of the teacher": license_of(config.teacher.path) or "not named in its card",
             "student": f"{shape.layers} layers x {shape.width}, {shape.heads} heads",
-            "initialised from": config.student.path or config.student.init or "random",
+            "initialised from": started_from,
             "hidden-state mapping": str(plan.hidden_map),
             "attention mapping": str(plan.attention_map),
             "losses": ", ".join(f"{name} x {weight:g}" for name, weight in config.loss.active.items()),
-            "data": f"{config.data.path}, {plan.manifest.sequences:,} sequences of {plan.seq_len} tokens",
+            "data": f"{public_name(config.data.path)}, {plan.manifest.sequences:,} sequences of {plan.seq_len} tokens",
             "planned steps": f"{config.train.steps} x {config.train.global_batch} sequences",
             "seed": config.seed,
         },

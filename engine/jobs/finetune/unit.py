@@ -30,6 +30,7 @@ from engine.tasks.train import TaskResult, train_on_task
 from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.export import export_checkpoint
 from engine.train.monitor import Monitor
+from engine.train.portable import public_name
 from engine.train.trainer import Outcome
 
 
@@ -235,14 +236,14 @@ class UnitRun:
         teacher = unit.task.teacher
         card = {
             "task": spec.name,
-            "fine-tuned from": config.model.path,
+            "fine-tuned from": public_name(config.model.path),
             "training rows": f"{unit.task.train_rows:,}",
             "epochs, learning rate, batch": f"{unit.at.epochs:g}, {unit.at.lr:g}, {unit.at.batch}",
             "longest input": f"{unit.task.seq_len} tokens",
             "seed": unit.seed,
         }
         if teacher is not None:
-            card["teacher"] = teacher.path
+            card["teacher"] = public_name(teacher.path)
         return {"student_config": student.config.to_dict(), "head": head_of(spec), "card": card}
 
     def _finish(self, result: TaskResult, monitor: Monitor, identity: dict[str, Any], batch: int) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from engine.records.records import RecordWriter, format_record
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import TaskScale, Yardstick, alike, fitness_of
 from engine.train.monitor import Monitor, open_records, peak_memory_gib
+from engine.train.portable import keep_sentence_modules
 from engine.train.trainer import Outcome, Trainer
 
 
@@ -54,7 +55,12 @@ def proxy(config: ProxyJobConfig) -> int:
     writes = runtime.launcher_rank() == 0 and not config.dry_run
     with run_lock.held(run_dir.root, wanted=writes):
         if writes:
-            run_dir.write_settings(config, ds_config=plan.base.execution.resolved, tokenizer=plan.base.tokenizer)
+            run_dir.write_settings(
+                config,
+                ds_config=plan.base.execution.resolved,
+                tokenizer=plan.base.tokenizer,
+                beside_tokenizer=functools.partial(keep_sentence_modules, config.teacher.path),
+            )
         here = runtime.start(config.seed)
         require_agreement({**flatten(plan.fingerprint_parts), **plan.base.execution.facts})
         code = ProxyJob(plan, run_dir, here, began).run()

@@ -9,7 +9,6 @@ entry is written after its tensors; what a killed process left behind its last e
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -39,6 +38,7 @@ from engine.models.teacher import FrozenTeacher
 from engine.ranks.runtime import Runtime
 from engine.records.files import AppendFile
 from engine.records.fingerprints import digest
+from engine.records.flock import Flock, try_flock
 
 KINDS = ("hidden", "query", "key", "value")
 ALIGNED = 64
@@ -206,10 +206,13 @@ class _Writer:
     def __init__(self, folder: Path) -> None:
         for number in itertools.count():
             self._data_path, self._index_path = folder / f"part-{number}.bin", folder / f"part-{number}.jsonl"
-            index = self._index_path.open("a+", encoding="utf-8")
+            is_new = not self._index_path.exists()
             try:
-                fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # another process's
+                index = self._index_path.open("x+" if is_new else "a+", encoding="utf-8")
+            except FileExistsError:  # made by another process meanwhile
+                continue
+            lock = try_flock(index)
+            if lock is Flock.HELD or (lock is Flock.MISSING and not is_new):  # another process's, or it could be
                 index.close()
                 continue
             self._index: IO[str] = index

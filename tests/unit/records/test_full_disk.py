@@ -231,3 +231,21 @@ def test_a_rank_without_a_run_directory_of_its_own_can_say_what_ended_it(tmp_pat
     monitor.out_of_memory(0, rank=3, why="why")
     (record,) = read_records(tmp_path / "run" / "records.jsonl")
     assert (record["status"], record["rank"]) == ("out_of_memory", 3)
+
+
+@pytest.mark.parametrize("script", ["prepare_data", "export"])
+def test_an_output_that_cannot_show_a_character_shows_its_number(script: str) -> None:
+    code = f"import sys; from engine.cli import {script.removesuffix('_data')}_main as main; sys.exit(main(['--räume→=1']))"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\\xe4" in done.stderr
+
+
+def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> int:
+        raise ModuleNotFoundError("No module named 'matplotlib.pyplot'", name="matplotlib.pyplot")
+
+    assert run_main(body) == 2
+    assert capsys.readouterr().err == "error: the Python package 'matplotlib' is missing; pip install matplotlib\n"

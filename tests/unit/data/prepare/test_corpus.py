@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import re
@@ -340,14 +342,22 @@ def test_errors_name_the_key(tmp_path, tokenizer, small):
 
 @pytest.mark.faults
 def test_two_writers_in_one_folder(tmp_path, tokenizer, small):
-    import fcntl
-
     out = tmp_path / "out"
     out.mkdir()
     with (out / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another prepare_data"):
             prepare(config(out, tokenizer, small))
+
+
+def test_without_file_locks_it_goes_on_with_a_word(tmp_path, tokenizer, small, monkeypatch, capsys):
+    def no_flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    out = tmp_path / "out"
+    assert prepare(config(out, tokenizer, small)).sequences > 0
+    assert f"{out}: no file locks there, so nothing keeps a second prepare_data.py out" in capsys.readouterr().out
 
 
 def test_units_are_bounded_and_keep_documents_whole_where_they_can(tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -497,3 +499,12 @@ def test_a_sqlite_file_that_is_locked_at_the_start(
 )
 def test_other_errors_are_not_transient(error: Exception) -> None:
     assert not transient(error)
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    with pytest.raises(UserError, match=r"has no file locks, .*; name a file on another one .* or a PostgreSQL server"):
+        open_storage(f"sqlite:///{tmp_path}/study.db")

@@ -1,0 +1,48 @@
+"""DeepSpeed compiles its C++ operators at their first use: where, and what to do where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.errors import UserError
+
+FOLDER = "TORCH_EXTENSIONS_DIR"
+SIGNS = ("Error building extension", "Unable to JIT load")
+
+
+def require_folder() -> None:
+    """Raises UserError where nothing can be compiled because its folder cannot be written."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    folder = Path(os.environ.get(FOLDER) or get_default_build_root())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"DeepSpeed compiles its operators in {folder}, which cannot be written ({error.strerror}); set {FOLDER} "
+            "to a folder that can be, with room for 200 MB"
+        ) from None
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns the failure of a compiler inside of the block into a UserError."""
+    try:
+        yield
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        is_tool = isinstance(error, FileNotFoundError | subprocess.CalledProcessError)  # a compiler's own --version
+        if not is_tool and not reason.startswith(SIGNS):
+            raise
+        compiler = os.environ.get("CXX", "c++")
+        raise UserError(
+            f"DeepSpeed's operators cannot be compiled with CXX={compiler} ({reason}); install a C++ compiler "
+            "(apt install g++) and ninja (pip install ninja), or set CXX to one that works"
+        ) from None

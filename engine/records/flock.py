@@ -1,0 +1,25 @@
+"""The lock that the operating system keeps on an open file: it dies with its holder."""
+
+from __future__ import annotations
+
+import fcntl
+from enum import Enum
+from typing import IO
+
+
+class Flock(Enum):
+    TAKEN = "taken"
+    HELD = "held by another process"
+    MISSING = "not known to this file system"
+    """As on Lustre, or NFS without its lock service."""
+
+
+def try_flock(file: IO[bytes] | IO[str] | int) -> Flock:
+    """Tries to take the lock of an open file, without waiting."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Flock.HELD
+    except OSError:
+        return Flock.MISSING
+    return Flock.TAKEN

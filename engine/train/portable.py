@@ -1,0 +1,106 @@
+"""Makes an exported folder load elsewhere: in transformers from 4.57 on, and without a trace of this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from engine.models.hub import where
+
+OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "backend", "is_local", "local_files_only", "tokenizer_file")
+"""Keys that transformers 5 writes into configurations, which say who read the model, and from where."""
+RENAMED = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+"""Classes that transformers 4 does not know, and their names there, which 5 knows too."""
+MODULES = "modules.json"
+SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
+WITHOUT_WEIGHTS = ("Transformer", "Pooling", "Normalize")
+"""Modules of sentence-transformers that fit any encoder."""
+LICENSE = re.compile(r"\A---\n(?:.*\n)*?license: *['\"]?([\w.+-]+)")
+
+
+def make_portable(folder: Path, model: PreTrainedModel) -> None:
+    """Rewrites the JSON files of an export of `model`. Raises OSError."""
+    for name in ("config.json", "generation_config.json"):
+        _rewrite(folder / name)
+    limit = _most_tokens(model)
+    tokenizer: dict[str, Any] = _rewrite(folder / "tokenizer_config.json")
+    if tokenizer:
+        tokenizer["tokenizer_class"] = RENAMED.get(tokenizer["tokenizer_class"], tokenizer["tokenizer_class"])
+        if limit is not None:
+            tokenizer["model_max_length"] = min(limit, tokenizer.get("model_max_length", limit))
+        _write(folder / "tokenizer_config.json", tokenizer)
+    for pooling in folder.glob("*_Pooling/config.json"):
+        _write(pooling, _read(pooling) | {"word_embedding_dimension": model.config.hidden_size})
+
+
+def _most_tokens(model: PreTrainedModel) -> int | None:
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _rewrite(path: Path) -> dict[str, Any]:
+    """Returns what is left of a file, which may be missing."""
+    if not path.is_file():
+        return {}
+    values = {key: value for key, value in _read(path).items() if key not in OF_THIS_MACHINE}
+    _write(path, values)
+    return values
+
+
+def keep_sentence_modules(teacher: str, folder: Path) -> None:
+    """Copies what sentence-transformers needs beside the encoder, where the teacher has it and it fits any encoder."""
+    modules = _file_of(teacher, MODULES)
+    if modules is None:
+        return
+    listed = json.loads(modules.read_text(encoding="utf-8"))
+    if any(str(module["type"]).rpartition(".")[2] not in WITHOUT_WEIGHTS for module in listed):
+        return
+    pooling = [f"{module['path']}/config.json" for module in listed if str(module["type"]).endswith(".Pooling")]
+    found = {name: _file_of(teacher, name) for name in (MODULES, *SETTINGS, *pooling)}
+    if any(found[name] is None for name in pooling):
+        return
+    for name, file in found.items():
+        if file is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)
+
+
+def public_name(path: str) -> str:
+    """Returns a hub model's name, or the last part of a folder's: where it lies is nobody's business."""
+    return Path(path).resolve().name if Path(path).exists() or Path(path).is_absolute() else path
+
+
+def license_of(teacher: str) -> str | None:
+    """Returns what the model card of the teacher names."""
+    card = _file_of(teacher, "README.md")
+    found = None if card is None else LICENSE.match(card.read_text(encoding="utf-8", errors="replace"))
+    return None if found is None else found.group(1)
+
+
+def _file_of(model: str, name: str) -> Path | None:
+    found = cached_file(
+        model,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **where(model),
+    )
+    return None if found is None else Path(found)

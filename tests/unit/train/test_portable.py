@@ -1,0 +1,123 @@
+"""What an export holds beside the weights, and what it must not say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_encoders import tiny_model
+from tiny_world import save_tiny_teacher
+from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedTokenizerFast
+
+from engine.models.hub import load_tokenizer
+from engine.train.export import write_model
+from engine.train.portable import OF_THIS_MACHINE, keep_sentence_modules, license_of, public_name
+
+TEXTS = ["The small model learns.", "not much [MASK] today, " * 30, "unknown ☃ words"]
+POOLING = {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True}
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A tokenizer with settings of its own, beside the files of sentence-transformers and a card."""
+    folder = tmp_path / "home" / "teacher"
+    save_tiny_teacher(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["☃"])
+    tokenizer.backend_tokenizer.enable_truncation(max_length=20)
+    tokenizer.backend_tokenizer.enable_padding(pad_id=0, pad_token="[PAD]", length=20)
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(folder)
+    listed = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    modules = [
+        {"idx": i, "path": path, "type": f"sentence_transformers.models.{t}"} for i, (t, path) in enumerate(listed)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 256, "do_lower_case": false}')
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(POOLING))
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\ntags:\n- x\n---\n# A teacher\n")
+    return folder
+
+
+def export(teacher: Path, target: Path, family: str = "bert") -> Path:
+    run_dir = target.parent / "run"
+    load_tokenizer(str(teacher), "teacher.path").save_pretrained(run_dir / "tokenizer")
+    keep_sentence_modules(str(teacher), run_dir / "tokenizer")
+    card = {"teacher": public_name(str(teacher)), "licence of the teacher": license_of(str(teacher))}
+    model = tiny_model(family)
+    model.config._name_or_path = str(teacher)
+    write_model(model, {"card": card, "head": "none", "step": 7}, {}, run_dir / "tokenizer", target)
+    return target
+
+
+def test_no_file_says_where_it_was_made(tmp_path: Path, teacher: Path) -> None:
+    files = [path for path in export(teacher, tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) >= 7
+    for path in files:
+        content = path.read_bytes()
+        assert str(tmp_path).encode() not in content, path.name
+        assert not [key for key in OF_THIS_MACHINE if path.suffix == ".json" and f'"{key}"'.encode() in content]
+    assert (
+        "| teacher | teacher |\n| licence of the teacher | apache-2.0 |" in (tmp_path / "out" / "README.md").read_text()
+    )
+
+
+def test_the_tokenizer_does_what_the_teachers_does(tmp_path: Path, teacher: Path) -> None:
+    out = export(teacher, tmp_path / "out")
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (teacher, out))
+    assert before(TEXTS).input_ids == after(TEXTS).input_ids
+    assert (
+        before(TEXTS, truncation=True, max_length=9).input_ids == after(TEXTS, truncation=True, max_length=9).input_ids
+    )
+    states = [json.loads((folder / "tokenizer.json").read_text()) for folder in (teacher, out)]
+    assert states[0] == states[1]
+    assert (states[1]["truncation"]["max_length"], states[1]["padding"]["strategy"]) == (20, {"Fixed": 20})
+    assert after.model_max_length == 40, "what the model has positions for"
+
+
+def test_positions_of_roberta_begin_behind_the_pad(tmp_path: Path, teacher: Path) -> None:
+    out = export(teacher, tmp_path / "out", "roberta")
+    assert AutoTokenizer.from_pretrained(out).model_max_length == 38
+
+
+def test_its_class_is_one_that_transformers_4_knows(tmp_path: Path, teacher: Path) -> None:
+    settings = json.loads((export(teacher, tmp_path / "out") / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == PreTrainedTokenizerFast.__name__
+
+
+def test_weights_are_those_of_the_model(tmp_path: Path, teacher: Path) -> None:
+    loaded = AutoModel.from_pretrained(export(teacher, tmp_path / "out"), add_pooling_layer=False)
+    assert isinstance(loaded, BertModel)
+    want = tiny_model("bert").state_dict()
+    assert all(torch.equal(want[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+def test_sentence_transformers_finds_its_modules(tmp_path: Path, teacher: Path) -> None:
+    out = export(teacher, tmp_path / "out")
+    assert (out / "modules.json").read_bytes() == (teacher / "modules.json").read_bytes()
+    assert (out / "sentence_bert_config.json").is_file()
+    assert json.loads((out / "1_Pooling" / "config.json").read_text()) == POOLING | {"word_embedding_dimension": 48}
+
+
+@pytest.mark.parametrize("case", ["none", "a dense layer", "no pooling file"])
+def test_modules_that_would_not_fit_are_left_behind(tmp_path: Path, teacher: Path, case: str) -> None:
+    if case == "none":
+        (teacher / "modules.json").unlink()
+    elif case == "a dense layer":
+        text = (teacher / "modules.json").read_text().replace("models.Normalize", "models.Dense")
+        (teacher / "modules.json").write_text(text)
+    else:
+        shutil.rmtree(teacher / "1_Pooling")
+    out = export(teacher, tmp_path / "out")
+    assert not {path.name for path in out.iterdir()} & {"modules.json", "sentence_bert_config.json", "1_Pooling"}
+
+
+def test_hub_names_stay_and_folders_lose_their_place(tmp_path: Path) -> None:
+    assert public_name("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
+    assert public_name(str(tmp_path / "gone")) == "gone"
+    assert license_of(str(tmp_path)) is None
