@@ -4,6 +4,7 @@ an earlier driver was killed, and beside others."""
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,8 @@ def search(config: SearchConfig) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if config.status:
         return print_status(config)
+    if importlib.util.find_spec("matplotlib") is None:  # needed at the end, after days
+        raise UserError("the search's report needs the Python package 'matplotlib'; pip install matplotlib")
     try:
         config.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,7 +19,9 @@ def test_a_folder_that_cannot_be_written_is_named(
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv(variable, str(tmp_path / "file" / "x"))
-    with pytest.raises(UserError, match=rf"{tmp_path}/file/x.*\(Not a directory\); set TORCH_EXTENSIONS_DIR to a folder"):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}/file/x.*\(Not a directory\); set TORCH_EXTENSIONS_DIR to a folder"
+    ):
         extension_builds.require_folder()
 
 
@@ -34,12 +36,15 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError, match=r"with CXX=/bin/false \(Error building extension 'x'\); install a C\+\+"), \
             extension_builds.explained():  # fmt: skip
         raise RuntimeError("Error building extension 'x'\nlong output")
-    with pytest.raises(UserError, match=r"No such file or directory: '/no/such/compiler'"), extension_builds.explained():
+    with (
+        pytest.raises(UserError, match=r"No such file or directory: '/no/such/compiler'"),
+        extension_builds.explained(),
+    ):
         subprocess.run(["/no/such/compiler"])
     with pytest.raises(UserError, match=r"returned non-zero exit status 1"), extension_builds.explained():
         subprocess.run(["/bin/false"], check=True)
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="^Address in use$"), extension_builds.explained():
+    with pytest.raises(RuntimeError, match=r"^Address in use$"), extension_builds.explained():
         raise RuntimeError("Address in use")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_encoders import save_tiny
 from transformers import BertConfig, BertModel
 
+from engine.cli import run_main
 from engine.errors import RunFailure
 from engine.records.events import EventFile
 from engine.records.files import AppendFile
@@ -235,7 +237,8 @@ def test_a_rank_without_a_run_directory_of_its_own_can_say_what_ended_it(tmp_pat
 
 @pytest.mark.parametrize("script", ["prepare_data", "export"])
 def test_an_output_that_cannot_show_a_character_shows_its_number(script: str) -> None:
-    code = f"import sys; from engine.cli import {script.removesuffix('_data')}_main as main; sys.exit(main(['--räume→=1']))"
+    name = script.removesuffix("_data")
+    code = f"import sys; from engine.cli import {name}_main as main; sys.exit(main(['--räume→=1']))"
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 2, done.stderr
