@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from engine.models.hub import where
+from engine.hub.files import where
+from engine.models.fit import longest_input
 
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "backend", "is_local", "local_files_only", "tokenizer_file")
 """Keys that transformers 5 writes into configurations, which say who read the model, and from where."""
@@ -29,7 +29,7 @@ def make_portable(folder: Path, model: PreTrainedModel) -> None:
     """Rewrites the JSON files of an export of `model`. Raises OSError."""
     for name in ("config.json", "generation_config.json"):
         _rewrite(folder / name)
-    limit = _most_tokens(model)
+    limit = longest_input(model.config)
     tokenizer: dict[str, Any] = _rewrite(folder / "tokenizer_config.json")
     if tokenizer:
         tokenizer["tokenizer_class"] = RENAMED.get(tokenizer["tokenizer_class"], tokenizer["tokenizer_class"])
@@ -38,13 +38,6 @@ def make_portable(folder: Path, model: PreTrainedModel) -> None:
         _write(folder / "tokenizer_config.json", tokenizer)
     for pooling in folder.glob("*_Pooling/config.json"):
         _write(pooling, _read(pooling) | {"word_embedding_dimension": model.config.hidden_size})
-
-
-def _most_tokens(model: PreTrainedModel) -> int | None:
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return getattr(model.config, "max_position_embeddings", None)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tiny_encoders import tiny_model
 from tiny_world import save_tiny_teacher
 from transformers import AutoModel, AutoTokenizer, BertModel
 
-from engine.models.hub import load_tokenizer
+from engine.hub.tokenizer import load_tokenizer
 from engine.train.export import write_model
 from engine.train.portable import OF_THIS_MACHINE, keep_sentence_modules, license_of, public_name
 
