@@ -3,6 +3,7 @@ or lead to a disk that is full."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -49,5 +50,6 @@ def survive_lost_readers() -> None:
         return
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not one that a caller has put in its place
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # it writes what is waiting, for which a disk may have no room
+                stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Surviving(sys.stdout), Surviving(sys.stderr)
