@@ -90,7 +90,8 @@ def described(node: yaml.Node) -> str:
     if is_null(node):
         return node.value or "nothing"
     text = text_of(node)
-    return text if len(text) <= 60 else f"{text[:60]} … ({len(text)} characters)"
+    shown = text[:60] if text[:60].isprintable() and text.strip() else repr(text[:60])
+    return shown if len(text) <= 60 else f"{shown} … ({len(text)} characters)"
 
 
 class Entries:
