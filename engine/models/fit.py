@@ -5,7 +5,7 @@ CHECKS is the table; docs/checks.md is made from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,10 +60,11 @@ class Check:
     """Yields a sentence for each; or raises UserError itself."""
 
 
-def check_fit(parts: Parts) -> list[str]:
-    """Goes through the table. Returns the notes for the banner. Raises UserError for the first error."""
+def check_fit(parts: Parts, checks: Iterable[Check] | None = None) -> list[str]:
+    """Goes through the table (unset: all of it). Returns the notes for the banner. Raises UserError for the first
+    error."""
     notes = []
-    for check in CHECKS:
+    for check in CHECKS if checks is None else checks:
         for problem in check.problems(parts):
             if check.otherwise == "an error":
                 raise UserError(problem)
@@ -186,15 +187,16 @@ def _casing(parts: Parts) -> Iterator[str]:
         )
 
 
+EACH_AND_TOKENIZER = ("each model", "tokenizer")
 CHECKS = (
     Check(("config.json", "weights"), "names and shapes of all tensors of the encoder", "an error", _weights),
     Check(("config.json", "attention"), "whether a forward pass calls ours once a layer", "an error", _attention),
     Check(("config.json", "transformers"), "settings that this version does not know", "a note", _settings),
     Check(("corpus", "tokenizer"), "how text becomes ids, by a hash", "an error", _corpus),
     Check(("each further model", "tokenizer"), "its own vocabulary: ids must mean the same words", "an error", _words),
-    Check(("each model", "tokenizer"), "rows of the embeddings and the largest id", "an error", _rows),
-    Check(("each model", "tokenizer"), "the pad id, where positions are counted from it", "an error", _pad),
-    Check(("each model", "tokenizer"), "the ids of pad, cls, sep and mask", "a note", _special),
+    Check(EACH_AND_TOKENIZER, "rows of the embeddings and the largest id", "an error", _rows),
+    Check(EACH_AND_TOKENIZER, "the pad id, where positions are counted from it", "an error", _pad),
+    Check(EACH_AND_TOKENIZER, "the ids of pad, cls, sep and mask", "a note", _special),
     Check(("each model", "sequence length"), "the tokens that its positions allow", "an error", _length),
     Check(("tokenizer", "its vocabulary"), "lower case against capitals", "a note", _casing),
 )

@@ -14,11 +14,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from engine.config.tools import ExportConfig
 from engine.errors import RunFailure, UserError
 from engine.hub.files import quiet
+from engine.hub.tokenizer import load_tokenizer
+from engine.models.fit import CHECKS, EACH_AND_TOKENIZER, Member, Parts, check_fit
 from engine.models.hub import init_arguments, model_class
 from engine.records.run_dir import COMPLETE, RunDir
 from engine.train.checkpoint import EXPORT_FILE
@@ -52,6 +54,7 @@ def export_run(config: ExportConfig) -> Path:
         raise UserError(
             f"to={config.to!r} holds files that are not an export of mapdistill; name an empty or new folder"
         )
+    _check_tokenizer(run_dir, config.run, tag)
     export_checkpoint(run_dir, tag, target)
     loader = TASK_HEADS.get(head, "AutoModel")
     print(f"model of {tag} written to {target}; load it with {loader}.from_pretrained({str(target)!r})")
@@ -73,6 +76,16 @@ def _check_files(run_dir: RunDir, tag: str) -> None:
             "the end of training exports"
         )
     raise UserError(f"tag={tag!r}: {shown}; name another checkpoint with --tag: {', '.join(run_dir.complete_tags())}")
+
+
+def _check_tokenizer(run_dir: RunDir, run: str, tag: str) -> None:
+    """Raises UserError when the run's tokenizer cannot be read, or is not the student's."""
+    if not run_dir.tokenizer.is_dir():
+        print(f"{run_dir.tokenizer} is not there: the exported folder has no tokenizer")
+        return
+    tokenizer = load_tokenizer(str(run_dir.tokenizer), "run")
+    student = Member("run", run, _student_config(_description(run_dir, tag)))
+    check_fit(Parts(tokenizer, (student,)), [one for one in CHECKS if one.between == EACH_AND_TOKENIZER])
 
 
 def _lost_here(folder: Path, marker: dict[str, Any]) -> list[str]:
@@ -178,8 +191,7 @@ def split_state(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
 
 def rebuild_student(description: dict[str, Any], weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """The student in fp32 with exactly these weights. Raises RuntimeError when one is missing or left over."""
-    settings = dict(description["student_config"])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config = _student_config(description)
     model = model_class(config, description["head"])(config, **init_arguments(config, description["head"]))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     model.tie_weights()
@@ -188,6 +200,12 @@ def rebuild_student(description: dict[str, Any], weights: dict[str, torch.Tensor
     if missing or unexpected:
         raise RuntimeError(f"checkpoint and student differ: missing {missing}, unexpected {unexpected}")
     return model.eval()
+
+
+def _student_config(description: dict[str, Any]) -> PretrainedConfig:
+    settings = dict(description["student_config"])
+    config: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return config
 
 
 def model_card(description: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from engine.jobs.distill.plan import make_plan
 from engine.models.capture import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
+from engine.records.run_dir import RunDir
 
 pytestmark = pytest.mark.launcher
 
@@ -126,6 +128,18 @@ def test_export_script_needs_neither_ranks_nor_teacher(
 def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     assert "no complete checkpoint" in refuse("export", "--run", tmp_path)
     assert "run" in refuse("export", "--to", "x").removeprefix("error: ")
+
+
+def test_export_looks_at_the_runs_tokenizer(finished_run: FinishedRun, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(finished_run(**OTHER_LOSSES).output_dir, tmp_path / "run", symlinks=True)))
+    words = ["--run", run.root, "--to", tmp_path / "exported"]
+    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+    tokenizer.add_tokens(["covid"])
+    tokenizer.save_pretrained(run.tokenizer)
+    assert "has embeddings for 76 tokens, but the tokenizer gives ids up to 76" in refuse("export", *words)
+    (run.tokenizer / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "tokenizer.json is a git-lfs pointer" in refuse("export", *words)
+    assert not (tmp_path / "exported").exists()
 
 
 def curves(run: Run) -> EventAccumulator:

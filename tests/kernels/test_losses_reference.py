@@ -381,5 +381,5 @@ def test_every_reference_function_is_tested_here():
     public = {
         name for name in vars(reference) if getattr(getattr(reference, name), "__module__", "") == reference.__name__
     }
-    shared = {"repeat_heads", "without_padding", "check_same_shape", "normaliser", "split_heads"}
+    shared = {"repeat_heads", "without_padding", "check_same_shape", "normaliser", "split_heads", "narrower", "outside"}
     assert {name for name in public if not name.startswith("_")} - shared == tested
