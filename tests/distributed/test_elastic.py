@@ -19,7 +19,7 @@ K = 4
 FP32, SIXTEEN_BIT = 1e-6, 5e-3
 """Largest relative gap of a loss: sums over other splits, in other orders."""
 STAGES, RANKS = (1, 2, 3), ((2, 1), (1, 2), (2, 3))
-SOME = {(1, 2, (1, 2)), (2, 1, (2, 3)), (2, 3, (2, 1)), (3, 3, (2, 3))}
+SOME = {(2, 1, (2, 3)), (2, 3, (2, 1)), (3, 3, (2, 3))}
 CHANGES = [
     pytest.param(*change, marks=() if change in SOME else pytest.mark.thorough)
     for change in itertools.product(STAGES, STAGES, RANKS)

@@ -15,7 +15,8 @@ LIMIT_S = 4
 ENDLESS = {"ranks": 2, "micro": 2, "train__steps": 100_000, "train__schedule": "constant", "train__save_every": 20}
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
+@pytest.mark.thorough  # tests/unit/ranks/test_watchdog.py has one process
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_ends_the_job_with_stacks(make_run, rank: int) -> None:
     run = make_run("hangs", train__hang_timeout_s=LIMIT_S, **ENDLESS)
     process = start_again(run)

@@ -30,7 +30,7 @@ def fresh_compiler():
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("unpadded", [False, True])
+@pytest.mark.parametrize("unpadded", [pytest.param(False, marks=pytest.mark.thorough), True])
 @pytest.mark.parametrize("what", ["whole", "layers", "under autocast"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_losses_and_gradients_of_a_compiled_student(backend: str, what: str, unpadded: bool) -> None:

@@ -47,6 +47,7 @@ def test_a_hanging_thread_is_ended_with_its_stacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.thorough
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the guard process is for Linux")
 def test_one_that_holds_pythons_lock_is_ended_by_its_guard(tmp_path: Path) -> None:
     """Nothing of Python runs in it any more: PyDLL keeps the lock during the call."""
@@ -76,6 +77,7 @@ with watchdog.armed(6.0, Path(sys.argv[1]), lambda: print("reported", flush=True
 
 
 @pytest.mark.faults
+@pytest.mark.thorough
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the guard process is for Linux")
 def test_a_job_that_was_stopped_as_a_whole_is_no_hang(tmp_path: Path) -> None:
     """Ctrl-Z and `fg`, a scheduler's suspend, a machine that slept."""
