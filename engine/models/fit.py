@@ -18,6 +18,8 @@ from engine.hub.config import ignored_settings
 from engine.hub.tokenizer import load_tokenizer
 from engine.models.capture import install
 from engine.models.hub import require_encoder, skeleton
+from engine.models.student import new_model
+from engine.models.teacher import truncated_config
 
 SPECIAL = ("pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 CASED_FROM = 0.05
@@ -99,11 +101,17 @@ def _weights(parts: Parts) -> Iterator[str]:
 def _attention(parts: Parts) -> Iterator[str]:
     for model in parts.models:
         try:
-            install(skeleton(model.config, "none"), "eager")
+            _probe(model.config)
         except UserError as error:
             yield f"{model}: {error}"
-        except RuntimeError:  # this forward pass needs values, which a model without storage has not: asked when loaded
-            continue
+
+
+def _probe(config: PretrainedConfig) -> None:
+    """Raises UserError for a model whose attention cannot be captured."""
+    try:
+        install(skeleton(config, "none"), "eager")
+    except RuntimeError:  # its forward pass asks for values, which a model without storage has not
+        install(new_model(truncated_config(config, 1), with_mlm_head=False, seed=0), "eager")
 
 
 def _settings(parts: Parts) -> Iterator[str]:

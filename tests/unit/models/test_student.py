@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_encoders import FAMILIES, REAL, VOCAB, make_batch, real_teacher, save_tiny, tiny_config, tiny_model
+from tiny_encoders import (
+    FAMILIES,
+    REAL,
+    VOCAB,
+    make_batch,
+    real_teacher,
+    require_modernbert,
+    save_tiny,
+    tiny_config,
+    tiny_model,
+)
 from transformers import AutoConfig, AutoModel, ModernBertConfig, PretrainedConfig, PreTrainedModel
 
 from engine.config.distill import StudentConfig
@@ -174,6 +184,7 @@ def test_activation_checkpointing_is_an_option(tmp_path: Path) -> None:
 
 
 def test_default_layers_of_real_modernbert_shape() -> None:
+    require_modernbert()
     config: PretrainedConfig = ModernBertConfig()
     student = build_student_config(StudentConfig(), config)
     assert student.num_hidden_layers == 11

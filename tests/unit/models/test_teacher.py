@@ -149,10 +149,10 @@ def test_flops(tmp_path: Path) -> None:
     assert albert.flops_per_token(L) == 2 * 16 * D + 3 * (layer + 4 * L * D)  # one shared layer, run three times
 
 
-def test_shape_of_families() -> None:
-    for family in FAMILIES:
-        shape = shape_of(tiny_config(family), has_mlm_head=True)
-        assert (shape.layers, shape.width, shape.heads, shape.vocab, shape.has_mlm_head) == (4, 48, 4, 53, True)
+@every_family
+def test_shape_of_families(family: str) -> None:
+    shape = shape_of(tiny_config(family), has_mlm_head=True)
+    assert (shape.layers, shape.width, shape.heads, shape.vocab, shape.has_mlm_head) == (4, 48, 4, 53, True)
 
 
 def test_errors_name_key_value_and_remedy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
