@@ -58,8 +58,8 @@ class Check:
     between: tuple[str, str]
     compares: str
     otherwise: Literal["an error", "a note"]
-    problems: Callable[[Parts], Iterator[str]]
-    """Yields a sentence for each; or raises UserError itself."""
+    problems: Callable[[Parts], Iterable[str]]
+    """A sentence for each; or it raises UserError itself."""
 
 
 def check_fit(parts: Parts, checks: Iterable[Check] | None = None) -> list[str]:
@@ -80,8 +80,7 @@ def longest_input(config: PretrainedConfig) -> int | None:
     positions: int | None = getattr(config, "max_position_embeddings", None)
     if positions is None or positions < 1:
         return None
-    first = first_position(config)
-    return positions - first if first else positions
+    return positions - first_position(config)
 
 
 def first_position(config: PretrainedConfig) -> int:
@@ -92,10 +91,10 @@ def first_position(config: PretrainedConfig) -> int:
     return 0
 
 
-def _weights(parts: Parts) -> Iterator[str]:
+def _weights(parts: Parts) -> Iterable[str]:
     for model in parts.models:
         require_encoder(model.path, key=model.key, config=model.config)
-    yield from ()
+    return ()
 
 
 def _attention(parts: Parts) -> Iterator[str]:
@@ -119,10 +118,10 @@ def _settings(parts: Parts) -> Iterator[str]:
         yield from ignored_settings(model.config, model.key)
 
 
-def _corpus(parts: Parts) -> Iterator[str]:
+def _corpus(parts: Parts) -> Iterable[str]:
     if parts.corpus is not None:
         check_tokenizer(parts.corpus, parts.tokenizer)
-    yield from ()
+    return ()
 
 
 def _words(parts: Parts) -> Iterator[str]:

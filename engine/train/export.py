@@ -45,7 +45,8 @@ def export_run(config: ExportConfig) -> Path:
     if tag not in tags:
         raise UserError(f"tag={config.tag!r}: no complete checkpoint of that name; complete ones: {', '.join(tags)}")
     _check_files(run_dir, tag)
-    head = _description(run_dir, tag)["head"]
+    description = _description(run_dir, tag)
+    head = description["head"]
     usual = run_dir.model if head in TASK_HEADS else run_dir.student
     target = Path(config.to).resolve() if config.to is not None else usual
     if target.exists() and not target.is_dir():
@@ -54,7 +55,7 @@ def export_run(config: ExportConfig) -> Path:
         raise UserError(
             f"to={config.to!r} holds files that are not an export of mapdistill; name an empty or new folder"
         )
-    _check_tokenizer(run_dir, config.run, tag)
+    _check_tokenizer(run_dir, config.run, description)
     export_checkpoint(run_dir, tag, target)
     loader = TASK_HEADS.get(head, "AutoModel")
     print(f"model of {tag} written to {target}; load it with {loader}.from_pretrained({str(target)!r})")
@@ -78,13 +79,13 @@ def _check_files(run_dir: RunDir, tag: str) -> None:
     raise UserError(f"tag={tag!r}: {shown}; name another checkpoint with --tag: {', '.join(run_dir.complete_tags())}")
 
 
-def _check_tokenizer(run_dir: RunDir, run: str, tag: str) -> None:
+def _check_tokenizer(run_dir: RunDir, run: str, description: dict[str, Any]) -> None:
     """Raises UserError when the run's tokenizer cannot be read, or is not the student's."""
     if not run_dir.tokenizer.is_dir():
         print(f"{run_dir.tokenizer} is not there: the exported folder has no tokenizer")
         return
     tokenizer = load_tokenizer(str(run_dir.tokenizer), "run")
-    student = Member("run", run, _student_config(_description(run_dir, tag)))
+    student = Member("run", run, _student_config(description))
     check_fit(Parts(tokenizer, (student,)), [one for one in CHECKS if one.between == EACH_AND_TOKENIZER])
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from glue_sample import write_glue_sample
 from task_checks import check_error
 from tiny_world import TinyWorld
 from transformers import PreTrainedModel
@@ -30,13 +29,6 @@ from engine.tasks.specs import BUILT_IN
 
 MNLI = BUILT_IN["MNLI"]
 HERE = Runtime(0, 1, 0, 1, torch.device("cpu"), 1)
-
-
-@pytest.fixture(scope="module")
-def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glue")
-    write_glue_sample(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

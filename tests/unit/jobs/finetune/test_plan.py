@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glue_sample import write_glue_sample
 from squad_sample import write_squad_sample
 from tiny_world import TinyWorld
 
@@ -23,13 +22,6 @@ from engine.tasks.evaluation import Best, TaskEvaluation
 from engine.tasks.model import load_task_model
 from engine.tasks.specs import BUILT_IN
 from engine.tasks.train import task_train_config
-
-
-@pytest.fixture(scope="module")
-def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glue")
-    write_glue_sample(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
