@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 from typing import TypeVar
 
 from engine.config.proxy import ProxyConfig
-from engine.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError
+from engine.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError, first_line
 from ga.config import SearchConfig
 from ga.jobs.launcher import LOG
 from ga.jobs.outcome import JobReport, Outcome
@@ -109,7 +109,7 @@ class Loop:
                     raise
                 if self.stop():
                     raise Interrupted from None
-                why = str(error).strip().splitlines()[0]
+                why = first_line(error)
                 if time.monotonic() - since > OUTAGE_S:
                     raise UserError(
                         f"search.storage has not answered for {OUTAGE_S / 60:.0f} minutes ({why}). What jobs have "

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 NAME = "mapdistill_windows"
 FURTHEST = 2**16
@@ -42,7 +42,7 @@ def windows_of(model: PreTrainedModel) -> tuple[int | None, ...]:
         model.set_attn_implementation(NAME)
         model(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"))
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"model type {model.config.model_type!r}: to which tokens its layers attend is unknown ({reason}); choose "
             "an encoder whose layers attend to all tokens or to a window to both sides, through transformers' "

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 FOLDER = "TORCH_EXTENSIONS_DIR"
 SIGNS = ("Error building extension", "Unable to JIT load")
@@ -37,7 +37,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         is_tool = isinstance(error, FileNotFoundError | subprocess.CalledProcessError)  # a compiler's own --version
         if not is_tool and not reason.startswith(SIGNS):
             raise

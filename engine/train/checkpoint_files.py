@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import torch
 
+from engine.errors import first_line
+
 _CHUNK = 1 << 22
 
 
@@ -83,7 +85,7 @@ class CheckedFiles:
         try:
             action()
         except (OSError, RuntimeError) as error:  # torch.save turns some of the system's errors into RuntimeError
-            self.errors.append(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            self.errors.append(f"{what}: {first_line(error)}")
 
     def save(self, state_dict: Any, path: str) -> None:
         self._remembered(lambda: self._write(state_dict, Path(path)), path)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from engine.config.tools import ExportConfig
-from engine.errors import RunFailure, UserError
+from engine.errors import RunFailure, UserError, first_line
 from engine.hub.files import quiet
 from engine.hub.tokenizer import load_tokenizer
 from engine.models.fit import CHECKS, EACH_AND_TOKENIZER, Member, Parts, check_fit
@@ -139,7 +139,7 @@ def write_model(
         pending.rename(target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(pending, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise RunFailure(f"{target} cannot be written: {reason}") from None
 
 

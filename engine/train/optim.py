@@ -18,7 +18,7 @@ from transformers import (
 
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.models.apex import require_apex
 from engine.ranks import extension_builds
 
@@ -102,7 +102,7 @@ def build_optimizer(
         try:
             return ChosenOptimizer(FusedAdam(groups, adam_w_mode=True, **settings), "DeepSpeed FusedAdam (AdamW)", "")
         except Exception as error:  # DeepSpeed builds it with nvcc on first use; any build failure lands here
-            why = f"DeepSpeed FusedAdam does not build here: {str(error).splitlines()[0][:120]}"
+            why = f"DeepSpeed FusedAdam does not build here: {first_line(error)[:120]}"
             return ChosenOptimizer(torch.optim.AdamW(groups, fused=True, **settings), "torch fused AdamW", why)
     return ChosenOptimizer(torch.optim.AdamW(groups, fused=True, **settings), "torch fused AdamW", "")
 
@@ -115,7 +115,7 @@ def _lamb(groups: list[dict[str, Any]], settings: dict[str, Any], device: torch.
     try:
         return ChosenOptimizer(FusedLamb(groups, **settings), "DeepSpeed FusedLamb", "")
     except Exception as error:  # the same: an nvcc build on first use
-        why = f"DeepSpeed FusedLamb does not build here: {str(error).splitlines()[0][:120]}"
+        why = f"DeepSpeed FusedLamb does not build here: {first_line(error)[:120]}"
         return ChosenOptimizer(Lamb(groups, **settings), "LAMB (plain PyTorch)", why)
 
 

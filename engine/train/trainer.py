@@ -14,7 +14,7 @@ from engine.config.deepspeed import Execution
 from engine.config.distill import TrainConfig
 from engine.data.batch import Batch, Counts
 from engine.data.loader import StepBatches
-from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, RunFailure
+from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, RunFailure, first_line
 from engine.models.features import Features
 from engine.ranks import watchdog
 from engine.ranks.collectives import summed
@@ -207,7 +207,7 @@ class Trainer:
             is_it = isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
             if not is_it or isinstance(error, RunFailure):
                 raise
-            rank, why = self.runtime.rank, (str(error).splitlines() or [type(error).__name__])[0][:200]
+            rank, why = self.runtime.rank, first_line(error)[:200]
             where, facts = f"after step {self.step}", {}
             if self._in_micro_step is not None:
                 micro, batch = self._in_micro_step
