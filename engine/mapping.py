@@ -181,7 +181,9 @@ class MappingPair:
         sizes = {"student_layers": student_layers, "teacher_layers": teacher_layers}
         read = RandomEachStep.of_sizes if hidden == RANDOM_EACH_STEP else partial(parse_mapping, hidden)
         of_hidden = read(**sizes, key="mapping.hidden")
-        return cls(of_hidden, parse_mapping(attention, **sizes, key="mapping.attention") if attention else of_hidden)
+        if attention is None:
+            return cls(of_hidden, of_hidden)
+        return cls(of_hidden, parse_mapping(attention, **sizes, key="mapping.attention"))
 
     @staticmethod
     def genes_in(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

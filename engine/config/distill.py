@@ -12,6 +12,7 @@ from typing import Literal
 from engine.config.checks import require
 from engine.config.marks import PathText, evaluation, how, located, result
 from engine.mapping import RANDOM_EACH_STEP, MappingPair
+from engine.records.run_dir import is_tag, step_tag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +374,7 @@ class TrainConfig:
             self.warmup_steps <= self.steps,
             "train.warmup_steps",
             self.warmup_steps,
-            f"must not exceed train.steps={self.steps}",
+            f"must not exceed the number of steps, {self.steps}",
         )
         require_decay(self.schedule, self.decay_share)
         if self.schedule == "warmup_stable_decay" and 0.0 < decay_share_of(self.decay_share) <= 1.0:
@@ -381,8 +382,8 @@ class TrainConfig:
                 self.warmup_steps + self.decay_steps <= self.steps,
                 "train.decay_share",
                 self.decay_share,
-                f"{self.decay_steps} steps of decay and {self.warmup_steps} of warm-up must not exceed "
-                f"train.steps={self.steps}",
+                f"{self.decay_steps} steps of decay and {self.warmup_steps} of warm-up must not exceed the number of "
+                f"steps, {self.steps}",
             )
 
     @property
@@ -459,7 +460,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")
-        require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
+        require(
+            self.resume in ("auto", "never") or is_tag(self.resume),
+            "resume",
+            self.resume,
+            f"write auto, never, or the name of a checkpoint, like {step_tag(100)}",
+        )
         require(
             self.student.init != "mapping" or self.mapping.hidden != RANDOM_EACH_STEP,
             "student.init",

@@ -262,7 +262,6 @@ class FinetuneConfig:
     train: FineTrainConfig = field(default_factory=FineTrainConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
         require(
             self.mapping.hidden != RANDOM_EACH_STEP,
             "mapping.hidden",

@@ -194,7 +194,6 @@ class ProxySettings:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")
-        require(bool(self.output_dir), "output_dir", self.output_dir, "name a folder")
         require(
             self.data.eval_sequences == 0,
             "data.eval_sequences",

@@ -79,7 +79,7 @@ class _File:
     def read(self, schema: Schema) -> dict[str, Given]:
         given: dict[str, Given] = {}
         try:
-            if len(self._words) != 1:
+            if len(self._words) != 1 or not self._words[0]:
                 raise UserError(f"--config takes one file, got {' '.join(self._words) or 'none'}")
             self._path = expanded(self._words[0], "--config")
             self._add_section(self._top(), "", schema, given)
@@ -127,7 +127,9 @@ class _File:
                 self.problems += reader.problems
                 here.add(key)
             else:
-                self._say(f"unknown setting {key!r}; {schema.hint(key)}", key_node)
+                is_rest = node.flow_style and is_null(value) and not value.value  # of {lr: 0,5}
+                hint = "a value with a comma in it needs quotes" if is_rest else schema.hint(key)
+                self._say(f"unknown setting {key!r}; {hint}", key_node)
 
 
 class _Option:
@@ -159,11 +161,12 @@ class _Option:
         if not words:
             raise UserError("a value is missing")
         if len(words) == 1:
-            is_yaml = dict in kinds or (list in kinds and words[0].lstrip().startswith("["))
+            is_yaml = dict in kinds or (list in kinds and words[0].lstrip().startswith(("[", "{")))
             if is_yaml:
                 return compose(words[0], "") or _scalar("null")
             if list not in kinds or str in kinds or words[0] == "null":
                 return _scalar(words[0])
+            words = words[0].split(",")  # 0.9,0.98
         elif list not in kinds:
             raise UserError(f"takes one value, got {len(words)}; write one with spaces in quotes")
         return yaml.SequenceNode(tag="tag:yaml.org,2002:seq", value=list(map(_scalar, words)))

@@ -18,6 +18,41 @@ ELSEWHERE = {*NAMES["zero_optimization"], *NAMES["bf16"], *NAMES["fp16"], "zero_
 }
 """Names that DeepSpeed's file has, and no configuration."""
 
+_BATCH = ("global_batch", "batch")
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("lr",),
+    "max_steps": ("steps",),
+    "num_train_steps": ("steps",),
+    "num_train_epochs": ("epochs", "steps"),
+    "num_epochs": ("epochs", "steps"),
+    "per_device_train_batch_size": _BATCH,
+    "train_batch_size": _BATCH,
+    "batch_size": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "warmup_ratio": ("warmup_share", "warmup_steps"),
+    "lr_scheduler_type": ("schedule",),
+    "max_grad_norm": ("grad_clip",),
+    "gradient_clipping": ("grad_clip",),
+    "seed": ("seeds",),
+    "gradient_checkpointing": ("activation_checkpointing",),
+    "logging_steps": ("log_every",),
+    "eval_steps": ("eval_every",),
+    "save_steps": ("save_every",),
+    "save_total_limit": ("keep",),
+    "resume_from_checkpoint": ("resume",),
+    "max_seq_length": ("seq_len",),
+    "max_length": ("seq_len",),
+    "model_name_or_path": ("path",),
+    "model": ("path",),
+    "num_hidden_layers": ("layers",),
+    "num_attention_heads": ("heads",),
+    "hidden_dropout_prob": ("dropout",),
+    "adam_epsilon": ("eps",),
+    "torch_dtype": ("dtype",),
+    "attn_implementation": ("attention",),
+}
+"""Names of Hugging Face's Trainer and configurations: what of it may be called here."""
+
 
 def documented(cls: type[Any]) -> dict[str, str]:
     """Returns field -> the string literal that follows it in the source, of the class or of one that it extends."""
@@ -73,13 +108,24 @@ class Schema:
             if above:
                 return f"{leaf!r} is a section of the top level: mind the indentation"
             return f"{leaf!r} is a section: name a setting of it, like {self._first_of(leaf)!r}"
-        namesakes = [key for key in self.settings if key.rpartition(".")[2] == leaf]
-        if namesakes:
+        if namesakes := self._called(leaf, above) or self._of_others(leaf, above):
             return f"did you mean {' or '.join(map(repr, namesakes))}?"
         if name in ELSEWHERE and "deepspeed_config" in self.settings:
             return f"{name!r} belongs into the DeepSpeed JSON that deepspeed_config names"
-        close = difflib.get_close_matches(name, self.settings, n=1, cutoff=0.5)
+        if above in self.sections:
+            here = [key.rpartition(".")[2] for key in self.settings if key.startswith(f"{above}.")]
+            close = difflib.get_close_matches(leaf, here, n=1)
+            return f"did you mean '{above}.{close[0]}'?" if close else f"{above} has {', '.join(here)}"
+        close = difflib.get_close_matches(name, [*self.settings, "print_config"], n=1)
         return f"did you mean {close[0]!r}?" if close else "--help lists every setting"
+
+    def _called(self, leaf: str, above: str) -> list[str]:
+        """The settings of that name: the one of the section `above`, or those of all."""
+        found = [key for key in self.settings if key.rpartition(".")[2] == leaf]
+        return [key for key in found if key == f"{above}.{leaf}"] or found
+
+    def _of_others(self, leaf: str, above: str) -> list[str]:
+        return next(filter(None, (self._called(ours, above) for ours in OTHER_NAMES.get(leaf, ()))), [])
 
     def _first_of(self, section: str) -> str:
         return next(key for key in self.settings if key.startswith(f"{section}."))

@@ -29,7 +29,6 @@ class SourceConfig:
     """Configuration name of a hub data set, or of a cloned one whose README.md declares configurations."""
 
     def __post_init__(self) -> None:
-        require(bool(self.path.strip()), "sources.path", self.path, "name a file, a folder or a data set")
         require(0 < self.weight < math.inf, "sources.weight", self.weight, "must be > 0 and finite")
 
     @property

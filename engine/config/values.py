@@ -29,6 +29,7 @@ _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)", re.ASCII)
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _VARIABLE = re.compile(r"\$\{?[A-Za-z_]")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Reader:
@@ -84,7 +85,13 @@ class Reader:
 
     def _list(self, node: yaml.Node, hint: Any, what: str) -> list[Any]:
         if not isinstance(node, yaml.SequenceNode):
-            raise _unlike(node, what, "a list", f"write [{described(node)}] for one entry")
+            is_section = isinstance(node, yaml.MappingNode)
+            remedy = (
+                "write [{…}], or begin each entry with a dash"
+                if is_section
+                else f"write [{described(node).strip('[]()')}]"
+            )
+            raise _unlike(node, what, "a list", remedy)
         if len(node.value) == 1:
             return [self.read(node.value[0], hint, what)]
         return [self.read(one, hint, f"{what}, entry {number}") for number, one in enumerate(node.value, start=1)]
@@ -103,7 +110,9 @@ class Reader:
         """A dataclass inside of a list or a dictionary."""
         hints = get_type_hints(kind, include_extras=True)
         if not isinstance(node, yaml.MappingNode):
-            raise _unlike(node, what, f"a section with {', '.join(hints)}")
+            needed = _required(kind)
+            example = ", ".join(f"{name}: {described(node) if len(needed) == 1 else '…'}" for name in needed)
+            raise _unlike(node, what, f"a section with {', '.join(hints)}", f"write {{{example}}}")
         before = len(self.problems)
         entries = Entries(node, self._source, what)
         self._keep(entries.problems, node)
@@ -115,9 +124,8 @@ class Reader:
                 close = difflib.get_close_matches(name.lower(), hints, n=1, cutoff=0.5)
                 remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(hints)}"
                 self._keep([Problem(f"{what}: unknown setting {name!r}; {remedy}")], key)
-        for one in dataclasses.fields(kind):
-            if one.name not in given and one.default is one.default_factory is dataclasses.MISSING:
-                self._keep([Problem(f"{what}: {one.name} is missing; write it")], node)
+        missing = [name for name in _required(kind) if name not in given]
+        self._keep([Problem(f"{what}: {name} is missing; write it") for name in missing], node)
         if len(self.problems) > before:
             return None
         with collected() as found:
@@ -126,11 +134,19 @@ class Reader:
         return made
 
 
+def _required(kind: type[Any]) -> list[str]:
+    """Returns the fields of a dataclass that have no default."""
+    return [one.name for one in dataclasses.fields(kind) if one.default is one.default_factory is dataclasses.MISSING]
+
+
 def expanded(text: str, what: str) -> str:
-    """Returns a path with the home folder in the place of `~`. Raises UserError for what only a shell would expand."""
+    """Returns a path with the home folder in the place of `~`. Raises UserError for a URL, and for what only a shell
+    would expand."""
     path = os.path.expanduser(text)
     if os.path.exists(path):
         return path
+    if _URL.match(path):
+        raise UserError(f"{what}={text!r} is a URL; name a file or folder of this machine, or something on the hub")
     if path.startswith("~"):
         raise UserError(f"{what}={text!r}: there is no such home folder; write ./{text} for a folder of that name here")
     if _VARIABLE.search(path):
@@ -188,6 +204,8 @@ def _text(node: yaml.Node, what: str) -> str:
     if isinstance(node, yaml.CollectionNode):
         raise _unlike(node, what, "text", "write it in quotes if it is one")
     text = _scalar(node, what, "text")
+    if not text.strip():
+        raise UserError(f"{what} is empty; write a value, or remove the setting to have its default")
     if _CONTROL.search(text):
         raise UserError(f"{what}={text!r} has a line break or another control character in it; remove that")
     return text
@@ -205,7 +223,4 @@ def _path(node: yaml.Node, what: str) -> str:
     """A path, or the name of something on the hub."""
     if is_null(node) and node.value == "~":
         raise UserError(f"{what}: `~` alone is YAML's null; write ~/ for the home folder")
-    text = _text(node, what)
-    if not text:
-        raise UserError(f"{what} is empty; name a file or folder")
-    return expanded(text, what)
+    return expanded(_text(node, what), what)

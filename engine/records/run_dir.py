@@ -15,12 +15,23 @@ import yaml  # type: ignore[import-untyped]
 from engine.errors import UserError
 
 COMPLETE = "COMPLETE"
+_JOBS = {
+    "checkpoint": "launch/distill.py",
+    "model": "launch/finetune.py",
+    "genomes": "launch/proxy.py",
+    "search": "launch/search.py",
+}
+"""Names at the top level of a config.yaml, and the one script that has them."""
 _TAG = re.compile(r"^step-(\d{8,})$")
 
 
 def step_tag(step: int) -> str:
     """`step-00000100`: the checkpoint folder (DeepSpeed calls it the tag) of optimizer step `step`."""
     return f"step-{step:08d}"
+
+
+def is_tag(name: str) -> bool:
+    return _TAG.match(name) is not None
 
 
 def tag_step(tag: str) -> int:
@@ -99,7 +110,10 @@ class RunDir:
     ) -> None:
         """Makes the folder and writes the resolved configuration, and what else is given (`beside_tokenizer` adds files
         that exports take along with the tokenizer's). For rank 0, through
-        collectives.from_rank_zero where others wait for it. Raises UserError."""
+        collectives.from_rank_zero where others wait for it. Raises UserError, too, where another script has a run."""
+        own = next((script for name, script in _JOBS.items() if hasattr(config, name)), None)
+        if (other := self._written_by()) not in (None, own):
+            raise UserError(f"output_dir={str(self.root)!r} holds what {other} has written; name another folder")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.config.write_text(as_yaml(config), encoding="utf-8")
@@ -114,6 +128,14 @@ class RunDir:
                 f"output_dir={str(self.root)!r} cannot be written: {error}; make room or get the permission there, or "
                 "name another folder"
             ) from None
+
+    def _written_by(self) -> str | None:
+        """The script that a configuration in this folder is of; None where there is none, or it is not known."""
+        try:
+            text = self.config.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        return next((script for name, script in _JOBS.items() if re.search(rf"^{name}:", text, re.MULTILINE)), None)
 
     def set_aside_logs(self) -> list[tuple[Path, Path]]:
         """Renames records and TensorBoard events of an earlier run in this folder to superseded-…, so that its result
@@ -136,9 +158,7 @@ class RunDir:
         if not self.checkpoints.is_dir():
             return []
         found = [
-            entry.name
-            for entry in self.checkpoints.iterdir()
-            if _TAG.match(entry.name) and (entry / COMPLETE).is_file()
+            entry.name for entry in self.checkpoints.iterdir() if is_tag(entry.name) and (entry / COMPLETE).is_file()
         ]
         return sorted(found, key=tag_step)
 

@@ -24,7 +24,7 @@ MISTAKES = [
     (["--loss.hidden", "-1"], "loss.hidden=-1.0"),
     (["--loss.hidden", "nan"], "loss.hidden"),
     (["--teacher.dtype", "fp8"], "teacher.dtype: expected one of 'auto', 'float32', 'bfloat16', 'float16', got fp8"),
-    (["--train.warmup_steps", "1000"], "must not exceed train.steps=300"),
+    (["--train.warmup_steps", "1000"], "must not exceed the number of steps, 300"),
     (["--student.path", "x", "--student.layers", "3"], "student.layers=3: remove it"),
     (["--loss.preset", "tinybert", "--loss.projection", "identity"], "loss.preset='tinybert' fixes it"),
     (["--data.mlm_probability", "1.5"], "must be in [0, 1)"),
@@ -72,6 +72,7 @@ def test_an_error_of_another_rank_alone_is_said_after_a_wait(
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(cli, "RANK_ZERO_SPEAKS_WITHIN_S", 0.2)
     began = time.monotonic()
     assert cli.run_main(body) == 2

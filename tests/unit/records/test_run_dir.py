@@ -2,6 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.config.distill import RunConfig
+from engine.config.proxy import ProxyJobConfig
+from engine.errors import UserError
 from engine.records.run_dir import COMPLETE, RunDir, step_tag, tag_step
 
 
@@ -17,6 +20,15 @@ def test_only_marked_folders_count(tmp_path: Path) -> None:
     (run.checkpoints / "superseded-step-00000900" / COMPLETE).write_text("{}")
     assert run.complete_tags() == ["step-00000100", "step-00000200", "step-1000000000"]
     assert run.newest_tag() == "step-1000000000"
+
+
+def test_a_folder_of_another_script_is_refused(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.config.write_text("genomes: [uniform]\nteacher:\n  model: x\n")
+    run.write_settings(ProxyJobConfig(genomes=["last"]))
+    with pytest.raises(UserError, match=r"holds what launch/proxy.py has written; name another folder"):
+        run.write_settings(RunConfig())
+    assert "- last" in run.config.read_text()
 
 
 def test_logs_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:

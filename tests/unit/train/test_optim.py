@@ -111,7 +111,10 @@ def test_runs_of_different_lengths_are_one_run_up_to_their_decays() -> None:
     [
         ({"decay_share": 0.2}, "(?s)train.decay_share=0.2: remove it.*'linear'"),
         ({"schedule": "warmup_stable_decay", "decay_share": 0.0}, r"must be in \(0, 1\]"),
-        ({"schedule": "warmup_stable_decay", "decay_share": 1.0, "warmup_steps": 1}, "must not exceed train.steps=300"),
+        (
+            {"schedule": "warmup_stable_decay", "decay_share": 1.0, "warmup_steps": 1},
+            "must not exceed the number of steps, 300",
+        ),
     ],
 )
 def test_a_decay_that_cannot_be_is_refused(settings: dict[str, Any], match: str) -> None:
