@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config.checks import Problem, refuse
-from engine.config.deepspeed_file import Check, load_ds_config
+from engine.config.deepspeed_file import ZERO, Check, load_ds_config, section
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.errors import UserError
 
@@ -47,8 +46,7 @@ class Execution:
     @property
     def layout(self) -> dict[str, Any]:
         """What, beside ranks and stage, decides which element lies where in a shard."""
-        zero = self.resolved.get("zero_optimization", {})
-        return {key: zero.get(key) for key in LAYOUT_KEYS}
+        return {key: section(self.resolved, ZERO).get(key) for key in LAYOUT_KEYS}
 
 
 def default_config_name(*, has_gpu: bool, has_fast_bf16: bool) -> str:
@@ -92,33 +90,39 @@ def _micro_batch(ds: dict[str, Any], global_batch: int, world_size: int, source:
 
 
 def _enabled(ds: dict[str, Any], precision: str) -> bool:
-    return bool(ds.get(precision, {}).get("enabled", False))
+    return section(ds, precision).get("enabled", False) is True
 
 
-def _offloads(zero: dict[str, Any], name: str) -> bool:
-    return bool((zero.get(name) or {}).get("device", "none") == "cpu")
+def _offload_device(ds: dict[str, Any], name: str) -> Any:
+    return section(ds, ZERO, name).get("device", "none")
 
 
-def _contradictions(ds: dict[str, Any], train: TrainConfig) -> Iterator[str]:
-    """Yields what in a file of right names and types does not go together."""
+def _contradictions(ds: dict[str, Any], train: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Yields what does not go together, or not with the run config: key and fault."""
+    for name in ("bf16", "fp16"):
+        if name in ds and "enabled" not in section(ds, name):
+            yield name, f"{name} has no effect without enabled; write it, true or false"
     if _enabled(ds, "bf16") and _enabled(ds, "fp16"):
-        yield "bf16 and fp16 are both enabled; choose one"
-    if _enabled(ds, "bf16") and train.skip_bad_steps and not ds["bf16"].get("check_grad_overflow", True):
-        yield (
-            f"bf16.check_grad_overflow=false with train.skip_bad_steps={train.skip_bad_steps}: DeepSpeed would not see "
-            "the steps that are to be left out; remove that key"
-        )
-    zero = ds.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+        yield "fp16.enabled", "bf16 and fp16 are both enabled; choose one"
+    if _enabled(ds, "bf16") and train.skip_bad_steps and not section(ds, "bf16").get("check_grad_overflow", True):
+        what = "DeepSpeed would not see the steps that are to be left out; remove that key"
+        key = "bf16.check_grad_overflow"
+        yield key, f"{key}=false with train.skip_bad_steps={train.skip_bad_steps}: {what}"
+    every = ds.get("steps_per_print", 1)
+    if isinstance(every, int) and every < 1:
+        what = "must be at least 1; remove it to have none of DeepSpeed's lines"
+        yield "steps_per_print", f"steps_per_print={every} {what}"
+    stage = section(ds, ZERO).get("stage", 0)
     if stage not in (0, 1, 2, 3):
-        yield f"zero_optimization.stage={stage!r} must be 0, 1, 2 or 3"
+        yield f"{ZERO}.stage", f"{ZERO}.stage={stage!r} must be 0, 1, 2 or 3"
         return
     for name, needed in OFFLOAD_NEEDS_STAGE.items():
-        device = (zero.get(name) or {}).get("device", "none")
+        device = _offload_device(ds, name)
         if device not in ("none", "cpu"):
-            yield f"{name}.device={device!r} must be none or cpu: an NVMe disk's part would be missing in checkpoints"
+            what = "must be none or cpu (an NVMe disk's part would be missing in checkpoints)"
+            yield f"{ZERO}.{name}.device", f"{name}.device={device!r} {what}"
         elif device == "cpu" and stage < needed:
-            yield f"{name} needs ZeRO stage {needed} or higher, this file has {stage}"
+            yield f"{ZERO}.{name}", f"{name} needs ZeRO stage {needed} or higher, this file has {stage}"
 
 
 def resolve_execution(
@@ -126,10 +130,8 @@ def resolve_execution(
 ) -> Execution:
     """Loads `path` and fills in what the run config owns, for `world_size` ranks. check: as for load_ds_config. Raises
     UserError."""
-    ds, source = load_ds_config(path, check), str(path)
-    refuse(Problem(text, source=source) for text in _contradictions(ds, train))
-    zero = ds.setdefault("zero_optimization", {"stage": 0})
-    stage = zero.get("stage", 0)
+    ds, source = load_ds_config(path, lambda values: _contradictions(values, train), check), str(path)
+    stage = ds.setdefault(ZERO, {"stage": 0}).get("stage", 0)
     micro = _micro_batch(ds, train.global_batch, world_size, source)
     accumulation = train.global_batch // (micro * world_size)
     ds["train_micro_batch_size_per_gpu"] = micro
@@ -140,7 +142,7 @@ def resolve_execution(
     }
     fill_auto(ds, owned, source)
     ds.setdefault("steps_per_print", 1_000_000_000)  # the monitor prints; DeepSpeed's own line would double it
-    offload = {name: _offloads(zero, name) for name in OFFLOAD_NEEDS_STAGE}
+    offload = {name: _offload_device(ds, name) == "cpu" for name in OFFLOAD_NEEDS_STAGE}
     if optim.name.endswith("lamb") and stage > 0:
         raise UserError(
             f"optim.name={optim.name!r} with ZeRO stage {stage} ({source}): the trust ratio needs whole "

@@ -18,7 +18,7 @@ from engine.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 
-_ZERO = "zero_optimization"
+ZERO = "zero_optimization"
 _OFFLOAD = "device nvme_path buffer_count pin_memory"
 NAMES: dict[str, frozenset[str]] = {
     place: frozenset(names.split())
@@ -33,7 +33,7 @@ NAMES: dict[str, frozenset[str]] = {
         "fp16": """
             enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
             min_loss_scale fp16_master_weights_and_grads""",
-        _ZERO: """
+        ZERO: """
             stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
             allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights
             elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size prefetch_bucket_size
@@ -47,9 +47,11 @@ NAMES: dict[str, frozenset[str]] = {
             zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients
             memory_efficient_linear pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings
             enable_sanity_checks save_muon_momentum_buffer_in_memory leaf_module""",
-        f"{_ZERO}.offload_param": f"{_OFFLOAD} buffer_size max_in_cpu",
-        f"{_ZERO}.offload_optimizer": f"""
+        f"{ZERO}.offload_param": f"{_OFFLOAD} buffer_size max_in_cpu",
+        f"{ZERO}.offload_optimizer": f"""
             {_OFFLOAD} pipeline_read pipeline_write fast_init ratio super_offload cpuadam_cores_perc""",
+        "flops_profiler": """
+            enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file""",
         "checkpoint": "tag_validation parallel_write",
         "data_types": "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules",
         "torch_autocast": "enabled dtype lower_precision_safe_modules",
@@ -59,6 +61,7 @@ NAMES: dict[str, frozenset[str]] = {
 other writers (asynchronous ones) would be hashed before they have written."""
 
 _GONE = "DeepSpeed has it no more; remove it"
+_OLD_OFFLOAD = 'an old name; to offload write "{}": {{"device": "cpu"}} in its place, else remove it'
 REMEDIES = {
     "optimizer": "remove it: optim.* and train.lr of the run config own the optimizer",
     "scheduler": "remove it: train.schedule and train.warmup_steps of the run config own the schedule",
@@ -70,12 +73,12 @@ REMEDIES = {
     "amp": _GONE,
     "sparse_gradients": _GONE,
     "graph_harvesting": _GONE,
-    "allgather_size": f"an old name; write allgather_bucket_size into {_ZERO}",
-    f"{_ZERO}.cpu_offload": 'an old name; write "offload_optimizer": {"device": "cpu"} in its place',
-    f"{_ZERO}.cpu_offload_params": 'an old name; write "offload_param": {"device": "cpu"} in its place',
-    f"{_ZERO}.cpu_offload_param": 'an old name; write "offload_param": {"device": "cpu"} in its place',
-    f"{_ZERO}.cpu_offload_use_pin_memory": 'an old name; write "pin_memory" into offload_optimizer and offload_param',
-    f"{_ZERO}.stage3_gather_fp16_weights_on_model_save": (
+    "allgather_size": f"an old name; write allgather_bucket_size into {ZERO}",
+    f"{ZERO}.cpu_offload": _OLD_OFFLOAD.format("offload_optimizer"),
+    f"{ZERO}.cpu_offload_params": _OLD_OFFLOAD.format("offload_param"),
+    f"{ZERO}.cpu_offload_param": _OLD_OFFLOAD.format("offload_param"),
+    f"{ZERO}.cpu_offload_use_pin_memory": 'an old name; write "pin_memory" into offload_optimizer and offload_param',
+    f"{ZERO}.stage3_gather_fp16_weights_on_model_save": (
         "an old name; write stage3_gather_16bit_weights_on_model_save in its place"
     ),
     "checkpoint.use_node_local_storage": "remove it: checkpoint.storage of the run config owns it",
@@ -104,15 +107,15 @@ VALUES = {
             memory_breakdown bf16.enabled bf16.check_grad_overflow fp16.enabled torch_autocast.enabled""",
         "a whole number": f"""
             train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print
-            {_ZERO}.stage""",
+            {ZERO}.stage""",
         "a number": "gradient_clipping gradient_predivide_factor",
         "fp32, fp16 or bf16": "communication_data_type",
         "a precision like fp32, fp16 or bf16": """
             data_types.grad_accum_dtype data_types.param_dtype data_types.buffer_dtype
             torch_autocast.dtype""",
         'an object like {"enabled": true}': "bf16 fp16",
-        'an object like {"stage": 1}': _ZERO,
-        'an object like {"device": "cpu"}': f"{_ZERO}.offload_param {_ZERO}.offload_optimizer",
+        'an object like {"stage": 1}': ZERO,
+        'an object like {"device": "cpu"}': f"{ZERO}.offload_param {ZERO}.offload_optimizer",
         "an object": """
             data_types comms_logger flops_profiler aio checkpoint torch_autocast compile timers hybrid_engine""",
     }.items()
@@ -123,26 +126,30 @@ OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 """Values that may be "auto", since the run config decides them."""
 
 Check = Callable[[dict[str, Any]], Iterable[tuple[str, str]]]
-"""Of a whole file: yields (dotted name, what is wrong with it)."""
+"""Of a whole file, whose values may be of any type: yields (dotted name, what is wrong with it)."""
 
 
-def load_ds_config(path: Path, check: Check = lambda _: ()) -> dict[str, Any]:
-    """Reads and checks the JSON. check: finds what else is wrong in it. Raises SettingsError that names file, lines,
-    keys and remedies."""
+def load_ds_config(path: Path, *checks: Check) -> dict[str, Any]:
+    """Reads and checks the JSON. checks: find what else is wrong in it; of one name the first problem is said. Raises
+    SettingsError that names file, lines, keys and remedies."""
     source = str(path)
     if not path.is_file():
         shipped = ", ".join(sorted(p.name for p in FOLDER.glob("*.json")))
-        raise UserError(f"deepspeed_config={source!r}: no such file; shipped in {FOLDER}: {shipped}")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"deepspeed_config={source!r}: {what}; shipped in {FOLDER}: {shipped}")
     text = read_text(path)
+    if not text.strip():
+        raise SettingsError([Problem("is empty; write {} to have every default", source=source)])
     values = _parsed(text, source)
     walk = _Walk(source)
     node = compose(text, source)
     if isinstance(node, yaml.MappingNode):
         walk.look_at(node, values, "")
-        said = {problem.key for problem in walk.problems}
-        for key, what in check(values):
-            if key not in said:
-                walk.say(key, what)
+        for check in checks:
+            said = {problem.key for problem in walk.problems}
+            for key, what in check(values):
+                if key not in said:
+                    walk.say(key, what)
     else:
         walk.say("", "the top level must be a JSON object")
     refuse(sorted(walk.problems, key=lambda one: one.line))
@@ -157,6 +164,13 @@ def _parsed(text: str, source: str) -> Any:
         raise SettingsError([Problem(what, source=source, line=error.lineno)]) from None
     except (ValueError, RecursionError) as error:
         raise SettingsError([Problem(f"not valid JSON ({error})", source=source)]) from None
+
+
+def section(values: Any, *names: str) -> dict[str, Any]:
+    """Returns an object of the file by the names of those around it and its own; empty where there is none."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
 
 
 class _Walk:

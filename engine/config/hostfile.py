@@ -13,7 +13,9 @@ from engine.config.nodes import read_text
 from engine.errors import UserError
 
 _NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
-_HOST_LINE = re.compile(r"^(\S+)\s+slots=(\d+)(?:\s.*)?$", re.ASCII)
+_HOST_LINE = re.compile(r"(\S+)\s+slots=(\d+)(?:\s+max_slots=\d+)?(?:\s+#.*)?", re.ASCII)
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""More than that would be an option of ssh, a user, a port, or several hosts to --include or pdsh."""
 MOST_SLOTS = 1024
 
 
@@ -47,11 +49,11 @@ def parse_hostfile(path: Path) -> dict[str, int]:
 
 
 def _host(line: str) -> tuple[str, int]:
-    match = _HOST_LINE.match(line)
+    match = _HOST_LINE.fullmatch(line)
     if match is None:
         raise UserError(f"{line!r} is not a host; write HOST slots=N, e.g. worker-1 slots=8")
     host, slots = match.group(1), int(match.group(2)[: len(str(MOST_SLOTS)) + 1])
-    if host.startswith("-") or set(host) & set("@:,"):  # an option of ssh; they mean something else in --include
+    if not _HOST.fullmatch(host):
         raise UserError(f"host {host!r} is no plain name; give it one in ~/.ssh/config")
     if not 1 <= slots <= MOST_SLOTS:
         raise UserError(
@@ -76,7 +78,8 @@ def rank_exports(environ: Mapping[str, str], cwd: Path) -> dict[str, str]:
             key, equals, value = line.partition("=")
             if not equals or not _NAME.match(key.strip()):
                 raise UserError(
-                    f"{os.fspath(path)}, line {number}: {line!r} is not NAME=value; remove it (empty lines too)"
+                    f"{os.fspath(path)}, line {number}: {line!r} is not NAME=value; write it so, without `export`, or "
+                    "remove it (comments and empty lines too)"
                 )
             found[key.strip()] = value.strip()
     return found

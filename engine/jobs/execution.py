@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from engine.config.deepspeed import Execution, default_config_name, resolve_execution
-from engine.config.deepspeed_file import FOLDER, NAMES, REMEDIES
+from engine.config.deepspeed_file import FOLDER, NAMES, REMEDIES, section
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.errors import UserError
 from engine.models.apex import require_apex
@@ -54,21 +54,16 @@ def refused_by_deepspeed(ds: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "comms_logger": CommsLoggerConfig,
         "compile": CompileConfig,
     }
-    for section, kind in classes.items():
-        known = {key: value for key, value in _section(ds, section).items() if f"{section}.{key}" not in REMEDIES}
+    for name, kind in classes.items():
+        known = {key: value for key, value in section(ds, name).items() if f"{name}.{key}" not in REMEDIES}
         try:
             kind(**known)
         except ValidationError as error:
             for one in error.errors():
-                key = ".".join(str(part) for part in (section, *one["loc"]))
+                key = ".".join(str(part) for part in (name, *one["loc"]))
                 given = f"={json.dumps(one['input'], default=repr)}" if one["loc"] else ""
-                if one["type"] != "extra_forbidden" or section not in NAMES:  # names were looked at already
+                if one["type"] != "extra_forbidden" or name not in NAMES:  # names were looked at already
                     yield key, f"{key}{given}: {one['msg']}"
-
-
-def _section(ds: dict[str, Any], name: str) -> dict[str, Any]:
-    section = ds.get(name)
-    return section if isinstance(section, dict) else {}
 
 
 def check_precision(execution: Execution) -> None:

@@ -61,6 +61,10 @@ def test_accumulation_is_derived(tmp_path: Path) -> None:
         ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"stage": 4}}, "stage=4"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
+        ({"fp16": {"loss_scale": 0}}, "line 1: fp16 has no effect without enabled; write it, true or false"),
+        ({"steps_per_print": 0}, "steps_per_print=0 must be at least 1; remove it"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "CPU"}}}, "'CPU' must be none or cpu"),
+        ({"flops_profiler": {"enable": True}}, "unknown key 'flops_profiler.enable'; did you mean 'enabled'"),
         ({"bf16": True}, "must be an object"),
         ({"zero_optimization": 2}, "zero_optimization=2 must be an object"),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, 'offload_param="cpu" must be an object'),
@@ -90,7 +94,7 @@ def test_lamb_and_zero_do_not_go_together() -> None:
 
 
 WRONG = [
-    ("", "line 1: not valid JSON"),
+    ("", "is empty; write {} to have every default"),
     ('{\n"bf16": {"enabled": true},}', "line 2: not valid JSON"),
     ('{\n// fast\n"bf16": {}}', "line 2: not valid JSON .*; it has no comments, and no comma before a closing bracket"),
     ("[1]", "the top level must be a JSON object"),
@@ -103,8 +107,9 @@ WRONG = [
     ('{"zero_optimization": {},\n"offload_optimizer": {}}', "line 2: .*; it belongs into zero_optimization$"),
     ('{"stage": 2}', "unknown key 'stage'; it belongs into zero_optimization"),
     ('{"zero_optimization": {"gradient_clipping": 1}}', "it belongs into the top level"),
-    ('{"zero_optimization": {"cpu_offload": true}}', 'an old name; write "offload_optimizer": {"device": "cpu"}'),
-    ('{"cpu_offload_params": true}', 'an old name; write "offload_param": {"device": "cpu"}'),
+    ('{"zero_optimization": {"cpu_offload": true}}', 'to offload write "offload_optimizer": {"device": "cpu"} in its'),
+    ('{"zero_optimization": {"cpu_offload": false}}', "an old name; .* in its place, else remove it"),
+    ('{"cpu_offload_params": true}', 'to offload write "offload_param": {"device": "cpu"}'),
     ('{"zero_optimization": {"stage3_gather_fp16_weights_on_model_save": true}}', "stage3_gather_16bit_weights_on_mod"),
     ('{"bfloat16": {"enabled": true}}', "the old name of bf16"),
     ('{"sparse_gradients": true}', "DeepSpeed has it no more"),
@@ -145,6 +150,13 @@ def test_contradictions_are_said_at_once(tmp_path: Path) -> None:
         resolve(run(32), path, 1)
 
 
+def test_contradictions_are_said_beside_other_mistakes(tmp_path: Path) -> None:
+    on = {"enabled": True}
+    path = write(tmp_path, bf16=on, fp16=on, zero_optimization={"stage": "2", "offload_param": True}, foo=1)
+    with pytest.raises(UserError, match=r"^4 problems: .*stage=\"2\" .*offload_param=true .*'foo'.*choose one"):
+        resolve(run(32), path, 1)
+
+
 @pytest.mark.parametrize("data", [b"\xef\xbb\xbf{}", b"{\r\n\t\r\n}", b'{"data_types": {"param_dtype": "bf16"}}'])
 def test_files_of_other_editors(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "ds.json").write_bytes(data)
@@ -154,6 +166,8 @@ def test_files_of_other_editors(tmp_path: Path, data: bytes) -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file; shipped in .*zero1_bf16.json"):
         load_ds_config(tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"is a folder; shipped in"):
+        load_ds_config(tmp_path)
     (tmp_path / "bad.json").write_bytes("{}".encode("utf-16"))
     with pytest.raises(UserError, match=r"bad\.json: is UTF-16 text; save it as UTF-8"):
         load_ds_config(tmp_path / "bad.json")

@@ -40,6 +40,8 @@ def test_hostfile(tmp_path: Path) -> None:
         ("worker-1 slots=0\n", r"line 1: 'worker-1 slots=0': a host has 1 to 1024 slots"),
         ("me@worker-1 slots=2\n", r"line 1: host 'me@worker-1' is no plain name"),
         ("-worker slots=1\n", r"line 1: host '-worker' is no plain name"),
+        ("worker-[1-4] slots=1\n", r"line 1: host 'worker-\[1-4\]' is no plain name"),
+        ("worker-1 slots=1 worker-2 slots=1\n", r"line 1: .* is not a host"),
         ("# nobody\n", r"names no host"),
         ("worker-1 slots=99999999999999999999\n", r"line 1: .*: a host has 1 to 1024 slots"),
         ("\ufeffworker-1 slots=1\n", r"line 1: a byte order mark"),
