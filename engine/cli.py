@@ -25,8 +25,8 @@ QUICKSTART_NEEDS = ("models/all-MiniLM-L6-v2/model.safetensors", "data/news/mani
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:
-    """The deepspeed launcher adds --local_rank=N to every script's arguments."""
-    return [word for word in argv if not word.startswith("--local_rank")]
+    """Launchers add the rank on its host: deepspeed as --local_rank=N, torch.distributed.launch as --local-rank=N."""
+    return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
 
 
 def quickstart() -> list[str]:
@@ -79,6 +79,7 @@ def run_main(body: Callable[[], int]) -> int:
     RunFailure one line and exit code 1, a package that is missing one line and exit code 2."""
     survive_lost_readers()
     try:
+        environment.require_home()
         environment.complete(os.environ)
         threads.wait_briefly(os.environ)
         allocator.bound_compiled_kernels(os.environ)

@@ -96,6 +96,8 @@ def load_manifest(path: str | Path) -> Manifest:
     """Reads the manifest of the corpus folder `path`. Raises UserError when it is missing, unreadable or unfinished."""
     folder = Path(path)
     file = folder / MANIFEST
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the folder that {COMMAND} wrote (it reads text, with --sources)")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; prepare a corpus with {COMMAND} --output_dir {folder}")
     if not file.is_file():

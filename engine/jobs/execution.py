@@ -28,7 +28,7 @@ def compute_device() -> torch.device:
 
 def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig) -> Execution:
     """How this machine executes it. Raises UserError for a DeepSpeed file or an optimizer that cannot work."""
-    extension_builds.require_folder()
+    extension_builds.require_operators()
     path = Path(deepspeed_config)
     if deepspeed_config == "auto":
         path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())

@@ -18,12 +18,14 @@ A process that is none of these, or the only rank, is left as it is.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, MutableMapping
 
 from engine.errors import UserError
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+_NUMBERS = (*_NAMES, "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _MPIRUN = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -39,17 +41,33 @@ _PORTS = range(20_000, 32_000)
 """Below the ports that Linux hands out by itself."""
 
 
+def require_home() -> None:
+    """Raises UserError where nobody knows a home folder: libraries would make one that is named `~`."""
+    if os.path.expanduser("~") == "~":
+        raise UserError(
+            f"there is no home folder: HOME is not set, and this machine does not know user {os.getuid()}, as in many "
+            "containers; set HOME to a folder that can be written"
+        )
+
+
 def complete(environ: MutableMapping[str, str]) -> None:
     """Where srun or mpirun started this process as one of several ranks, adds what is not set yet of RANK, WORLD_SIZE,
     LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT. Does nothing where RANK is set, nor for a process on its own: a
     search that runs as one task must not hand RANK=0 to the ranks that it starts.
 
-    Raises UserError, with RANK set, when it is not known where the ranks meet.
+    Raises UserError, with RANK set, when it is not known where the ranks meet; and, with none of them set, for what no
+    launcher sets.
     """
+    numbers = {name: environ[name] for name in _NUMBERS if name in environ}
+    _refuse_remains(environ, [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()])
+    world = int(numbers.get("WORLD_SIZE", "1"))
     if "RANK" in environ:
+        is_one = int(numbers["RANK"]) < world
+        _refuse_remains(environ, [] if is_one else [f"RANK={numbers['RANK']} of WORLD_SIZE={world}"])
         return
     known = _of_mpirun(environ) or _of_srun(environ) or _of_other_mpi(environ)
     if int(known.get("WORLD_SIZE", "1")) == 1:
+        _refuse_remains(environ, [] if world == 1 else [f"WORLD_SIZE={world} without RANK"])
         return
     for name, value in known.items():
         environ.setdefault(name, value)
@@ -59,6 +77,18 @@ def complete(environ: MutableMapping[str, str]) -> None:
             f"this is one of {environ['WORLD_SIZE']} ranks that an MPI started, and they do not know where to meet: "
             f"export {' '.join(missing)} for all of them (`mpirun -x NAME`; for `deepspeed`, lines in .deepspeed_env)"
         )
+
+
+def _refuse_remains(environ: MutableMapping[str, str], wrong: list[str]) -> None:
+    """Raises UserError for variables that would end in a traceback, or in a wait for ranks that nobody has started."""
+    if not wrong:
+        return
+    for name in _NUMBERS:  # this process speaks for itself
+        environ.pop(name, None)
+    raise UserError(
+        f"environment variables that only a launcher sets cannot be right: {', '.join(wrong)}; remove them (unset "
+        f"{' '.join(_NUMBERS)}), or start with `deepspeed`"
+    )
 
 
 def local_size(environ: Mapping[str, str]) -> int | None:

@@ -10,9 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import UserError, first_line
+from engine.ranks import extension_locks
 
 FOLDER = "TORCH_EXTENSIONS_DIR"
 SIGNS = ("Error building extension", "Unable to JIT load")
+
+
+def require_operators() -> None:
+    """Compiles, where that is still to be done, the operator that every start on a CPU needs: before there is a run
+    directory. Raises UserError where it cannot be."""
+    require_folder()
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None and builder.is_compatible():  # else DeepSpeed does without, as on a GPU
+        with explained():
+            builder.load()
 
 
 def require_folder() -> None:
@@ -33,7 +46,9 @@ def require_folder() -> None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turns the failure of a compiler inside of the block into a UserError."""
+    """Turns the failure of a compiler inside of the block into a UserError, and takes over what builders that are gone
+    have left locked."""
+    extension_locks.take_over_stale()
     try:
         yield
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:

@@ -13,7 +13,7 @@ from types import FrameType
 
 import torch
 
-from engine.ranks import allocator, environment, extension_builds, extension_locks, rendezvous, threads, watchdog
+from engine.ranks import allocator, environment, extension_builds, rendezvous, threads, watchdog
 from engine.ranks.collectives import summed
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -122,7 +122,6 @@ def start(seed: int) -> Runtime:
         torch.cuda.set_device(local_rank)
     # torch 2.13 renames a collective that DeepSpeed 0.19 calls: nothing that a user could do about it
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
-    extension_locks.take_over_stale()
     backend = "nccl" if on_gpu else "gloo"
     if rendezvous.is_needed():
         rendezvous.agree(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -15,7 +16,7 @@ import pytest
 from launching import environment, free_port
 
 from engine.errors import UserError
-from engine.ranks.environment import complete, first_host
+from engine.ranks.environment import complete, first_host, require_home
 
 BATCH_SCRIPT = {
     "SLURM_JOB_ID": "4242",
@@ -116,6 +117,30 @@ def test_ranks_on_one_host_need_a_port_only() -> None:
 )
 def test_left_alone(environ: dict[str, str]) -> None:
     assert completed(environ) == {}
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"RANK": "1"}, "RANK=1 of WORLD_SIZE=1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 of WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "8", "LOCAL_RANK": "0"}, "WORLD_SIZE=8 without RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"MASTER_PORT": "abc", "LOCAL_SIZE": ""}, "LOCAL_SIZE=, MASTER_PORT=abc"),
+    ],
+)
+def test_remains_of_another_launcher_are_named(environ: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=rf"cannot be right: {says}; remove them \(unset RANK WORLD_SIZE "):
+        complete(environ)
+    assert environ == {}  # whoever says the error waits for nobody
+
+
+def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_home()
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as where a container runs as any number
+    with pytest.raises(UserError, match=r"HOME is not set, and user .* is not known .*; set HOME to a folder"):
+        require_home()
 
 
 def test_what_is_exported_wins() -> None:

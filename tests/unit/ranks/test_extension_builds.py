@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from deepspeed.ops.op_builder.builder import OpBuilder
 
 from engine.errors import UserError
 from engine.ranks import extension_builds
@@ -43,6 +44,14 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         subprocess.run(["/no/such/compiler"])
     with pytest.raises(UserError, match=r"returned non-zero exit status 1"), extension_builds.explained():
         subprocess.run(["/bin/false"], check=True)
+
+
+def test_an_operator_is_compiled_before_there_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})  # as in a new process
+    with pytest.raises(UserError, match=r"cannot be compiled with CXX=/bin/false"):
+        extension_builds.require_operators()
 
 
 def test_other_errors_stay_what_they_are() -> None:
