@@ -38,9 +38,10 @@ How a value is read:
   values are `true` or `false` (`yes`, `no`, `on`, `off` mean the same). Whole numbers have decimal digits (`1_000` is a
   thousand; `010` is refused) and end at 2147483647; `inf` and `nan` are no numbers.
 - A section without settings, and a file of comments alone, leave the defaults. `null`, `~` or nothing unsets a setting
-  whose default is "unset", and is an error elsewhere.
-- `~/` at the start of a path is the home folder, in files too. Environment variables such as `$HOME` are not expanded.
-- A list is `[a, b]`, or several words on the command line: `--genomes uniform last`.
+  whose default is "unset", and is an error elsewhere; so is an empty text everywhere.
+- `~/` at the start of a path is the home folder, in files too. Environment variables such as `$HOME` are not expanded,
+  and nothing is read from or written to a URL.
+- A list is `[a, b]`; on the command line also several words, or one with commas: `--genomes uniform last`.
 - Files are UTF-8. Anchors, aliases and `<<` work; a JSON file is read as the YAML that it is.
 
 "continued" says what may change when the same command goes on with what it has begun: `fixed` settings may not, `free`

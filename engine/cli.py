@@ -79,7 +79,7 @@ def run_main(body: Callable[[], int]) -> int:
     RunFailure one line and exit code 1, a package that is missing one line and exit code 2."""
     survive_lost_readers()
     try:
-        environment.require_home()
+        environment.refuse_unusable(os.environ)
         environment.complete(os.environ)
         threads.wait_briefly(os.environ)
         allocator.bound_compiled_kernels(os.environ)

@@ -41,8 +41,12 @@ _PORTS = range(20_000, 32_000)
 """Below the ports that Linux hands out by itself."""
 
 
-def require_home() -> None:
-    """Raises UserError where nobody knows a home folder: libraries would make one that is named `~`."""
+def refuse_unusable(environ: Mapping[str, str]) -> None:
+    """Raises UserError where there is no home folder (libraries would make one that is named `~`), or for an
+    accelerator of DeepSpeed's that is none of ours (or of no one's, which would be a traceback)."""
+    accelerator = environ.get("DS_ACCELERATOR", "cuda")
+    if accelerator not in ("cuda", "cpu"):
+        raise UserError(f"DS_ACCELERATOR={accelerator} in the environment: write cuda or cpu, or unset it")
     if os.path.expanduser("~") == "~":
         raise UserError(
             f"there is no home folder: HOME is not set, and this machine does not know user {os.getuid()}, as in many "

@@ -24,6 +24,8 @@ from ga.jobs.slots import Placement, free_port, plan_slots
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "proxy.py"
 HOSTFILE = "hostfile"
+NO_GPU = ("-1", "NoDevFiles")
+"""CUDA_VISIBLE_DEVICES of a user, or of Slurm, that means none."""
 LOCAL_GRACE_S, REMOTE_GRACE_S = 10.0, 30.0
 """Seconds between SIGTERM and SIGKILL; the launcher of a job on other hosts needs some to end its ranks there."""
 
@@ -54,6 +56,8 @@ def visible_gpus() -> list[int]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(range(count))
+    if visible.strip() in NO_GPU:
+        return []
     ids = [word.strip() for word in visible.split(",") if word.strip()]
     if not all(word.isdigit() for word in ids):
         raise UserError(f"CUDA_VISIBLE_DEVICES={visible!r}: write device numbers, e.g. 0,1, not names")

@@ -112,6 +112,20 @@ def test_slots_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == [["localhost:0"], ["localhost:0,1"], ["localhost:0", "localhost:1"]]
 
 
+@pytest.mark.parametrize(
+    ("visible", "ids"), [(None, [0, 1]), ("1", [1]), ("1,0", [1, 0]), ("", []), ("-1", []), ("NoDevFiles", [])]
+)
+def test_visible_gpus(visible: str | None, ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: one'\necho 'GPU 1: two'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == ids
+
+
 @pytest.mark.parametrize("text", ['{"of', "[]", '{"of": 1}'])
 def test_a_torn_measurement_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "measured").mkdir()

@@ -16,7 +16,7 @@ import pytest
 from launching import environment, free_port
 
 from engine.errors import UserError
-from engine.ranks.environment import complete, first_host, require_home
+from engine.ranks.environment import complete, first_host, refuse_unusable
 
 BATCH_SCRIPT = {
     "SLURM_JOB_ID": "4242",
@@ -136,11 +136,17 @@ def test_remains_of_another_launcher_are_named(environ: dict[str, str], says: st
 
 
 def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_home()
+    refuse_unusable({})
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as where a container runs as any number
     with pytest.raises(UserError, match=r"HOME is not set, and user .* is not known .*; set HOME to a folder"):
-        require_home()
+        refuse_unusable({})
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "CUDA", "npu"])
+def test_an_accelerator_that_is_not_supported(name: str) -> None:
+    with pytest.raises(UserError, match=f"DS_ACCELERATOR={name} .*: write cuda or cpu, or unset it"):
+        refuse_unusable({"DS_ACCELERATOR": name})
 
 
 def test_what_is_exported_wins() -> None:
