@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from engine.config.nodes import read_text
 from engine.errors import UserError
 from ga.config import Launcher
 from ga.jobs.processes import boot_id, look_up, running
@@ -271,7 +272,6 @@ def _write_exports(path: Path, added: Mapping[str, str], cwd: Path) -> None:
     lines: list[str] = []
     for folder in (Path.home(), cwd):  # where DeepSpeed looks; an absolute name wins over the folder
         if (folder / name).is_file():
-            text = (folder / name).read_text(encoding="utf-8")
-            lines += [line for line in text.splitlines() if line.strip()]
+            lines += [line for line in read_text(folder / name).splitlines() if line.strip()]
     lines += [f"{key}={value}" for key, value in added.items() if key != "DS_ENV_FILE"]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from ga.jobs.slots import Placement, free_port, plan_slots
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "proxy.py"
 HOSTFILE = "hostfile"
+LAUNCHED_BY: dict[Launcher, str] = {"pdsh": "pdsh", "openmpi": "ompi_info", "slurm": "sinfo"}
+"""The command that DeepSpeed looks for."""
 NO_GPU = ("-1", "NoDevFiles")
 """CUDA_VISIBLE_DEVICES of a user, or of Slurm, that means none."""
 LOCAL_GRACE_S, REMOTE_GRACE_S = 10.0, 30.0
@@ -41,7 +44,15 @@ def find_placements(
         if gpus and local_slots > len(gpus):
             raise UserError(f"search.local_slots={local_slots}: this machine has {len(gpus)} visible GPUs")
         devices = gpus[:local_slots] if gpus else local_slots
-    return plan_slots(hosts, local_devices=devices, slots_per_job=slots_per_job, launcher=launcher, on_cpu=not gpus)
+    placements = plan_slots(
+        hosts, local_devices=devices, slots_per_job=slots_per_job, launcher=launcher, on_cpu=not gpus
+    )
+    if shutil.which(LAUNCHED_BY[launcher]) is None and not all(placement.is_local for placement in placements):
+        raise UserError(
+            f"search.launcher={launcher!r}: this machine has no {LAUNCHED_BY[launcher]}, by which DeepSpeed knows that "
+            f"{launcher} is installed; install it, or name another of {', '.join(LAUNCHED_BY)}"
+        )
+    return placements
 
 
 def visible_gpus() -> list[int]:

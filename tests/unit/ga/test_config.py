@@ -112,6 +112,13 @@ def test_slots_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == [["localhost:0"], ["localhost:0,1"], ["localhost:0", "localhost:1"]]
 
 
+def test_a_launcher_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "hosts").write_text("worker-1 slots=2\n")
+    with pytest.raises(UserError, match=r"search.launcher='slurm': this machine has no sinfo, .*; install it, or name"):
+        find_placements(hostfile=str(tmp_path / "hosts"), local_slots=None, slots_per_job=2, launcher="slurm")
+
+
 @pytest.mark.parametrize(
     ("visible", "ids"), [(None, [0, 1]), ("1", [1]), ("1,0", [1, 0]), ("", []), ("-1", []), ("NoDevFiles", [])]
 )
