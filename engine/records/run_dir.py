@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import yaml  # type: ignore[import-untyped]
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 COMPLETE = "COMPLETE"
 _JOBS = {
@@ -120,7 +120,10 @@ class RunDir:
             if ds_config is not None:
                 self.ds_config.write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
             if tokenizer is not None:
-                tokenizer.save_pretrained(self.tokenizer)
+                try:
+                    tokenizer.save_pretrained(self.tokenizer)
+                except Exception as error:  # the Rust library has no other for a full disk
+                    raise OSError(first_line(error)) from None
             if beside_tokenizer is not None:
                 beside_tokenizer(self.tokenizer)
         except OSError as error:

@@ -45,9 +45,17 @@ class Surviving:
 
 
 def survive_lost_readers() -> None:
-    """From now on, for this process; and what an output's encoding has no character for is shown by its number."""
+    """From now on, for this process; and what an output's encoding has no character for is shown by its number. A
+    stream that was closed before the start (`>&-`) leads to nowhere."""
     if isinstance(sys.stdout, Surviving):
         return
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # or the next file that is opened would have its number
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, number)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+            if nothing != number:
+                os.close(nothing)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not one that a caller has put in its place
             with contextlib.suppress(OSError):  # it writes what is waiting, for which a disk may have no room

@@ -139,7 +139,7 @@ def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_unusable({})
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as where a container runs as any number
-    with pytest.raises(UserError, match=r"HOME is not set, and user .* is not known .*; set HOME to a folder"):
+    with pytest.raises(UserError, match=r"HOME is not set, and .* does not know user .*; set HOME to a folder"):
         refuse_unusable({})
 
 

@@ -12,17 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_disk import SmallDisk
+from launching import ROOT
+from small_disk import SmallDisk, mounted
 from teacher_passes import assert_same, batches, load, open_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_encoders import save_tiny
-from transformers import BertConfig, BertModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from engine.cli import run_main
-from engine.errors import RunFailure
+from engine.config.distill import RunConfig
+from engine.errors import RunFailure, UserError
 from engine.records.events import EventFile
 from engine.records.files import AppendFile
 from engine.records.records import RecordWriter, final_result, parse_record, read_records
+from engine.records.run_dir import RunDir
 from engine.train.export import write_model
 from engine.train.monitor import Monitor
 
@@ -217,6 +222,22 @@ def test_output_to_a_full_disk_is_lost_and_nothing_else() -> None:
     with open("/dev/full", "w") as full:
         process = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     assert process.stderr == "end\n"
+
+
+def test_an_output_that_was_closed_before_the_start_leads_to_nowhere(tmp_path: Path) -> None:
+    code = (
+        "import sys; from engine.records.stdout import survive_lost_readers; survive_lost_readers(); print('lost');"
+        "file = open('file', 'w'); assert file.fileno() > 2; print(sys.stdin.read(), file=file)"
+    )
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+    assert (tmp_path / "file").read_text() == "\n"
+
+
+def test_settings_on_a_full_disk(tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"word {n}": n for n in range(999)})))
+    with mounted(tmp_path / "disk", "8k"), pytest.raises(UserError, match="cannot be written: No space left on device"):
+        RunDir(tmp_path / "disk").write_settings(RunConfig(), tokenizer=tokenizer)
 
 
 def test_a_rank_without_a_run_directory_of_its_own_can_say_what_ended_it(tmp_path: Path) -> None:
