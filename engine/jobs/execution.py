@@ -28,6 +28,7 @@ def compute_device() -> torch.device:
 
 def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig) -> Execution:
     """How this machine executes it. Raises UserError for a DeepSpeed file or an optimizer that cannot work."""
+    runtime.name_accelerator()
     extension_builds.require_operators()
     path = Path(deepspeed_config)
     if deepspeed_config == "auto":

@@ -49,6 +49,12 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
+def name_accelerator() -> None:
+    """Says before DeepSpeed is imported that there is no GPU: it would try every accelerator, and warn."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 @dataclass(frozen=True)
 class Runtime:
     rank: int
@@ -97,8 +103,7 @@ def start(seed: int) -> Runtime:
     Raises UserError when srun or mpirun started several ranks and it is not known where they meet, or, on several
     hosts, when any rank has found an error or does not arrive."""
     environment.complete(os.environ)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes every accelerator and warns
+    name_accelerator()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         _use_free_port()

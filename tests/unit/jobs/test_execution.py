@@ -44,7 +44,7 @@ def test_what_deepspeed_has_no_more_is_not_taken() -> None:
     ("text", "says"),
     [
         ('{"zero_optimization": {\n"overlap_comm": "maybe"}}', 'line 2: zero_optimization.overlap_comm="maybe": '),
-        ('{"zero_optimization": {"stage": 4}}', "line 1: zero_optimization.stage=4: "),
+        ('{"zero_optimization": {"stage": 4}}', "line 1: zero_optimization.stage=4 must be 0, 1, 2 or 3"),
         ('{"fp16": {"enabled": true, "loss_scale": "dynamic"}}', 'fp16.loss_scale="dynamic": '),
         ('{"comms_logger": {"enable": true}}', "comms_logger.enable=true: Extra inputs are not permitted"),
         ('{"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}', "line 1: zero_optimization: Assertion failed"),
