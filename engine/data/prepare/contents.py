@@ -31,12 +31,13 @@ KINDS = {
     ".tsv": "table",
 }
 _HEAD = 1 << 16
-_JSON_OBJECT = re.compile(rb'\s*\{\s*"(\\.|[^"\\])*"\s*:')
+_JSON_OBJECT = re.compile(rb'\s*\{\s*("(\\.|[^"\\])*"|\'[^\'\n]*\')\s*:')  # also as Python prints one, to be refused
 _JSON_ARRAY = re.compile(rb'\s*\[\s*\{\s*"')
 _EXTRACTED = re.compile(rb"\s*<doc\s[^>]*\b(id|url|title)=[^>]*>[ \t\r]*\n")
 _MARKUP = re.compile(
     rb"\s*(<(\?xml|!doctype|html|mediawiki)\b|<!--|<([a-z][\w.:-]*)(\s[^<>]*)?>([^\n]*</\3>)?[ \t\r]*(\n|$))", re.I
 )
+_LIST_ENTRY = re.compile(rb"[0-9a-fA-F]{32,128}[ \t]+\S.*|[a-z\d]+://\S+\s*")  # of SHA256SUMS; an address
 _COLUMN = re.compile(r"[\w.-]+")
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\b\x1b"))
 
@@ -55,13 +56,21 @@ _FOREIGN = (
     (rb"\{\\rtf", "a rich text document: save it as plain text"),
     (rb"\xd0\xcf\x11\xe0", "an office document: save it as plain text"),
     (rb"WARC/\d", "a web archive: take the text out of its records (trafilatura)"),
-    (rb"ARROW1\x00|\xff\xff\xff\xff.{3}\x00", "an Arrow file: name the folder that save_to_disk wrote"),
+    (
+        rb"ARROW1\x00|\xff\xff\xff\xff.{3}\x00",
+        "an Arrow file: name the folder that save_to_disk wrote, or "
+        "write it as Parquet (datasets: Dataset.from_file(FILE).to_parquet(NEW))",
+    ),
     (rb"SQLite format 3|\x89HDF|Obj\x01", "a data base or table: write its text as JSON lines"),
     (rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff", "UTF-32, not UTF-8: iconv -f UTF-32 -t UTF-8 FILE > NEW"),
     (rb"\xff\xfe|\xfe\xff", "UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
-    (rb"([^\x00]\x00){8}", "UTF-16, not UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW"),
-    (rb"(\x00[^\x00]){8}", "UTF-16, not UTF-8: iconv -f UTF-16BE -t UTF-8 FILE > NEW"),
+    (rb"([^\x00][\x00\x03-\x06]){8}", "UTF-16, not UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW"),
+    (rb"([\x00\x03-\x06][^\x00]){8}", "UTF-16, not UTF-8: iconv -f UTF-16BE -t UTF-8 FILE > NEW"),
     (rb"[^\n]{0,999}\x1b\$[@B]", "ISO-2022-JP, not UTF-8: iconv -f ISO-2022-JP -t UTF-8 FILE > NEW"),
+    (
+        rb"-DOCSTART-|# (newdoc|sent_id|global\.columns)\b",
+        "a table of words (CoNLL): write its sentences as text",
+    ),
 )
 """How files begin that hold no plain text; what they are, and how the text comes out of them."""
 
@@ -86,8 +95,12 @@ class Contents:
 
 
 def foreign(head: bytes) -> str | None:
-    """Returns what an unpacked file that begins with `head` holds instead of text or Parquet, and the remedy."""
-    return next((what for magic, what in _FOREIGN if re.match(magic, head, re.DOTALL)), None)
+    """Returns what an unpacked file that begins with `head` holds instead of text, and the remedy."""
+    if what := next((what for magic, what in _FOREIGN if re.match(magic, head, re.DOTALL)), None):
+        return what
+    if (len(head) - len(head.translate(None, _CONTROLS))) * 20 > len(head):
+        return "binary data, not text: give a file of text"
+    return None
 
 
 def named_kind(path: Path) -> str | None:
@@ -102,9 +115,15 @@ def inner_ending(path: Path) -> str:
 
 
 def table_rows(lines: Iterable[str], delimiter: str) -> Any:
-    """Reads a table: comma-separated ones have quoting (RFC 4180); at tabs lines are just split."""
+    """Reads a table: comma-separated ones have quoting (RFC 4180), also after a space; at tabs lines are just split."""
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    return csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
+
+
+def nested_rows(row: dict[str, Any], field: str) -> str | None:
+    """Returns what the only object of a JSON file is where it has not `field` but a list of rows, and the remedy."""
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return f"has its rows in a list: jq -c '.{lists[0]}[]' FILE > NEW" if lists and field not in row else None
 
 
 def look(path: Path, field: str) -> Contents:
@@ -136,16 +155,16 @@ def _told(head: bytes, path: Path, field: str, *, compressed: bool) -> Contents:
     is_parquet = head.startswith(b"PAR1" if named == "parquet" else b"PAR1\x15")
     if is_parquet and compressed:
         return Contents("foreign", "is compressed Parquet: unpack it first; Parquet files hold their own compression")
-    if what := foreign(head):
-        return Contents("foreign", f"is {what}")
     if is_parquet:
         return Contents("parquet")
-    if (len(head) - len(head.translate(None, _CONTROLS))) * 20 > len(head):
-        return Contents("foreign", "is binary data, not text: give a file of text")
+    if what := foreign(head):
+        return Contents("foreign", f"is {what}")
     if named == "json" or _JSON_OBJECT.match(head) or _JSON_ARRAY.match(head):
         return _json_contents(head, path, field)
     if found := _table_contents(head, path, field, named=named == "table") or _markup_contents(head):
         return found
+    if all(map(_LIST_ENTRY.fullmatch, head.split(b"\n", 100)[:-1] or [head])):
+        return Contents("aside", "lists checksums or addresses: give the files with the text")
     return Contents("parquet" if named == "parquet" else "text")  # the reader says what no Parquet is
 
 
@@ -155,20 +174,23 @@ def _json_contents(head: bytes, path: Path, field: str) -> Contents:
     cut = not more and len(head) == _HEAD
     goes_on = line[-1:] in (b"{", b"[", b",")
     if line.startswith(b"[") and (goes_on or cut or not more):
-        return Contents("aside", "is a JSON array, not JSON lines: jq -c '.[]' FILE > NEW.jsonl")
+        each = ".[]" if _JSON_ARRAY.match(head) else f".[] | {{{json.dumps(field)}: .}}"
+        return Contents("aside", f"is a JSON array, not JSON lines: jq -c '{each}' FILE > NEW.jsonl")
     if line.startswith(b"{") and goes_on and more:
         return Contents("aside", "is JSON of several lines, not JSON lines: jq -c . FILE > NEW.jsonl")
     if not more and not cut and inner_ending(path) not in (".jsonl", ".ndjson"):
         with contextlib.suppress(ValueError, RecursionError):  # the reader names what is not JSON
             row = json.loads(line)
             if isinstance(row, dict) and field not in row:
-                return Contents("aside", f"is one JSON object without {_missing('field', field, list(row))}")
+                why = nested_rows(row, field) or f"is one JSON object without {_missing('field', field, list(row))}"
+                return Contents("aside", why)
     return Contents("json")
 
 
 def _table_contents(head: bytes, path: Path, field: str, *, named: bool) -> Contents | None:
     """Returns the contents of a file that is named as a table, or has a header line with `field` and rows like it."""
-    header, *rows = head.decode("utf-8", "replace").lstrip("\r\n").split("\n", 2)
+    lines = re.sub(r"^sep=.\r?\n", "", head.decode("utf-8", "replace").lstrip("\r\n"))  # Excel's word on the separator
+    header, *rows = lines.split("\n", 2)
     headers = {}
     for delimiter in "\t" if inner_ending(path) == ".tsv" else ",;\t|":
         headers[delimiter] = names = _columns(header.rstrip("\r"), delimiter)
@@ -176,6 +198,8 @@ def _table_contents(head: bytes, path: Path, field: str, *, named: bool) -> Cont
         if field in names and (named or like_rows):
             if names.count(field) > 1:
                 return Contents("foreign", f"has two columns {field!r}: rename one")
+            if len(head) < _HEAD and not "".join(rows).strip():
+                return Contents("aside", "has a header and no rows: remove it, or give the right file")
             return Contents("table", delimiter=delimiter)
     longest = max(headers.values(), key=len)
     return Contents("aside", f"is a table without {_missing('column', field, longest)}") if named else None
@@ -183,7 +207,7 @@ def _table_contents(head: bytes, path: Path, field: str, *, named: bool) -> Cont
 
 def _columns(header: str, delimiter: str) -> list[str]:
     try:
-        return next(table_rows([header], delimiter), [])
+        return [name.strip(" ") for name in next(table_rows([header], delimiter), [])]
     except csv.Error:  # prose with quotation marks
         return []
 

@@ -51,18 +51,21 @@ def read_table(
     try:
         with _opened(path, contents, seen, newline="") as stream:
             rows = table_rows((line.removeprefix(_MARK) for line in stream), contents.delimiter)
-            header = next(filter(None, rows))
+            written = next(row for row in rows if row and not row[0].startswith("sep="))
+            header = [name.strip(" ") for name in written]
             at = header.index(column.encode().decode("latin-1"))
             while True:
-                place = f"{path}:{rows.line_num + 1}"
+                begin = rows.line_num + 1
+                place = f"{path}:{begin}"
                 try:
                     row = next(rows)
                 except StopIteration:
                     break
                 except csv.Error as error:
-                    yield place, f"is no row of a table ({error})"
+                    to = f" to line {rows.line_num:,}" if rows.line_num > begin else ""
+                    yield place, f"is no row of a table{to} ({error})"
                     continue
-                if row == header:
+                if row == written:
                     yield place, "repeats the header"
                 elif len(row) not in (0, len(header)):
                     yield place, f"has {len(row)} columns, not {len(header)} as the header"
@@ -96,10 +99,10 @@ def parquet_column(path: Path, column: str) -> Iterator[Any]:
             yield from batch.column(0).to_pylist()
 
 
-def check_parquet(path: Path, column: str) -> None:
-    """Raises UserError for a file whose end is torn, or that lacks the column."""
-    with _opened_parquet(path, column):
-        pass
+def parquet_rows(path: Path, column: str) -> int:
+    """Returns the number of rows. Raises UserError for a file whose end is torn, or that lacks the column."""
+    with _opened_parquet(path, column) as file:
+        return int(file.metadata.num_rows)
 
 
 @contextlib.contextmanager
@@ -145,10 +148,12 @@ def hub_dataset_column(name: str, *, config_name: str | None, split: str, column
     from datasets import load_dataset
 
     try:
-        rows = iter(load_dataset(name, config_name, split=split, streaming=True))
+        with offline_if_unreachable() as reachable:
+            rows = iter(load_dataset(name, config_name, split=split, streaming=True))
     except Exception as error:  # network, hub, missing script or split: datasets has no common base class
+        reason = first_line(error) if reachable else "the hub cannot be reached from here"
         raise UserError(
-            f"{name}: neither a local path nor a hub data set that can be reached ({first_line(error)})"
+            f"{name}: neither a local path nor a hub data set that can be had ({reason}); correct the path or the name"
         ) from error
     number = 0
     while True:
@@ -166,8 +171,26 @@ def hub_dataset_column(name: str, *, config_name: str | None, split: str, column
         yield row[column]
 
 
+@contextlib.contextmanager
+def offline_if_unreachable() -> Iterator[bool]:
+    """Sends `datasets` to its cache at once, where it would get there after all its retries. Gives whether the hub can
+    be reached."""
+    from datasets import config
+
+    from engine.hub.files import hub_is_reachable
+
+    before, reachable = config.HF_HUB_OFFLINE, hub_is_reachable()
+    config.HF_HUB_OFFLINE = before or not reachable
+    try:
+        yield reachable
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
 def _require_column(place: str, column: str, columns: list[str]) -> None:
     if column not in columns:
         raise UserError(
             f"{place}: no column {column!r} (columns: {', '.join(map(repr, columns))}); set the source's `field`"
         )
+    if columns.count(column) > 1:
+        raise UserError(f"{place}: has two columns {column!r}: rename one")

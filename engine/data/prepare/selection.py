@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from engine.config.tools import SourceConfig
 from engine.data.prepare.compression import COMPRESSIONS
 from engine.data.prepare.contents import KINDS, Contents, inner_ending, look, named_kind
-from engine.data.prepare.formats import check_parquet
+from engine.data.prepare.formats import is_saved_dataset, parquet_rows
 from engine.errors import UserError
 
 _Splits = dict[str | None, list[PurePath]]  # names relative to the folder; None: of no split
@@ -46,6 +46,8 @@ def select_file(path: Path, source: SourceConfig) -> Selection:
     contents = look(path, source.column)
     if contents.why:
         raise UserError(f"{path}: {contents.why}")
+    if contents.kind == "parquet":
+        parquet_rows(path, source.column)
     return _checked(Selection({path: contents}), path, source)
 
 
@@ -64,19 +66,25 @@ def select_folder(folder: Path, source: SourceConfig) -> Selection:
     for split, others in splits.items():
         if others:
             found.left_out[f"of split {split!r}" if split else "of no split"] += map(str, others)
+    seen: set[tuple[int, int]] = set()
     for name in sorted(chosen, key=PurePath.as_posix):
-        _add(folder / name, str(name), source, found)
+        stat = (folder / name).stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            found.left_out["links to files that are read already"].append(str(name))
+        else:
+            _add(folder / name, str(name), source, found)
+        seen.add((stat.st_dev, stat.st_ino))
     if not found.files:
         left_out = "; ".join(found.left_out_lines()) or "it is empty"
         endings = ", ".join([*KINDS, *COMPRESSIONS])
-        raise UserError(f"{folder}: no file in this folder holds text ({left_out}); known endings are {endings}")
+        raise UserError(
+            f"{folder}: no file in this folder holds text ({left_out}); known endings are {endings}; "
+            "a file of another one is read where a source names it"
+        )
     return _checked(found, folder, source)
 
 
 def _checked(found: Selection, place: Path, source: SourceConfig) -> Selection:
-    for path, contents in found.files.items():
-        if contents.kind == "parquet":
-            check_parquet(path, source.column)
     if all(contents.kind in ("text", "extracted") for contents in found.files.values()):
         source.refuse_unused(f"{place}, which is read as plain text", "field")
     return found
@@ -91,6 +99,8 @@ def _add(path: Path, name: str, source: SourceConfig, found: Selection) -> None:
         found.left_out[contents.why].append(name)
     elif contents.kind == "text" and not claimed and path.suffix.lower() not in COMPRESSIONS:
         found.left_out[_OTHER_KIND].append(name)
+    elif contents.kind == "parquet" and not parquet_rows(path, source.column):
+        found.left_out["has no rows"].append(name)
     else:
         found.files[path] = contents
 
@@ -108,6 +118,8 @@ def _data_files(folder: Path, found: Selection) -> list[PurePath]:
             elif name in folders:
                 if (folder / path).is_symlink():
                     found.left_out["links to folders, which are not followed"].append(str(path))
+                elif is_saved_dataset(folder / path):
+                    found.left_out["saved by `datasets`: name this folder itself"].append(str(path))
             elif not (folder / path).is_file():
                 found.left_out["no files (links to nothing, pipes)"].append(str(path))
             elif path.stem.lower() in _BESIDE_DATA:
@@ -118,7 +130,7 @@ def _data_files(folder: Path, found: Selection) -> list[PurePath]:
                 found.left_out["there unpacked as well"].append(str(path))
             else:
                 names.append(path)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not is_saved_dataset(Path(here, name))]
     return names
 
 
@@ -169,13 +181,15 @@ def _named_splits(folder: Path, source: SourceConfig, names: Iterable[PurePath])
 
 def _told_split(name: PurePath) -> str | None:
     """Returns the split that a file is of by the rules of `datasets`: shards in a folder `data` name theirs, then names
-    of folders tell it, then the file's own."""
+    of folders tell it, then the file's own. A whole name may have capitals (Test.csv), which only we take for one."""
     from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 
     if shard := re.fullmatch(r"data/(\w+(\.\w+)*)-\d{5}-of-\d{5}.*\..*", name.as_posix()):
         return shard.group(1)
     for part in (*name.parent.parts, name.name):
         for split, words in SPLIT_KEYWORDS.items():
-            if re.search(rf"(^|[{NON_WORDS_CHARS}])({'|'.join(words)})([{NON_WORDS_CHARS}]|$)", part):
+            if part.partition(".")[0].lower() in words or re.search(
+                rf"(^|[{NON_WORDS_CHARS}])({'|'.join(words)})([{NON_WORDS_CHARS}]|$)", part
+            ):
                 return str(split)
     return None

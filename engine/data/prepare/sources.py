@@ -96,7 +96,10 @@ class SourceReader:
             self.documents += paragraph.first
             yield paragraph
         if count == 0:
-            raise UserError(f"{self.source.path}: no text in it; remove it from sources, or give the right file")
+            skipped = f", but bad lines, the first {self.bad_places[0]}" if self.bad_places else ""
+            raise UserError(
+                f"{self.source.path}: no text in it{skipped}; remove it from sources, or give the right file"
+            )
 
     def _select(self) -> Selection:
         if self.saved_dataset:
@@ -113,9 +116,14 @@ class SourceReader:
         name = self.source.path
         if os.path.exists(self._root):
             raise UserError(f"{name}: neither a file nor a folder (a pipe or a device?); write its text to a file")
+        if "://" in name:
+            raise UserError(f"{name}: an address; download it and name the file (a data set of the hub: OWNER/NAME)")
+        if set(name) & set("*?["):
+            raise UserError(f"{name}: patterns are not read; name the folder, or each file as a source of its own")
         ending = Path(name).suffix.lower()
-        if name.startswith(("/", ".", "~")) or name.count("/") > 1 or ending in (*KINDS, *COMPRESSIONS):
-            raise UserError(f"{name}: no such file or folder")
+        path_like = name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
+        if path_like or ending in (*KINDS, *COMPRESSIONS):
+            raise UserError(f"{name}: no such file or folder; correct the path")
 
     def _stored(self) -> Iterable[Path]:
         if self.saved_dataset:
@@ -170,10 +178,13 @@ class SourceReader:
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
-                self._bad(place, f"is not JSON ({error})", "write one JSON object a line")
+                self._bad(place, f"is not JSON ({error})", "write one JSON object a line (jq -c . FILE > NEW)")
                 continue
             if not isinstance(row, dict):
-                self._bad(place, f"is JSON but not an object (a {type(row).__name__})", "write one JSON object a line")
+                remedy = "write one JSON object a line"
+                if isinstance(row, str):
+                    remedy += f" (jq -c '{{{json.dumps(column)}: .}}' FILE > NEW)"
+                self._bad(place, f"is JSON but not an object (a {type(row).__name__})", remedy)
             elif column not in row:
                 keys = ", ".join(map(repr, list(row)[:8])) or "none"
                 self._bad(place, f"has no field {column!r} (its fields: {keys})", "set the source's `field`")
@@ -217,7 +228,8 @@ class SourceReader:
         """One document held in one string: each of its lines is a paragraph."""
         column = self.source.column
         if not isinstance(text, str):
-            self._bad(place, f"field {column!r} is {type(text).__name__}, not text", "repair it")
+            kind = "null" if text is None else type(text).__name__
+            self._bad(place, f"field {column!r} is {kind}, not text", "repair it")
             return
         try:
             size = len(text.encode())

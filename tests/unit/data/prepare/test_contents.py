@@ -57,6 +57,8 @@ def seen(tmp_path: Path, name: str, data: bytes, field: str = "text"):
         ("a.txt", b"{braces} in prose\n", "text"),
         ("a.txt", b"\x1b[31mred\x1b[0m\n", "text"),
         ("a.txt", b" \n" * 70_000, "text"),
+        ("a.txt", b"https://example.org says so.\n", "text"),
+        ("a.txt", b"{'text': 'as Python prints it'}\n", "json"),
         ("a.jsonl", ROWS, "json"),
         ("a.ndjson", ROWS, "json"),
         ("a.JSONL", ROWS, "json"),
@@ -94,6 +96,11 @@ def test_kinds(tmp_path, name, data, kind):
         ("a.json", b"[" + b'{"text": "one"}, ' * 9_000, "aside", "is a JSON array"),
         ("a.json", b'{\n "text": "one"\n}', "aside", "is JSON of several lines, not JSON lines: jq -c ."),
         ("a.txt", b'{"a": {\n "b": 1}}', "aside", "is JSON of several lines"),
+        ("a.json", b'["one", "two"]', "aside", """jq -c '.[] | {"text": .}' FILE > NEW.jsonl"""),
+        ("a.json", b'{"data": [{"text": "one"}]}', "aside", "has its rows in a list: jq -c '.data[]' FILE > NEW"),
+        ("SHA256SUMS.txt", b"%064x *./00.jsonl.zst\n" % 7 * 2, "aside", "lists checksums or addresses"),
+        ("urls.txt", b"http://www.imdb.com/title/tt0064354\r\n" * 200, "aside", "lists checksums or addresses"),
+        ("a.csv", b"id,text\r\n", "aside", "has a header and no rows"),
         ("a.json", b'{"other": 1}', "aside", r"without a field 'text' (its fields: 'other'); set the source's `field`"),
         ("a.csv", b"label;body\na;one\n", "aside", "without a column 'text' (its columns: 'label', 'body')"),
         ("a.csv", b"text,text\none,two\n", "foreign", "has two columns 'text'"),
@@ -108,8 +115,10 @@ def test_kinds(tmp_path, name, data, kind):
         ("a.txt", "one".encode("utf-16"), "foreign", "is UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8"),
         ("a.txt", "one and two".encode("utf-16-le"), "foreign", "iconv -f UTF-16LE"),
         ("a.txt", "one and two".encode("utf-16-be"), "foreign", "iconv -f UTF-16BE"),
+        ("a.txt", "Привет, мир".encode("utf-16-le"), "foreign", "iconv -f UTF-16LE"),
         ("a.txt", "one".encode("utf-32"), "foreign", "iconv -f UTF-32"),
         ("a.txt", "日本語".encode("iso-2022-jp"), "foreign", "iconv -f ISO-2022-JP"),
+        ("a.txt", b"-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\n", "foreign", "is a table of words (CoNLL)"),
         ("a.html", b"<!DOCTYPE html>\n<p>one", "foreign", "begins with markup (<!DOCTYPE): extract the text first"),
         ("a.txt", b'<?xml version="1.0"?>\n', "foreign", "begins with markup"),
         ("a.bz2", bz2.compress(b'<mediawiki xmlns="x">\n'), "foreign", "a Wikipedia dump: wikiextractor"),
@@ -126,6 +135,7 @@ def test_what_holds_no_text_is_named(tmp_path, name, data, kind, why):
 
 def test_columns_that_a_table_must_have(tmp_path):
     assert seen(tmp_path, "a.csv", b"label;body\na;one\n", "body").delimiter == ";"
+    assert seen(tmp_path, "a.csv", b"sep=;\r\nid; text\r\n1;one\r\n").delimiter == ";"
     assert seen(tmp_path, "a.tsv", b'"id\ttext\n1\tone\n').delimiter == "\t"
     assert seen(tmp_path, "a.csv", "id,größe\n1,one\n".encode(), "größe").kind == "table"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from engine.config.tools import SourceConfig
 from engine.data.prepare.selection import Selection, select_folder
@@ -56,6 +57,8 @@ def chosen(folder: Path, **settings: str) -> list[str]:
         (["train/a-test.jsonl", "test/b.jsonl"], None, "train/"),
         (["imdb-train/a.jsonl", "imdb-dev/a.jsonl"], "validation", "dev"),
         (["a.jsonl", "dev.jsonl"], None, ["a.jsonl"]),
+        (["Train.jsonl", "Test.jsonl"], None, "Train"),
+        (["Train to Busan.jsonl", "Test cricket.jsonl"], None, ["Test cricket.jsonl", "Train to Busan.jsonl"]),
         (["contest.jsonl", "development.jsonl"], None, ["contest.jsonl", "development.jsonl"]),
     ],
 )
@@ -159,6 +162,27 @@ def test_a_file_that_claims_to_be_text_and_is_not_stops_the_run(tmp_path):
     write(tmp_path, "b.txt", text="<html>\n")
     with pytest.raises(UserError, match=r"b\.txt: begins with markup .*; or take it out of the folder"):
         select(tmp_path)
+
+
+def test_a_file_of_two_names_is_read_once(tmp_path):
+    write(tmp_path, "a.txt", text="One.\n")
+    os.link(tmp_path / "a.txt", tmp_path / "b.txt")
+    os.symlink("a.txt", tmp_path / "c.txt")
+    found = select(tmp_path)
+    assert [path.name for path in found.files] == ["a.txt"]
+    assert found.left_out_lines() == ["b.txt, c.txt (2): links to files that are read already"]
+
+
+def test_saved_data_sets_and_files_without_rows_are_left_out(tmp_path):
+    Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "saved")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "part-1.parquet")
+    with pytest.raises(UserError, match=r"saved \(1\): saved by `datasets`: name this folder itself"):
+        select(tmp_path)
+    write(tmp_path, "part-0.jsonl")
+    assert select(tmp_path).left_out_lines() == [
+        "saved (1): saved by `datasets`: name this folder itself",
+        "part-1.parquet (1): has no rows",
+    ]
 
 
 def test_parquet_is_checked_before_anything_is_read(tmp_path):

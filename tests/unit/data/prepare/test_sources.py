@@ -201,6 +201,39 @@ def test_a_bad_row_of_a_table_is_named_or_skipped_and_counted(tmp_path, row, wha
     assert csv.field_size_limit() == before
 
 
+def test_a_quotation_mark_without_its_pair_names_the_lines_that_it_costs(tmp_path):
+    (tmp_path / "b.csv").write_text('id,text\n1,"one\n2,two\n3,"three"\n4,four\n')
+    reader = read(tmp_path / "b.csv", skip_bad=True)
+    assert reader.found == [("four", True)]
+    assert "b.csv:2: is no row of a table to line 4 (" in reader.bad_places[0]
+
+
+def test_spaces_around_commas(tmp_path):
+    (tmp_path / "b.csv").write_text('sep=,\nid, text\n1, "one, two"\n2, three\n')
+    assert read(tmp_path / "b.csv").found == [("one, two", True), ("three", True)]
+
+
+def test_where_all_is_skipped_the_first_bad_line_is_named(tmp_path):
+    (tmp_path / "b.txt").write_bytes("café\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"no text in it, but bad lines, the first .*b\.txt:1: is not UTF-8"):
+        read(tmp_path / "b.txt", skip_bad=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("https://example.org/a.txt", "download it"),
+        ("s3://bucket/corpus", "download it"),
+        ("corpus/*.jsonl", "name the folder"),
+        ("corpus/", "no such file or folder; correct the path"),
+        ("/corpus", "no such file or folder; correct the path"),
+    ],
+)
+def test_paths_that_name_no_file(path, remedy):
+    with pytest.raises(UserError, match=remedy):
+        read(path)
+
+
 def test_a_torn_table_is_an_error_with_its_place(tmp_path):
     path = tmp_path / "a.csv.gz"
     rows = "".join(f"{i},{hashlib.sha256(str(i).encode()).hexdigest()}\n" for i in range(4000))
@@ -300,7 +333,7 @@ def test_parquet(tmp_path):
 def test_parquet_bad_row_and_torn_file(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["one", None, "two"]}), path)
-    with pytest.raises(UserError, match=r"a\.parquet:row 2: .*NoneType"):
+    with pytest.raises(UserError, match=r"a\.parquet:row 2: .*null"):
         read(path)
     assert read(path, skip_bad=True).bad_lines == 1
     path.write_bytes(path.read_bytes()[:-10])
