@@ -1,22 +1,22 @@
-"""GLUE and SQuAD as Hugging Face `datasets`: from the hub, or from a folder that save_to_disk wrote."""
+"""GLUE and SQuAD as Hugging Face `datasets`: from the hub, or a folder that save_to_disk wrote or that was cloned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.data.prepare.formats import is_saved_dataset, offline_if_unreachable
 from engine.errors import UserError, first_line
-from engine.hub.files import hub_is_reachable
 from engine.tasks.labels import label_meanings
 from engine.tasks.rows import Rows
 from engine.tasks.specs import Columns, TaskSpec
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 Splits = Mapping[str, "Dataset"]
+_SHARDS = "*-[0-9]*-of-[0-9]*.parquet"
 
 
 def hub_splits(path: str, config: str | None) -> Splits:
@@ -28,11 +28,11 @@ def hub_splits(path: str, config: str | None) -> Splits:
 
     name = path if config is None else f"{path} ({config})"
     try:
-        with _offline_if_unreachable():
+        with offline_if_unreachable() as reachable:
             splits: Splits = datasets.load_dataset(path, config)
     except Exception as error:  # network, hub, file system: datasets has no common base class
         reason = first_line(error)
-        if not hub_is_reachable():
+        if not reachable:
             reason = "the hub cannot be reached from here, and its cache has no copy"
         raise UserError(
             f"task.data_dir is unset, and the hub data set {name} cannot be had ({reason}); set task.data_dir to a "
@@ -41,18 +41,35 @@ def hub_splits(path: str, config: str | None) -> Splits:
     return splits
 
 
+def holds_splits(folder: Path) -> bool:
+    """Whether all splits of a data set lie in this folder, as save_to_disk or the hub's repository has them."""
+    return is_saved_dataset(folder) or any(folder.glob(_SHARDS))
+
+
 def saved_splits(folder: Path) -> Splits:
-    """All splits of a folder that DatasetDict.save_to_disk wrote, by the hub's names."""
+    """All splits of such a folder, by the hub's names."""
     import datasets
 
     try:
-        data = datasets.load_from_disk(str(folder))
+        data = datasets.load_from_disk(str(folder)) if is_saved_dataset(folder) else _cloned_splits(folder)
     except Exception as error:  # datasets raises whatever its readers raise
         raise UserError(f"{folder}: not a readable `datasets` folder ({first_line(error)}); save it again") from None
     if not isinstance(data, datasets.DatasetDict):
         raise UserError(f"{folder}: holds one split; save a DatasetDict with the splits train and validation")
     splits: Splits = data
     return splits
+
+
+def _cloned_splits(folder: Path) -> DatasetDict:
+    import datasets
+    import pyarrow.parquet as pq
+    from datasets.table import InMemoryTable
+
+    shards: dict[str, list[Dataset]] = {}
+    for path in sorted(folder.glob(_SHARDS)):
+        split, _, _ = path.name.partition("-")
+        shards.setdefault(split, []).append(datasets.Dataset(InMemoryTable(pq.read_table(path))))
+    return datasets.DatasetDict({split: datasets.concatenate_datasets(parts) for split, parts in shards.items()})
 
 
 def hub_split_name(name: str) -> str:
@@ -112,16 +129,3 @@ def _named(given: list[Any], feature: Any, source: str, spec: TaskSpec) -> list[
             "save the hub's data set unchanged"
         )
     return [by_index[value] if isinstance(value, int) and 0 <= value < len(by_index) else value for value in given]
-
-
-@contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
-    """Sends datasets to its cache at once, where it would get there after all its retries."""
-    from datasets import config
-
-    before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = before or not hub_is_reachable()
-    try:
-        yield
-    finally:
-        config.HF_HUB_OFFLINE = before

@@ -16,6 +16,7 @@ from engine.config.finetune import TaskDataConfig
 from engine.data.prepare.formats import is_saved_dataset
 from engine.errors import UserError
 from engine.tasks.files import read_rows
+from engine.tasks.hub import find_split, holds_splits, hub_rows, hub_split_name, hub_splits, saved_splits
 from engine.tasks.labels import labels_in, to_split, with_gold_labels
 from engine.tasks.remarks import remarks, shared_texts
 from engine.tasks.rows import Rows, Split
@@ -170,7 +171,7 @@ def _with_labels(
 def _glue_rows(spec: TaskSpec, config: TaskDataConfig, *, test: bool) -> dict[str, Rows]:
     folder = None if config.data_dir is None else _existing_folder(spec.name, config)
     names = ["train", *spec.dev_splits, *(spec.test_splits if test else ())]
-    saved = folder is not None and is_saved_dataset(folder)
+    saved = folder is not None and holds_splits(folder)
     found = _hub_rows(spec, names, folder) if folder is None or saved else _file_rows(spec, names, folder)
     if DIAGNOSTIC in names and folder is not None:
         assert spec.layout is not None, spec.name
@@ -196,8 +197,6 @@ def _file_rows(spec: TaskSpec, names: Sequence[str], folder: Path) -> dict[str, 
 
 
 def _hub_rows(spec: TaskSpec, names: Sequence[str], folder: Path | None) -> dict[str, Rows]:
-    from engine.tasks.hub import find_split, hub_rows, hub_split_name, hub_splits, saved_splits
-
     layout = spec.layout
     assert layout is not None, spec.name
     source = f"{GLUE_HUB}/{layout.config}" if folder is None else str(folder)
@@ -216,7 +215,7 @@ def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> tuple[dict[str, Split
     from engine.tasks.answers import learnable, scored_remarks
 
     folder = None if config.data_dir is None else _existing_folder(spec.name, config)
-    saved = folder is None or is_saved_dataset(folder)
+    saved = folder is None or holds_splits(folder)
     found: dict[str, Split | SquadSplit] = {}
     warnings: list[str] = []
     for source, split in _saved_squad(spec, folder) if saved else _squad_files(spec, folder):
@@ -242,7 +241,6 @@ def _squad_files(spec: TaskSpec, folder: Path) -> Iterator[tuple[str, SquadSplit
 
 def _saved_squad(spec: TaskSpec, folder: Path | None) -> Iterator[tuple[str, SquadSplit]]:
     """Place and content of each split, from the hub without a folder."""
-    from engine.tasks.hub import find_split, hub_split_name, hub_splits, saved_splits
     from engine.tasks.squad import squad_from_rows
 
     source = _SQUAD_HUB[spec.name] if folder is None else str(folder)
@@ -265,8 +263,15 @@ def _custom_rows(spec: TaskSpec, config: TaskDataConfig, *, test: bool) -> dict[
     for name, file in files.items():
         path = Path(file)
         if not path.is_file():
-            what = "is a folder, name a file" if path.is_dir() else "no such file"
-            raise UserError(f"{key}.{name}={file!r}: {what}{beside(path)}")
+            if is_saved_dataset(path):
+                what = "is a folder of `datasets`; write each split to a file (to_parquet)"
+            elif path.is_dir():
+                what = f"is a folder; name a file{beside(path / '?').partition(';')[0]}"
+            elif path.exists():
+                what = "is no file but a pipe or a device; write its rows to a file"
+            else:
+                what = f"no such file{beside(path)}"
+            raise UserError(f"{key}.{name}={file!r}: {what}")
         found[name] = read_rows(path, columns, labelled=name != "test")
     return found
 

@@ -73,6 +73,19 @@ def test_saved_data_sets_give_what_the_files_give(sample: Path, tmp_path: Path, 
         assert (theirs.labels is None) == (ours.labels is None)
 
 
+def test_a_clone_of_the_hub_gives_what_the_files_give(sample: Path, tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    files = load_task("mnli", config_of(sample))
+    save_as_on_the_hub(tmp_path / "saved", files, HUB_NAMES["MNLI"], list(files.spec.label_names))
+    (tmp_path / "clone" / "mnli").mkdir(parents=True)
+    for split, rows in load_from_disk(str(tmp_path / "saved")).items():
+        half = len(rows) // 2
+        for number, part in enumerate((range(half), range(half, len(rows)))):
+            rows.select(part).to_parquet(tmp_path / "clone" / "mnli" / f"{split}-0000{number}-of-00002.parquet")
+    assert load_task("mnli", config_of(tmp_path / "clone")).sha256 == files.sha256
+
+
 @pytest.mark.parametrize("names", [["not_entailment", "entailment"], ["NOT_ENTAILMENT", "ENTAILMENT"]])
 def test_a_saved_data_set_with_its_classes_in_another_order(sample: Path, tmp_path: Path, names: list[str]) -> None:
     files = load_task("rte", config_of(sample), test=True)
