@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ def read_rows(
     names = {role: name for role, name in roles.items() if name is not None}
     table = open_table(path, wanted=list(names.values()), headerless=headerless)
     header = table.header
-    at = {role: _find(path, header, name, columns, role) for role, name in names.items()}
-    ids_at = next((_find(path, header, name, columns, "id") for name in columns.ids if name in header), None)
+    at = {role: _find(path, table, name, columns, role) for role, name in names.items()}
+    ids = (one for name in columns.ids for one in header if one.casefold() == name)  # Id, ID
+    ids_at = next((_find(path, table, name, columns, "id") for name in ids), None)
+    again = [name.casefold() for name in header]
     lines: list[int] = []
     values: dict[str, list[Any]] = {role: [] for role in at}
-    ids: list[str] = []
+    row_ids: list[str] = []
     skipped = 0
     for line, fields in table.rows:
         if len(fields) != len(header):
@@ -39,14 +42,14 @@ def read_rows(
                 skipped += 1
                 continue
             raise _wrong_width(path, line, len(fields), header)
-        if fields == header:
+        if _shown(fields[at["text"]]) == again[at["text"]] and [*map(_shown, fields)] == again:
             raise UserError(f"{path}:{line}: is the header line again, as in files joined together; remove it")
         for role, column in values.items():
             value = fields[at[role]]
             if type(value) is not str:
-                _check_value(path, line, header[at[role]], value, is_label=role == "label")
+                value = _checked_value(path, line, header[at[role]], value, is_label=role == "label")
             column.append(value)
-        ids.append(str(len(lines)) if ids_at is None else _id(path, line, header[ids_at], fields[ids_at]))
+        row_ids.append(str(len(lines)) if ids_at is None else _id(path, line, header[ids_at], fields[ids_at]))
         lines.append(line)
     if not lines:
         wide = f" of {len(header)} columns" if skipped else ""
@@ -57,13 +60,41 @@ def read_rows(
         first=values["text"],
         second=values.get("text_pair"),
         labels=values.get("label"),
-        ids=ids,
-        notes=_notes(path, table, columns, values, skipped),
+        ids=row_ids,
+        notes=_notes(path, table, columns, values, skipped, swallowed=_swallowed(table, lines, values, at)),
     )
 
 
-def _notes(path: Path, table: Table, columns: Columns, values: dict[str, list[Any]], skipped: int) -> tuple[str, ...]:
+def _shown(value: Any) -> str:
+    return str(value).strip().casefold()
+
+
+def _swallowed(table: Table, lines: list[int], values: dict[str, list[Any]], at: dict[str, int]) -> list[int]:
+    """Returns where texts begin that hold a line with as many columns as the table and one of its labels: quotation
+    marks that do not pair make one cell of several rows."""
+    labels = {_shown(label) for label in values.get("label", ())} if table.separator else set()
+    found = []
+    for role in ("text", "text_pair"):
+        for line, cell in zip(lines, values.get(role, ()), strict=False):
+            rows = (part.split(table.separator) for part in cell.split("\n")[:-1]) if "\n" in cell else ()
+            if any(len(row) == len(table.header) and _shown(row[at["label"]]) in labels for row in rows):
+                found.append(line)
+    return found
+
+
+def _notes(
+    path: Path, table: Table, columns: Columns, values: dict[str, list[Any]], skipped: int, *, swallowed: list[int]
+) -> tuple[str, ...]:
     notes = []
+    if swallowed:
+        notes.append(
+            f"{path}:{swallowed[0]}: a text holds whole rows of the file, as where quotation marks do not pair "
+            f"({len(swallowed):,} such texts); repair the quotes"
+        )
+    partners = {columns.first + "2", re.sub("1$", "2", columns.first), re.sub("a$", "b", columns.first)}
+    partner = sorted((partners - {columns.first}) & set(table.header))
+    if columns.setting is not None and columns.second is None and partner:
+        notes.append(f"{path}: column {partner[0]!r} is not read; for pairs of texts set {columns.setting}.text_pair")
     if not table.expected:
         notes.append(f"{path}: is read as {table.kind}, which its name does not say")
     if skipped:
@@ -79,17 +110,21 @@ def _notes(path: Path, table: Table, columns: Columns, values: dict[str, list[An
     return tuple(notes)
 
 
-def _find(path: Path, header: list[str], name: str, columns: Columns, role: str) -> int:
+def _find(path: Path, table: Table, name: str, columns: Columns, role: str) -> int:
+    header = table.header
     if header.count(name) > 1:
         raise UserError(f"{path}: two columns are named {name!r}; rename one")
     if name in header:
         return header.index(name)
-    near = difflib.get_close_matches(name, header, n=1)
+    others = {columns.first, columns.second, columns.label}
+    near = difflib.get_close_matches(name, [one for one in header if one not in others], n=1)
     there = ", ".join(repr(one[:40]) for one in header[:20]) or "none"
     if columns.setting is None:
         remedy = "give the file of the official download"
     elif near:
         remedy = f"set {columns.setting}.{role} to {near[0]!r}"
+    elif table.separator is None or columns.first in header:
+        remedy = f"set {columns.setting}.{role} to one of them, or give a file that has it"
     else:
         remedy = f"set {columns.setting}.{role} to one of them, or add a header line if the file has none"
     raise UserError(f"{path}: no column {name!r} (its columns: {there}); {remedy}")
@@ -100,14 +135,22 @@ def _wrong_width(path: Path, line: int, found: int, header: list[str]) -> UserEr
     return UserError(f"{path}:{line}: has {found} column{'s' * (found != 1)}, not {wanted}; repair the line")
 
 
-def _check_value(path: Path, line: int, name: str, value: Any, *, is_label: bool) -> None:
-    """What is no text: labels may be numbers, truth values and null, texts may not."""
+def _checked_value(path: Path, line: int, name: str, value: Any, *, is_label: bool) -> Any:
+    """Returns what is no text as it counts: labels may be numbers, truth values, null and missing; a text may be null,
+    which is an empty one."""
+    if is_label and (value is None or value is MISSING or isinstance(value, (bool, int, float))):
+        return None if value is MISSING else value
     if value is MISSING:
-        raise UserError(f"{path}:{line}: has no {name!r}, which the first row has; add it")
-    if is_label and (value is None or isinstance(value, (bool, int, float))):
-        return
+        raise UserError(f"{path}:{line}: has no {name!r}, which other rows have; add it")
+    if value is None:
+        return ""
     shown = json.dumps(value, default=str)[:40]
-    wanted = "one label; repair the line" if is_label else "text; write the text between quotation marks"
+    if is_label:
+        wanted = "one label; repair the line"
+    elif isinstance(value, (list, dict)):
+        wanted = "text; write one object a row (pandas: to_json(FILE, orient='records', lines=True))"
+    else:
+        wanted = "text; write the text between quotation marks"
     raise UserError(f"{path}:{line}: {name!r} is {shown}, not {wanted}")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,7 @@ def labels_in(rows: Rows, setting: str) -> tuple[str, ...]:
     if len(there) < 2:
         raise UserError(f"{rows.source}: every row has the label {next(iter(there))!r}; give rows of two labels")
     _refuse_two_spellings(rows, list(there), setting)
+    _refuse_several(rows, there, setting)
     numbers = {label: _number(label) for label in there}
     if not all(map(math.isfinite, numbers.values())):
         return tuple(sorted(there))
@@ -95,6 +98,16 @@ def _refuse_two_spellings(rows: Rows, labels: Sequence[str], setting: str) -> No
             raise UserError(
                 f"{rows.source}: the labels {other!r} ({counts[other]:,} rows) and {label!r} ({counts[label]:,} rows) "
                 f"differ in spelling only; write them alike, or name all labels in {setting}.labels if both are labels"
+            )
+
+
+def _refuse_several(rows: Rows, labels: Mapping[str, int], setting: str) -> None:
+    for label, row in sorted(labels.items(), key=itemgetter(1)):
+        parts = [part.strip() for part in re.split("[,;|]", label)]
+        if re.fullmatch(r"\[.*\]", label) or (len(parts) > 1 and set(parts) <= labels.keys()):
+            raise UserError(
+                f"{rows.place(row)}: label {label!r} looks like several labels, and a row has one; write one a row, or "
+                f"name all labels in {setting}.labels if it is one"
             )
 
 
@@ -144,8 +157,11 @@ def _numbers(rows: Rows, spec: TaskSpec) -> npt.NDArray[np.float32]:
     if not np.isfinite(numbers).all():
         row = int(np.isfinite(numbers).argmin())
         given = rows.labels[row]
-        comma = isinstance(given, str) and math.isfinite(_number(given.replace(",", ".")))
-        remedy = f"write {given.replace(',', '.')}" if comma else "repair the line"
+        readings = [given.replace(",", ".")] if isinstance(given, str) else []
+        if isinstance(given, str) and re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", given.strip()):
+            readings.append(given.replace(",", ""))
+        finite = [reading for reading in readings if math.isfinite(_number(reading))]
+        remedy = f"write {' or '.join(finite)}" if finite else "repair the line"
         raise UserError(f"{rows.place(row)}: label {given!r} is not a finite number; {remedy}")
     low, high = spec.target_range or (-math.inf, math.inf)
     outside = (numbers < low) | (numbers > high)

@@ -10,6 +10,8 @@ from engine.tasks.rows import Rows, Split
 from engine.tasks.specs import TaskSpec
 from engine.tasks.squad import SquadSplit
 
+_NOTHING = frozenset({"nan", "none", "null", "na", "n/a", "<na>"})
+
 
 def remarks(spec: TaskSpec, rows: Mapping[str, Rows], splits: Mapping[str, Split]) -> list[str]:
     """Returns them all. `rows`: the same splits as they are written, with notes on their files."""
@@ -45,6 +47,9 @@ def _rows_remarks(rows: Rows) -> Iterator[str]:
     empty = sum(not text.strip() for column in (rows.first, rows.second or ()) for text in column)
     if empty:
         yield f"{empty:,} empty texts"
+    nothing = sum(text.strip().casefold() in _NOTHING for column in (rows.first, rows.second or ()) for text in column)
+    if nothing:
+        yield f"{nothing:,} texts say nan, None or the like, as tables write empty cells"
     spaced = sum(isinstance(label, str) and label != label.strip() for label in rows.labels or ())
     if spaced:
         yield f"{spaced:,} labels are read without the spaces around them"
@@ -60,6 +65,8 @@ def _labels_remarks(spec: TaskSpec, split: Split) -> Iterator[str]:
     elif spec.kind == "classification" and split.name == "train" and len(values) < len(spec.labels):
         absent = [repr(label) for index, label in enumerate(spec.labels) if index not in values]
         yield f"no row has the label {', '.join(absent)}"
+    elif spec.kind == "classification" and split.name == "train" and len(values) > max(20, len(split) // 3):
+        yield f"{len(values):,} labels for {len(split):,} rows; is that the column of the labels?"
     elif spec.kind == "regression" and (values < 0).sum() == 1 and counts[0] > 1:
         yield (
             f"{counts[0]:,} rows have the label {values[0]:g}, the only negative one; remove them if it stands for "

@@ -21,6 +21,8 @@ def label_text(value: Any) -> str:
 
 
 def spelling(label: str) -> str:
-    """Returns what labels share that differ in case, Unicode form, invisible characters, or spaces, - and _ alone."""
+    """Returns what labels share that differ in case, Unicode form, invisible characters, quotation marks around them,
+    zeros before a number, true for 1, or spaces, - and _ alone."""
     shown = "".join(c for c in unicodedata.normalize("NFKC", label) if unicodedata.category(c) != "Cf")
-    return re.sub(r"[\s_-]+", "_", shown.strip().casefold())
+    bare = re.sub(r"^\+?0*(?=\d)", "", shown.strip(" \t\n\"'`“”‘’«»").casefold())
+    return {"true": "1", "false": "0"}.get(bare, re.sub(r"[\s_-]+", "_", bare))

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.prepare.compression import UNREADABLE, compression_of, decompressed, unreadable
-from engine.data.prepare.contents import foreign
+from engine.data.prepare.contents import foreign, nested_rows
 from engine.errors import UserError, first_line
 
 MISSING = object()
-"""The value of a JSON line that lacks a key which the first line has."""
+"""The value of a JSON line that lacks a key which another line has."""
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 JSON_NAMES = frozenset({".jsonl", ".ndjson", ".json"})
 PARQUET = b"PAR1"
@@ -44,6 +44,8 @@ class Table:
     """Whether the file's name says the same."""
     quoted: bool = True
     """False where quotation marks are part of the text."""
+    separator: str | None = None
+    """What stands between the columns of text."""
 
 
 def open_table(path: Path, *, wanted: Sequence[str], headerless: Sequence[str] = ()) -> Table:
@@ -57,7 +59,7 @@ def open_table(path: Path, *, wanted: Sequence[str], headerless: Sequence[str] =
     if headerless:
         return Table(list(headerless), _split_tabs(content), "separated by tabs", expected=True, quoted=False)
     if suffix in JSON_NAMES or re.match(r"\s*(\{|\[\s*\{)", content):
-        return _open_json(path, content, expected=suffix in JSON_NAMES)
+        return _open_json(path, content, wanted, expected=suffix in JSON_NAMES)
     return _open_separated(path, content, wanted)
 
 
@@ -80,16 +82,16 @@ def _read(path: Path) -> bytes:
         data = decompressed(io.BytesIO(data), compression_of(data)).read()
     except UNREADABLE as error:
         raise unreadable(str(path), error) from None
-    if what := foreign(data[:1000]):
+    if not data.startswith(PARQUET) and (what := foreign(data[:1000])):
         raise UserError(f"{path}: is {what}")
-    if data[:9].lower().startswith(WEB_PAGE):
+    if data[:100].lstrip().lower().startswith(WEB_PAGE):
         raise UserError(f"{path}: is a web page; download the file behind it")
     return data
 
 
 def _decoded(path: Path, data: bytes) -> str:
     try:
-        content = data.decode("utf-8-sig")
+        content = data.decode("utf-8-sig").replace("\n\ufeff", "\n")  # files that were put after one another
     except UnicodeDecodeError as error:
         # the error's offsets do not count a BOM, its bytes neither
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -123,10 +125,17 @@ def _open_separated(path: Path, content: str, wanted: Sequence[str]) -> Table:
     usual = "," if named_csv else "\t"
     separator = next((one for one in (usual, *SEPARATORS) if set(wanted) <= set(_header(first, one))), usual)
     quoted = named_csv or separator != "\t" or first.startswith('"')
-    rows = _split_quoted(path, content, separator) if quoted else _split_tabs(content)
+    spaced = f"{separator} " in first  # then a quoted cell begins behind the space
+    rows = _split_quoted(path, content, separator, spaced=spaced) if quoted else _split_tabs(content)
     _, header = next(rows)  # there is one, since the content is not empty
-    names = [name.strip() for name in header]
-    return Table(names, rows, f"separated by {SEPARATORS[separator]}", expected=separator == usual, quoted=quoted)
+    return Table(
+        [name.strip() for name in header],
+        rows,
+        f"separated by {SEPARATORS[separator]}",
+        expected=separator == usual,
+        quoted=quoted,
+        separator=separator,
+    )
 
 
 def _header(line: str, separator: str) -> list[str]:
@@ -140,8 +149,9 @@ def _split_tabs(content: str) -> Numbered:
             yield number, line.split("\t")
 
 
-def _split_quoted(path: Path, content: str, separator: str) -> Numbered:
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
+def _split_quoted(path: Path, content: str, separator: str, *, spaced: bool) -> Numbered:
+    lines = io.StringIO(content, newline="")
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
     while True:
         number = reader.line_num + 1
         try:
@@ -154,17 +164,14 @@ def _split_quoted(path: Path, content: str, separator: str) -> Numbered:
             yield number, fields
 
 
-def _open_json(path: Path, content: str, *, expected: bool) -> Table:
-    objects = _json_list(path, content) if content.lstrip().startswith("[") else _json_lines(path, content)
-    first_number, first = next(objects)
-    header = list(first)
-
-    def rows() -> Numbered:
-        yield first_number, list(first.values())
-        for number, row in objects:
-            yield number, [row.get(name, MISSING) for name in header]
-
-    return Table(header, rows(), "JSON", expected=expected)
+def _open_json(path: Path, content: str, wanted: Sequence[str], *, expected: bool) -> Table:
+    found = _json_list(path, content) if content.lstrip().startswith("[") else _json_lines(path, content)
+    objects = list(found)
+    if why := nested_rows(objects[0][1], wanted[0]):
+        raise UserError(f"{path}: {why}")
+    header = list(dict.fromkeys(name for _, row in objects for name in row))
+    rows = ((number, [row.get(name, MISSING) for name in header]) for number, row in objects)
+    return Table(header, rows, "JSON", expected=expected)
 
 
 def _json_lines(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -186,7 +193,8 @@ def _json(path: Path, number: int, text: str) -> Any:
         value = json.loads(text, object_pairs_hook=lambda pairs: _keys_once(path, number, pairs))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(
-            f"{path}:{number}: is not JSON ({error}); write one JSON object a line, or one list of objects"
+            f"{path}:{number}: is not JSON ({error}); write one JSON object a line (jq -c . FILE > NEW), or one "
+            "list of objects"
         ) from None
     except UserError:
         raise
@@ -223,6 +231,21 @@ def _open_parquet(path: Path, *, expected: bool) -> Table:
         table = pq.ParquetFile(path).read()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: is not readable as Parquet ({first_line(error)}); copy it again") from None
-    columns = [column.to_pylist() for column in table.columns]
+    classes = _class_names(table.schema.metadata or {})
+    columns = [
+        [_class_name(value, classes.get(name)) for value in column.to_pylist()]
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
     rows = ((number, list(values)) for number, values in enumerate(zip(*columns, strict=True), start=1))
     return Table(table.column_names, rows, "Parquet", expected=expected)
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Returns the names of the classes by column, which `datasets` writes beside their indices."""
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return {name: kind["names"] for name, kind in features.items() if "names" in kind}
+
+
+def _class_name(value: Any, names: list[str] | None) -> Any:
+    """-1, which is no class, stays."""
+    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value

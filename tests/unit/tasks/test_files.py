@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -121,15 +122,22 @@ BROKEN_CUSTOM: dict[str, tuple[str, str, dict[str, object], list[str]]] = {
     "columns": ("csv", CSV + "c,d,x\n", {}, ["train.csv:4: has 3 columns, not 2 (text, label)"]),
     "no header": ("csv", "a b,x\nc d,y\n", {}, ["no column 'text' (its columns: 'a b', 'x')", "add a header line"]),
     "header again": ("csv", CSV + "text,label\nc,x\n", {}, ["train.csv:4: is the header line again"]),
+    "header again, as Excel writes it": ("csv", CSV + "\ufeffText, label \nc,x\n", {}, ["csv:4: is the header line"]),
+    "label column of a test file": ("csv", "text,id\na,1\n", {"label": "target"}, ["label to one of them, or give a"]),
+    "rows in a list": ("json", '{"data": [{"text": "a", "label": "x"}]}', {}, ["json: has its rows in a list: jq"]),
+    "columns in lists": ("json", '{"text": {"0": "a"}, "label": {"0": "x"}}', {}, ["orient='records', lines=True"]),
+    "pickle": ("pkl", "\x80\x04\x95\x10" + "\0" * 7 + "]\x94.", {}, ["train.pkl: is binary data"]),
+    "thousands": ("csv", 'text,label\na,"1,500"\n', {"kind": "regression"}, ["write 1.500 or 1500"]),
+    "several labels": ("csv", 'text,label\na,x\nb,y\nc,"x, y"\n', {}, ["train.csv:4: label 'x, y' looks like several"]),
+    "a list as label": ("csv", "text,label\na,[27]\nb,[3]\n", {}, ["train.csv:2: label '[27]' looks like several"]),
     "column twice": ("csv", "text,text,label\na,b,x\n", {}, ["two columns are named 'text'; rename one"]),
     "columns alike": ("csv", CSV, {"text_pair": "text"}, ["task.custom.mine: text, text_pair and label name text, "]),
     "blanks only": ("jsonl", " \n\t\n", {}, ["train.jsonl: is empty"]),
     "not JSON": ("jsonl", '{"text": "a", "label": "x"}\n{text: b}\n', {}, ["train.jsonl:2: is not JSON"]),
     "JSON list": ("jsonl", '["a", "x"]\n', {}, ["train.jsonl:1: is JSON but not an object"]),
     "text missing": ("jsonl", '{"text": "a", "label": "x"}\n{"label": "y"}\n', {}, ["train.jsonl:2: has no 'text'"]),
-    "label missing": ("jsonl", '{"text": "a", "label": "x"}\n{"text": "y"}\n', {}, ["train.jsonl:2: has no 'label'"]),
+    "label missing": ("jsonl", '{"text": "y"}\n{"text": "a", "label": "x"}\n', {}, ["jsonl:1: 1 of 2 rows have no"]),
     "text a number": ("jsonl", '{"text": 5, "label": "x"}\n', {}, ["train.jsonl:1: 'text' is 5, not text"]),
-    "text null": ("jsonl", '{"text": null, "label": "x"}\n', {}, ["train.jsonl:1: 'text' is null, not text"]),
     "label null": ("jsonl", '{"text": "a", "label": null}\n', {"labels": ["x", "y"]}, ["no gold label (None 1)"]),
     "label a list": ("jsonl", '{"text": "a", "label": ["x"]}\n', {}, [":1: 'label' is [\"x\"], not one label"]),
     "label true": ("jsonl", '{"text": "a", "label": true}\n', {"kind": "regression"}, [":1: label True is not a"]),
@@ -144,7 +152,7 @@ BROKEN_CUSTOM: dict[str, tuple[str, str, dict[str, object], list[str]]] = {
     "numbers as classes": ("csv", "text,label\na,1\nb,2.5\n", {}, [":3: the labels are numbers like 2.5", "kind=regr"]),
     "git-lfs": ("csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", {}, ["a git-lfs pointer", "pull"]),
     "web page": ("csv", "<!DOCTYPE html>\n", {}, ["train.csv: is a web page"]),
-    "NUL": ("csv", "text,label\na,\0\n", {}, ["train.csv:2: has a NUL character"]),
+    "NUL": ("csv", "text,label\na longer text,\0\n", {}, ["train.csv:2: has a NUL character"]),
     "torn Parquet": ("parquet", "PAR1 and no more", {}, ["train.parquet: is not readable as Parquet"]),
     "id": ("jsonl", '{"id": "a\\tb", "text": "t", "label": "x"}\n', {}, ["train.jsonl:1: 'id' is 'a\\tb'"]),
     "labels twice": ("csv", CSV, {"labels": ["x", "x"]}, ["task.custom.mine.labels=['x', 'x']"]),
@@ -178,6 +186,8 @@ WRITTEN = {
     "byte order mark, line ends of Windows": ("t.csv", '\ufefftext,label\r\n"one, token",a\r\n"a ""map""",b\r\n', ""),
     "line ends of old Macs": ("t.tsv", 'text\tlabel\rone, token\ta\ra "map"\tb\r', ""),
     "spaces in the header": ("t.csv", 'text, label\n"one, token",a\n"a ""map""",b\n', ""),
+    "spaces before quotes": ("t.csv", 'text, label\n"one, token", "a"\n"a ""map""", b\n', ""),
+    "files after one another": ("t.csv", '\ufefftext,label\n"one, token",a\n\ufeff"a ""map""",b\n', ""),
     "an index column": ("t.csv", ',text,label\n0,"one, token",a\n1,"a ""map""",b\n', ""),
     "semicolons": ("t.csv", 'text;label\none, token;a\n"a ""map""";b\n', "separated by semicolons"),
     "bars": ("t.csv", 'text|label\none, token|a\n"a ""map"""|b\n', "separated by vertical bars"),
@@ -225,6 +235,43 @@ def test_parquet(tmp_path: Path, name: str) -> None:
     assert any("is read as Parquet" in text for text in warnings) == (name == "t.csv")
 
 
+def test_classes_of_parquet_files_are_read_by_name(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    for name, classes, labels in (("train", ["neg", "pos"], [0, 1]), ("dev", ["pos", "neg"], [0, -1])):
+        features = Features(text=Value("string"), label=ClassLabel(names=classes))
+        rows = {"text": [f"{name} 0", f"{name} 1"], "label": labels}
+        Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{name}.parquet")
+    files = {name: str(tmp_path / f"{name}.parquet") for name in ("train", "dev")}
+    mine = TaskDataConfig(custom={"mine": CustomTaskConfig(**files)}, unlabelled="leave_out")
+    data = load_task("mine", mine)
+    assert data.spec.labels == ("neg", "pos")
+    assert [rows_of(data, name).labels.tolist() for name in files] == [[0, 1], [1]]  # type: ignore[union-attr]
+
+
+NOTES: list[tuple[str, str, list[str]]] = [
+    ("csv", 'text,label\n"a,x\nb,y\nc",x\nd,y\n', ["csv:2: a text holds whole rows of the file", "(1 such texts)"]),
+    ("csv", "text,text2,label\na,b,x\nc,d,y\n", ["column 'text2' is not read", "set task.custom.mine.text_pair"]),
+    ("csv", "text,label\nnan,x\nNone,y\n", ["2 texts say nan, None or the like"]),
+    ("jsonl", '{"text": null, "label": "x"}\n{"text": "b", "label": "y"}\n', ["1 empty texts"]),
+]
+
+
+@pytest.mark.parametrize(("suffix", "content", "words"), NOTES, ids=[words[0] for _, _, words in NOTES])
+def test_what_looks_wrong_in_texts_is_said(tmp_path: Path, suffix: str, content: str, words: list[str]) -> None:
+    warnings = load_task("mine", custom(tmp_path, content, suffix=suffix)).warnings
+    assert any(all(word in text for word in words) for text in warnings), warnings
+
+
+def test_quoted_texts_of_several_lines_are_no_rows(tmp_path: Path) -> None:
+    warnings = load_task("mine", custom(tmp_path, 'text,label\n"one, two\nand, so on",x\nb,y\n')).warnings
+    assert not any("whole rows" in text for text in warnings)
+
+
+def test_ids_are_found_in_any_case(tmp_path: Path) -> None:
+    assert rows_of(load_task("mine", custom(tmp_path, "Id,text,label\n7,a,x\n8,b,y\n")), "dev").ids == ["7", "8"]
+
+
 def test_a_compressed_table_is_read(tmp_path: Path) -> None:
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"text,label\none,a\ntwo,b\n"))
     rows, _ = read_pairs(tmp_path / "t.csv.gz")
@@ -250,6 +297,16 @@ def test_quotation_marks_of_csv_in_a_file_of_tabs_are_pointed_out(tmp_path: Path
     assert "1 texts stand between" in warnings[0]
 
 
+def test_custom_files_that_are_no_files(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["a"], "label": ["x"]}).save_to_disk(tmp_path / "saved")
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("saved", "is a folder of `datasets`; write each split"), ("pipe", "is no file but a pipe")):
+        mine = CustomTaskConfig(train=str(tmp_path / name), dev="dev.csv")
+        check_error(words, lambda mine=mine: load_task("mine", TaskDataConfig(custom={"mine": mine})))  # type: ignore[misc]
+
+
 def test_missing_custom_files(tmp_path: Path) -> None:
     config = custom(tmp_path, CSV)
     own = CustomTaskConfig(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "def.csv"))
@@ -259,7 +316,7 @@ def test_missing_custom_files(tmp_path: Path) -> None:
     )
     own = CustomTaskConfig(train=str(tmp_path), dev=str(tmp_path / "dev.csv"))
     check_error(
-        ["task.custom.mine.train=", "is a folder, name a file"],
+        ["task.custom.mine.train=", "is a folder; name a file", "dev.csv"],
         lambda: load_task("mine", TaskDataConfig(custom={"mine": own})),
     )
     far = CustomTaskConfig(train=str(tmp_path / "no" / "train.csv"), dev=config.custom["mine"].dev)

@@ -83,7 +83,8 @@ def test_official_tasks_leave_out_rows_without_a_gold_label(tmp_path: Path) -> N
 
 
 LEAVE = {"unlabelled": "leave_out"}
-SPELLINGS = [("pos", "Pos"), ("not_entailment", "not entailment"), ("caf\u00e9", "cafe\u0301"), ("a", "\u200ba")]
+SPELLINGS = [("pos", "Pos"), ("not_entailment", "not entailment"), ("caf\u00e9", "cafe\u0301"), ("a", "\u200ba"),
+             ("pos", '"pos"'), ("1", "01"), ("true", "1")]  # fmt: skip
 
 
 @pytest.mark.parametrize("pair", SPELLINGS, ids=ascii)
@@ -110,6 +111,7 @@ def test_unknown_labels_are_counted(tmp_path: Path) -> None:
 
 REMARKS: list[tuple[list[Any], dict[str, Any], str]] = [
     (["a", "b"], {"dev": ["a", "a"]}, "dev.jsonl: every row has the label 'a'"),
+    ([f"row {i}" for i in range(30)], {}, "train.jsonl: 30 labels for 30 rows; is that the column of the labels?"),
     ([2.5, 2.5], {"dev": [1, 2], "kind": "regression"}, "train.jsonl: every row has the label 2.5"),
     (["a", "b"], {"labels": ["a", "b", "c"]}, "train.jsonl: no row has the label 'c'"),
     ([-1, 1, -1, 3.5], {"kind": "regression"}, "train.jsonl: 2 rows have the label -1, the only negative one"),
