@@ -91,8 +91,9 @@ def _notes(
             f"{path}:{swallowed[0]}: a text holds whole rows of the file, as where quotation marks do not pair "
             f"({len(swallowed):,} such texts); repair the quotes"
         )
-    partners = {columns.first + "2", re.sub("1$", "2", columns.first), re.sub("a$", "b", columns.first)}
-    partner = sorted((partners - {columns.first}) & set(table.header))
+    endings = (("1$", "2"), ("a$", "b"), ("A$", "B"), ("$", "2"))
+    partners = {re.sub(end, other, columns.first) for end, other in endings} - {columns.first}
+    partner = sorted(partners & set(table.header))
     if columns.setting is not None and columns.second is None and partner:
         notes.append(f"{path}: column {partner[0]!r} is not read; for pairs of texts set {columns.setting}.text_pair")
     if not table.expected:

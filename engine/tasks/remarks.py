@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -10,6 +11,7 @@ from engine.tasks.rows import Rows, Split
 from engine.tasks.specs import TaskSpec
 from engine.tasks.squad import SquadSplit
 
+_BYTES = re.compile(r"""b(['"]).*\1""", re.DOTALL)
 _NOTHING = frozenset({"nan", "none", "null", "na", "n/a", "<na>"})
 
 
@@ -50,6 +52,9 @@ def _rows_remarks(rows: Rows) -> Iterator[str]:
     nothing = sum(text.strip().casefold() in _NOTHING for column in (rows.first, rows.second or ()) for text in column)
     if nothing:
         yield f"{nothing:,} texts say nan, None or the like, as tables write empty cells"
+    printed = sum(bool(_BYTES.fullmatch(text)) for column in (rows.first, rows.second or ()) for text in column)
+    if printed:
+        yield f"{printed:,} texts stand between b' and ', as Python prints bytes: write them decoded"
     spaced = sum(isinstance(label, str) and label != label.strip() for label in rows.labels or ())
     if spaced:
         yield f"{spaced:,} labels are read without the spaces around them"

@@ -243,7 +243,8 @@ def _open_parquet(path: Path, *, expected: bool) -> Table:
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """Returns the names of the classes by column, which `datasets` writes beside their indices."""
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return {name: kind["names"] for name, kind in features.items() if "names" in kind}
+    kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}  # a list is one of lists
+    return {name: kind["names"] for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
 
 
 def _class_name(value: Any, names: list[str] | None) -> Any:

@@ -83,8 +83,9 @@ class TextProgress:
 
 
 def print_sources(readers: Sequence[SourceReader]) -> None:
-    """Prints what each source is read as, how its text begins, and what of a folder is left out. Raises UserError for
-    bad input at its beginning."""
+    """Prints what each source is read as, how its text begins, what of a folder is left out, and what stands in two
+    sources. Raises UserError for bad input at its beginning."""
+    seen: set[tuple[Path, str]] = set()
     for reader in readers:
         path = reader.source.path
         _print_visibly(f"{path}: {_description(reader)}, beginning: {reader.beginning()}")
@@ -92,6 +93,10 @@ def print_sources(readers: Sequence[SourceReader]) -> None:
             _print_visibly(f"{path}: left out {line}")
         if window := max((contents.window for contents in reader.selection.files.values()), default=0):
             print(f"{path}: unpacking takes {window / _MB:,.0f} MB of memory (a long zstd window)")
+        files = {(file.resolve(), reader.source.column) for file in reader.selection.files}
+        if again := len(files & seen):
+            print(f"{path}: {_count(again, 'file')} of a source above, read once more (weight says how often)")
+        seen |= files
 
 
 def _description(reader: SourceReader) -> str:

@@ -7,6 +7,7 @@ import html
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from engine.data.prepare.selection import Selection, select_file, select_folder
 from engine.errors import UserError
 
 _MARK = "\ufeff"  # byte order mark
+_BETWEEN = re.compile(f"{_MARK}|<\\|endoftext\\|>")  # stands between documents: of joined files, of GPT's corpora
 _SHOWN_BAD_LINES = 5
 _SHOWN_CHARACTERS = 80
 
@@ -279,5 +281,5 @@ class SourceReader:
 
 def _split(text: str) -> list[str]:
     """Returns the paragraphs of a line or document: they end at every line end that Unicode knows. Empty ones divide
-    documents; so does a byte order mark, with which another file begins that was appended."""
-    return [line.strip() for line in text.strip().replace(_MARK, "\n\n").splitlines()]
+    documents; so do a byte order mark, with which another file begins that was appended, and <|endoftext|>."""
+    return [line.strip() for line in _BETWEEN.sub("\n\n", text.strip()).splitlines()]

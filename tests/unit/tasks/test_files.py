@@ -252,6 +252,7 @@ def test_classes_of_parquet_files_are_read_by_name(tmp_path: Path) -> None:
 NOTES: list[tuple[str, str, list[str]]] = [
     ("csv", 'text,label\n"a,x\nb,y\nc",x\nd,y\n', ["csv:2: a text holds whole rows of the file", "(1 such texts)"]),
     ("csv", "text,text2,label\na,b,x\nc,d,y\n", ["column 'text2' is not read", "set task.custom.mine.text_pair"]),
+    ("tsv", "text\tlabel\nb'In Paris'\tx\nb\ty\n", ["1 texts stand between b' and '"]),
     ("csv", "text,label\nnan,x\nNone,y\n", ["2 texts say nan, None or the like"]),
     ("jsonl", '{"text": null, "label": "x"}\n{"text": "b", "label": "y"}\n', ["1 empty texts"]),
 ]

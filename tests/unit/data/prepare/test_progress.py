@@ -45,3 +45,10 @@ def test_the_memory_of_a_long_zstd_window_is_said(tmp_path):
         f"{path}: 1 file of plain text in .zst, beginning: one",
         f"{path}: unpacking takes 268 MB of memory (a long zstd window)",
     ]
+
+
+def test_a_file_that_stands_in_two_sources_is_said(tmp_path):
+    path = tmp_path / "texts" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("one\n")
+    assert shown(path.parent, path)[-1] == f"{path}: 1 file of a source above, read once more (weight says how often)"

@@ -208,6 +208,12 @@ def test_a_quotation_mark_without_its_pair_names_the_lines_that_it_costs(tmp_pat
     assert "b.csv:2: is no row of a table to line 4 (" in reader.bad_places[0]
 
 
+def test_end_of_text_divides_documents(tmp_path):
+    (tmp_path / "stories.txt").write_text("One.\nTwo.\n<|endoftext|>\nThree.<|endoftext|>Four.\n")
+    want = [("One.", True), ("Two.", False), ("Three.", True), ("Four.", True)]
+    assert read(tmp_path / "stories.txt").found == want
+
+
 def test_spaces_around_commas(tmp_path):
     (tmp_path / "b.csv").write_text('sep=,\nid, text\n1, "one, two"\n2, three\n')
     assert read(tmp_path / "b.csv").found == [("one, two", True), ("three", True)]
