@@ -76,7 +76,8 @@ def _say_error(error: str) -> None:
 
 def run_main(body: Callable[[], int]) -> int:
     """Runs `body`; a UserError becomes one line (of rank 0 when it has it too) and exit code 2 on every rank, a
-    RunFailure one line and exit code 1, a package that is missing one line and exit code 2."""
+    RunFailure one line and exit code 1, a package that is missing or a file that may not be read one line and exit code
+    2."""
     survive_lost_readers()
     try:
         environment.refuse_unusable(os.environ)
@@ -89,6 +90,11 @@ def run_main(body: Callable[[], int]) -> int:
         return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_CRASH
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        _say_error(f"{error.filename}: {error.strerror}; give this user the right to read it, or copy it")
+        return EXIT_BAD_INPUT
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "engine", "ga"):

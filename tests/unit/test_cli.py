@@ -64,6 +64,26 @@ def test_script_exits_2_with_one_line_and_loads_no_model() -> None:
     assert done.stderr == "error: unknown setting 'loss.hiden'; did you mean 'loss.hidden'?\n"
 
 
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.touch(mode=0)
+    me = os.geteuid()
+
+    def read_as_somebody_else() -> int:
+        if me == 0:  # who may read everything
+            os.seteuid(65534)
+        try:
+            return len(file.read_bytes())
+        finally:
+            os.seteuid(me)
+
+    assert cli.run_main(read_as_somebody_else) == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {file}: Permission denied; give this user the right to read it, or copy it\n"
+    )
+
+
 def test_an_error_of_another_rank_alone_is_said_after_a_wait(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
