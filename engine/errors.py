@@ -15,5 +15,7 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of what an error says, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Returns the first line of what an error says, with the next where it ends in a colon; its type where it says
+    nothing."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first.rstrip()} {others[0].strip()}" if others and first.rstrip().endswith(":") else first

@@ -30,22 +30,20 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Settings of config.json that change what a model computes and are ignored by transformers or by us: when, and why."""
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 """What the configuration of every encoder has, under these names or by its attribute map."""
-HARMLESS = frozenset(
-    ["architectures", "auto_map", "directionality", "finetuning_task", "gradient_checkpointing", "output_past"]
-)
+HARMLESS = frozenset(["architectures", "directionality", "finetuning_task", "gradient_checkpointing", "output_past"])
 """Settings of older transformers that do not change what a model computes; so are those that begin with pooler_."""
 
 
 def load_config(path: str, key: str) -> PretrainedConfig:
     """The configuration of a model folder or hub model; `key` names the setting in errors. Raises UserError for one
     that cannot be read, and for settings that change the computation and would be ignored."""
-    file = Path(path) / CONFIG
-    if Path(path).is_dir():
+    folder, file = Path(path), Path(path) / CONFIG
+    if folder.is_file():
+        raise UserError(f"{key}={path!r} is a file; name the folder of the model: {folder.parent}")
+    if folder.is_dir():
+        _require_no_adapter(path, key)
         if not file.is_file() and not file.is_symlink():
-            raise UserError(
-                f"{key}={path!r}: the folder has no config.json; name a Hugging Face model folder "
-                "(config.json, model.safetensors and the tokenizer's files)"
-            )
+            raise UserError(f"{key}={path!r}: the folder has no config.json; name {_model_inside(folder)}")
         require_whole(file, key)
         _require_type(path, read_json(file, key), key)
     try:
@@ -54,6 +52,12 @@ def load_config(path: str, key: str) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, **where(path))
     except Exception as error:  # transformers raises nearly everything here
         raise not_readable(path, key, "configuration", error) from None
+    config._attn_implementation = None  # which kernel it was trained with; ours is chosen by the run's own settings
+    if getattr(config, "is_heterogeneous", False):
+        raise UserError(
+            f"{key}={path!r}: its layers differ in {', '.join(sorted(config.per_layer_attributes))} "
+            "(per_layer_config), and students are made of layers of one shape; name a model whose layers are alike"
+        )
     lacks = [name for name in SIZES if not hasattr(config, name)]
     if lacks or config.is_encoder_decoder:
         why = "it has a decoder" if config.is_encoder_decoder else f"its configuration has no {lacks[0]}"
@@ -83,6 +87,22 @@ def ignored_settings(config: PretrainedConfig, key: str) -> list[str]:
         f"{key}: transformers {transformers.__version__} does not know {', '.join(unknown)} of its config.json, and "
         "ignores what they ask for"
     ]
+
+
+def _require_no_adapter(path: str, key: str) -> None:
+    if (Path(path) / "adapter_config.json").exists():
+        raise UserError(
+            f"{key}={path!r}: it holds an adapter (adapter_config.json), which is not applied here; merge it into its "
+            "model (PeftModel.merge_and_unload), save that, and name its folder"
+        )
+
+
+def _model_inside(folder: Path) -> str:
+    """What to name in place of a folder that is no model, but may hold one: a run directory, a hub's cache."""
+    inside = sorted(file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{CONFIG}"))
+    if inside:
+        return f"the model inside it: {', '.join(map(str, inside[:3]))}"
+    return "a Hugging Face model folder (config.json, model.safetensors and the tokenizer's files)"
 
 
 def _require_type(path: str, values: dict[str, Any], key: str) -> None:

@@ -34,6 +34,8 @@ CONVERT = (
     'convert it where you trust it: python -c "from transformers import AutoModel; '
     "AutoModel.from_pretrained('FOLDER').save_pretrained('NEW')\" (an MLM head needs AutoModelForMaskedLM)"
 )
+OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx", ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".distcp")
+"""Endings of weights in other formats, or under other names."""
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 64, 64 * 1024
 _pickle_allowed = False
 
@@ -121,14 +123,16 @@ def require_whole(file: Path, key: str) -> None:
             raise UserError(f"{key}: {file} is cut, or no safetensors file ({error}); copy it again") from None
 
 
-def read_json(file: Path, key: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError for anything else."""
+def read_json(file: Path, key: str, kind: type = dict) -> Any:
+    """The object (or list: `kind`) in a JSON file. Raises UserError for anything else."""
     try:
-        values = json.loads(file.read_bytes())
+        values = json.loads(file.read_bytes().decode())  # as transformers reads it: no byte order mark, no UTF-16
     except ValueError as error:  # of JSON, and of UTF-8
-        raise UserError(f"{key}: {file} is torn, or no JSON ({error}); copy or download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{key}: {file} holds a {type(values).__name__}, not an object; copy or download it again")
+        raise UserError(f"{key}: {file} is torn, or no JSON in UTF-8 ({error}); copy or download it again") from None
+    if not isinstance(values, kind):
+        raise UserError(
+            f"{key}: {file} holds a {type(values).__name__}, not a {kind.__name__}; copy or download it again"
+        )
     return values
 
 
@@ -149,7 +153,18 @@ def weight_file(path: str, key: str) -> Path:
             _require_no_pickle(path, key, file_name)
             require_whole(found, key)
             return found
-    raise UserError(f"{key}={path!r}: found none of {', '.join(WEIGHT_FILES)}; the model has no weights")
+    raise UserError(f"{key}={path!r}: found none of {', '.join(WEIGHT_FILES)}; {_weights_instead(Path(path))}")
+
+
+def _weights_instead(folder: Path) -> str:
+    """What a folder has that may be the weights, and what to do with it."""
+    if (folder / "zero_to_fp32.py").is_file():
+        command = f"python {folder}/zero_to_fp32.py --safe_serialization {folder} {folder}"
+        return f"its weights are in a checkpoint of DeepSpeed: {command}"
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in OTHER_WEIGHTS and file.is_file())
+    if not others:
+        return "the model has no weights"
+    return f"{others[0]} has another format or name; save the model with save_pretrained in PyTorch, as safetensors"
 
 
 def _cached(path: str, file_name: str, key: str) -> Path | None:

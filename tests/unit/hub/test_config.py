@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_encoders import FAMILIES, save_tiny
-from transformers import GPT2Config, T5Config, ViTConfig
+from transformers import BertConfig, GPT2Config, T5Config, ViTConfig
 
 from engine.errors import UserError
 from engine.hub.config import ignored_settings, load_config
@@ -52,9 +52,9 @@ def test_a_model_as_transformers_saves_it_is_read_without_a_note(family: str, tm
 
 def test_settings_that_nobody_knows_are_named(tmp_path: Path) -> None:
     path = save_tiny("bert", tmp_path)
-    change(path, rotary_base=10_000, use_glu=True, unused=None)
+    change(path, rotary_base=10_000, use_glu=True, unused=None, auto_map={"AutoModel": "modeling_own.OwnModel"})
     (note,) = ignored_settings(load_config(path, "teacher.path"), "teacher.path")
-    assert "does not know rotary_base, use_glu of its config.json" in note
+    assert "does not know rotary_base, use_glu, auto_map of its config.json" in note
 
 
 def test_the_model_type_is_suggested_from_the_names_of_the_tensors(tmp_path: Path) -> None:
@@ -87,8 +87,54 @@ def test_models_that_read_no_text(config: Any, why: str, tmp_path: Path) -> None
 
 def test_a_json_file_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="holds a list, not an object"):
+    with pytest.raises(UserError, match="holds a list, not a dict"):
         load_config(str(tmp_path), "teacher.path")
     (tmp_path / "config.json").write_bytes(b'{"model_type": "b\xe9rt"}')
     with pytest.raises(UserError, match="is torn, or no JSON"):
         load_config(str(tmp_path), "teacher.path")
+
+
+@pytest.mark.parametrize(
+    "inside",
+    ["student", "0_Transformer", "snapshots/0123abc"],
+    ids=["a run directory", "sentence-transformers", "a hub's cache"],
+)
+def test_a_folder_that_holds_the_model_names_it(inside: str, tmp_path: Path) -> None:
+    save_tiny("bert", tmp_path / inside)
+    with pytest.raises(UserError, match=rf"has no config\.json; name the model inside it: {tmp_path / inside}"):
+        load_config(str(tmp_path), "teacher.path")
+
+
+def test_a_file_is_no_model_and_an_adapter_is_half_of_one(tmp_path: Path) -> None:
+    path = save_tiny("bert", tmp_path)
+    with pytest.raises(UserError, match=f"model.safetensors' is a file; name the folder of the model: {tmp_path}"):
+        load_config(f"{path}/model.safetensors", "teacher.path")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=r"holds an adapter .* merge it into its model"):
+        load_config(path, "teacher.path")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds an adapter .* merge it into its model"):
+        load_config(path, "teacher.path")
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_the_attention_it_was_trained_with_is_not_asked_for(name: str, tmp_path: Path) -> None:
+    path = save_tiny("bert", tmp_path)
+    change(path, **{name: "flash_attention_2"})
+    assert load_config(path, "teacher.path")._attn_implementation is None
+
+
+def test_a_value_of_another_kind_is_named(tmp_path: Path) -> None:
+    path = save_tiny("bert", tmp_path)
+    change(path, num_hidden_layers="4")
+    with pytest.raises(UserError, match=r"num_hidden_layers.*4") as error:
+        load_config(path, "teacher.path")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(BertConfig(), "is_heterogeneous"), reason="this transformers has no such models")
+def test_layers_of_several_shapes_are_refused(tmp_path: Path) -> None:
+    path = save_tiny("bert", tmp_path)
+    change(path, per_layer_config={"0": {"intermediate_size": 32}})
+    with pytest.raises(UserError, match=r"its layers differ in intermediate_size \(per_layer_config\)"):
+        load_config(path, "teacher.path")

@@ -133,3 +133,25 @@ def test_a_pickle_that_holds_no_dictionary_of_tensors(model: Path, pickles: None
     torch.save([torch.zeros(2)], model / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model.bin is torn, or holds something else than tensors"):
         stored_tensors(str(model), "teacher.path")
+
+
+@pytest.mark.parametrize("name", ["tf_model.h5", "model.gguf", "model.fp16.safetensors"])
+def test_weights_in_another_format_are_named(name: str, model: Path) -> None:
+    (model / "model.safetensors").rename(model / name)
+    with pytest.raises(UserError, match=f"found none of .*; {name} has another format or name; save the model with"):
+        stored_tensors(str(model), "teacher.path")
+
+
+def test_a_checkpoint_of_deepspeed_says_how_it_becomes_a_model(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "zero_to_fp32.py").touch()
+    with pytest.raises(UserError, match=rf"python {model}/zero_to_fp32.py --safe_serialization {model} {model}$"):
+        stored_tensors(str(model), "teacher.path")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_that_transformers_would_not_read(name: str, encoding: str, model: Path) -> None:
+    (model / name).write_text((model / name).read_text(), encoding=encoding)
+    with pytest.raises(UserError, match=f"{name} is torn, or no JSON in UTF-8"):
+        read(str(model))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_world import save_tiny_teacher
 
 from engine.errors import UserError
-from engine.hub.tokenizer import load_tokenizer
+from engine.hub.tokenizer import load_tokenizer, read_otherwise
 
 
 @pytest.fixture
@@ -49,8 +50,50 @@ def test_one_that_is_json_but_no_tokenizer(folder: Path) -> None:
 
 def test_a_folder_without_a_vocabulary(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="tokenizer="):
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"tokenizer=.*no vocabulary there; add the tokenizer's files"):
+            load_tokenizer(str(folder), "tokenizer")
+        (folder / "tokenizer_config.json").unlink(missing_ok=True)
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_a_slow_class_beside_a_file_of_a_fast_one(folder: Path) -> None:
+    change(folder / "tokenizer_config.json", tokenizer_class="BertJapaneseTokenizer")
+    with pytest.raises(UserError, match="BertJapaneseTokenizer has no fast version"):
         load_tokenizer(str(folder), "tokenizer")
+    change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizer")
+    assert load_tokenizer(str(folder), "tokenizer").is_fast
+
+
+def test_a_vocabulary_without_the_unknown_token(folder: Path) -> None:
+    """The first unknown word would end the run."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (folder / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\n[MASK]\nthe\n")
+    with pytest.raises(UserError, match=r"cannot read the tokenizer .*Missing \[UNK\] token"):
+        load_tokenizer(str(folder), "tokenizer")
+
+
+def test_a_file_of_a_newer_version(folder: Path) -> None:
+    change(folder / "tokenizer.json", model={"type": "SuperBPE", "vocab": {}})
+    with pytest.raises(UserError, match=r"tokenizers [\d.]+ cannot read .* a newer version wrote \(pip install -U"):
+        load_tokenizer(str(folder), "tokenizer")
+
+
+def test_what_transformers_makes_of_the_files_is_compared_with_them(folder: Path) -> None:
+    assert read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder)) == ""
+    (folder / "added_tokens.json").write_text('{"[E1]": 76, "[E2]": 90}')
+    said = read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder))
+    assert said == "added_tokens.json gives '[E2]' the id 90, but transformers reads it as 77"
+    (folder / "added_tokens.json").unlink()
+    change(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    said = read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder))
+    assert "but its tokenizer.json says '[CLS] the [UNK]" in said
+    change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # as it advises
+    assert read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder)) == ""
 
 
 def test_a_sentencepiece_model_names_the_package_that_reads_it(folder: Path) -> None:
