@@ -124,7 +124,9 @@ warning. What text and task files are read, and their limits: [data.md](data.md)
 Each file of a model that is read (`config.json`, the tokenizer's files, the weights and their index) must be there as
 itself: a git-lfs pointer, an empty or cut file, a torn JSON file, a link without its target, or a shard that the index
 names and that is missing is an error that names the file and what to do. A tokenizer must have a fast version. Weights
-in a pickle are read when `allow_pickle` asks for it, and then tensors alone.
+in a pickle are read when `allow_pickle` asks for it, and then tensors alone. Weights in other formats, an adapter
+(`adapter_config.json`), and a folder that only holds the model's folder are refused, with what to do. Numbers that are
+not finite are found when the weights are loaded, so after a run directory exists.
 
 ## Two by two
 

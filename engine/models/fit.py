@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from engine.data.manifest import Manifest, check_tokenizer
 from engine.errors import UserError
 from engine.hub.config import ignored_settings
-from engine.hub.tokenizer import load_tokenizer
+from engine.hub.tokenizer import load_tokenizer, read_otherwise
 from engine.models.capture import install
 from engine.models.hub import require_encoder, skeleton
 from engine.models.student import new_model
@@ -128,12 +128,11 @@ def _words(parts: Parts) -> Iterator[str]:
     own, vocabulary = parts.models[0], parts.tokenizer.get_vocab()
     for model in parts.models[1:]:
         other = load_tokenizer(model.path, model.key).get_vocab()
-        if other != vocabulary:
-            differing = [word for word, index in other.items() if vocabulary.get(word) != index]
-            example = f", e.g. {differing[0]!r}" if differing else ""
+        differing = [word for word, index in vocabulary.items() if other.get(word) != index]
+        if differing:
             yield (
-                f"{model} has another vocabulary than {own} ({len(other):,} and {len(vocabulary):,} tokens{example}): "
-                f"both must read the same token ids; name a model with the same tokenizer"
+                f"{model} has another vocabulary than {own} ({len(other):,} and {len(vocabulary):,} tokens, e.g. "
+                f"{differing[0]!r}): both must read the same token ids; name a model with the same tokenizer"
             )
 
 
@@ -174,23 +173,31 @@ def _length(parts: Parts) -> Iterator[str]:
             yield f"{parts.length_of}, but {model} takes {longest} tokens at most; use seq_len={longest} or less"
 
 
+def _reading(parts: Parts) -> Iterator[str]:
+    own = parts.models[0]
+    if difference := read_otherwise(parts.tokenizer, own.path):
+        yield f"{own}: {difference}"
+
+
 def _casing(parts: Parts) -> Iterator[str]:
     tokenizer, model = parts.tokenizer, parts.models[0]
     words = [word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens]
     capitals = sum(word != word.lower() for word in words)
     normalizer = tokenizer.backend_tokenizer.normalizer
     lowers = normalizer is not None and normalizer.normalize_str("Aa") == "aa"
+    has_setting = getattr(tokenizer, "do_lower_case", None) is not None
+    setting = "do_lower_case in tokenizer_config.json" if has_setting else "the normalizer in tokenizer.json"
     if lowers and capitals > CASED_FROM * len(words):
         yield (
             f"{model}: {capitals:,} of the {len(words):,} tokens of its vocabulary have capitals, but its tokenizer "
-            "makes all text lower case, so that none of them is ever used; set do_lower_case to false in "
-            "tokenizer_config.json if it was trained on cased text"
+            f"makes all text lower case, so that none of them is ever used; correct {setting} if it was trained "
+            "on cased text"
         )
     unknown = tokenizer.unk_token
     if not lowers and not capitals and unknown in tokenizer.tokenize("The Model"):
         yield (
             f"{model}: its vocabulary has no capitals, and its tokenizer leaves them in the text: such words become "
-            f"{unknown}; set do_lower_case to true in tokenizer_config.json if it was trained on lower case"
+            f"{unknown}; correct {setting} if it was trained on lower case"
         )
 
 
@@ -205,5 +212,6 @@ CHECKS = (
     Check(EACH_AND_TOKENIZER, "the pad id, where positions are counted from it", "an error", _pad),
     Check(EACH_AND_TOKENIZER, "the ids of pad, cls, sep and mask", "a note", _special),
     Check(("each model", "sequence length"), "the tokens that its positions allow", "an error", _length),
+    Check(("tokenizer", "its files"), "ids of added tokens, and the tokens of a sample", "a note", _reading),
     Check(("tokenizer", "its vocabulary"), "lower case against capitals", "a note", _casing),
 )

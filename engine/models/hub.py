@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.hub.files import not_readable, quiet, safely, stored_tensors, weights_fingerprint, where
 from engine.models.shape import ModelShape
 from engine.models.windows import has_windows, windows_of
@@ -112,25 +113,38 @@ def skeleton(config: PretrainedConfig, head: Head) -> PreTrainedModel:
 def load_model(
     path: str, *, key: str, config: PretrainedConfig, head: Head, dtype: torch.dtype, **arguments: Any
 ) -> tuple[PreTrainedModel, Difference]:
-    """The model on the CPU, and what its checkpoint lacks or has too much. Raises UserError when it cannot be read."""
+    """The model on the CPU, and what its checkpoint lacks or has too much. Raises UserError when it cannot be read, or
+    holds numbers that are not finite."""
     stored_tensors(path, key)  # refuses a pickle, and files that are not whole
     try:
         with quiet():
             model, info = _from_pretrained(path, config, head, dtype=dtype, **where(path), **safely(), **arguments)
     except Exception as error:  # of transformers, safetensors, pickle, and of packages that they import late
         raise not_readable(path, key, "weights", error) from None
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise UserError(
+                f"{key}={path!r}: {name} holds numbers that are not finite (NaN or infinite), with which no loss can "
+                "be computed; name a checkpoint from before they were"
+            )
     return model, Difference.of(info)
 
 
 def compare(path: str, *, key: str, config: PretrainedConfig, head: Head) -> Difference:
     """What the checkpoint of `path` and the model of `config` have not in common, without reading a tensor: tensors
-    that repeat one zero stand for those of the file. Raises UserError when its names cannot be read."""
+    that repeat one zero stand for those of the file. Raises UserError when its names cannot be read, or when no model
+    can be built from the configuration."""
     state = {name: torch.zeros(()).expand(shape) for name, shape in stored_tensors(path, key).items()}
     try:
         with torch.random.fork_rng(devices=[]), quiet():
             _, info = _from_pretrained(None, config, head, state_dict=state)
-    except Exception as error:  # a configuration that no model can be built from
-        raise not_readable(path, key, "weights", error) from None
+    except ImportError as error:
+        raise not_readable(path, key, "model", error) from None
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"{key}={path!r}: no model can be built from its config.json ({why}); correct it, or copy it again"
+        ) from None
     return Difference.of(info)
 
 
@@ -192,11 +206,17 @@ def require_encoder(path: str, *, key: str, config: PretrainedConfig) -> None:
 
 
 def _refuse_wrapper(stored: Iterable[str], endings: Iterable[str], *, path: str, key: str) -> None:
-    """Raises UserError when the tensors have the names that a wrapper (DataParallel, torch.compile) gave them.
-    endings: the names that one of them would have without it."""
+    """Raises UserError when the tensors have the names that a wrapper (DataParallel, torch.compile) gave them, or those
+    of another model type. endings: the names that one of them would have without it."""
     for ending, name in itertools.product(endings, stored):
         if name.endswith(f".{ending}"):
             wrapper = name.removesuffix(ending)
+            kind = wrapper.split(".")[-2]
+            if kind in CONFIG_MAPPING:
+                raise UserError(
+                    f"{key}={path!r}: its weights are named as those of model type {kind!r}, but its config.json is of "
+                    "another; copy the config.json that belongs to them"
+                )
             raise UserError(
                 f"{key}={path!r}: the names of its weights begin with {wrapper!r}, which a wrapper put there; save the "
                 'model inside it, or rename them: python -c "from safetensors.torch import load_file, save_file; '

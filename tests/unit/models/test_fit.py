@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from engine.errors import UserError
 from engine.hub.config import load_config
 from engine.models.fit import CHECKS, Member, Parts, check_fit, longest_input
+from engine.models.hub import load_backbone
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 WORDS = ("the", "The", "model", *(f"word{n}" for n in range(VOCAB)))
@@ -79,8 +80,9 @@ def inner(tensors: dict[str, torch.Tensor]) -> str:
         (lambda t: t | {inner(t): torch.ones(3, 5)}, r"1 weights are missing .*\(3, 5\) instead of"),
         (lambda t: {f"module.{name}": value for name, value in t.items()}, "begin with 'module.', which a wrapper"),
         (lambda t: {f"_orig_mod.{name}": value for name, value in t.items()}, "begin with '_orig_mod.', which"),
+        (lambda t: {f"deberta.{name}": value for name, value in t.items()}, "named as those of model type 'deberta'"),
     ],
-    ids=["too much", "missing", "another shape", "DataParallel", "compiled"],
+    ids=["too much", "missing", "another shape", "DataParallel", "compiled", "another type"],
 )
 def test_weights_of_another_model(family: str, change: Any, said: str, tmp_path: Path) -> None:
     model = member(family, tmp_path)
@@ -100,6 +102,25 @@ def test_more_layers_than_the_configuration_counts(family: str, tmp_path: Path) 
     file.write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"\(3 layers\) does not take"):
         check_fit(Parts(make_tokenizer(), (again(model),)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("hidden_act", "gelu_fancy"), ("pad_token_id", 500)])
+def test_a_configuration_that_no_model_can_be_built_from(name: str, value: Any, tmp_path: Path) -> None:
+    model = member("bert", tmp_path)
+    setattr(model.config, name, value)
+    with pytest.raises(UserError, match=r"teacher.path=.* no model can be built from its config.json \(\w+: "):
+        check_fit(Parts(make_tokenizer(), (model,)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(value: float, tmp_path: Path) -> None:
+    model = member("bert", tmp_path)
+    name = "bert.encoder.layer.2.output.dense.bias"
+    rewrite(model, lambda t: t | {name: torch.full_like(t[name], value)})
+    with pytest.raises(
+        UserError, match=r"teacher.path=.* encoder.layer.2.output.dense.bias holds numbers that are not"
+    ):
+        load_backbone(model.path, key=model.key, config=model.config)
 
 
 def test_what_is_beside_the_encoder_is_harmless(tmp_path: Path) -> None:
@@ -124,6 +145,7 @@ def test_a_second_model_that_reads_other_words(family: str, tmp_path: Path) -> N
     other = member(family, tmp_path / "b", "student.path", make_tokenizer(reversed(WORDS[: VOCAB - len(SPECIAL)])))
     with pytest.raises(UserError, match=r"student.path=.*has another vocabulary than teacher.path=.*e.g. '"):
         check_fit(Parts(make_tokenizer(), (model, other)))
+    assert check_fit(Parts(make_tokenizer(WORDS[:30]), (model, model))) == [], "more words of its own do no harm"
 
 
 @every_family
@@ -147,13 +169,22 @@ def test_text_that_is_longer_than_the_positions(family: str, tmp_path: Path) -> 
 
 
 def test_lower_case_against_capitals(tmp_path: Path) -> None:
-    model = member("bert", tmp_path)
-    cased = [word.capitalize() for word in WORDS]
-    (note,) = check_fit(Parts(make_tokenizer(cased, lower=True), (model,)))
+    def noted(tokenizer: PreTrainedTokenizerFast) -> str:
+        (note,) = check_fit(Parts(tokenizer, (member("bert", tmp_path, tokenizer=tokenizer),)))
+        return note
+
+    note = noted(make_tokenizer((word.capitalize() for word in WORDS), lower=True))
     assert "have capitals, but its tokenizer makes all text lower case" in note
-    (note,) = check_fit(Parts(make_tokenizer(word for word in WORDS if word.islower()), (model,)))
+    assert "correct the normalizer in tokenizer.json if" in note
+    note = noted(make_tokenizer(word for word in WORDS if word.islower()))
     assert "its vocabulary has no capitals" in note
     assert "such words become <unk>" in note
+
+
+def test_a_tokenizer_that_does_not_do_what_its_file_says(tmp_path: Path) -> None:
+    model = member("bert", tmp_path, tokenizer=make_tokenizer(lower=True))
+    (note,) = check_fit(Parts(make_tokenizer(), (model,)))
+    assert "but its tokenizer.json says 'the <unk>" in note
 
 
 def test_a_model_that_looks_back_only(tmp_path: Path) -> None:
