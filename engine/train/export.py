@@ -51,7 +51,7 @@ def export_run(config: ExportConfig) -> Path:
     target = Path(config.to).resolve() if config.to is not None else usual
     if target.exists() and not target.is_dir():
         raise UserError(f"to={config.to!r} is a file; name a folder")
-    if target.exists() and any(target.iterdir()) and not _is_export(target):
+    if target.exists() and any(target.iterdir()) and not is_export(target):
         raise UserError(
             f"to={config.to!r} holds files that are not an export of mapdistill; name an empty or new folder"
         )
@@ -94,9 +94,11 @@ def _lost_here(folder: Path, marker: dict[str, Any]) -> list[str]:
     return problems_of(folder, {name: marker["files"][name] for name in marker["on_this_host"]})
 
 
-def _is_export(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
+    """Whether a new export may replace the folder: an earlier one, and no clone of a repository that holds one."""
     card = folder / "README.md"
-    return card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace")
+    says_so = card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace")
+    return says_so and not (folder / ".git").exists()
 
 
 def _description(run_dir: RunDir, tag: str) -> dict[str, Any]:

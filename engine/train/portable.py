@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_load
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from engine.hub.files import where
+from engine.hub.files import read_json, require_whole, where
 from engine.models.fit import longest_input
 
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "backend", "is_local", "local_files_only", "tokenizer_file")
 """Keys that transformers 5 writes into configurations, which say who read the model, and from where."""
+OF_THE_TEACHER = ("auto_map",)
+"""Keys that name Python files, which lie beside the teacher and were not run here."""
 RENAMED = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Classes that transformers 4 does not know, and their names there, which 5 knows too."""
 MODULES = "modules.json"
 SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
 WITHOUT_WEIGHTS = ("Transformer", "Pooling", "Normalize")
 """Modules of sentence-transformers that fit any encoder."""
-LICENSE = re.compile(r"\A---\n(?:.*\n)*?license: *['\"]?([\w.+-]+)")
 
 
 def make_portable(folder: Path, model: PreTrainedModel) -> None:
@@ -53,39 +56,51 @@ def _rewrite(path: Path) -> dict[str, Any]:
     """Returns what is left of a file, which may be missing."""
     if not path.is_file():
         return {}
-    values = {key: value for key, value in _read(path).items() if key not in OF_THIS_MACHINE}
+    values = {key: value for key, value in _read(path).items() if key not in OF_THIS_MACHINE + OF_THE_TEACHER}
     _write(path, values)
     return values
 
 
-def keep_sentence_modules(teacher: str, folder: Path) -> None:
-    """Copies what sentence-transformers needs beside the encoder, where the teacher has it and it fits any encoder."""
+def sentence_modules(teacher: str, key: str) -> dict[str, Path]:
+    """Returns what sentence-transformers needs beside the encoder, by name, where the teacher has it and it fits any
+    encoder. Raises UserError for files that are not whole."""
     modules = _file_of(teacher, MODULES)
     if modules is None:
-        return
-    listed = json.loads(modules.read_text(encoding="utf-8"))
+        return {}
+    listed = read_json(modules, key, list)
     if any(str(module["type"]).rpartition(".")[2] not in WITHOUT_WEIGHTS for module in listed):
-        return
+        return {}
     pooling = [f"{module['path']}/config.json" for module in listed if str(module["type"]).endswith(".Pooling")]
-    found = {name: _file_of(teacher, name) for name in (MODULES, *SETTINGS, *pooling)}
-    if any(found[name] is None for name in pooling):
-        return
-    for name, file in found.items():
-        if file is not None:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / name)
+    found = {name: file for name in (*SETTINGS, *pooling) if (file := _file_of(teacher, name)) is not None}
+    for file in found.values():
+        require_whole(file, key)
+    return {MODULES: modules, **found} if found.keys() >= set(pooling) else {}
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copies each to its name in the folder."""
+    for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
 
 
 def public_name(path: str) -> str:
-    """Returns a hub model's name, or the last part of a folder's: where it lies is nobody's business."""
-    return Path(path).resolve().name if Path(path).exists() or Path(path).is_absolute() else path
+    """Returns a hub model's name, also of its folder in the hub's cache, or the last part of a folder's: where it lies
+    is nobody's business."""
+    folder = Path(path).resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return folder.name if folder.exists() or Path(path).is_absolute() else path
 
 
 def license_of(teacher: str) -> str | None:
     """Returns what the model card of the teacher names."""
     card = _file_of(teacher, "README.md")
-    found = None if card is None else LICENSE.match(card.read_text(encoding="utf-8", errors="replace"))
-    return None if found is None else found.group(1)
+    try:
+        named = ((metadata_load(card) if card is not None else None) or {}).get("license")
+    except (OSError, ValueError, YAMLError):  # no UTF-8, or no front matter that can be read
+        return None
+    return ", ".join(map(str, named)) if isinstance(named, list) else named
 
 
 def _file_of(model: str, name: str) -> Path | None:

@@ -31,7 +31,7 @@ from engine.train.deepspeed_engine import start_engine
 from engine.train.export import export_checkpoint, export_live
 from engine.train.monitor import Monitor
 from engine.train.optim import ChosenOptimizer, parameters_of
-from engine.train.portable import keep_sentence_modules
+from engine.train.portable import copy_files
 from engine.train.trainee import Trainee
 from engine.train.trainer import Outcome, Teacher, Trainer
 
@@ -84,7 +84,7 @@ class Job:
                     self.config,
                     ds_config=plan.execution.resolved,
                     tokenizer=plan.tokenizer,
-                    beside_tokenizer=partial(keep_sentence_modules, self.config.teacher.path),
+                    beside_tokenizer=partial(copy_files, plan.beside_tokenizer),
                 )
             )
             self._tidy(chosen)

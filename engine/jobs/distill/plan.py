@@ -29,7 +29,7 @@ from engine.models.hub import model_hashes
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config, like_layers
-from engine.train.portable import license_of, public_name
+from engine.train.portable import license_of, public_name, sentence_modules
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Plan:
     student_attention: Backend
     kernels: Kernels
     seq_len: int
+    beside_tokenizer: dict[str, Path]
+    """Files of the teacher that exports take along with the tokenizer's, by name."""
     warnings: tuple[str, ...]
 
     @property
@@ -144,6 +146,7 @@ def make_plan(config: RunConfig) -> Plan:
             config.student.attention, execution.precision, student_shape, manifest.seq_len, trained=True
         ),
         seq_len=manifest.seq_len,
+        beside_tokenizer=sentence_modules(config.teacher.path, "teacher.path"),
         warnings=(*notes, *losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
     )
 

@@ -42,7 +42,7 @@ from engine.records.records import RecordWriter, format_record
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import TaskScale, Yardstick, alike, fitness_of
 from engine.train.monitor import Monitor, open_records, peak_memory_gib
-from engine.train.portable import keep_sentence_modules
+from engine.train.portable import copy_files
 from engine.train.trainer import Outcome, Trainer
 
 
@@ -59,7 +59,7 @@ def proxy(config: ProxyJobConfig) -> int:
                 config,
                 ds_config=plan.base.execution.resolved,
                 tokenizer=plan.base.tokenizer,
-                beside_tokenizer=functools.partial(keep_sentence_modules, config.teacher.path),
+                beside_tokenizer=functools.partial(copy_files, plan.base.beside_tokenizer),
             )
         here = runtime.start(config.seed)
         require_agreement({**flatten(plan.fingerprint_parts), **plan.base.execution.facts})

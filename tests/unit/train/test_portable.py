@@ -13,9 +13,10 @@ from tiny_encoders import tiny_model
 from tiny_world import save_tiny_teacher
 from transformers import AutoModel, AutoTokenizer, BertModel
 
+from engine.errors import UserError
 from engine.hub.tokenizer import load_tokenizer
-from engine.train.export import write_model
-from engine.train.portable import OF_THIS_MACHINE, keep_sentence_modules, license_of, public_name
+from engine.train.export import is_export, write_model
+from engine.train.portable import OF_THIS_MACHINE, copy_files, license_of, public_name, sentence_modules
 
 TEXTS = ["The small model learns.", "not much [MASK] today, " * 30, "unknown ☃ words"]
 POOLING = {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True}
@@ -47,10 +48,11 @@ def teacher(tmp_path: Path) -> Path:
 def export(teacher: Path, target: Path, family: str = "bert") -> Path:
     run_dir = target.parent / "run"
     load_tokenizer(str(teacher), "teacher.path").save_pretrained(run_dir / "tokenizer")
-    keep_sentence_modules(str(teacher), run_dir / "tokenizer")
+    copy_files(sentence_modules(str(teacher), "teacher.path"), run_dir / "tokenizer")
     card = {"teacher": public_name(str(teacher)), "licence of the teacher": license_of(str(teacher))}
     model = tiny_model(family)
     model.config._name_or_path = str(teacher)
+    model.config.auto_map = {"AutoModel": "modeling_own.OwnModel"}
     write_model(model, {"card": card, "head": "none", "step": 7}, {}, run_dir / "tokenizer", target)
     return target
 
@@ -62,6 +64,7 @@ def test_no_file_says_where_it_was_made(tmp_path: Path, teacher: Path) -> None:
         content = path.read_bytes()
         assert str(tmp_path).encode() not in content, path.name
         assert not [key for key in OF_THIS_MACHINE if path.suffix == ".json" and f'"{key}"'.encode() in content]
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text(), "its files are not there"
     assert (
         "| teacher | teacher |\n| licence of the teacher | apache-2.0 |" in (tmp_path / "out" / "README.md").read_text()
     )
@@ -117,7 +120,37 @@ def test_modules_that_would_not_fit_are_left_behind(tmp_path: Path, teacher: Pat
     assert not {path.name for path in out.iterdir()} & {"modules.json", "sentence_bert_config.json", "1_Pooling"}
 
 
+@pytest.mark.parametrize("name", ["modules.json", "sentence_bert_config.json", "1_Pooling/config.json"])
+def test_modules_that_are_not_whole_are_refused_at_the_start(name: str, teacher: Path) -> None:
+    (teacher / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=f"teacher.path: .*{name} is (torn|a git-lfs pointer)"):
+        sentence_modules(str(teacher), "teacher.path")
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\r\nlanguage: en\r\nlicense: mit\r\n---\r\n# A\n", "mit"),
+        ("---\nlicense:\n- mit\n- apache-2.0\n---\n", "mit, apache-2.0"),
+        ("---\nlanguage: en\n---\n# A\nlicense: of something else\n", None),
+        ("---\nlicense: [\n---\n", None),
+        ("# A model\n", None),
+    ],
+)
+def test_the_licence_is_that_of_the_cards_front_matter(card: str, found: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(card, newline="")
+    assert license_of(str(tmp_path)) == found
+
+
+def test_a_clone_of_a_repository_with_an_export_is_not_replaced(tmp_path: Path, teacher: Path) -> None:
+    out = export(teacher, tmp_path / "out")
+    assert is_export(out)
+    (out / ".git").mkdir()
+    assert not is_export(out)
+
+
 def test_hub_names_stay_and_folders_lose_their_place(tmp_path: Path) -> None:
     assert public_name("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
     assert public_name(str(tmp_path / "gone")) == "gone"
+    assert public_name(str(tmp_path / "models--org--a-name" / "snapshots" / "0123abc")) == "org/a-name"
     assert license_of(str(tmp_path)) is None
