@@ -99,9 +99,12 @@ def _require_no_adapter(path: str, key: str) -> None:
 
 def _model_inside(folder: Path) -> str:
     """What to name in place of a folder that is no model, but may hold one: a run directory, a hub's cache."""
-    inside = sorted(file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{CONFIG}"))
+    configs = (file for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{CONFIG}"))
+    inside = sorted(file.parent for file in configs if b'"model_type"' in file.read_bytes())
     if inside:
         return f"the model inside it: {', '.join(map(str, inside[:3]))}"
+    if any(folder.rglob("*_model_states.pt")):
+        return "the model of this checkpoint of DeepSpeed, once launch/export.py or zero_to_fp32.py has written it"
     return "a Hugging Face model folder (config.json, model.safetensors and the tokenizer's files)"
 
 

@@ -164,6 +164,8 @@ def _weights_instead(folder: Path) -> str:
     others = sorted(file.name for file in folder.glob("*") if file.suffix in OTHER_WEIGHTS and file.is_file())
     if not others:
         return "the model has no weights"
+    if "-of-" in others[0]:
+        return f"{others[0]} is a part of them, whose index is missing: copy the file that ends in .index.json too"
     return f"{others[0]} has another format or name; save the model with save_pretrained in PyTorch, as safetensors"
 
 
@@ -214,12 +216,19 @@ def stored_tensors(path: str, key: str) -> dict[str, tuple[int, ...]]:
         try:
             # PyTorch's format before 1.6 is no zip, and cannot be mapped
             saved = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
-            stored |= {name: tuple(tensor.shape) for name, tensor in saved.items()}
-        except Exception as error:  # pickle's, torch's, and AttributeError for what is no dictionary of tensors
+        except Exception as error:  # pickle's, and torch's
             kind = type(error).__name__  # torch's text says how to run what is in there
             raise UserError(
                 f"{key}: {file} is torn, or holds something else than tensors ({kind}); copy it again, or {CONVERT}"
             ) from None
+        entries = saved if isinstance(saved, dict) else {f"a {type(saved).__name__}": None}
+        others = [str(name) for name, entry in entries.items() if not isinstance(entry, torch.Tensor)]
+        if others:
+            raise UserError(
+                f"{key}: {file} holds something else than tensors ({', '.join(others[:3])}); save a model's state_dict "
+                "alone in its place"
+            )
+        stored |= {name: tuple(tensor.shape) for name, tensor in entries.items()}
     return stored
 
 

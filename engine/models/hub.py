@@ -127,7 +127,15 @@ def load_model(
                 f"{key}={path!r}: {name} holds numbers that are not finite (NaN or infinite), with which no loss can "
                 "be computed; name a checkpoint from before they were"
             )
+    if head == "mlm" and not _is_tied(model):  # the file may hold two matrices whatever its configuration says
+        model.config.tie_word_embeddings = False
     return model, Difference.of(info)
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output matrix is the word embeddings."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
 
 
 def compare(path: str, *, key: str, config: PretrainedConfig, head: Head) -> Difference:

@@ -101,8 +101,18 @@ def test_a_json_file_of_something_else(tmp_path: Path) -> None:
 )
 def test_a_folder_that_holds_the_model_names_it(inside: str, tmp_path: Path) -> None:
     save_tiny("bert", tmp_path / inside)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 48}')
     with pytest.raises(UserError, match=rf"has no config\.json; name the model inside it: {tmp_path / inside}"):
         load_config(str(tmp_path), "teacher.path")
+
+
+def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "step-00000004" / "mp_rank_00_model_states.pt").touch()
+    for folder in (tmp_path, tmp_path / "step-00000004"):
+        with pytest.raises(UserError, match=r"name the model of this checkpoint .* once launch/export.py"):
+            load_config(str(folder), "teacher.path")
 
 
 def test_a_file_is_no_model_and_an_adapter_is_half_of_one(tmp_path: Path) -> None:

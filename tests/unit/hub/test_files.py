@@ -123,16 +123,21 @@ def test_an_index_that_names_a_file_which_is_not_there(model: Path) -> None:
     (model / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"index.json names model-00002-of-00002.safetensors, which is not there"):
         stored_tensors(str(model), "teacher.path")
-    (model / "model.safetensors.index.json").write_text("{}")
+    index = model / "model.safetensors.index.json"
+    index.rename(model / "index")
+    with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is a part of them, whose index is missing"):
+        stored_tensors(str(model), "teacher.path")
+    index.write_text("{}")
     with pytest.raises(UserError, match=r"index.json has no weight_map"):
         stored_tensors(str(model), "teacher.path")
 
 
 def test_a_pickle_that_holds_no_dictionary_of_tensors(model: Path, pickles: None) -> None:
     (model / "model.safetensors").unlink()
-    torch.save([torch.zeros(2)], model / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model.bin is torn, or holds something else than tensors"):
-        stored_tensors(str(model), "teacher.path")
+    for saved, said in (([torch.zeros(2)], "a list"), ({"state_dict": {}, "epoch": 3}, "state_dict, epoch")):
+        torch.save(saved, model / "pytorch_model.bin")
+        with pytest.raises(UserError, match=rf"pytorch_model.bin holds something else than tensors \({said}\)"):
+            stored_tensors(str(model), "teacher.path")
 
 
 @pytest.mark.parametrize("name", ["tf_model.h5", "model.gguf", "model.fp16.safetensors"])

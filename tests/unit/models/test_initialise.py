@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_encoders import FAMILIES, make_batch, save_tiny, tiny_config, tiny_model
 from transformers import AlbertConfig, PreTrainedModel
 
@@ -201,6 +202,23 @@ def test_electra_without_its_projection_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"student.init: with hidden_size=16 the student has no projection"):
         build(StudentConfig(layers=2, hidden_size=16, heads=4, init="1-2"), path)
     build(StudentConfig(layers=2, hidden_size=16, heads=4), path)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_file_with_an_output_matrix_beside_tied_embeddings(same: bool, tmp_path: Path) -> None:
+    """A model read from it has both, and says so, or its export would have one in place of the other."""
+    path = save_tiny("bert", tmp_path, mlm=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embeddings = tensors["bert.embeddings.word_embeddings.weight"]
+    output = embeddings.clone() if same else torch.randn_like(embeddings)
+    save_file(tensors | {"cls.predictions.decoder.weight": output}, file, {"format": "pt"})
+    read = build(StudentConfig(path=path), path, mlm=True)
+    assert read.config.tie_word_embeddings is same
+    assert torch.equal(read.get_output_embeddings().weight, output)
+    assert torch.equal(read.get_input_embeddings().weight, embeddings)
+    copied = build(StudentConfig(init="1-2"), path, mlm=True)
+    assert torch.equal(copied.get_input_embeddings().weight, embeddings)
 
 
 def test_narrow_copy_is_closer_to_the_teacher_than_chance(tmp_path: Path) -> None:
