@@ -84,14 +84,19 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def asks_for_code(path: str, key: str, what: str) -> UserError:
+    """The one line for `what` of a model that only its own code can make."""
+    return UserError(
+        f"{key}={path!r}: its {what} asks for Python code that comes with the model (auto_map), and such code is "
+        "never run here; name a model whose class is part of transformers"
+    )
+
+
 def not_readable(path: str, key: str, what: str, error: Exception) -> UserError:
     """The one line for what a library raised while it read `what` of a model."""
     reason = first_line(error)
     if "trust_remote_code" in str(error):
-        return UserError(
-            f"{key}={path!r}: its {what} asks for Python code that comes with the model (auto_map), and such code is "
-            "never run here; name a model whose class is part of transformers"
-        )
+        return asks_for_code(path, key, what)
     if isinstance(error, ImportError):
         package = f" (pip install {error.name})" if error.name else ""
         return UserError(f"{key}={path!r}: its {what} needs a package that is not installed{package}: {reason}")

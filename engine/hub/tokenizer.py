@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from engine.errors import UserError
-from engine.hub.files import not_readable, quiet, read_json, require_whole_files, where
+from engine.hub.files import asks_for_code, not_readable, quiet, read_json, require_whole_files, where
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "*.model")
@@ -84,6 +84,9 @@ def _tokens(backend: Any) -> str:
 
 
 def _no_vocabulary(path: str, key: str) -> UserError:
+    settings = Path(path) / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in read_json(settings, key):
+        return asks_for_code(path, key, "tokenizer")
     return UserError(
         f"{key}={path!r}: no vocabulary there; add the tokenizer's files (tokenizer.json or vocab.txt) of the model "
         "that it was made from"

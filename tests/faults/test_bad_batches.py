@@ -24,7 +24,7 @@ pytestmark = pytest.mark.faults
 
 @dataclass(frozen=True)
 class Poison:
-    """A teacher whose embedding of the letter q is not a number, and a corpus with q in a few sequences."""
+    """A teacher whose embedding of the letter q is so large that its norm is not a number, and a corpus with q in a few sequences."""
 
     teacher: Path
     corpus: Path
@@ -40,7 +40,8 @@ def poison(tmp_path_factory: pytest.TempPathFactory) -> Poison:
 
     letter = AutoTokenizer.from_pretrained(root / "teacher").convert_tokens_to_ids("q")
     weights = load_file(root / "teacher" / "model.safetensors")
-    weights["bert.embeddings.word_embeddings.weight"][letter] = torch.nan
+    embedding = weights["bert.embeddings.word_embeddings.weight"][letter]
+    embedding[::2], embedding[1::2] = 3e38, -3e38
     save_file(weights, root / "teacher" / "model.safetensors", metadata={"format": "pt"})
     write_text(root / "text.txt", 300)
     lines = (root / "text.txt").read_text().splitlines()

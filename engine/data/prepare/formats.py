@@ -151,7 +151,8 @@ def hub_dataset_column(name: str, *, config_name: str | None, split: str, column
         with offline_if_unreachable() as reachable:
             rows = iter(load_dataset(name, config_name, split=split, streaming=True))
     except Exception as error:  # network, hub, missing script or split: datasets has no common base class
-        reason = first_line(error) if reachable else "the hub cannot be reached from here"
+        of_hub = not reachable and isinstance(error, OSError)  # ConnectionError, or a FileNotFoundError in its cache
+        reason = "the hub cannot be reached from here" if of_hub else first_line(error)
         raise UserError(
             f"{name}: neither a local path nor a hub data set that can be had ({reason}); correct the path or the name"
         ) from error
