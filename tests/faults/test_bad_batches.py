@@ -24,7 +24,8 @@ pytestmark = pytest.mark.faults
 
 @dataclass(frozen=True)
 class Poison:
-    """A teacher whose embedding of the letter q is so large that its norm is not a number, and a corpus with q in a few sequences."""
+    """A teacher whose embedding of the letter q is so large that its norm is not a number, and a corpus with q in a few
+    sequences."""
 
     teacher: Path
     corpus: Path

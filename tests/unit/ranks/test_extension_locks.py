@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from torch.utils.file_baton import FileBaton
 
 from engine.ranks import extension_locks
 
