@@ -74,6 +74,7 @@ def export(run: Run, expect: int = 0) -> str:
     return finished(spawn([sys.executable, "launch/export.py", "--run", str(run.output_dir)]), expect)
 
 
+@pytest.mark.thorough
 def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
     """As a power failure: no connection is closed. The ranks of the other host end within the limit, and leave stacks;
     the next start continues."""
