@@ -65,6 +65,9 @@ def load_config(path: str, key: str) -> PretrainedConfig:
             f"{key}={path!r}: model type {config.model_type!r} is no encoder of token ids with attention ({why}); name "
             "one that is, such as BERT"
         )
+    for name in SIZES:  # newer versions of transformers have refused it already
+        if not isinstance(getattr(config, name), int):
+            raise UserError(f"{key}={path!r}: config.json has {name}={getattr(config, name)!r}; write a whole number")
     known = type(config)().to_dict()
     for name, (applies, why) in REFUSED.items():
         honoured = name == "position_embedding_type" and name in known

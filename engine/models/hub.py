@@ -127,9 +127,19 @@ def load_model(
                 f"{key}={path!r}: {name} holds numbers that are not finite (NaN or infinite), with which no loss can "
                 "be computed; name a checkpoint from before they were"
             )
-    if head == "mlm" and not _is_tied(model):  # the file may hold two matrices whatever its configuration says
-        model.config.tie_word_embeddings = False
+    if head == "mlm" and not _is_tied(model):
+        _tie_or_say(model)
     return model, Difference.of(info)
+
+
+def _tie_or_say(model: PreTrainedModel) -> None:
+    """Makes the configuration right about a file that holds two matrices, whatever it says; two that are the same are
+    tied, as newer versions of transformers do."""
+    output, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if output is not None and model.config.tie_word_embeddings and torch.equal(output.weight, embeddings.weight):
+        model.tie_weights()
+    else:
+        model.config.tie_word_embeddings = False
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -89,9 +89,14 @@ def test_what_transformers_makes_of_the_files_is_compared_with_them(folder: Path
     said = read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder))
     assert said == "added_tokens.json gives '[E2]' the id 90, but transformers reads it as 77"
     (folder / "added_tokens.json").unlink()
+
+
+def test_a_class_that_reads_a_tokenizer_otherwise_is_said(folder: Path) -> None:
     change(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
-    said = read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder))
-    assert "but its tokenizer.json says '[CLS] the [UNK]" in said
+    tokenizer = load_tokenizer(str(folder), "tokenizer")
+    if tokenizer.tokenize("the") == ["the"]:
+        pytest.skip("this version of transformers takes tokenizer.json as it is")
+    assert "but its tokenizer.json says '[CLS] the [UNK]" in read_otherwise(tokenizer, str(folder))
     change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # as it advises
     assert read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder)) == ""
 
