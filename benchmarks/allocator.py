@@ -27,7 +27,7 @@ from engine.config.reading import parse_config
 from engine.jobs.distill.build import build_module, load_teacher, open_corpus
 from engine.jobs.proxy.plan import make_proxy_plan
 from engine.ranks import allocator, runtime
-from engine.train.deepspeed_engine import start_engine
+from engine.train.deepspeed_engine import DeepSpeedModel
 
 WARM_UP = 4
 PHASES = ("teacher", "student", "optimizer")
@@ -43,16 +43,16 @@ def steps(settings: list[str], *, plain: bool, count: int = 24) -> dict[str, flo
     here = runtime.start(0)
     teacher = load_teacher(plan, plan.losses.wanted_teacher, here.device)
     module, chosen = build_module(plan, here.device)
-    ds_engine = start_engine(module, chosen, plan.config.train, plan.execution)
+    model = DeepSpeedModel(module, chosen.optimizer, plan.config.train, plan.execution)
     times: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for batches in islice(open_corpus(plan).steps(0), count):
         for batch in batches.micro:
             marks = [time.perf_counter()]
             features = teacher(batch)
             marks.append(time.perf_counter())
-            ds_engine.backward(ds_engine(batch, features, batches.local_counts)[0])
+            model.backward(model(batch, features, batches.local_counts)[0])
             marks.append(time.perf_counter())
-            ds_engine.step()
+            model.step(norm=False, skip_bad=False)
             marks.append(time.perf_counter())
             for phase, before, after in zip(PHASES, marks, marks[1:], strict=False):
                 times[phase].append(1000 * (after - before))

@@ -56,10 +56,10 @@ def main() -> None:
     batch = make_batch(args.batch, args.length, 0.0, device, vocabulary=VOCABULARY)
     if args.memory:
         base = base_memory(device)
-        teacher, engines = ours.teacher(), [ours.engine() for _ in range(args.memory)]
+        teacher, engines = ours.teacher(), [ours.model() for _ in range(args.memory)]
         print(json.dumps(peak_above(base, lambda: [cohort_step(teacher, engines, batch) for _ in range(2)], device)))
         return
-    teacher, engines = ours.teacher(), [ours.engine() for _ in range(max(args.sizes))]
+    teacher, engines = ours.teacher(), [ours.model() for _ in range(max(args.sizes))]
     steps: dict[str, Any] = {
         f"{size}": functools.partial(cohort_step, teacher, engines[:size], batch) for size in args.sizes
     }

@@ -64,7 +64,7 @@ def run_cell(cell: Cell) -> None:
     ours = Ours(setting, f"{cell.layers}x312", cell.length, cell.sequences, here.device)
     batch = make_batch(cell.sequences // here.world_size, cell.length, 0.0, here.device)
     base = base_memory(here.device)
-    teacher, engine = ours.teacher(), ours.engine()
+    teacher, engine = ours.teacher(), ours.model()
 
     def step() -> None:
         student_step(engine, batch, teacher(batch), last_user=True)

@@ -46,8 +46,8 @@ from engine.models.projections import Projections
 from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config
 from engine.ranks import runtime
-from engine.train.deepspeed_engine import initialize_engine
-from engine.train.optim import ChosenOptimizer, build_optimizer, build_schedule, parameter_groups
+from engine.train.deepspeed_engine import DeepSpeedModel
+from engine.train.optim import ChosenOptimizer, build_optimizer, parameter_groups
 
 TEACHER = BertConfig(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
 STUDENTS = {
@@ -221,7 +221,7 @@ class Ours:
         settings = {"wanted": wanted, "full_config": TEACHER, "device": self.device}
         return FrozenTeacher(model, **settings, unpadded=self.setting.unpadded)
 
-    def engine(self) -> Any:
+    def model(self) -> DeepSpeedModel:
         """DeepSpeed's, around a new student."""
         setting, losses = self.setting, self.losses
         config = student_config(self.student)
@@ -245,7 +245,7 @@ class Ours:
         else:
             plain = torch.optim.AdamW(parameter_groups(module, 0.01), lr=LR, foreach=False)
             chosen = ChosenOptimizer(plain, "plain", "")
-        return initialize_engine(module, chosen.optimizer, build_schedule(train, chosen.optimizer), execution)
+        return DeepSpeedModel(module, chosen.optimizer, train, execution)
 
 
 @contextmanager
@@ -258,20 +258,20 @@ def default_dtype(kind: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def student_step(engine: Any, batch: Batch, features: Any, *, last_user: bool = False) -> None:
-    total, _ = engine(batch, features, batch.counts)
+def student_step(model: DeepSpeedModel, batch: Batch, features: Any, *, last_user: bool = False) -> None:
+    total, _ = model(batch, features, batch.counts)
     if last_user:
         features.release()
-    engine.backward(total)
-    engine.step()
+    model.backward(total)
+    model.step(norm=False, skip_bad=False)
 
 
 def our_step(setting: Setting, student_name: str, batch: Batch, device: torch.device) -> Step:
     sequences, length = batch.input_ids.shape
     ours = Ours(setting, student_name, length, sequences, device)
     torch.manual_seed(0)
-    teacher, engine = ours.teacher(), ours.engine()
-    return lambda: student_step(engine, batch, teacher(batch), last_user=True)
+    teacher, model = ours.teacher(), ours.model()
+    return lambda: student_step(model, batch, teacher(batch), last_user=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the limit

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from engine.errors import UserError
-from engine.records.columns import labelled
+from engine.records.columns import duration_text, labelled
 from engine.records.flock import Flock, try_flock
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick, is_none
@@ -29,7 +29,6 @@ from ga.jobs.slots import Placement, free_port
 from ga.study.evaluations import RUNNING, Evaluation, from_records
 from ga.study.sources import SearchSource
 from ga.study.yardstick import genomes_of, seeds_of
-from ga.view.progress import format_duration
 
 MEASURED, COST, LOCK = "measured", "cost.json", "driver.lock"
 LOOK_EVERY_S = 0.2
@@ -115,8 +114,8 @@ def rehearse(config: SearchConfig, space: Space, facts: ProxyFacts, pool: JobPoo
         (
             "estimate",
             f"{each:.1f} s per evaluation; {s.trials} on {slots} slot(s) take "
-            f"{format_duration(total)}, the yardstick before them about {format_duration(yardstick / slots)}, the "
-            f"confirmation about {format_duration(confirmation)}",
+            f"{duration_text(total)}, the yardstick before them about {duration_text(yardstick / slots)}, the "
+            f"confirmation about {duration_text(confirmation)}",
         ),
         ("first jobs", [shlex.join(words)]),
     ]

@@ -116,6 +116,9 @@ def _contradictions(ds: dict[str, Any], train: TrainConfig) -> Iterator[tuple[st
     if stage not in (0, 1, 2, 3):
         yield f"{ZERO}.stage", f"{ZERO}.stage={stage!r} must be 0, 1, 2 or 3"
         return
+    if stage == 0 and _enabled(ds, "fp16"):
+        what = "DeepSpeed's stage 0 does not scale the loss; use ds_configs/zero1_fp16.json, or bf16"
+        yield f"{ZERO}.stage", f"fp16 needs ZeRO stage 1 or higher: {what}"
     for name, needed in OFFLOAD_NEEDS_STAGE.items():
         device = _offload_device(ds, name)
         if device not in ("none", "cpu"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from engine.models.frozen_linear import FrozenLinear, can_pack, freeze_linears
 from engine.models.hub import has_head, load_backbone, shape_of, skeleton
 from engine.models.shape import ModelShape, forward_flops_per_token
 
-PERSISTENT_NUMEL = 10_000
-"""ZeRO-3 keeps parameters up to this size (biases, norms) whole on each rank: gathering them costs more."""
+Shard = Callable[[PreTrainedModel, torch.dtype, torch.device], nn.Module]
+"""Spreads a frozen model over the ranks; returns what runs its forward."""
 
 
 class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard, train or save it with the student
@@ -33,13 +33,12 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         wanted: Wanted,
         full_config: PretrainedConfig,
         device: torch.device,
-        placement: Literal["replicate", "zero3"] = "replicate",
+        shard: Shard | None = None,
         unpadded: bool = False,
     ) -> None:
         self.shape: ModelShape = shape_of(full_config, wanted.logits)
         """Of the whole teacher, however few of its layers are loaded."""
         self.wanted = wanted
-        self.placement = placement
         self.parameters_count = _count(model)
         """Parameters that are loaded (over all ranks)."""
         self.full_parameters_count = _count(skeleton(full_config, "mlm" if wanted.logits else "none"))
@@ -49,7 +48,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         # ZeRO-3 releases a module's weights in a hook after it, so there the forward always runs to the end.
         within = wanted.last_attention
         self._stop_early = (
-            placement == "replicate" and not wanted.whole and (wanted.deepest < self.shape.layers or within is not None)
+            shard is None and not wanted.whole and (wanted.deepest < self.shape.layers or within is not None)
         )
         self.layers_run = (wanted.deepest if within is None else within - 1) if self._stop_early else self.layers_loaded
         """Whole layers; after them it may still compute queries, keys and values."""
@@ -59,12 +58,12 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         self._body_flops = forward_flops_per_token(model, run, 0, head_share=0.0) + projections
         self._head_flops = forward_flops_per_token(model, run, 0) + projections - self._body_flops
         self._model = model.eval().requires_grad_(False)
-        if placement == "replicate":
+        if shard is None:
             model.to(device)  # type: ignore[arg-type]
         self.unpadded = unpadded and runs_unpadded(model)
-        self._engine: nn.Module | None = None if placement == "replicate" else _shard(model, device)
+        self._forward: nn.Module | None = None if shard is None else shard(model, model.dtype, device)
         self._frozen: list[FrozenLinear] = []
-        if placement == "replicate" and can_pack(model, device):
+        if shard is None and can_pack(model, device):
             self._frozen = freeze_linears(model, layer_modules(model))
 
     @classmethod
@@ -76,15 +75,15 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         dtype: torch.dtype,
         device: torch.device,
         backend: str,
-        placement: Literal["replicate", "zero3"] = "replicate",
+        shard: Shard | None = None,
         unpadded: bool = False,
         key: str = "teacher.path",
     ) -> FrozenTeacher:
         """Reads config and weights of a folder or hub model. With `wanted.logits` all layers and the MLM head.
 
         backend: as resolved by `resolve_backend`. unpadded: run padded batches without their pads if the model can; the
-        features then lack them too. zero3: collective, on every rank of the running group; each rank
-        reads the whole (truncated) model into host memory, and its device never holds more than its share.
+        features then lack them too. shard: collective, on every rank of the running group; each rank reads the whole
+        (truncated) model into host memory, and its device never holds more than its share.
         """
         config = load_config(path, key)
         layers = shape_of(config, wanted.logits).layers
@@ -97,7 +96,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         shallow = config if wanted.logits else truncated_config(config, wanted.deepest)
         model = load_backbone(path, key=key, config=shallow, head="mlm" if wanted.logits else "none", dtype=dtype)
         install(model, backend)
-        return cls(model, wanted=wanted, full_config=config, device=device, placement=placement, unpadded=unpadded)
+        return cls(model, wanted=wanted, full_config=config, device=device, shard=shard, unpadded=unpadded)
 
     @torch.no_grad()  # not inference_mode: the losses save these tensors for their backward pass
     def __call__(self, batch: Batch) -> Features:
@@ -109,7 +108,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
             self._model,
             batch,
             self.wanted,
-            forward=self._engine,
+            forward=self._forward,
             stop_early=self._stop_early,
             unpadded=self.unpadded,
         )
@@ -150,21 +149,3 @@ def truncated_config(config: PretrainedConfig, deepest: int) -> PretrainedConfig
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _shard(model: PreTrainedModel, device: torch.device) -> Any:
-    """A DeepSpeed engine around the model that holds 1/ranks of its weights and gathers them layer by layer."""
-    import deepspeed  # only here: importing it costs seconds
-
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": model.dtype == torch.bfloat16},
-        "fp16": {"enabled": model.dtype == torch.float16},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": PERSISTENT_NUMEL},
-    }
-    deepspeed.zero.Init(module=model, config_dict_or_path=settings)  # one parameter at a time goes to the device
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
-    ds_engine, *_ = deepspeed.initialize(model=model, config=settings)
-    ds_engine.eval()  # of the module inside; the engine's own flag stays on, and None is returned's
-    return ds_engine

@@ -1,8 +1,15 @@
-"""Text in columns, for banners and tables on a terminal. No torch here."""
+"""Text in columns and of durations, for banners and tables on a terminal. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+
+
+def duration_text(seconds: float) -> str:
+    """Returns "5 h 00 min", "1 min 01 s" or "10 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def labelled(rows: Sequence[tuple[str, str | Sequence[str]]]) -> str:

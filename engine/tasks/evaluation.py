@@ -19,6 +19,7 @@ from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.predictions import decode, squad_metrics
 from engine.tasks.squad import SquadSplit, Windows
+from engine.train import failures
 from engine.train.trainee import Trainee
 
 Outputs = npt.NDArray[Any] | dict[str, str]
@@ -80,7 +81,7 @@ class TaskEvaluation:
     def __call__(self, step: int) -> bool:
         """Scores the dev splits. With patience: whether they are the best so far (the checkpoint is then kept)."""
         trainee = self.trainee
-        measured = score_dev(trainee.ds_engine, self.task, runtime=trainee.runtime, batch_size=self.batch_size)
+        measured = score_dev(trainee.model, self.task, runtime=trainee.runtime, batch_size=self.batch_size)
         if measured is None:
             self._diverged(step)
             return False
@@ -97,8 +98,7 @@ class TaskEvaluation:
         """Outputs that are not finite have no score."""
         if self.trainee.check_weights(step):  # says so itself when they are the reason
             self.trainee.diverged = True
-            self.trainee.monitor.write_record("error", status="diverged", step=step, terms=["outputs"])
-            self.trainee.monitor.say(f"error: the model's outputs are not finite after step {step}")
+            self.trainee.monitor.report(failures.outputs_not_finite(step))
 
 
 def score_dev(
@@ -149,7 +149,7 @@ def _metrics(task: EncodedTask, name: str, outputs: Outputs) -> dict[str, float]
 def predict_split(model: Any, task: EncodedTask, name: str, *, runtime: Runtime, batch_size: int) -> Outputs | None:
     """The outputs of a dev or test split on every rank; None where one of them is not finite. Collective.
 
-    model: TaskModule, or the DeepSpeed engine around one; left in train mode. batch_size: rows per rank and forward.
+    model: TaskModule, or the DeepSpeedModel around one; left in train mode. batch_size: rows per rank and forward.
     """
     by_row = _outputs(model, task, name, runtime, batch_size)
     if not all(np.isfinite(row).all() for row in by_row):

@@ -18,7 +18,7 @@ from engine.tasks.evaluation import TaskEvaluation
 from engine.tasks.loader import TaskLoader, steps_for
 from engine.tasks.module import TaskModule
 from engine.train.checkpoint import Checkpointer, Chosen
-from engine.train.deepspeed_engine import release, start_engine
+from engine.train.deepspeed_engine import DeepSpeedModel
 from engine.train.monitor import Monitor
 from engine.train.optim import choose_optimizer
 from engine.train.trainee import Trainee
@@ -102,23 +102,22 @@ def train_on_task(
         rows = loader.first(sequences_of(module.losses.config, task.mean_tokens))
         measured = begin(module, TeacherSlice(rows, teacher, runtime.device, module.losses.teacher))
     optimizer = choose_optimizer(module, optim, train, execution, runtime.device, require_fused=require_fused)
-    ds_engine = start_engine(module, optimizer, train, execution)
+    model = DeepSpeedModel(module, optimizer.optimizer, train, execution)
     try:
         state: dict[str, Any] = {"step": 0}
         if checkpointer is not None and chosen is not None:
-            state = checkpointer.load(ds_engine, chosen)
+            state = checkpointer.load(model, chosen)
             measured = Measured(**state["measured"])
             if module.losses is not None:
                 module.losses = module.losses.scaled(measured.scales)
         trainee = Trainee(
-            ds_engine,
+            model,
             train=train,
-            term_names=module.term_names,
-            coefficients=module.coefficients,
-            observed_names=module.observed_names,
+            terms=module,
             execution=execution,
             runtime=runtime,
             monitor=monitor,
+            sequence_ids=loader.sequence_ids,
             checkpointer=checkpointer,
         )
         evaluation = TaskEvaluation(
@@ -155,8 +154,8 @@ def train_on_task(
             optimizer=optimizer.name + (f"; {optimizer.why_not_faster}" if optimizer.why_not_faster else ""),
         )
     finally:
-        release(ds_engine)
-        del ds_engine
+        model.release()
+        del model
         gc.collect()  # engine and optimizer refer to each other
 
 

@@ -24,7 +24,6 @@ from engine.records.files import sync_folder, write_whole
 from engine.records.run_dir import COMPLETE, RunDir, step_tag, tag_step
 from engine.train import universal
 from engine.train.checkpoint_files import (
-    CheckedFiles,
     FileFacts,
     is_sound,
     problems_of,
@@ -32,6 +31,7 @@ from engine.train.checkpoint_files import (
     remove_folder,
     seal,
 )
+from engine.train.deepspeed_engine import DeepSpeedModel
 
 SEEN_WITHIN_S = 40.0
 """Longer than an NFS client keeps what it knows of a folder (acdirmin, 30 s)."""
@@ -206,8 +206,8 @@ class Checkpointer:
             self._rename(name, f"superseded-{name}")
         return newer
 
-    def save(self, ds_engine: Any, step: int, state: dict[str, Any]) -> Path:
-        """Collective. Every rank writes its shards; COMPLETE, with the hash of every file, comes last.
+    def save(self, model: DeepSpeedModel, step: int, state: dict[str, Any]) -> Path:
+        """Writes every rank's shards; COMPLETE, with the hash of every file, comes last. Collective.
 
         state: what `load` gives back. `state["best_step"]`, if there, names a checkpoint that is kept as well. Raises
         CheckpointFailed on every rank when any could not write.
@@ -216,12 +216,8 @@ class Checkpointer:
         folder = self.run_dir.checkpoints / tag
         if all(gathered((folder / COMPLETE).is_file() or not self.is_keeper)):
             return folder
-        files = CheckedFiles(ds_engine.checkpoint_engine)
         client_state = {**state, "step": step, **universal.INFO}
-        with files.in_place_of(ds_engine):
-            ds_engine.save_checkpoint(
-                str(self.run_dir.checkpoints), tag=tag, client_state=client_state, save_latest=False
-            )
+        files = model.save_checkpoint(self.run_dir.checkpoints, tag, client_state)
         told = gathered((platform.node(), self.here.rank, files.written, files.errors))
         errors = [f"{host}: {error}" for host, _, _, found in told for error in found]
         if not errors:
@@ -285,20 +281,20 @@ class Checkpointer:
         except OSError:
             return
 
-    def load(self, ds_engine: Any, chosen: Chosen) -> dict[str, Any]:
-        """Collective. Restores model, projections, optimizer, schedule and scaler; returns the saved state, with its
-        `step`."""
+    def load(self, model: DeepSpeedModel, chosen: Chosen) -> dict[str, Any]:
+        """Restores weights, projections, optimizer, schedule and scaler; returns the saved state, with its `step`.
+        Collective."""
         if chosen.conversion is not None:
             return universal.load(
-                ds_engine, self.run_dir.checkpoints, chosen.conversion, is_rank_zero=self.here.is_rank_zero
+                model, self.run_dir.checkpoints, chosen.conversion, is_rank_zero=self.here.is_rank_zero
             )
-        path, client_state = ds_engine.load_checkpoint(str(self.run_dir.checkpoints), tag=chosen.tag)
-        if path is None:
+        state = model.load_checkpoint(self.run_dir.checkpoints, chosen.tag)
+        if state is None:
             raise UserError(
                 f"{self.run_dir.checkpoints / chosen.tag}: DeepSpeed finds no checkpoint there, though its files are "
                 "whole; go back to another one with resume=step-…"
             )
-        return dict(client_state)
+        return state
 
 
 def _not_seen(folder: Path, written: dict[str, FileFacts]) -> list[str]:

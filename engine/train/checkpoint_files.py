@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from typing import IO, Any
 import torch
 
 from engine.errors import first_line
+from engine.records.run_dir import COMPLETE
 
 _CHUNK = 1 << 22
 
@@ -153,3 +156,19 @@ def seal(marker: dict[str, Any]) -> str:
     """Hash of a marker without its own."""
     rest = {key: value for key, value in marker.items() if key != "sha256"}
     return FileFacts.of(json.dumps(rest, sort_keys=True).encode()).sha256
+
+
+def load_full_state(checkpoints: Path, tag: str) -> dict[str, torch.Tensor]:
+    """Returns the whole module in fp32: consolidated from the ZeRO shards' master weights, or, for stage 0, the weights
+    as the module had them (16-bit ones are widened)."""
+    marker = json.loads((checkpoints / tag / COMPLETE).read_text(encoding="utf-8"))
+    if marker["zero_stage"] == 0:
+        # our own file, written by DeepSpeed as a pickle with optimizer objects: weights_only cannot read it
+        saved = torch.load(checkpoints / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return {name: tensor.float() for name, tensor in saved["module"].items()}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
+    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,8 @@ from engine.models.fit import CHECKS, EACH_AND_TOKENIZER, Member, Parts, check_f
 from engine.models.hub import init_arguments, model_class
 from engine.records.run_dir import COMPLETE, RunDir
 from engine.train.checkpoint import EXPORT_FILE
-from engine.train.checkpoint_files import is_sound, problems_of, read_marker
+from engine.train.checkpoint_files import is_sound, load_full_state, problems_of, read_marker
+from engine.train.deepspeed_engine import full_state
 from engine.train.portable import make_portable
 
 CARD_TAG = "- mapdistill"
@@ -148,39 +146,10 @@ def write_model(
 def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any], target: Path) -> None:
     """Collective. The model in training, for checkpoints that are spread over the disks of several hosts. Rank 0
     writes."""
-    state = live_state(module)
+    state = full_state(module)
     if torch.distributed.get_rank() == 0:
         student, projections = split_state(state)
         write_model(rebuild_student(description, student), description, projections, run_dir.tokenizer, target)
-
-
-def live_state(module: nn.Module, *, trained: bool = True) -> dict[str, torch.Tensor]:
-    """Collective. The module's state in fp32 on the CPU: the optimizer's master weights where there are any (`trained`:
-    inside an engine)."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    full: dict[int, torch.Tensor] = {}
-    for parameter in module.parameters():
-        master = safe_get_full_fp32_param(parameter) if trained else None
-        full[id(parameter)] = (parameter if master is None else master).detach().float().cpu().clone()
-    state = module.state_dict(keep_vars=True)
-    return {name: full.get(id(tensor), tensor.detach().cpu()) for name, tensor in state.items()}
-
-
-def load_full_state(checkpoints: Path, tag: str) -> dict[str, torch.Tensor]:
-    """The whole module in fp32: consolidated from the ZeRO shards' master weights, or, for stage 0, the weights as
-    the module had them (16-bit ones are widened)."""
-    marker = json.loads((checkpoints / tag / COMPLETE).read_text(encoding="utf-8"))
-    if marker["zero_stage"] == 0:
-        # our own file, written by DeepSpeed as a pickle with optimizer objects: weights_only cannot read it
-        saved = torch.load(checkpoints / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return {name: tensor.float() for name, tensor in saved["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints), tag=tag)
-    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
 
 def split_state(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ from engine.data.batch import Counts
 
 @dataclass(frozen=True)
 class Interval:
-    """What one log interval has in common for all models that are trained side by side."""
+    """What is known of a log interval before a model reports it."""
 
     step: int
     """Its last step."""
@@ -64,33 +64,50 @@ class StepReport:
         return dict(sums)
 
 
+_Phase = tuple[str, object]
+"""Name and owner."""
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """Times of a log interval on this rank."""
+
+    seconds: dict[_Phase, float]
+
+    def of(self, model: object) -> dict[str, float]:
+        """Returns the seconds by phase that one model has taken, or all in common."""
+        return {name: value for (name, owner), value in self.seconds.items() if owner is None or owner is model}
+
+
 class PhaseTimer:
-    """Sums the time of named phases over a log interval. On a GPU, events are recorded and read only in `read`."""
+    """Sums the time of phases over a log interval, by name and by whom they are for. On a GPU, events are recorded and
+    read only in `read`."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: dict[_Phase, float] = defaultdict(float)
+        self._events: list[tuple[_Phase, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, owner: object = None) -> Iterator[None]:
+        """Times what is inside. owner: the model that it is for; None: all."""
         if not self._cuda:
             start = time.perf_counter()
             yield
-            self._seconds[name] += time.perf_counter() - start
+            self._seconds[name, owner] += time.perf_counter() - start
             return
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         yield
         end.record()
-        self._events.append((name, begin, end))
+        self._events.append(((name, owner), begin, end))
 
-    def read(self) -> dict[str, float]:
-        """Seconds by phase since the last call. Waits for the device: call it on log steps only."""
+    def read(self) -> PhaseTimes:
+        """Returns the times since the last call. Waits for the device: call it on log steps only."""
         if self._events:
             torch.cuda.synchronize()
-            for name, begin, end in self._events:
-                self._seconds[name] += begin.elapsed_time(end) / 1000.0
+            for phase, begin, end in self._events:
+                self._seconds[phase] += begin.elapsed_time(end) / 1000.0
             self._events.clear()
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
-        return seconds
+        return PhaseTimes(seconds)

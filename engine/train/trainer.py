@@ -19,10 +19,10 @@ from engine.models.features import Features
 from engine.ranks import watchdog
 from engine.ranks.collectives import summed
 from engine.ranks.runtime import Runtime, StopRequest, seed_micro_step
-from engine.train.loss_window import BadMicroStep
-from engine.train.monitor import MOST_SEQUENCES
+from engine.train import failures
+from engine.train.failures import MOST_SEQUENCES
 from engine.train.step_report import Interval, PhaseTimer
-from engine.train.trainee import Trainee
+from engine.train.trainee import MicroStep, Trainee
 
 Teacher = Callable[[Batch], Features]
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -155,6 +155,7 @@ class Trainer:
         self.step += 1
         for i, micro in enumerate(inputs.micro):
             self._in_micro_step = i, micro
+            at = MicroStep(self.step, i, logged=self.step % self.train.log_every == 0)
             batch = micro.to(self.runtime.device)
             features = None
             if self.teacher is not None:
@@ -163,28 +164,17 @@ class Trainer:
             for trainee in live:
                 # the same dropout alone and in a cohort
                 seed_micro_step(self.seed, self.step, i + 1, self.runtime.rank)
-                trainee.micro_step(
-                    batch,
-                    features,
-                    per_micro,
-                    last_user=trainee is live[-1],
-                    step=self.step,
-                    micro=i,
-                    logged=self.step % self.train.log_every == 0,
-                    ids=self._sequence_ids,
-                )
+                trainee.micro_step(batch, features, per_micro, at, last_user=trainee is live[-1], timer=self._timer)
             watchdog.beat()
         self._in_micro_step = None
         return stopping
 
     def log(self) -> None:
         """Reports the interval of every model; one whose loss was not finite drops out."""
-        interval = Interval(
-            step=self.step, counts=self._interval_counts, phases=self._timer.read(), wait_s=self.loader.wait_s
-        )
+        times, counts = self._timer.read(), self._interval_counts
         self._interval_counts = Counts()
         for trainee in self.live:
-            trainee.log(interval, self._sequence_ids)
+            trainee.log(Interval(self.step, counts, times.of(trainee), self.loader.wait_s))
 
     def save(self, *, needed: bool) -> None:
         """needed: there will be no later checkpoint in this start."""
@@ -194,9 +184,6 @@ class Trainer:
                 watchdog.beat()
                 trainee.save(self.step, state, needed=needed)
                 watchdog.beat()
-
-    def _sequence_ids(self, bad: BadMicroStep) -> list[int]:
-        return self.loader.sequence_ids(bad.step - 1, bad.micro, bad.rank)  # the loader counts steps from 0
 
     @contextmanager
     def _memory_watched(self) -> Iterator[None]:
@@ -214,7 +201,9 @@ class Trainer:
                 shape, sequences = list(batch.input_ids.shape), self.loader.sequence_ids(self.step - 1, micro, rank)
                 where = f"in step {self.step}"
                 facts = {"micro": micro, "shape": shape, "sequences": sequences[:MOST_SEQUENCES]}
-            self.trainees[0].monitor.out_of_memory(self.step, rank=rank, why=why, **facts)
+            self.trainees[0].monitor.record_from_any_rank(
+                failures.out_of_memory(self.step, rank=rank, why=why, **facts)
+            )
             raise RunFailure(
                 f"out of memory {where} on rank {rank} ({platform.node()}), at micro batches of "
                 f"{self.execution.micro_batch_size} sequences ({why}). A smaller train_micro_batch_size_per_gpu, "

@@ -21,6 +21,7 @@ import torch
 from engine.config.deepspeed import LAYOUT_KEYS, Execution
 from engine.errors import UserError, first_line
 from engine.ranks.collectives import from_rank_zero, gathered
+from engine.train.deepspeed_engine import DeepSpeedModel
 
 PREFIX = "universal-"
 """Of the folder of a conversion, beside the checkpoint; it is removed once loaded."""
@@ -81,18 +82,20 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, st
     return Conversion(tag, stages[0], saved["world_size"], stages[1], facts["world_size"])
 
 
-def load(ds_engine: Any, checkpoints: Path, conversion: Conversion, *, is_rank_zero: bool) -> dict[str, Any]:
-    """Collective. Converts the checkpoint into a folder beside it, loads that, and removes it; returns the client
-    state. Raises UserError when that cannot be done, for want of room above all."""
+def load(model: DeepSpeedModel, checkpoints: Path, conversion: Conversion, *, is_rank_zero: bool) -> dict[str, Any]:
+    """Converts the checkpoint into a folder beside it, loads that, and removes it; returns the client state. Raises
+    UserError when that cannot be done, for want of room above all. Collective."""
     target = checkpoints / f"{PREFIX}{conversion.tag}"
     from_rank_zero(lambda: _convert(checkpoints / conversion.tag, target, conversion))
+    ds_engine = model.ds_engine
     with _universal(ds_engine), _kept_hyperparameters(ds_engine):
-        _, client_state = ds_engine.load_checkpoint(str(checkpoints), tag=target.name)
+        state = model.load_checkpoint(checkpoints, target.name)
+    assert state is not None, "it was converted just now"
     _own_step_counts(ds_engine.optimizer.optimizer)
     gathered(None)  # all have read it
     if is_rank_zero:
         shutil.rmtree(target, ignore_errors=True)
-    return dict(client_state)
+    return state
 
 
 @contextmanager

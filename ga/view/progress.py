@@ -12,7 +12,7 @@ from statistics import fmean
 from optuna import Study
 
 from engine.mapping import MappingPair
-from engine.records.columns import columns, labelled
+from engine.records.columns import columns, duration_text, labelled
 from ga.evolution.genome import Genes
 from ga.evolution.operators import diversity
 from ga.jobs.outcome import Outcome
@@ -49,12 +49,6 @@ def blocks(evaluations: Sequence[Evaluation], population: int) -> list[Block]:
         Block(f"no. {i + 1} to {i + population}", tuple(counted[i : i + population]), min(i + population, len(counted)))
         for i in starts
     ]
-
-
-def format_duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def genes_of(evaluations: Sequence[Evaluation], *, length: int | None = None) -> list[Genes]:
@@ -102,7 +96,7 @@ class Progress:
             pace = (time.monotonic() - self._began) / here
             parts.append(f"{pace:.1f} s per evaluation")
             if done < self._trials:
-                parts.append(f"{format_duration(pace * (self._trials - done))} left")
+                parts.append(f"{duration_text(pace * (self._trials - done))} left")
         return "  ".join(parts)
 
 

@@ -15,11 +15,12 @@ import torch.distributed as dist
 
 from engine.data.batch import Batch, Counts
 from engine.hub.config import load_config
-from engine.models import teacher as teacher_module
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
 from engine.models.teacher import FrozenTeacher
 from engine.ranks import runtime
+from engine.train import deepspeed_engine
+from engine.train.deepspeed_engine import shard_frozen
 
 
 def largest_difference(left: Features, right: Features) -> float:
@@ -53,8 +54,8 @@ def compare(path: str, rank: int, dtype: torch.dtype, logits: bool) -> dict[str,
     deepest = layers if logits else layers - 1
     wanted = Wanted(frozenset({0, deepest}), frozenset({1, deepest}), values=True, logits=logits)
     common = {"wanted": wanted, "dtype": dtype, "device": torch.device("cpu"), "backend": "sdpa"}
-    whole = FrozenTeacher.load(path, placement="replicate", **common)
-    sharded = FrozenTeacher.load(path, placement="zero3", **common)
+    whole = FrozenTeacher.load(path, **common)
+    sharded = FrozenTeacher.load(path, shard=shard_frozen, **common)
     difference = 0.0
     for step in range(3):  # more than once: ZeRO-3 traces the first pass and prefetches in the next
         batch = make_batch(rank + 10 * step, whole.shape.vocab)
@@ -76,7 +77,7 @@ def main() -> None:
     result: dict[str, object] = {"world": dist.get_world_size()}
     for path in paths:
         name = Path(path).name
-        teacher_module.PERSISTENT_NUMEL = 10_000 if path == paths[-1] else 0  # tiny tensors are to be sharded as well
+        deepspeed_engine.PERSISTENT_NUMEL = 10_000 if path == paths[-1] else 0  # tiny tensors are to be sharded as well
         for dtype in (torch.float32, torch.bfloat16):
             result[f"{name} {dtype}"] = compare(path, rank, dtype, logits=name.startswith("mlm-"))
     (out / f"rank{rank}.json").write_text(json.dumps(result), encoding="utf-8")

@@ -23,13 +23,14 @@ FP32, BF16, FP16 = 1e-5, 2e-2, 2e-3
 )
 def test_zero_stages_give_one_curve_on_two_ranks(finished_run, precision: str, tolerance: float) -> None:
     curves, norms = {}, {}
-    for stage in (0, 1, 2, 3):
+    first, *others = (0, 1, 2, 3) if precision != "fp16" else (1, 2, 3)  # fp16 has no stage 0
+    for stage in (first, *others):
         run = finished_run(stage=stage, precision=precision, ranks=2, micro=2)
         curves[stage], norms[stage] = run.curve(), run.curve("grad_norm")
-    gaps = {stage: relative_gap(curves[0], curves[stage]) for stage in (1, 2, 3)}
-    norm_gaps = {stage: relative_gap(norms[0], norms[stage]) for stage in (1, 2, 3)}
-    print(f"{precision}: largest relative gap to stage 0: loss {gaps}, gradient norm {norm_gaps}")
-    assert curves[0][-1] < 0.97 * curves[0][0], "nothing was learnt, so equality says nothing"
+    gaps = {stage: relative_gap(curves[first], curves[stage]) for stage in others}
+    norm_gaps = {stage: relative_gap(norms[first], norms[stage]) for stage in others}
+    print(f"{precision}: largest relative gap to stage {first}: loss {gaps}, gradient norm {norm_gaps}")
+    assert curves[first][-1] < 0.97 * curves[first][0], "nothing was learnt, so equality says nothing"
     assert max(gaps.values()) < tolerance
     assert max(norm_gaps.values()) < 10 * tolerance
 
@@ -78,30 +79,24 @@ def test_activation_checkpointing_and_sharded_teacher_change_nothing(finished_ru
 
 @pytest.mark.fp16
 @pytest.mark.parametrize(
-    ("name", "stage", "clip"),
+    ("stage", "clip"),
     [
-        ("lamb", 0, 1.0),
-        ("adamw", 0, 1.0),
-        ("adamw", 1, 100.0),
-        ("adamw", 3, 1.0),
-        pytest.param("lamb", 0, 100.0, marks=pytest.mark.thorough),
-        pytest.param("adamw", 0, 100.0, marks=pytest.mark.thorough),
-        pytest.param("adamw", 1, 1.0, marks=pytest.mark.thorough),
-        pytest.param("adamw", 2, 1.0, marks=pytest.mark.thorough),
-        pytest.param("adamw", 2, 100.0, marks=pytest.mark.thorough),
-        pytest.param("adamw", 3, 100.0, marks=pytest.mark.thorough),
+        (1, 100.0),
+        (3, 1.0),
+        pytest.param(1, 1.0, marks=pytest.mark.thorough),
+        pytest.param(2, 1.0, marks=pytest.mark.thorough),
+        pytest.param(2, 100.0, marks=pytest.mark.thorough),
+        pytest.param(3, 100.0, marks=pytest.mark.thorough),
     ],
 )
-def test_fp16_follows_fp32(finished_run, name: str, stage: int, clip: float) -> None:
-    """DeepSpeed's 16-bit stage 0 makes a hidden first update, and its fp16 neither scales losses nor clips gradients;
-    all of its stages halve the gradients of a step in which the loss scale grows, unless they are clipped."""
+def test_fp16_follows_fp32(finished_run, stage: int, clip: float) -> None:
+    """DeepSpeed alone halves the gradients of a step in which the loss scale grows, unless they are clipped."""
     runs = {}
     for precision in ("fp32", "fp16"):
         runs[precision] = finished_run(
             stage=0 if precision == "fp32" else stage,
             precision=precision,
             micro=4,
-            optim__name=name,
             train__grad_clip=clip,
         )
     norms = [run.curve("grad_norm") for run in runs.values()]
@@ -110,18 +105,15 @@ def test_fp16_follows_fp32(finished_run, name: str, stage: int, clip: float) -> 
     assert (scales[0], scales[-1]) == (256, 512), "the scale grows, and the curve does not feel it"
     assert runs["fp16"].curve("skipped_steps")[-1] == 0
     gap, norm_gap = relative_gap(runs["fp32"].curve(), runs["fp16"].curve()), relative_gap(*norms)
-    print(
-        f"fp16, {name}, stage {stage}, clip {clip}: largest gap to fp32: loss {gap:.1e}, gradient norm {norm_gap:.1e}"
-    )
+    print(f"fp16, stage {stage}, clip {clip}: largest gap to fp32: loss {gap:.1e}, gradient norm {norm_gap:.1e}")
     assert max(gap, norm_gap) < FP16
 
 
 @pytest.mark.fp16
-@pytest.mark.parametrize("stage", [0, 1])
-def test_fp16_overflow_halves_the_scale_and_skips_the_step(make_run, tmp_path, stage: int) -> None:
-    run = make_run("overflow", stage=stage, precision="fp16")
+def test_fp16_overflow_halves_the_scale_and_skips_the_step(make_run, tmp_path) -> None:
+    run = make_run("overflow", stage=1, precision="fp16")
     scaler = {"enabled": True, "loss_scale": 0, "initial_scale_power": 32, "hysteresis": 1}
-    ds = write_ds_config(tmp_path / "overflow ds", fp16=scaler, zero_optimization={"stage": stage})
+    ds = write_ds_config(tmp_path / "overflow ds", fp16=scaler, zero_optimization={"stage": 1})
     run.finish("--deepspeed_config", str(ds), "--train.steps", "40")
     steps = run.steps()
     assert steps[-1]["skipped_steps"] > 0

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.records.records import parse_record
 from engine.records.run_dir import COMPLETE, step_tag
-from engine.train.export import load_full_state
+from engine.train.checkpoint_files import load_full_state
 
 pytestmark = pytest.mark.launcher
 

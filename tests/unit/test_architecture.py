@@ -38,3 +38,8 @@ def test_a_package_has_few_entries_and_the_page_names_them_all(package: str) -> 
     entries -= {"__init__", "__pycache__"}
     assert len(entries) <= {"engine": 14, "ga": 11}[package]
     assert not [entry for entry in entries if not re.search(rf"\b{entry}\b", PAGE)]
+
+
+def test_few_files_know_deepspeeds_engine() -> None:
+    knows = {path.name for path in (ROOT / "engine").rglob("*.py") if "ds_engine" in path.read_text()}
+    assert knows == {"deepspeed_engine.py", "universal.py", "checkpoint_files.py"}

@@ -20,6 +20,7 @@ from engine.models.shape import forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
 from engine.ranks import runtime
+from engine.train.deepspeed_engine import shard_frozen
 from engine.train.optim import ChosenOptimizer, choose_optimizer
 
 
@@ -65,7 +66,7 @@ def load_teacher(plan: Plan, wanted: Wanted, device: torch.device) -> FrozenTeac
         dtype=getattr(torch, plan.teacher_dtype),
         device=device,
         backend=plan.teacher_attention.name,
-        placement=cfg.placement,
+        shard=shard_frozen if cfg.placement == "zero3" else None,
         unpadded=plan.unpadded,
     )
 

@@ -27,7 +27,7 @@ from engine.ranks.run_lock import RunLock
 from engine.records.history import History
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.train.checkpoint import Checkpointer, Chosen
-from engine.train.deepspeed_engine import start_engine
+from engine.train.deepspeed_engine import DeepSpeedModel
 from engine.train.export import export_checkpoint, export_live
 from engine.train.monitor import Monitor
 from engine.train.optim import ChosenOptimizer, parameters_of
@@ -99,22 +99,21 @@ class Job:
         if self.config.dry_run:
             return 0
         monitor = self._open_monitor(flops_per_token(plan, teacher, module))
-        ds_engine = start_engine(module, optimizer, self.config.train, plan.execution)
+        model = DeepSpeedModel(module, optimizer.optimizer, self.config.train, plan.execution)
         step = 0
         if chosen is not None:
-            state = self.checkpointer.load(ds_engine, chosen)
+            state = self.checkpointer.load(model, chosen)
             step, measured = state["step"], Measured(**state["measured"])
             module.losses = plan.losses.scaled(measured.scales)
         assert measured is not None
         trainee = Trainee(
-            ds_engine,
+            model,
             train=self.config.train,
-            term_names=plan.losses.term_names,
-            coefficients=plan.losses.coefficients,
-            observed_names=plan.losses.observed_names,
+            terms=plan.losses,
             execution=plan.execution,
             runtime=self.here,
             monitor=monitor,
+            sequence_ids=self.loader.sequence_ids,
             checkpointer=self.checkpointer,
         )
         trainer = Trainer(
@@ -219,7 +218,7 @@ class Job:
     def _finish(self, outcome: Outcome, trainer: Trainer, monitor: Monitor) -> None:
         """Exports and says how it ended (rank 0). What diverged has said so already."""
         if outcome is Outcome.DONE and self.checkpointer.storage == "local":
-            module = trainer.trainees[0].ds_engine.module
+            module = trainer.trainees[0].model.module
             description = {**self.checkpointer.export, "step": trainer.step}
             export_live(self.run_dir, module, description, self.run_dir.student)
         if not self.here.is_rank_zero or outcome is Outcome.DIVERGED:
@@ -296,7 +295,7 @@ class HeldOutLosses:
 
     def __call__(self, step: int) -> bool:
         """The same whatever the ranks and batches. Collective."""
-        ds_engine, device = self.trainee.ds_engine, self.trainee.runtime.device
+        model, device = self.trainee.model, self.trainee.runtime.device
         batches = list(self.loader.evaluation(self.trainee.execution.micro_batch_size))
         if not batches:
             return False
@@ -304,13 +303,13 @@ class HeldOutLosses:
         counts = local.with_values(summed(local.as_list()))
         count = len(self.names)
         sums = torch.zeros(count + 1, device=device)
-        ds_engine.eval()
+        model.eval()
         with torch.no_grad():
             for batch in (cpu.to(device) for cpu in batches):
-                total, terms = ds_engine(batch, self.teacher(batch), counts)
+                total, terms = model(batch, self.teacher(batch), counts)
                 sums += torch.cat([total.float().reshape(1), terms[:count]])
                 watchdog.beat()
-        ds_engine.train()
+        model.train()
         if self.trainee.runtime.world_size > 1:
             torch.distributed.all_reduce(sums)
         total, *values = sums.tolist()

@@ -22,10 +22,10 @@ from engine.models.capture import hidden_states
 from engine.models.compact_embedding import whole_vocabulary
 from engine.ranks.runtime import Runtime
 from engine.records.run_dir import RunDir, as_yaml
-from engine.train.deepspeed_engine import release, start_engine
-from engine.train.export import live_state, rebuild_student, write_model
+from engine.train.deepspeed_engine import DeepSpeedModel, full_state
+from engine.train.export import rebuild_student, write_model
 from engine.train.monitor import Monitor
-from engine.train.trainee import Trainee
+from engine.train.trainee import SequenceIds, Trainee
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Member:
         """The student's hidden states as engine.models.capture.hidden_states returns them."""
         if self.trainee is None:
             return hidden_states(self.student, batch, layers)
-        states: tuple[torch.Tensor, ...] = self.trainee.ds_engine(batch, layers=layers)
+        states: tuple[torch.Tensor, ...] = self.trainee.model(batch, layers=layers)
         return states
 
     @property
@@ -63,7 +63,7 @@ class Member:
 
     def evaluating(self, on: bool) -> None:
         """Dropout off (or on again)."""
-        owner: Any = self.student if self.trainee is None else self.trainee.ds_engine
+        owner: Any = self.student if self.trainee is None else self.trainee.model
         owner.train(not on)
 
     @property
@@ -81,7 +81,7 @@ class Member:
     def copied(self) -> PreTrainedModel | None:
         """Collective. On rank 0 the student as it is saved: with every word's embedding, in fp32 on the CPU, from the
         optimizer's master weights where there are any. None on the others."""
-        weights = live_state(self.student, trained=self.trainee is not None)
+        weights = full_state(self.student, trained=self.trainee is not None)
         if torch.distributed.get_rank() != 0:
             return None
         return rebuild_student(self._description, whole_vocabulary(self.student, weights))
@@ -94,7 +94,7 @@ class Member:
         """Lets go of engine, optimizer and student, so that the next cohort has their memory."""
         if self.trainee is not None:
             self.trainee.monitor.close()
-            release(self.trainee.ds_engine)
+            self.trainee.model.release()
             self.trainee = None
 
 
@@ -107,6 +107,7 @@ def build_member(
     cohort: int,
     tokens: torch.Tensor,
     on: TeacherSlice | None,
+    sequence_ids: SequenceIds,
     here: Runtime,
     run_dir: RunDir,
 ) -> Member:
@@ -139,14 +140,13 @@ def build_member(
         name=genome.key,
     )
     trainee = Trainee(
-        start_engine(module, chosen, plan.config.train, plan.execution),
+        DeepSpeedModel(module, chosen.optimizer, plan.config.train, plan.execution),
         train=plan.config.train,
-        term_names=plan.losses.term_names,
-        coefficients=plan.losses.coefficients,
-        observed_names=plan.losses.observed_names,
+        terms=plan.losses,
         execution=plan.execution,
         runtime=here,
         monitor=monitor,
+        sequence_ids=sequence_ids,
     )
     return Member(genome, plan, module.student, run_dir.tokenizer, trainee)
 

@@ -278,6 +278,7 @@ class ProxyJob:
                     cohort=len(genomes),
                     tokens=tokens,
                     on=on,
+                    sequence_ids=loader.sequence_ids,
                     here=self.here,
                     run_dir=self.run_dir,
                 )

@@ -65,6 +65,7 @@ def test_accumulation_is_derived(tmp_path: Path) -> None:
         ({"steps_per_print": 0}, "steps_per_print=0 must be at least 1; remove it"),
         ({"zero_optimization": {"offload_optimizer": {"device": "CPU"}}}, "'CPU' must be none or cpu"),
         ({"flops_profiler": {"enable": True}}, "unknown key 'flops_profiler.enable'; did you mean 'enabled'"),
+        ({"fp16": {"enabled": True}}, "fp16 needs ZeRO stage 1 or higher.* use ds_configs/zero1_fp16.json"),
         ({"bf16": True}, "must be an object"),
         ({"zero_optimization": 2}, "zero_optimization=2 must be an object"),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, 'offload_param="cpu" must be an object'),

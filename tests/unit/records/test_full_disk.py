@@ -28,6 +28,7 @@ from engine.records.events import EventFile
 from engine.records.files import AppendFile
 from engine.records.records import RecordWriter, final_result, parse_record, read_records
 from engine.records.run_dir import RunDir
+from engine.train import failures
 from engine.train.export import write_model
 from engine.train.monitor import Monitor
 
@@ -251,7 +252,7 @@ def test_a_rank_without_a_run_directory_of_its_own_can_say_what_ended_it(tmp_pat
         device=torch.device("cpu"),
         config_text="",
     )
-    monitor.out_of_memory(0, rank=3, why="why")
+    monitor.record_from_any_rank(failures.out_of_memory(0, rank=3, why="why"))
     (record,) = read_records(tmp_path / "run" / "records.jsonl")
     assert (record["status"], record["rank"]) == ("out_of_memory", 3)
 

@@ -30,7 +30,6 @@ from engine.models.teacher import FrozenTeacher
 from engine.train.checkpoint import _not_seen
 from engine.train.checkpoint_files import FileFacts
 from engine.train.loss_window import BadMicroStep, LossWindow, WindowReport
-from engine.train.monitor import format_seconds
 from engine.train.step_report import Interval, StepReport
 from engine.train.universal import _own_step_counts, plan_conversion
 
@@ -185,11 +184,6 @@ def test_contributions_of_losses_add_up_to_the_total() -> None:
     )  # fmt: skip
     assert report.by_loss() == {"hidden": 1.5, "embedding": 2.0}
     assert sum(report.by_loss().values()) == report.total
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65.4, "1:05"), (3600, "1:00:00")])
-def test_time_left(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
 
 
 def test_defaults_are_a_valid_run() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ga.study.evaluations import REPEATED, RUNNING, Evaluation
-from ga.view.progress import Progress, best_table, blocks, format_duration
+from ga.view.progress import Progress, best_table, blocks
 
 
 def generation(number: int, *fitness: float | None, first: int = 0) -> list[Evaluation]:
@@ -64,7 +64,3 @@ def test_the_best_table_has_each_genome_once_best_first() -> None:
     rows = best_table(spent, 5).splitlines()
     assert [row.split()[:3] for row in rows[1:]] == [["1", "1-0", "0.7500"], ["2", "0-0", "0.2500"]]
     assert best_table([], 5) == "no genome has a fitness yet"
-
-
-def test_durations() -> None:
-    assert [format_duration(s) for s in (9.6, 61, 3600 * 5 + 59)] == ["10 s", "1 min 01 s", "5 h 00 min"]

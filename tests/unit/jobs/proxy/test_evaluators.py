@@ -20,6 +20,7 @@ from engine.records.run_dir import RunDir
 from engine.tasks.load import TaskData, load_task
 from engine.tasks.metrics import score_task
 from engine.tasks.probe import ProbeFeatures, probe_outputs
+from engine.train import failures
 from engine.train.monitor import Monitor
 
 
@@ -118,6 +119,6 @@ def test_what_ends_a_silent_fine_tuning_is_in_the_jobs_folder(tmp_path: Path) ->
     monitor.say("nothing of this")
     monitor.close()
     assert not run_dir.root.exists()
-    monitor.out_of_memory(4, rank=1, why="DefaultCPUAllocator: can't allocate memory")
+    monitor.record_from_any_rank(failures.out_of_memory(4, rank=1, why="DefaultCPUAllocator: can't allocate memory"))
     (record,) = read_records(run_dir.records)
     assert (record["status"], record["step"], record["rank"]) == ("out_of_memory", 4, 1)

@@ -1,0 +1,69 @@
+"""The progress of training on a terminal or in a log: a bar, or lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.records.columns import duration_text
+from engine.train.step_report import StepReport
+
+ETA_AFTER_STEPS = 20
+"""Number of first steps that allocate, compile and warm caches; the time left is estimated without them."""
+
+
+class Progress:
+    """A bar on a terminal, unless lines of several models are mixed; else a line for each report."""
+
+    def __init__(self, steps: int, name: str) -> None:
+        """steps: of the whole run. name: of the model, before each line; empty where there is one model."""
+        self._steps, self._name = steps, name
+        self._bar: tqdm[Any] | None = None
+        self._start_step = 0
+        self._eta_mark = (0, 0.0)
+        """Step and time from which on the speed is measured."""
+
+    def begin(self, step: int) -> None:
+        """Starts to count, after `step`."""
+        self._start_step, self._eta_mark = step, (step, time.perf_counter())
+        if sys.stderr.isatty() and not self._name:
+            self._bar = tqdm(total=self._steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def step(self, report: StepReport, tokens_per_s: float) -> None:
+        """Shows where training is."""
+        left = self._time_left(report.step)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {report.total:.4g}, {tokens_per_s:,.0f} tok/s{left}", refresh=False)
+            self._bar.update(report.step - self._bar.n)
+            return
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in report.by_loss().items())
+        self.say(
+            f"step {report.step}/{self._steps}  loss {report.total:.4g} ({parts})  lr {report.lr:.2e}  "
+            f"{tokens_per_s:,.0f} tokens/s{left}"
+        )
+
+    def _time_left(self, step: int) -> str:
+        now, done = time.perf_counter(), step - self._start_step
+        if done >= ETA_AFTER_STEPS:
+            per_step = (now - self._eta_mark[1]) / (step - self._eta_mark[0])
+            return f", {duration_text(per_step * (self._steps - step))} left"
+        if done <= ETA_AFTER_STEPS // 2:
+            self._eta_mark = (step, now)
+        return ""
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        text = f"{self._name}  {text}" if self._name else text
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def end(self) -> None:
+        """Leaves the bar where it is; what is said from now on comes under it."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
