@@ -4,12 +4,10 @@ what it says."""
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
-import os
 import platform
 import shutil
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,9 @@ from engine.train.checkpoint_files import (
     remove_folder,
     seal,
 )
+from engine.train.checkpoint_storage import Storage, Written
 from engine.train.deepspeed_engine import DeepSpeedModel
 
-SEEN_WITHIN_S = 40.0
-"""Longer than an NFS client keeps what it knows of a folder (acdirmin, 30 s)."""
 EXPORT_FILE = "export.json"
 """Inside a checkpoint: what launch/export.py needs to rebuild the student without the training world."""
 
@@ -62,17 +59,11 @@ class Checkpointer:
     identity: dict[str, Any]
     """Flat settings and input hashes that must be the same at resume."""
     keep: int
+    storage: Storage
     export: dict[str, Any] = field(default_factory=dict)
     """Contents of EXPORT_FILE."""
-    storage: str = "shared"
-    """shared or local, as checkpoint.storage."""
     on_error: str = "stop"
     """stop or continue, as checkpoint.on_error."""
-
-    @property
-    def is_keeper(self) -> bool:
-        """Whether this rank looks after the folder that it sees: on every host where each has its own."""
-        return self.here.local_rank == 0 if self.storage == "local" else self.here.is_rank_zero
 
     def choose(self, resume: str, *, set_aside: bool = True) -> Chosen | None:
         """Collective. The newest checkpoint whose files are what its marker says, or None for a fresh start. Damaged
@@ -99,8 +90,7 @@ class Checkpointer:
             conversion = None if sound is None else self._check(tag, sound)
             problems = self._problems(tag, markers[tag])
             if not problems:
-                if self.storage == "local":
-                    self._require_own_shards(tag, markers[tag])
+                self.storage.require_own_shards(tag, markers[tag])
                 notes = [
                     note + (self._set_aside(bad) if set_aside and None not in markers[bad].values() else "")
                     for bad, note in damaged.items()
@@ -121,7 +111,7 @@ class Checkpointer:
         return None
 
     def _set_aside(self, tag: str) -> str:
-        if self.is_keeper:
+        if self.storage.is_keeper:
             self._rename(tag, f"damaged-{tag}")
         return f"; it is now damaged-{tag}"
 
@@ -129,7 +119,7 @@ class Checkpointer:
         """Collective. By tag and host, what COMPLETE says (an empty object when it cannot be read); None on a host that
         has no such checkpoint. Hosts that share one folder count as one."""
         found = None
-        if self.is_keeper:
+        if self.storage.is_keeper:
             found = {
                 tag: read_marker(self.run_dir.checkpoints / tag / COMPLETE) for tag in self.run_dir.complete_tags()
             }
@@ -144,32 +134,17 @@ class Checkpointer:
 
     def _problems(self, tag: str, markers: dict[str, dict[str, Any] | None]) -> list[str]:
         """Collective. What keeps a checkpoint from being used; every host's ranks look at a share of its files."""
-        folder, host = self.run_dir.checkpoints / tag, platform.node()
-        local = self.storage == "local"
-        seen = markers.get(host) if local else next(iter(markers.values()))
-        part, parts = (self.here.local_rank, self.here.local_size) if local else (self.here.rank, self.here.world_size)
-        problems = []
+        folder = self.run_dir.checkpoints / tag
+        seen = self.storage.seen(markers)
         if seen is None:
-            problems = [f"{host} has nothing of it"] if self.is_keeper else []
+            problems = [f"{platform.node()} has nothing of it"] if self.storage.is_keeper else []
         elif not is_sound(seen):
-            problems = [f"{folder / COMPLETE} is unreadable"] if self.is_keeper else []
+            problems = [f"{folder / COMPLETE} is unreadable"] if self.storage.is_keeper else []
         else:
-            where = f"{host}: " if local else ""
-            files = {name: seen["files"][name] for name in (seen["on_this_host"] if local else seen["files"])}
-            problems = [where + problem for problem in problems_of(folder, files, part=part, parts=parts)]
+            part, parts = self.storage.share
+            files = {name: seen["files"][name] for name in self.storage.files(seen)}
+            problems = [self.storage.where + problem for problem in problems_of(folder, files, part=part, parts=parts)]
         return [problem for found in gathered(problems) for problem in found]
-
-    def _require_own_shards(self, tag: str, markers: dict[str, dict[str, Any] | None]) -> None:
-        """Collective. Raises UserError when hosts that keep shards to themselves run other ranks now."""
-        kept = (markers.get(platform.node()) or {}).get("ranks", ())
-        told = f"{platform.node()} keeps ranks {kept} and runs rank {self.here.rank} now"
-        misplaced = [text for text in gathered(told if self.here.rank not in kept else None) if text is not None]
-        if misplaced:
-            raise UserError(
-                f"cannot continue {tag}: with checkpoint.storage=local shards stay where they were written, but "
-                f"{'; '.join(misplaced[:4])}. Restore the order of the hosts, or copy all shards into one shared "
-                "output_dir and set checkpoint.storage=shared"
-            )
 
     def _check(self, tag: str, saved: dict[str, Any]) -> universal.Conversion | None:
         changes = changed_keys(saved["identity"], self.identity)
@@ -178,7 +153,10 @@ class Checkpointer:
                 f"cannot continue {tag} in {self.run_dir.root}: the run was changed in what it computes "
                 f"({'; '.join(changes)}). Restore these values, or name another output_dir"
             )
-        return universal.plan_conversion(tag, saved=saved, execution=self.execution, storage=self.storage)
+        conversion = universal.plan_conversion(tag, saved=saved, execution=self.execution)
+        if conversion is not None:
+            self.storage.require_convertible(tag)
+        return conversion
 
     def _rename(self, tag: str, name: str) -> None:
         target = self.run_dir.checkpoints / name
@@ -214,64 +192,54 @@ class Checkpointer:
         """
         tag = step_tag(step)
         folder = self.run_dir.checkpoints / tag
-        if all(gathered((folder / COMPLETE).is_file() or not self.is_keeper)):
+        if all(gathered((folder / COMPLETE).is_file() or not self.storage.is_keeper)):
             return folder
         client_state = {**state, "step": step, **universal.INFO}
         files = model.save_checkpoint(self.run_dir.checkpoints, tag, client_state)
-        told = gathered((platform.node(), self.here.rank, files.written, files.errors))
-        errors = [f"{host}: {error}" for host, _, _, found in told for error in found]
+        written = gathered(Written(platform.node(), self.here.rank, files.written, files.errors))
+        errors = [f"{one.host}: {error}" for one in written for error in one.errors]
         if not errors:
-            errors = [error for error in gathered(self._complete(folder, step, told)) if error]
+            closing = gathered((platform.node(), self._complete(folder, step, written)))
+            errors = [f"{host}: {error}" for host, error in closing if error]
         if errors:
-            if self.is_keeper:
+            if self.storage.is_keeper:
                 remove_folder(folder, COMPLETE)
             gathered(None)  # nobody writes there again before it is gone
             raise CheckpointFailed(f"checkpoint {tag} could not be written ({'; '.join(dict.fromkeys(errors))})")
-        if self.is_keeper:
+        if self.storage.is_keeper:
             self._write_latest(tag)
             for old in self.run_dir.complete_tags()[: -self.keep]:
                 if tag_step(old) != state.get("best_step"):
                     remove_folder(self.run_dir.checkpoints / old, COMPLETE)
         return folder
 
-    def _complete(self, folder: Path, step: int, told: list[tuple[str, int, dict[str, FileFacts], Any]]) -> str | None:
+    def _complete(self, folder: Path, step: int, written: Sequence[Written]) -> str | None:
         """Writes what makes the checkpoint complete, on keepers; returns what went wrong. Every host's marker lists the
         files of all, so that those of several disks can be brought together in one folder, and be checked there."""
-        if not self.is_keeper:
+        if not self.storage.is_keeper:
             return None
+        if (mistaken := self.storage.mistaken(folder, written)) is not None:
+            return mistaken
         description = json.dumps({**self.export, "step": step}, indent=1).encode()
-        mine = [one for one in told if self.storage == "shared" or one[0] == platform.node()]
-        on_this_host = {name: facts for _, _, files, _ in mine for name, facts in files.items()}
+        mine = self.storage.in_this_folder(written)
+        on_this_host = {name: facts for one in mine for name, facts in one.files.items()}
         on_this_host[EXPORT_FILE] = FileFacts.of(description)
-        written = {name: facts for _, _, files, _ in told for name, facts in files.items()} | on_this_host
+        everywhere = {name: facts for one in written for name, facts in one.files.items()} | on_this_host
         marker = {
             "step": step,
             **self.execution.facts,
             "layout": self.execution.layout,
-            "ranks": [rank for _, rank, _, _ in mine],
+            "ranks": [one.rank for one in mine],
             "on_this_host": sorted(on_this_host),
-            "files": {name: facts.as_json() for name, facts in written.items()},
+            "files": {name: facts.as_json() for name, facts in everywhere.items()},
             "identity": self.identity,
         }
-        of_others = [name for name in written if name not in on_this_host]
-        if any((folder / name).exists() for name in of_others):
-            return (
-                f"{platform.node()}: {of_others[0]}, which another host wrote, is here too: the hosts share "
-                "output_dir. Set checkpoint.storage=shared"
-            )
-        if self.storage == "shared":
-            unseen = _not_seen(folder, {name: facts for _, _, files, _ in told for name, facts in files.items()})
-            if unseen:
-                return (
-                    f"{platform.node()}: {', '.join(unseen[:4])}, which other ranks wrote, cannot be seen here: the "
-                    "hosts do not share output_dir. Name a folder that they share, or set checkpoint.storage=local"
-                )
         try:
             write_whole(folder / EXPORT_FILE, description)
             sync_folder(folder.parent)
             write_whole(folder / COMPLETE, json.dumps({**marker, "sha256": seal(marker)}, indent=1).encode())
         except OSError as error:
-            return f"{platform.node()}: {error}"
+            return str(error)
         return None
 
     def _write_latest(self, tag: str) -> None:
@@ -295,23 +263,3 @@ class Checkpointer:
                 "whole; go back to another one with resume=step-…"
             )
         return state
-
-
-def _not_seen(folder: Path, written: dict[str, FileFacts]) -> list[str]:
-    """The files that do not come into sight in their full size. Network file systems show those of other hosts late."""
-    until = time.monotonic() + SEEN_WITHIN_S
-    while True:
-        with contextlib.suppress(OSError):
-            os.listdir(folder)  # makes NFS ask its server again
-        sizes = {name: _size(folder / name) for name in written}
-        unseen = [name for name, facts in written.items() if sizes[name] != facts.size]
-        if not unseen or time.monotonic() > until:
-            return unseen
-        time.sleep(0.5)
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None

@@ -143,13 +143,12 @@ def write_model(
         raise RunFailure(f"{target} cannot be written: {reason}") from None
 
 
-def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any], target: Path) -> None:
-    """Collective. The model in training, for checkpoints that are spread over the disks of several hosts. Rank 0
-    writes."""
+def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any]) -> None:
+    """Writes the student of the model in training. Collective; rank 0 writes. Raises RunFailure."""
     state = full_state(module)
     if torch.distributed.get_rank() == 0:
         student, projections = split_state(state)
-        write_model(rebuild_student(description, student), description, projections, run_dir.tokenizer, target)
+        write_model(rebuild_student(description, student), description, projections, run_dir.tokenizer, run_dir.student)
 
 
 def split_state(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -47,7 +47,7 @@ class Conversion:
         )
 
 
-def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, storage: str) -> Conversion | None:
+def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution) -> Conversion | None:
     """What must be done to continue from checkpoint `tag`, whose marker says `saved`; None when it loads as it is.
     Raises UserError for what cannot be continued."""
     facts = execution.facts
@@ -72,12 +72,6 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution, st
             "DeepSpeed's universal checkpoints do not know (losses were off by up to 28 %). Start as it was written "
             f"({saved['world_size']} rank(s), ZeRO-{stages[0]}, round_robin_gradients="
             f"{bool(layouts[0]['round_robin_gradients'])})"
-        )
-    if storage == "local":
-        raise UserError(
-            f"cannot continue {tag} with other ranks, another ZeRO stage or other {' or '.join(LAYOUT_KEYS)}: with "
-            "checkpoint.storage=local its shards are on several hosts. Copy them into one shared output_dir, and set "
-            "checkpoint.storage=shared"
         )
     return Conversion(tag, stages[0], saved["world_size"], stages[1], facts["world_size"])
 

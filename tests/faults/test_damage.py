@@ -21,7 +21,7 @@ from engine.ranks.runtime import Runtime
 from engine.records.run_dir import COMPLETE, RunDir, step_tag
 from engine.train.checkpoint import Checkpointer
 from engine.train.checkpoint_files import seal
-from engine.train.universal import plan_conversion
+from engine.train.checkpoint_storage import FolderPerHost, SharedFolder
 
 pytestmark = pytest.mark.faults
 
@@ -54,7 +54,7 @@ def checkpointer_of(folder: Path) -> Checkpointer:
     marker = json.loads((folder / "checkpoints" / step_tag(2) / COMPLETE).read_text())
     execution = Execution("", {}, marker["world_size"], 2, 2, marker["precision"], marker["zero_stage"], False, False)
     here = Runtime(0, 1, 0, 1, torch.device("cpu"), 1)
-    return Checkpointer(RunDir(folder), execution, here, marker["identity"], keep=3)
+    return Checkpointer(RunDir(folder), execution, here, marker["identity"], keep=3, storage=SharedFolder(here))
 
 
 @pytest.mark.launcher
@@ -109,12 +109,13 @@ def test_ranks_on_other_hosts_than_before_are_refused(finished_run, tmp_path) ->
         marker = {**json.loads((folder / "checkpoints" / tag / COMPLETE).read_text()), "ranks": [1]}
         marker["sha256"] = seal(marker)
         (folder / "checkpoints" / tag / COMPLETE).write_text(json.dumps(marker))
-    local = replace(checkpointer_of(folder), storage="local")
+    shared = checkpointer_of(folder)
+    local = replace(shared, storage=FolderPerHost(shared.here))
     with pytest.raises(UserError, match=r"keeps ranks \[1\] and runs rank 0 now"):
         local.choose("auto", set_aside=False)
-    other = replace(local.execution, world_size=1)
+    other = replace(local, execution=replace(local.execution, world_size=1))
     with pytest.raises(UserError, match="Copy them into one shared output_dir"):
-        plan_conversion(step_tag(6), saved=marker, execution=other, storage="local")
+        other.choose("auto", set_aside=False)
 
 
 @pytest.mark.launcher

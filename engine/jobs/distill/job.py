@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.config.distill import RunConfig
 from engine.data.batch import Counts
@@ -27,8 +28,9 @@ from engine.ranks.run_lock import RunLock
 from engine.records.history import History
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.train.checkpoint import Checkpointer, Chosen
+from engine.train.checkpoint_storage import storage_of
 from engine.train.deepspeed_engine import DeepSpeedModel
-from engine.train.export import export_checkpoint, export_live
+from engine.train.export import export_live
 from engine.train.monitor import Monitor
 from engine.train.optim import ChosenOptimizer, parameters_of
 from engine.train.portable import copy_files
@@ -51,7 +53,7 @@ def distill(config: RunConfig) -> int:
             here=here,
             identity=identity(plan),
             keep=config.train.keep,
-            storage=config.checkpoint.storage,
+            storage=storage_of(config.checkpoint.storage, here),
             on_error=config.checkpoint.on_error,
         )
         chosen = checkpointer.choose(config.resume, set_aside=not config.dry_run)
@@ -162,7 +164,7 @@ class Job:
         said = list(() if chosen is None else chosen.notes)
         if self.lock is not None and self.lock.taken_from is not None:
             said.append(f"took over the run directory from {self.lock.taken_from}, which is gone")
-        if self.checkpointer.is_keeper:
+        if self.checkpointer.storage.is_keeper:
             said += [f"removed {name}: an unfinished checkpoint" for name in self.checkpointer.clean()]
             for name in self.checkpointer.set_aside_after(tag) if tag is not None else ():
                 said.append(f"renamed {name} to superseded-{name}: the run continues from {tag}")
@@ -217,10 +219,8 @@ class Job:
 
     def _finish(self, outcome: Outcome, trainer: Trainer, monitor: Monitor) -> None:
         """Exports and says how it ended (rank 0). What diverged has said so already."""
-        if outcome is Outcome.DONE and self.checkpointer.storage == "local":
-            module = trainer.trainees[0].model.module
-            description = {**self.checkpointer.export, "step": trainer.step}
-            export_live(self.run_dir, module, description, self.run_dir.student)
+        if outcome is Outcome.DONE:
+            self._export(trainer.trainees[0].model.module, trainer.step)
         if not self.here.is_rank_zero or outcome is Outcome.DIVERGED:
             return
         monitor.end_progress()
@@ -228,8 +228,6 @@ class Job:
             monitor.write_record("run", status="preempted", step=trainer.step, signal=trainer.stop.signal)
             monitor.say(f"stopped by a signal after step {trainer.step}; the same command continues from there")
             return
-        if self.checkpointer.storage == "shared":
-            self._export(step_tag(trainer.step))
         history = monitor.history
         if not history.steps:  # records.jsonl was removed from a finished run
             monitor.say(f"finished before; student {self.run_dir.student}")
@@ -248,13 +246,14 @@ class Job:
         )
         monitor.say("\n" + self._closing_table(history))
 
-    def _export(self, tag: str) -> None:
+    def _export(self, module: nn.Module, step: int) -> None:
+        """Collective."""
         try:
-            export_checkpoint(self.run_dir, tag, self.run_dir.student)
+            export_live(self.run_dir, module, {**self.checkpointer.export, "step": step})
         except RunFailure as error:
             raise RunFailure(
-                f"{error}. Training is done and checkpoint {tag} is complete: make room, then start the same command "
-                f"again, or python launch/export.py --run {shlex.quote(str(self.run_dir.root))}"
+                f"{error}. Training is done and checkpoint {step_tag(step)} is complete: make room, then start "
+                f"the same command again, or python launch/export.py --run {shlex.quote(str(self.run_dir.root))}"
             ) from None
 
     def _closing_table(self, history: History) -> str:

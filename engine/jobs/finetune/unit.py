@@ -28,6 +28,7 @@ from engine.tasks.model import head_of, load_task_model
 from engine.tasks.module import TaskModule
 from engine.tasks.train import TaskResult, train_on_task
 from engine.train.checkpoint import Checkpointer, Chosen
+from engine.train.checkpoint_storage import SharedFolder
 from engine.train.export import export_checkpoint
 from engine.train.monitor import Monitor
 from engine.train.portable import public_name
@@ -82,6 +83,7 @@ def _checkpointer(plan: FinetunePlan, unit: Unit, here: Runtime) -> Checkpointer
         here=here,
         identity=unit_identity(plan, unit),
         keep=1,
+        storage=SharedFolder(here),
     )
 
 

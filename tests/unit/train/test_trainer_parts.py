@@ -27,8 +27,8 @@ from engine.models.projections import Projections
 from engine.models.shape import ModelShape, forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.train.checkpoint import _not_seen
 from engine.train.checkpoint_files import FileFacts
+from engine.train.checkpoint_storage import _not_seen
 from engine.train.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.train.step_report import Interval, StepReport
 from engine.train.universal import _own_step_counts, plan_conversion
@@ -208,7 +208,7 @@ def test_step_counts_of_a_conversion_are_where_fused_kernels_look() -> None:
 
 def test_checkpoints_of_versions_that_did_not_write_their_layout_are_continued() -> None:
     execution = Execution("", {}, 2, 2, 2, "float32", 1, False, False)
-    assert plan_conversion("step-00000002", saved=execution.facts, execution=execution, storage="shared") is None
+    assert plan_conversion("step-00000002", saved=execution.facts, execution=execution) is None
 
 
 def test_step_counts_of_a_run_with_offload_are_numbers() -> None:
@@ -224,7 +224,7 @@ def test_step_counts_of_a_run_with_offload_are_numbers() -> None:
 
 
 def test_files_of_other_hosts_that_cannot_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.train.checkpoint.SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr("engine.train.checkpoint_storage.SEEN_WITHIN_S", 0.0)
     (tmp_path / "whole").write_bytes(b"abc")
     (tmp_path / "cut").write_bytes(b"a")
     facts = FileFacts.of(b"abc")
