@@ -76,15 +76,16 @@ def check_precision(execution: Execution) -> None:
         )
 
 
-def attention_backend(requested: str, dtype: str, shape: ModelShape, seq_len: int, *, trained: bool) -> Backend:
+def attention_backend(requested: str, dtype: str, shape: ModelShape, seq_len: int, *, key: str) -> Backend:
+    """Returns what computes the attention of a model. key: name of the setting; a teacher is not trained."""
     return resolve_backend(
         requested,
         device=compute_device(),
         dtype=getattr(torch, dtype),
         seq_len=seq_len,
         head_dim=shape.width // shape.heads,
-        training=trained,
-        key="student.attention" if trained else "teacher.attention",
+        training=key != "teacher.attention",
+        key=key,
     )
 
 

@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.hub.config import ignored_settings
 from engine.hub.tokenizer import load_tokenizer, read_otherwise
 from engine.models.capture import install
-from engine.models.hub import require_encoder, skeleton
+from engine.models.hub import SavedModel, require_encoder, skeleton
 from engine.models.student import new_model
 from engine.models.teacher import truncated_config
 
@@ -27,24 +27,11 @@ CASED_FROM = 0.05
 
 
 @dataclass(frozen=True)
-class Member:
-    """A model that is read from a folder or hub name."""
-
-    key: str
-    """Of the setting that names it."""
-    path: str
-    config: PretrainedConfig
-
-    def __str__(self) -> str:
-        return f"{self.key}={self.path!r}"
-
-
-@dataclass(frozen=True)
 class Parts:
     """What a job puts together. A student that is made from the teacher's configuration fits where the teacher does."""
 
     tokenizer: PreTrainedTokenizerFast
-    models: tuple[Member, ...]
+    models: tuple[SavedModel, ...]
     """The first one is that of the tokenizer."""
     corpus: Manifest | None = None
     length: int | None = None

@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from engine.errors import UserError, first_line
+from engine.hub.config import load_config
 from engine.hub.files import not_readable, quiet, safely, stored_tensors, weights_fingerprint, where
 from engine.models.shape import ModelShape
 from engine.models.windows import has_windows, windows_of
@@ -66,6 +67,34 @@ class Difference:
         }
         missing = sorted(set(info["missing_keys"]) - set(shapes))
         return cls(tuple(missing), tuple(shapes.values()), tuple(sorted(info["unexpected_keys"])))
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model in a folder or on the hub, whose configuration has been read."""
+
+    key: str
+    """Name of the setting that names it."""
+    path: str
+    config: PretrainedConfig
+
+    @classmethod
+    def read(cls, key: str, path: str) -> SavedModel:
+        """Reads its config.json. Raises UserError."""
+        return cls(key, path, load_config(path, key))
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.path!r}"
+
+    @cached_property
+    def has_mlm_head(self) -> bool:
+        """Whether its files hold a complete masked-language-model head."""
+        return has_head(self.path, key=self.key, config=self.config, head="mlm")
+
+    @property
+    def mlm_or_none(self) -> Head:
+        """The head to load it with, where that of masked language models is wanted if there is one."""
+        return "mlm" if self.has_mlm_head else "none"
 
 
 def shape_of(config: PretrainedConfig, has_mlm_head: bool) -> ModelShape:
@@ -253,12 +282,12 @@ def has_head(path: str, *, key: str, config: PretrainedConfig, head: Head) -> bo
     return all(name.startswith(prefix) for name in difference.absent)
 
 
-def model_hashes(section: str, path: str, config: PretrainedConfig) -> dict[str, str]:
-    """Of a model's architecture and weights, as `<section>.config_sha256` and `<section>.weights_sha256`."""
-    architecture = config.to_dict()
+def model_hashes(section: str, saved: SavedModel) -> dict[str, str]:
+    """Returns hashes of architecture and weights, as `<section>.config_sha256` and `<section>.weights_sha256`."""
+    architecture = saved.config.to_dict()
     for name in ("transformers_version", "_name_or_path"):  # not of the model, but of who read it
         architecture.pop(name, None)
     return {
         f"{section}.config_sha256": digest(architecture),
-        f"{section}.weights_sha256": weights_fingerprint(path, key=f"{section}.path"),
+        f"{section}.weights_sha256": weights_fingerprint(saved.path, key=saved.key),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,14 +11,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.config.distill import StudentConfig
 from engine.errors import UserError
-from engine.hub.config import load_config
 from engine.hub.files import quiet
 from engine.mapping import LayerMapping, round_half_up
 from engine.models.apex import require_fused_layer_norm
 from engine.models.capture import install
 from engine.models.hub import (
     Head,
-    has_head,
+    SavedModel,
     init_arguments,
     load_backbone,
     model_class,
@@ -40,20 +40,15 @@ DROPOUTS = (
 def build_student_config(
     cfg: StudentConfig, teacher_config: PretrainedConfig, sources: tuple[int, ...] | None = None
 ) -> PretrainedConfig:
-    """The student's configuration: the teacher's class and values with the sizes of `cfg`, or that of `cfg.path`.
+    """Returns the configuration of a student that is made from the teacher: its class and values with the sizes of
+    `cfg`.
 
     Unset: half of the teacher's layers (rounded down), its width, its heads, its feed-forward width scaled likewise.
     An embedding size that the teacher has on its own (ELECTRA, ALBERT) stays unless it equals the hidden size.
     sources: teacher layer of each student layer; where layers differ in kind (ModernBERT) a copied one keeps its kind.
     """
-    if cfg.path is not None:
-        config = load_config(cfg.path, "student.path")
-        for name in DROPOUTS:
-            if hasattr(config, name):
-                setattr(config, name, cfg.dropout)
-        return config
     teacher = shape_of(teacher_config, has_mlm_head=False)
-    layers = student_layers(cfg, teacher_config)
+    layers = student_layers(cfg, teacher)
     hidden = cfg.hidden_size or teacher.width
     heads = cfg.heads or teacher.heads
     _check_heads(hidden, heads, teacher_config)
@@ -84,11 +79,18 @@ def build_student_config(
         return type(teacher_config).from_dict(values)
 
 
-def student_layers(cfg: StudentConfig, teacher_config: PretrainedConfig) -> int:
-    """The number of student layers M, with the default filled in (for `cfg.path`: what the folder has)."""
-    if cfg.path is not None:
-        return shape_of(load_config(cfg.path, "student.path"), has_mlm_head=False).layers
-    return cfg.layers or max(1, shape_of(teacher_config, has_mlm_head=False).layers // 2)
+def with_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
+    """Returns the configuration of student.path with all dropouts of its encoder set."""
+    config = copy.deepcopy(config)
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    return config
+
+
+def student_layers(cfg: StudentConfig, teacher: ModelShape) -> int:
+    """Returns the number of layers of a student that is made from the teacher."""
+    return cfg.layers or max(1, teacher.layers // 2)
 
 
 def _check_heads(hidden: int, heads: int, teacher_config: PretrainedConfig) -> None:
@@ -130,32 +132,31 @@ def like_layers(sources: tuple[int, ...], teacher_layers: int) -> tuple[int, ...
 
 def build_student(
     cfg: StudentConfig,
-    teacher_path: str,
-    teacher_config: PretrainedConfig,
+    teacher: SavedModel,
+    given: SavedModel | None,
     hidden_map: LayerMapping | None,
     with_mlm_head: bool,
     seed: int,
     backend: str,
 ) -> PreTrainedModel:
-    """The student in fp32 on the CPU, in train mode, ready for `capture`; the same weights for the same arguments.
+    """Returns the student in fp32 on the CPU, in train mode, ready for `capture`; the same weights for the same
+    arguments.
 
-    teacher_config: of the whole teacher. hidden_map: what `student.init=mapping` refers to. An MLM head that neither
-    the folder nor the teacher has starts at random (its output matrix is the word embeddings). The caller's random
-    state is untouched.
+    given: what student.path names; None: the student is made from the teacher. hidden_map: what `student.init=mapping`
+    refers to. An MLM head that neither the folder nor the teacher has starts at random (its output matrix is the word
+    embeddings). The caller's random state is untouched.
     """
-    if cfg.path is not None:
-        student = _from_folder(cfg.path, build_student_config(cfg, teacher_config), with_mlm_head, seed)
+    if given is not None:
+        student = _loaded(given, with_dropout(given.config, cfg.dropout), with_mlm_head, seed)
     else:
         init = cfg.init or "random"
-        teacher_layers = shape_of(teacher_config, has_mlm_head=False).layers
-        sources = resolve_init(init, student_layers(cfg, teacher_config), teacher_layers, hidden_map)
-        student = new_model(build_student_config(cfg, teacher_config, sources), with_mlm_head, seed)
+        shape = shape_of(teacher.config, has_mlm_head=False)
+        sources = resolve_init(init, student_layers(cfg, shape), shape.layers, hidden_map)
+        student = new_model(build_student_config(cfg, teacher.config, sources), with_mlm_head, seed)
         if init != "random":
-            head = with_mlm_head and has_head(teacher_path, key="teacher.path", config=teacher_config, head="mlm")
-            teacher = load_backbone(
-                teacher_path, key="teacher.path", config=teacher_config, head="mlm" if head else "none"
-            )
-            copy_from_teacher(student, teacher, sources)
+            head = teacher.mlm_or_none if with_mlm_head else "none"
+            whole = load_backbone(teacher.path, key=teacher.key, config=teacher.config, head=head)
+            copy_from_teacher(student, whole, sources)
     if cfg.fused_layer_norm:
         replace_layer_norm(student)
     if cfg.activation_checkpointing:
@@ -172,11 +173,11 @@ def new_model(config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTr
         return model_class(config, head)(config, **init_arguments(config, head))
 
 
-def _from_folder(path: str, config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTrainedModel:
-    if not with_mlm_head or has_head(path, key="student.path", config=config, head="mlm"):
-        return load_backbone(path, key="student.path", config=config, head="mlm" if with_mlm_head else "none")
+def _loaded(given: SavedModel, config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTrainedModel:
+    if not with_mlm_head or given.has_mlm_head:
+        return load_backbone(given.path, key=given.key, config=config, head="mlm" if with_mlm_head else "none")
     student = new_model(config, with_mlm_head, seed)
-    body = load_backbone(path, key="student.path", config=config)
+    body = load_backbone(given.path, key=given.key, config=config)
     student.base_model.load_state_dict(body.state_dict())
     return student
 

@@ -11,12 +11,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.data.batch import Batch
-from engine.errors import UserError
-from engine.hub.config import load_config
 from engine.models.capture import capture, install, layer_modules, runs_unpadded
 from engine.models.features import Features, Wanted
 from engine.models.frozen_linear import FrozenLinear, can_pack, freeze_linears
-from engine.models.hub import has_head, load_backbone, shape_of, skeleton
+from engine.models.hub import Head, SavedModel, load_backbone, shape_of, skeleton
 from engine.models.shape import ModelShape, forward_flops_per_token
 
 Shard = Callable[[PreTrainedModel, torch.dtype, torch.device], nn.Module]
@@ -69,7 +67,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
     @classmethod
     def load(
         cls,
-        path: str,
+        saved: SavedModel,
         *,
         wanted: Wanted,
         dtype: torch.dtype,
@@ -77,24 +75,19 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         backend: str,
         shard: Shard | None = None,
         unpadded: bool = False,
-        key: str = "teacher.path",
     ) -> FrozenTeacher:
-        """Reads config and weights of a folder or hub model. With `wanted.logits` all layers and the MLM head.
+        """Reads the weights of a model; with `wanted.logits` of all layers and the MLM head, which it then has.
 
         backend: as resolved by `resolve_backend`. unpadded: run padded batches without their pads if the model can; the
         features then lack them too. shard: collective, on every rank of the running group; each rank reads the whole
         (truncated) model into host memory, and its device never holds more than its share.
         """
-        config = load_config(path, key)
+        config = saved.config
         layers = shape_of(config, wanted.logits).layers
         assert wanted.deepest <= layers, f"layer {wanted.deepest} of a teacher with {layers} layers is wanted"
-        if wanted.logits and not has_head(path, key=key, config=config, head="mlm"):
-            raise UserError(
-                f"{key}={path!r}: the checkpoint has no MLM head, which the losses on logits need; set loss.logits=0 "
-                "or name a teacher that was saved with its head"
-            )
         shallow = config if wanted.logits else truncated_config(config, wanted.deepest)
-        model = load_backbone(path, key=key, config=shallow, head="mlm" if wanted.logits else "none", dtype=dtype)
+        head: Head = "mlm" if wanted.logits else "none"
+        model = load_backbone(saved.path, key=saved.key, config=shallow, head=head, dtype=dtype)
         install(model, backend)
         return cls(model, wanted=wanted, full_config=config, device=device, shard=shard, unpadded=unpadded)
 

@@ -127,7 +127,9 @@ class FolderPerHost:
         return [one for one in written if one.host == platform.node()]
 
     def mistaken(self, folder: Path, written: Sequence[Written]) -> str | None:
-        own = {name for one in self.in_this_folder(written) for name in one.files}  # each host writes the model's states
+        own = {
+            name for one in self.in_this_folder(written) for name in one.files
+        }  # each host writes the model's states
         of_others = [name for one in written for name in one.files if name not in own]
         if not any((folder / name).exists() for name in of_others):
             return None

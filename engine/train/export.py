@@ -17,8 +17,8 @@ from engine.config.tools import ExportConfig
 from engine.errors import RunFailure, UserError, first_line
 from engine.hub.files import quiet
 from engine.hub.tokenizer import load_tokenizer
-from engine.models.fit import CHECKS, EACH_AND_TOKENIZER, Member, Parts, check_fit
-from engine.models.hub import init_arguments, model_class
+from engine.models.fit import CHECKS, EACH_AND_TOKENIZER, Parts, check_fit
+from engine.models.hub import SavedModel, init_arguments, model_class
 from engine.records.run_dir import COMPLETE, RunDir
 from engine.train.checkpoint import EXPORT_FILE
 from engine.train.checkpoint_files import is_sound, load_full_state, problems_of, read_marker
@@ -83,7 +83,7 @@ def _check_tokenizer(run_dir: RunDir, run: str, description: dict[str, Any]) -> 
         print(f"{run_dir.tokenizer} is not there: the exported folder has no tokenizer")
         return
     tokenizer = load_tokenizer(str(run_dir.tokenizer), "run")
-    student = Member("run", run, _student_config(description))
+    student = SavedModel("run", run, _student_config(description))
     check_fit(Parts(tokenizer, (student,)), [one for one in CHECKS if one.between == EACH_AND_TOKENIZER])
 
 

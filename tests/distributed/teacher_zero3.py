@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from engine.data.batch import Batch, Counts
-from engine.hub.config import load_config
 from engine.models.features import Features, Wanted
-from engine.models.hub import shape_of
+from engine.models.hub import SavedModel, shape_of
 from engine.models.teacher import FrozenTeacher
 from engine.ranks import runtime
 from engine.train import deepspeed_engine
@@ -50,12 +49,13 @@ def make_batch(rank: int, vocab: int) -> Batch:
 
 
 def compare(path: str, rank: int, dtype: torch.dtype, logits: bool) -> dict[str, float]:
-    layers = shape_of(load_config(path, "teacher.path"), logits).layers
+    saved = SavedModel.read("teacher.path", path)
+    layers = shape_of(saved.config, logits).layers
     deepest = layers if logits else layers - 1
     wanted = Wanted(frozenset({0, deepest}), frozenset({1, deepest}), values=True, logits=logits)
     common = {"wanted": wanted, "dtype": dtype, "device": torch.device("cpu"), "backend": "sdpa"}
-    whole = FrozenTeacher.load(path, **common)
-    sharded = FrozenTeacher.load(path, shard=shard_frozen, **common)
+    whole = FrozenTeacher.load(saved, **common)
+    sharded = FrozenTeacher.load(saved, shard=shard_frozen, **common)
     difference = 0.0
     for step in range(3):  # more than once: ZeRO-3 traces the first pass and prefetches in the next
         batch = make_batch(rank + 10 * step, whole.shape.vocab)

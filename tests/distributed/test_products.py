@@ -59,7 +59,7 @@ def held_out_terms(run: Run, world: TinyWorld) -> dict[str, float]:
     projections = Projections(plan.config.loss, student_width=16, teacher_width=32, layers=plan.losses.projected_layers)
     projections.load_state_dict(run.projections())
     teacher = FrozenTeacher.load(
-        str(world.teacher),
+        plan.teacher,
         wanted=plan.losses.wanted_teacher,
         dtype=torch.float32,
         device=torch.device("cpu"),

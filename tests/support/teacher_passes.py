@@ -11,6 +11,7 @@ from tiny_encoders import make_batch
 from engine.data.batch import Batch, Counts
 from engine.jobs.proxy.teacher_cache import CachedTeacher
 from engine.models.features import Features, Wanted
+from engine.models.hub import SavedModel
 from engine.models.teacher import FrozenTeacher
 
 KINDS = ("hidden", "query", "key", "value")
@@ -20,7 +21,12 @@ WANTED = Wanted(hidden=frozenset({0, 2, 4}), attention=frozenset({1, 4}), values
 
 def load(folder: Path, *, dtype: torch.dtype = torch.bfloat16, unpadded: bool = True) -> FrozenTeacher:
     return FrozenTeacher.load(
-        str(folder), wanted=WANTED, dtype=dtype, device=torch.device("cpu"), backend="sdpa", unpadded=unpadded
+        SavedModel.read("teacher.path", str(folder)),
+        wanted=WANTED,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        backend="sdpa",
+        unpadded=unpadded,
     )
 
 

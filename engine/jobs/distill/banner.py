@@ -160,7 +160,7 @@ def start(
         (
             "teacher",
             [
-                f"{cfg.teacher.path}: {plan.teacher_config.model_type}, {t.layers} layers{fewer}, width {t.width}, "
+                f"{cfg.teacher.path}: {plan.teacher.config.model_type}, {t.layers} layers{fewer}, width {t.width}, "
                 f"{t.heads} heads, {teacher.parameters_count / 1e6:.1f} M parameters, {plan.teacher_dtype}, "
                 f"{cfg.teacher.placement}",
                 f"attention {plan.teacher_attention.name} ({plan.teacher_attention.reason})",

@@ -61,7 +61,7 @@ def open_corpus(plan: Plan, check: ShardCheck | None = None) -> CorpusLoader:
 def load_teacher(plan: Plan, wanted: Wanted, device: torch.device) -> FrozenTeacher:
     cfg = plan.config.teacher
     return FrozenTeacher.load(
-        cfg.path,
+        plan.teacher,
         wanted=wanted,
         dtype=getattr(torch, plan.teacher_dtype),
         device=device,
@@ -77,8 +77,8 @@ def initial_student(plan: Plan, *, with_mlm_head: bool) -> PreTrainedModel:
     torch.manual_seed(config.seed)
     return build_student(
         config.student,
-        teacher_path=config.teacher.path,
-        teacher_config=plan.teacher_config,
+        plan.teacher,
+        plan.given_student,
         hidden_map=plan.hidden_map,
         with_mlm_head=with_mlm_head,
         seed=config.seed,

@@ -13,7 +13,6 @@ from engine.config.distill import MappingConfig, RunConfig
 from engine.config.marks import FIXED, settings
 from engine.data.manifest import Manifest, corpus_hash, load_manifest
 from engine.errors import UserError
-from engine.hub.config import load_config
 from engine.hub.files import allow_pickle
 from engine.hub.tokenizer import load_tokenizer
 from engine.jobs.execution import attention_backend, compute_device, plan_execution
@@ -21,14 +20,13 @@ from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.losses.random_layers import RandomLosses
 from engine.mapping import LayerMapping, MappingPair, RandomEachStep
-from engine.models import hub
 from engine.models.apex import require_fused_layer_norm
 from engine.models.attention import Backend
-from engine.models.fit import Member, Parts, check_fit
-from engine.models.hub import model_hashes
+from engine.models.fit import Parts, check_fit
+from engine.models.hub import SavedModel, model_hashes, shape_of
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
-from engine.models.student import build_student_config, like_layers
+from engine.models.student import build_student_config, like_layers, with_dropout
 from engine.train.portable import license_of, public_name, sentence_modules
 
 
@@ -40,7 +38,9 @@ class Plan:
     execution: Execution
     manifest: Manifest
     tokenizer: PreTrainedTokenizerFast
-    teacher_config: PretrainedConfig
+    teacher: SavedModel
+    given_student: SavedModel | None
+    """What student.path names."""
     student_config: PretrainedConfig
     teacher_shape: ModelShape
     student_shape: ModelShape
@@ -97,7 +97,8 @@ def make_plan(config: RunConfig) -> Plan:
         execution.resolved.setdefault("checkpoint", {})["use_node_local_storage"] = True
     if config.student.fused_layer_norm:
         require_fused_layer_norm()
-    teacher_config = load_config(config.teacher.path, key="teacher.path")
+    teacher = SavedModel.read("teacher.path", config.teacher.path)
+    given = None if config.student.path is None else SavedModel.read("student.path", config.student.path)
     tokenizer = load_tokenizer(config.teacher.path, key="teacher.path")
     manifest = load_manifest(Path(config.data.path))
     if config.data.seq_len not in (None, manifest.seq_len):
@@ -106,13 +107,13 @@ def make_plan(config: RunConfig) -> Plan:
             "the key or prepare the corpus again"
         )
     wants_head = config.loss.logits > 0 or config.loss.mlm > 0
-    notes = check_fit(_parts(config, tokenizer, manifest, teacher_config))
-    student_config = build_student_config(config.student, teacher_config)
-    teacher_shape = hub.shape_of(
-        teacher_config,
-        has_mlm_head=hub.has_head(config.teacher.path, key="teacher.path", config=teacher_config, head="mlm"),
-    )
-    student_shape = hub.shape_of(student_config, has_mlm_head=wants_head)
+    notes = check_fit(_parts(config, tokenizer, manifest, teacher, given))
+    if given is None:
+        student_config = build_student_config(config.student, teacher.config)
+    else:
+        student_config = with_dropout(given.config, config.student.dropout)
+    teacher_shape = shape_of(teacher.config, teacher.has_mlm_head)
+    student_shape = shape_of(student_config, has_mlm_head=wants_head)
     kernels = choose_kernels(
         config.kernels,
         device=compute_device(),
@@ -126,13 +127,15 @@ def make_plan(config: RunConfig) -> Plan:
         student_layers=student_shape.layers,
         teacher_layers=teacher_shape.layers,
     )
+    dtype, seq_len = teacher_dtype(config, execution), manifest.seq_len
     losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels)
     return Plan(
         config=config,
         execution=execution,
         manifest=manifest,
         tokenizer=tokenizer,
-        teacher_config=teacher_config,
+        teacher=teacher,
+        given_student=given,
         student_config=student_config,
         teacher_shape=teacher_shape,
         student_shape=student_shape,
@@ -140,25 +143,27 @@ def make_plan(config: RunConfig) -> Plan:
         losses=losses,
         kernels=kernels,
         teacher_attention=attention_backend(
-            config.teacher.attention, teacher_dtype(config, execution), teacher_shape, manifest.seq_len, trained=False
+            config.teacher.attention, dtype, teacher_shape, seq_len, key="teacher.attention"
         ),
         student_attention=attention_backend(
-            config.student.attention, execution.precision, student_shape, manifest.seq_len, trained=True
+            config.student.attention, execution.precision, student_shape, seq_len, key="student.attention"
         ),
-        seq_len=manifest.seq_len,
+        seq_len=seq_len,
         beside_tokenizer=sentence_modules(config.teacher.path, "teacher.path"),
         warnings=(*notes, *losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
     )
 
 
 def _parts(
-    config: RunConfig, tokenizer: PreTrainedTokenizerFast, manifest: Manifest, teacher_config: PretrainedConfig
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    manifest: Manifest,
+    teacher: SavedModel,
+    given: SavedModel | None,
 ) -> Parts:
-    models = [Member("teacher.path", config.teacher.path, teacher_config)]
-    if config.student.path is not None:
-        models.append(Member("student.path", config.student.path, load_config(config.student.path, key="student.path")))
+    models = (teacher,) if given is None else (teacher, given)
     length_of = f"data.path={config.data.path!r} has sequences of {manifest.seq_len} tokens"
-    return Parts(tokenizer, tuple(models), manifest, manifest.seq_len, length_of)
+    return Parts(tokenizer, models, manifest, manifest.seq_len, length_of)
 
 
 def mapped_losses(
@@ -214,7 +219,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     """What must be the same when a run is continued: every setting that decides what is computed, and its inputs."""
     return settings(plan.config, *FIXED) | {
         "loss.projection": plan.projection,
-        **model_hashes("teacher", plan.config.teacher.path, plan.teacher_config),
+        **model_hashes("teacher", plan.teacher),
         "data.content_sha256": corpus_hash(plan.manifest),
         "mapping.hidden_resolved": str(plan.hidden_map),
         "mapping.attention_resolved": str(plan.attention_map),

@@ -20,7 +20,7 @@ MOST_LABELS = 12
 def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unfinished: Sequence[str]) -> str:
     """finished: fine-tunings that an earlier start completed. unfinished: those that are continued, with the step."""
     config, shape = plan.config, plan.shape
-    parameters = parameters_of(hub.skeleton(plan.model_config, "none"))
+    parameters = parameters_of(hub.skeleton(plan.model.config, "none"))
     backends = {f"attention {task.backend.name} ({task.backend.reason})": None for task in plan.tasks}
     kept = f", {finished} of them finished before" if finished else ""
     how = next(iter(plan.executions.values()))
@@ -29,7 +29,7 @@ def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unf
         (
             "model",
             [
-                f"{plan.model_path}: {plan.model_config.model_type}, {shape.layers} layers, width {shape.width}, "
+                f"{plan.model.path}: {plan.model.config.model_type}, {shape.layers} layers, width {shape.width}, "
                 f"{shape.heads} heads, {parameters / 1e6:.1f} M parameters",
                 *backends,
             ],
@@ -109,9 +109,10 @@ def _teacher_lines(plan: FinetunePlan) -> list[str]:
     for task in plan.tasks:
         if task.teacher is None:
             continue
-        shape = hub.shape_of(task.teacher.config, has_mlm_head=False)
+        saved = task.teacher.saved
+        shape = hub.shape_of(saved.config, has_mlm_head=False)
         lines[
-            f"{task.teacher.path}: {task.teacher.config.model_type}, {shape.layers} layers, width {shape.width}, "
+            f"{saved.path}: {saved.config.model_type}, {shape.layers} layers, width {shape.width}, "
             f"{task.teacher.dtype}, attention {task.teacher.backend.name} ({task.teacher.backend.reason})"
         ] = None
         if task.teacher.maps:

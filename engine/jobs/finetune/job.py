@@ -141,7 +141,7 @@ class FinetuneJob:
         if planned is None:
             return None
         model = load_task_model(
-            planned.path,
+            planned.saved.path,
             key="teacher.path",
             spec=task.data.spec,
             dropout=0.0,
@@ -171,9 +171,9 @@ class FinetuneJob:
         self._say(f"\nteacher of {task.name}: dev score {score:.4f} (one answer to everything: {constant:.4f})")
         if score > constant:
             return
-        if head_problem(task.teacher.config, task.data.spec) is not None:
+        if head_problem(task.teacher.saved.config, task.data.spec) is not None:
             raise UserError(
-                f"teacher.path={task.teacher.path!r}: its dev score on {task.name}, {score:.4f}, is not above that of "
+                f"{task.teacher.saved}: its dev score on {task.name}, {score:.4f}, is not above that of "
                 f"one answer to everything, {constant:.4f}, and its outputs have no names: tell what each of them "
                 "means in id2label of its config.json, as its model card says, and they are put into the task's order"
             )

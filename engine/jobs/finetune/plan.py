@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PretrainedConfig
 
 from engine.config.deepspeed import Execution
@@ -16,22 +14,17 @@ from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig, TaskConfig
 from engine.config.marks import FIXED, settings
 from engine.errors import UserError
-from engine.hub.config import load_config
 from engine.hub.files import allow_pickle
-from engine.jobs.execution import compute_device, plan_execution
+from engine.jobs.execution import attention_backend, plan_execution
 from engine.jobs.finetune.scores import Point
-from engine.kernels.choice import choose_kernels
-from engine.losses.loss_set import LossSet
-from engine.mapping import LayerMapping, MappingPair
-from engine.models import hub
-from engine.models.attention import Backend, resolve_backend
-from engine.models.fit import Member, Parts, check_fit, longest_input
-from engine.models.hub import model_hashes
+from engine.jobs.finetune.teacher import TaskTeacher, plan_teacher, read_teachers
+from engine.models.attention import Backend
+from engine.models.fit import Parts, check_fit, longest_input
+from engine.models.hub import SavedModel, model_class, model_hashes, shape_of
 from engine.models.shape import ModelShape
-from engine.ranks import runtime
 from engine.records.fingerprints import digest
 from engine.tasks.load import TaskData, load_task, resolve_names
-from engine.tasks.model import head_of, head_remarks, model_folder, require_head, task_tokenizer
+from engine.tasks.model import head_remarks, model_folder, task_tokenizer
 from engine.tasks.specs import task_spec
 from engine.tasks.train import task_train_config
 
@@ -40,20 +33,6 @@ if TYPE_CHECKING:
 
 POINT_KEYS = ("lr", "batch", "epochs")
 """The grid's keys in the order in which folders and tables name them."""
-
-
-@dataclass(frozen=True)
-class TaskTeacher:
-    """A teacher of one task, and what of it the losses need."""
-
-    path: str
-    config: PretrainedConfig
-    backend: Backend
-    dtype: str
-    losses: LossSet | None
-    """Layer-mapped losses and that of the embeddings; None when they are off."""
-    maps: dict[str, LayerMapping]
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -104,8 +83,7 @@ class Unit:
 @dataclass(frozen=True)
 class FinetunePlan:
     config: FinetuneConfig
-    model_path: str
-    model_config: PretrainedConfig
+    model: SavedModel
     shape: ModelShape
     tokenizer: PreTrainedTokenizerFast
     tasks: tuple[PlannedTask, ...]
@@ -168,71 +146,43 @@ def make_finetune_plan(config: FinetuneConfig) -> FinetunePlan:
     """Reads configuration files, tokenizers and task files, and checks them against each other. Raises UserError."""
     allow_pickle(config.allow_pickle)
     names, absent = resolve_names(config.task.names, config.task)
-    if config.teacher.path is not None and len(names) > 1 and "{task}" not in config.teacher.path:
-        raise UserError(
-            f"teacher.path={config.teacher.path!r}: one teacher cannot know {len(names)} tasks; write {{task}} in it, "
-            "as in runs/teacher/{task}/model, or name one task"
-        )
-    path = model_folder(config.model.path, key="model.path")
-    model_config = load_config(path, key="model.path")
-    hub.model_class(model_config, "classification")
-    _check_activation_checkpointing(config, model_config)
+    model = SavedModel.read("model.path", model_folder(config.model.path, key="model.path"))
+    teachers = read_teachers(config, names)
+    model_class(model.config, "classification")
+    _check_activation_checkpointing(config, model.config)
     executions = _executions(config, names)
-    teachers = {name: load_config(teacher, key="teacher.path") for name, teacher in _teacher_paths(config, names)}
-    tokenizer, warning = task_tokenizer(path, "model.path", model_config, *teachers.values())
-    notes = check_fit(_parts(config, path, model_config, teachers, tokenizer))
-    shape = hub.shape_of(model_config, has_mlm_head=False)
+    models = (model, *teachers.values())
+    tokenizer, warning = task_tokenizer(model.path, model.key, *(one.config for one in models))
+    length = config.task.seq_len
+    notes = check_fit(Parts(tokenizer, models, length=length, length_of=f"task.seq_len={length}"))
+    shape = shape_of(model.config, has_mlm_head=False)
     precision = next(iter(executions.values())).precision
-    tasks = tuple(_plan_task(name, config, model_config, teachers.get(name), precision) for name in names)
+    tasks = tuple(_plan_task(name, config, model, teachers.get(name), precision) for name in names)
     warnings = [*([warning] if warning else []), *notes]
     for task in tasks:
         warnings += task.data.warnings
-        warnings += head_remarks(path, key="model.path", config=model_config, spec=task.data.spec)
+        warnings += head_remarks(model.path, key=model.key, config=model.config, spec=task.data.spec)
         warnings += task.teacher.warnings if task.teacher is not None else ()
     return FinetunePlan(
         config=config,
-        model_path=path,
-        model_config=model_config,
+        model=model,
         shape=shape,
         tokenizer=tokenizer,
         tasks=tasks,
         absent=tuple(absent),
         executions=executions,
-        model_identity=model_hashes("model", path, model_config),
+        model_identity=model_hashes("model", model),
         warnings=tuple(dict.fromkeys([*warnings, *_idle_settings(config)])),
     )
 
 
-def _teacher_paths(config: FinetuneConfig, names: list[str]) -> Iterator[tuple[str, str]]:
-    """The teacher's model folder of each task."""
-    if config.teacher.path is None:
-        return
-    for name in names:
-        yield name, model_folder(config.teacher.path.replace("{task}", name), key="teacher.path")
-
-
 def _check_activation_checkpointing(config: FinetuneConfig, model_config: PretrainedConfig) -> None:
-    kind = hub.model_class(model_config, "classification")
+    kind = model_class(model_config, "classification")
     if config.model.activation_checkpointing and not getattr(kind, "supports_gradient_checkpointing", False):
         raise UserError(
             f"model.activation_checkpointing=True: transformers does not support it for model type "
             f"{model_config.model_type!r}; set it to false"
         )
-
-
-def _parts(
-    config: FinetuneConfig,
-    path: str,
-    model_config: PretrainedConfig,
-    teachers: dict[str, PretrainedConfig],
-    tokenizer: PreTrainedTokenizerFast,
-) -> Parts:
-    models = [Member("model.path", path, model_config)]
-    models += [
-        Member("teacher.path", folder, teachers[name]) for name, folder in _teacher_paths(config, list(teachers))
-    ]
-    length = config.task.seq_len
-    return Parts(tokenizer, tuple(models), length=length, length_of=f"task.seq_len={length}")
 
 
 def _executions(config: FinetuneConfig, names: list[str]) -> dict[int, Execution]:
@@ -265,8 +215,8 @@ def _points(name: str, task: TaskConfig) -> tuple[PlannedPoint, ...]:
 def _plan_task(
     name: str,
     config: FinetuneConfig,
-    model_config: PretrainedConfig,
-    teacher_config: PretrainedConfig | None,
+    model: SavedModel,
+    teacher: SavedModel | None,
     precision: str,
 ) -> PlannedTask:
     data = load_task(name, config.task)
@@ -274,14 +224,12 @@ def _plan_task(
     if config.task.predict:  # test rows change no score, so they are not in the hash
         data = load_task(name, config.task, test=True)
     if data.spec.kind == "span":
-        hub.model_class(model_config, "span")
-    seq_len = _seq_len(config, data, [model_config, *([teacher_config] if teacher_config is not None else [])])
-    teacher = None
-    if teacher_config is not None:
-        teacher = _plan_teacher(config, data, model_config, teacher_config, seq_len, precision)
-    shape = hub.shape_of(model_config, has_mlm_head=False)
-    backend = _backend("model", config.model.attention, precision, shape, seq_len)
-    return PlannedTask(data, sha256, seq_len, _points(name, config.task), backend, teacher)
+        model_class(model.config, "span")
+    seq_len = _seq_len(config, data, [one.config for one in (model, teacher) if one is not None])
+    planned = None if teacher is None else plan_teacher(config, data, model, teacher, seq_len, precision)
+    shape = shape_of(model.config, has_mlm_head=False)
+    backend = attention_backend(config.model.attention, precision, shape, seq_len, key="model.attention")
+    return PlannedTask(data, sha256, seq_len, _points(name, config.task), backend, planned)
 
 
 def _seq_len(config: FinetuneConfig, data: TaskData, models: list[PretrainedConfig]) -> int:
@@ -289,72 +237,6 @@ def _seq_len(config: FinetuneConfig, data: TaskData, models: list[PretrainedConf
     limits = [limit for model in models if (limit := longest_input(model)) is not None]
     wanted = config.task.seq_len or data.spec.defaults.seq_len
     return min([wanted, *limits])
-
-
-def _backend(section: str, requested: str, dtype: str, shape: ModelShape, seq_len: int) -> Backend:
-    return resolve_backend(
-        requested,
-        device=torch.device("cuda" if runtime.uses_gpu() else "cpu"),
-        dtype=getattr(torch, dtype),
-        seq_len=seq_len,
-        head_dim=shape.width // shape.heads,
-        training=section == "model",
-        key=f"{section}.attention",
-    )
-
-
-def _plan_teacher(
-    config: FinetuneConfig,
-    data: TaskData,
-    model_config: PretrainedConfig,
-    teacher_config: PretrainedConfig,
-    seq_len: int,
-    precision: str,
-) -> TaskTeacher:
-    ((_, path),) = _teacher_paths(config, [data.spec.name])
-    remarks = require_head(path, key="teacher.path", config=teacher_config, spec=data.spec)
-    if not hub.has_head(path, key="teacher.path", config=teacher_config, head=head_of(data.spec)):
-        raise UserError(f"teacher.path={path!r}: its file lacks weights of {hub.AUTO_CLASSES[head_of(data.spec)][1]}")
-    student, teacher = (hub.shape_of(c, has_mlm_head=False) for c in (model_config, teacher_config))
-    dtype = precision if config.teacher.dtype == "auto" else config.teacher.dtype
-    maps: dict[str, LayerMapping] = {}
-    losses = None
-    mapped = replace(config.loss, logits=0.0, temperature=1.0)  # these two are TaskModule's
-    if mapped.active:
-        pair = MappingPair.of_texts(
-            config.mapping.hidden,
-            config.mapping.attention,
-            student_layers=student.layers,
-            teacher_layers=teacher.layers,
-        )
-        maps = {"hidden": pair.hidden, "attention": pair.attention}
-        losses = LossSet(
-            mapped,
-            config.mapping,
-            hidden_map=pair.hidden,
-            attention_map=pair.attention,
-            student=student,
-            teacher=teacher,
-            mlm_probability=0.0,
-            kernels=choose_kernels(
-                config.kernels,
-                device=compute_device(),
-                seq_len=seq_len,
-                tinybert=False,
-                precisions=(precision, dtype),
-            ),
-        )
-    elif config.loss.logits == 0:
-        raise UserError("teacher.path is set, but every loss towards the teacher is 0; set loss.logits or remove it")
-    return TaskTeacher(
-        path,
-        teacher_config,
-        _backend("teacher", config.teacher.attention, dtype, teacher, seq_len),
-        dtype,
-        losses,
-        maps,
-        (*remarks, *(losses.warnings if losses is not None else ())),
-    )
 
 
 def _idle_settings(config: FinetuneConfig) -> list[str]:
@@ -383,7 +265,7 @@ def unit_identity(plan: FinetunePlan, unit: Unit) -> dict[str, Any]:
         unused = ("teacher.", "mapping.", "loss.")
         fixed = {key: value for key, value in fixed.items() if key == "loss.labels" or not key.startswith(unused)}
     else:
-        fixed |= model_hashes("teacher", teacher.path, teacher.config)
+        fixed |= model_hashes("teacher", teacher.saved)
         fixed |= {f"mapping.{key}_resolved": str(found) for key, found in teacher.maps.items()}
     return fixed | {
         "task.rows_sha256": unit.task.rows_sha256,

@@ -104,7 +104,7 @@ def task_module(plan: FinetunePlan, unit: Unit) -> TaskModule:
     config, teacher = plan.config, unit.task.teacher
     spec = unit.task.data.spec
     student = load_task_model(
-        plan.model_path,
+        plan.model.path,
         key="model.path",
         spec=spec,
         dropout=config.task.dropout,
@@ -119,7 +119,7 @@ def task_module(plan: FinetunePlan, unit: Unit) -> TaskModule:
         projections = Projections(
             config.loss,
             student_width=plan.shape.width,
-            teacher_width=teacher.config.hidden_size,
+            teacher_width=teacher.saved.config.hidden_size,
             layers=teacher.losses.projected_layers,
         )
     return TaskModule(
@@ -245,7 +245,7 @@ class UnitRun:
             "seed": unit.seed,
         }
         if teacher is not None:
-            card["teacher"] = public_name(teacher.path)
+            card["teacher"] = public_name(teacher.saved.path)
         return {"student_config": student.config.to_dict(), "head": head_of(spec), "card": card}
 
     def _finish(self, result: TaskResult, monitor: Monitor, identity: dict[str, Any], batch: int) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class Teacher:
         return padded_states(self._frozen(batch), layers)
 
     def save(self, folder: Path) -> None:
-        path, config = self._plan.config.teacher.path, self._plan.teacher_config
-        _save(load_backbone(path, key="teacher.path", config=config), folder)
+        teacher = self._plan.teacher
+        _save(load_backbone(teacher.path, key=teacher.key, config=teacher.config), folder)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

@@ -184,7 +184,7 @@ def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskDa
         parts.setdefault(section, {})[name] = value
     if config.student.path is not None:
         parts["student"]["weights_sha256"] = weights_fingerprint(config.student.path, key="student.path")
-    hashes = model_hashes("teacher", config.teacher.path, base.teacher_config)
+    hashes = model_hashes("teacher", base.teacher)
     parts["teacher"] |= {key.partition(".")[2]: value for key, value in hashes.items()} | {"dtype": base.teacher_dtype}
     parts["data"] |= {"content_sha256": corpus_hash(base.manifest), "seq_len": base.seq_len}
     parts["train"]["precision"] = base.execution.precision

@@ -314,7 +314,7 @@ def open_cached_teacher(
     if wanted == Wanted():
         raise UserError(f"{given}: no loss looks at the teacher's layers, so there is nothing to keep; remove it")
     resolved: dict[str, Any] = {
-        "teacher.path": model_hashes("teacher", config.teacher.path, plan.teacher_config),
+        "teacher.path": model_hashes("teacher", plan.teacher),
         "teacher.dtype": plan.teacher_dtype,
         "teacher.attention": plan.teacher_attention.name,
         "kernels.unpadded": plan.unpadded,

@@ -15,9 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from engine.errors import UserError
-from engine.hub.config import load_config
-from engine.models.fit import CHECKS, Member, Parts, check_fit, longest_input
-from engine.models.hub import load_backbone
+from engine.models.fit import CHECKS, Parts, check_fit, longest_input
+from engine.models.hub import SavedModel, load_backbone
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 WORDS = ("the", "The", "model", *(f"word{n}" for n in range(VOCAB)))
@@ -42,15 +41,15 @@ def make_tokenizer(words: Iterable[str] = WORDS, *, lower: bool = False, pad: st
     )
 
 
-def member(family: str, folder: Path, key: str = "teacher.path", tokenizer: Any = None) -> Member:
+def member(family: str, folder: Path, key: str = "teacher.path", tokenizer: Any = None) -> SavedModel:
     path = save_tiny(family, folder, mlm=True)
     (tokenizer or make_tokenizer()).save_pretrained(path)
-    return Member(key, path, load_config(path, key))
+    return SavedModel.read(key, path)
 
 
-def again(model: Member) -> Member:
+def again(model: SavedModel) -> SavedModel:
     """After its folder has changed."""
-    return Member(model.key, model.path, load_config(model.path, model.key))
+    return SavedModel.read(model.key, model.path)
 
 
 @every_family
@@ -61,7 +60,7 @@ def test_what_fits_is_accepted_without_a_note(family: str, tmp_path: Path) -> No
     assert check_fit(Parts(make_tokenizer(), (model, student), length=length, length_of="task.seq_len")) == []
 
 
-def rewrite(model: Member, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+def rewrite(model: SavedModel, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     file = Path(model.path) / "model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}, file, {"format": "pt"})
 
@@ -191,7 +190,7 @@ def test_a_model_that_looks_back_only(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     LlamaModel(LlamaConfig(**sizes, intermediate_size=16, max_position_embeddings=40)).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    model = Member("teacher.path", str(tmp_path), load_config(str(tmp_path), "teacher.path"))
+    model = SavedModel.read("teacher.path", str(tmp_path))
     with pytest.raises(UserError, match=r"teacher.path=.*attends to the left only"):
         check_fit(Parts(make_tokenizer(), (model,)))
 

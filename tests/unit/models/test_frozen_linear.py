@@ -12,6 +12,7 @@ from torch import nn
 from engine.models.capture import install, layer_modules
 from engine.models.features import Wanted
 from engine.models.frozen_linear import FrozenLinear, _Part, can_pack, freeze_linears
+from engine.models.hub import SavedModel
 from engine.models.teacher import FrozenTeacher
 
 CPU = torch.device("cpu")
@@ -63,7 +64,11 @@ def test_a_model_computes_what_it_did(family: str) -> None:
 def test_only_a_teacher_in_bfloat16_is_changed(tmp_path: Path, dtype: torch.dtype) -> None:
     wanted = Wanted(hidden=frozenset({1}), attention=frozenset({2}))
     teacher = FrozenTeacher.load(
-        save_tiny("bert", tmp_path / "teacher"), wanted=wanted, dtype=dtype, device=CPU, backend="sdpa"
+        SavedModel.read("teacher.path", save_tiny("bert", tmp_path / "teacher")),
+        wanted=wanted,
+        dtype=dtype,
+        device=CPU,
+        backend="sdpa",
     )
     assert bool(teacher._frozen) == (dtype == torch.bfloat16)
     whole = sum(p.numel() * p.element_size() for p in teacher._model.parameters())

@@ -12,10 +12,10 @@ from transformers import AlbertConfig, PreTrainedModel
 
 from engine.config.distill import StudentConfig
 from engine.errors import UserError
-from engine.hub.config import load_config
 from engine.mapping import LayerMapping
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Wanted
+from engine.models.hub import SavedModel
 from engine.models.initialise import NARROWABLE, copy_from_teacher, evenly_spaced, resolve_init
 from engine.models.student import build_student, build_student_config, new_model
 
@@ -23,7 +23,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def build(cfg: StudentConfig, path: str, *, mlm: bool = False, mapping: LayerMapping | None = None) -> PreTrainedModel:
-    return build_student(cfg, path, load_config(path, "teacher.path"), mapping, mlm, 0, "sdpa")
+    return build_student(cfg, SavedModel.read("teacher.path", path), None, mapping, mlm, 0, "sdpa")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_narrower_student_takes_consistent_units(
         assert torch.equal(decoder.bias, teacher.get_output_embeddings().bias)
     fresh = build_student(
         StudentConfig(layers=2, hidden_size=hidden, heads=heads, intermediate_size=ffn),
-        path, load_config(path, "teacher.path"), None, mlm, 0, "sdpa",
+        SavedModel.read("teacher.path", path), None, None, mlm, 0, "sdpa",
     )  # fmt: skip
     untouched = [n for n, p in student.named_parameters() if torch.equal(p, fresh.get_parameter(n))]
     assert untouched == [], "every tensor must come from the teacher"

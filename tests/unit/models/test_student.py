@@ -22,11 +22,10 @@ from transformers import AutoConfig, AutoModel, ModernBertConfig, PretrainedConf
 
 from engine.config.distill import StudentConfig
 from engine.errors import UserError
-from engine.hub.config import load_config
 from engine.mapping import LayerMapping
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Wanted
-from engine.models.hub import shape_of
+from engine.models.hub import SavedModel, shape_of
 from engine.models.initialise import intermediate_size
 from engine.models.student import DROPOUTS, build_student, build_student_config, new_model
 
@@ -34,8 +33,9 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def build(cfg: StudentConfig, path: str, *, mlm: bool = False, seed: int = 0, backend: str = "sdpa") -> PreTrainedModel:
-    config = load_config(path, "teacher.path")
-    return build_student(cfg, path, config, LayerMapping((0, 3), 4), mlm, seed, backend)
+    teacher = SavedModel.read("teacher.path", path)
+    given = None if cfg.path is None else SavedModel.read("student.path", cfg.path)
+    return build_student(cfg, teacher, given, LayerMapping((0, 3), 4), mlm, seed, backend)
 
 
 @every_family
@@ -194,9 +194,9 @@ def test_default_layers_of_real_modernbert_shape() -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_real_teacher_all_layers_copied_gives_its_outputs(name: str) -> None:
     path, layers = real_teacher(name), REAL[name]
-    config = load_config(path, "teacher.path")
+    teacher = SavedModel.read("teacher.path", path)
     same = StudentConfig(layers=layers, init="-".join(map(str, range(1, layers + 1))))
-    student = build_student(same, path, config, None, False, 0, "sdpa").eval()
+    student = build_student(same, teacher, None, None, False, 0, "sdpa").eval()
     plain = AutoModel.from_pretrained(path).eval()
     batch = make_batch(length=16)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_real_teacher_all_layers_copied_gives_its_outputs(name: str) -> None:
         want = plain(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     assert torch.equal(got, want)
     narrow = StudentConfig(layers=3, hidden_size=192, heads=12, init="every-other")
-    small = build_student(narrow, path, config, None, False, 0, "sdpa")
+    small = build_student(narrow, teacher, None, None, False, 0, "sdpa")
     assert torch.equal(small.get_input_embeddings().weight, plain.get_input_embeddings().weight[:, ::2]), (
         "384 -> 192 takes every second unit"
     )

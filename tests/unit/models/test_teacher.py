@@ -14,7 +14,7 @@ from engine.hub.config import load_config
 from engine.hub.tokenizer import load_tokenizer
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Features, Wanted
-from engine.models.hub import has_head, load_backbone, shape_of
+from engine.models.hub import SavedModel, has_head, load_backbone, shape_of
 from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config
 
@@ -22,7 +22,9 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def load(path: str, wanted: Wanted, dtype: torch.dtype = torch.float32, backend: str = "sdpa") -> FrozenTeacher:
-    return FrozenTeacher.load(path, wanted=wanted, dtype=dtype, device=torch.device("cpu"), backend=backend)
+    return FrozenTeacher.load(
+        SavedModel.read("teacher.path", path), wanted=wanted, dtype=dtype, device=torch.device("cpu"), backend=backend
+    )
 
 
 def assert_equal(got: Features, want: Features) -> None:
@@ -105,7 +107,7 @@ def test_logits_keep_all_layers_and_the_head(family: str, tmp_path: Path) -> Non
 
 
 def has_mlm_head(path: str) -> bool:
-    return has_head(path, key="teacher.path", config=load_config(path, "teacher.path"), head="mlm")
+    return SavedModel.read("teacher.path", path).has_mlm_head
 
 
 @every_family

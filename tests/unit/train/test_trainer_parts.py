@@ -85,11 +85,9 @@ def test_a_micro_step_reads_nothing_back_to_the_host(
     plan = make_plan(parse_config(RunConfig, [*argv, "--loss.cosine", "1", "--loss.attention_probs", "1"], "test"))
     wanted = plan.losses.wanted_teacher
     teacher = FrozenTeacher.load(
-        str(tiny_world.teacher), wanted=wanted, dtype=torch.float32, device=CPU, backend=backend, unpadded=unpadded
+        plan.teacher, wanted=wanted, dtype=torch.float32, device=CPU, backend=backend, unpadded=unpadded
     )
-    student = build_student(
-        plan.config.student, str(tiny_world.teacher), plan.teacher_config, plan.hidden_map, False, 0, backend
-    )
+    student = build_student(plan.config.student, plan.teacher, None, plan.hidden_map, False, 0, backend)
     projections = Projections(plan.config.loss, student_width=32, teacher_width=32, layers=plan.losses.projected_layers)
     module = DistilModule(student, projections, plan.losses, unpadded=unpadded)
     loader = CorpusLoader(
