@@ -115,8 +115,6 @@ def test_mlm_head_is_detected_in_the_file(family: str, tmp_path: Path) -> None:
     with_head, without = save_tiny(family, tmp_path / "a", mlm=True), save_tiny(family, tmp_path / "b")
     assert has_mlm_head(with_head)
     assert not has_mlm_head(without)
-    with pytest.raises(UserError, match=r"teacher.path=.*no MLM head.*loss.logits=0"):
-        load(without, Wanted(logits=True))
     body = load(with_head, Wanted(hidden=frozenset({4})))  # the head's weights are left in the file, without noise
     assert torch.equal(
         body(make_batch()).hidden[4], load(with_head, Wanted(frozenset({4}), logits=True))(make_batch()).hidden[4]
