@@ -31,8 +31,8 @@ from measuring import (
     take_turns,
 )
 
-from engine.kernels.choice import Attention, Kernels, Rows
-from engine.kernels.vocabulary import Head, Weights
+from engine.kernels.choice import Kernels
+from engine.kernels.inputs import Attention, Head, HiddenPairs, MlmLogits, Weights
 
 HEAD_TOKENS = {"cpu": 12 * 1024, "cuda": 12 * 32768}
 """Of a layer of 12 heads: 8 x 128 tokens, and 256 x 128."""
@@ -88,7 +88,7 @@ def scores(scales: tuple[float, float]) -> dict[str, Callable[..., torch.Tensor]
     def by(kernels: Kernels) -> Callable[..., torch.Tensor]:
         def loss(*tensors: torch.Tensor) -> torch.Tensor:
             B, _, L, _ = tensors[0].shape
-            return kernels.attention_score_mse(Attention(*tensors, *scales), Rows(), pairs=float(B * L * L))[0]
+            return kernels.attention_score_mse(Attention(*tensors, *scales), pairs=float(B * L * L))[0]
 
         return loss
 
@@ -105,7 +105,7 @@ def probabilities(scales: tuple[float, float]) -> dict[str, Callable[..., torch.
     def by(kernels: Kernels) -> Callable[..., torch.Tensor]:
         def loss(*tensors: torch.Tensor) -> torch.Tensor:
             B, _, L, _ = tensors[0].shape
-            return kernels.softmax_kl(Attention(*tensors, *scales), Rows(), tokens=float(B * L))
+            return kernels.softmax_kl(Attention(*tensors, *scales), tokens=float(B * L))
 
         return loss
 
@@ -134,12 +134,7 @@ def hidden_states(pairs: int, projected: bool, tokens: int) -> dict[str, Callabl
         def loss(*tensors: torch.Tensor) -> torch.Tensor:
             weight = tensors[pairs] if projected else None
             total, _ = kernels.hidden_mse(
-                tensors[:pairs],
-                tensors[pairs + projected :],
-                Rows(),
-                tokens=float(tokens),
-                coefficients=[1.0] * pairs,
-                weight=weight,
+                HiddenPairs(tensors[:pairs], tensors[pairs + projected :], [1.0] * pairs, float(tokens), weight=weight)
             )
             return total
 
@@ -183,7 +178,7 @@ def vocabulary_losses(kernels: Kernels) -> Callable[..., torch.Tensor]:
         count = len(tensors[0])
         labels = torch.arange(count, device=tensors[0].device) * 7 % VOCABULARY
         by = Weights(kl=1.0, cross_entropy=1.0, temperature=1.0, count=float(count))
-        total, _ = kernels.vocabulary_losses(Head(*tensors[:3]), teacher=Head(*tensors[3:]), labels=labels, by=by)
+        total, _ = kernels.vocabulary_losses(MlmLogits(Head(*tensors[:3]), Head(*tensors[3:]), labels, by))
         return total
 
     return loss

@@ -81,7 +81,7 @@ class Batch:
     attention_mask: torch.Tensor | None
     """(B, L) int64, 1 = real token; None when no position is padded (attention then takes its fast path)."""
     labels: torch.Tensor | None
-    """(B, L) int64 original ids at masked positions, -100 elsewhere; None without MLM."""
+    """(B, L) int64 original ids at masked positions, UNSCORED_LABEL elsewhere; None without MLM."""
     counts: Counts
     token_types: torch.Tensor | None = None
     """(B, L) int64 token type ids, for models that take them; None: the model's own default."""

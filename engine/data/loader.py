@@ -15,12 +15,13 @@ import torch
 
 from engine.data.batch import Batch, Counts
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
-from engine.data.masking import IGNORE, MaskingTables, mask_tokens
+from engine.data.masking import MaskingTables, mask_tokens
 from engine.data.order import TrainingOrder
 from engine.data.prefetch import prefetched
 from engine.data.shard_check import ShardCheck
 from engine.data.shards import AGAIN, SequenceStore
 from engine.errors import UserError
+from engine.kernels.inputs import UNSCORED_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -204,7 +205,7 @@ class CorpusLoader:
                 seed=self._seed,
             )
         counts = Counts.of(
-            lengths, masked=0 if labels is None else int((labels != IGNORE).sum()), windows=self._windows
+            lengths, masked=0 if labels is None else int((labels != UNSCORED_LABEL).sum()), windows=self._windows
         )
         batch = Batch(
             input_ids=torch.from_numpy(ids),

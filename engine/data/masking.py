@@ -10,12 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import UserError
+from engine.kernels.inputs import UNSCORED_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORE = -100
-"""Label of a position that is not predicted (torch's cross-entropy skips it)."""
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -80,7 +78,8 @@ def mask_tokens(
     tables: MaskingTables,
     seed: int,
 ) -> tuple[Ints, Ints]:
-    """(B, L) ids -> masked ids and labels (the original id where chosen, IGNORE elsewhere); the input is not changed.
+    """Returns masked ids (B, L) and labels (the original id where chosen, UNSCORED_LABEL elsewhere); the input is not
+    changed.
 
     Each token (with `whole_word`: word) is chosen with `probability`; special and padded ones never are; a sequence
     with anything to choose has at least one chosen. What happens to a row depends only on its real tokens, `seed`, and
@@ -89,7 +88,7 @@ def mask_tokens(
     if whole_word and tables.continuation is None:
         raise UserError("data.whole_word_mask=True: this tokenizer does not mark where words begin; set it to false")
     ids = input_ids.copy()
-    labels = np.full_like(ids, IGNORE)
+    labels = np.full_like(ids, UNSCORED_LABEL)
     lengths = [ids.shape[1]] * len(ids) if attention_mask is None else attention_mask.sum(axis=1)
     for row, (length, sample) in enumerate(zip(lengths, sample_ids, strict=True)):
         original = input_ids[row, :length]

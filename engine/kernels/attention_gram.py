@@ -14,28 +14,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from engine.kernels.exact import exact_products, scaled, widest
+from engine.kernels.exact import AttentionFunction, exact_products, widest
+from engine.kernels.inputs import Attention
 
 ENTRIES_AT_ONCE = {"cpu": 2**18, "cuda": 2**28}
-"""Of the joined queries of the sequences that are worked on together. CPU: 1 MiB in fp32, half of a core's cache."""
+"""Entries of the joined queries of the sequences that are worked on together. CPU: 1 MiB in fp32, half of a core's
+cache."""
 
 
-class _GramMSE(torch.autograd.Function):
+class _GramMSE(AttentionFunction):
     @staticmethod
     def forward(
         ctx: Any,
         q_s: torch.Tensor,
         k_s: torch.Tensor,
-        q_t: torch.Tensor,
-        k_t: torch.Tensor,
-        scale_s: float,
-        scale_t: float,
-        mask: torch.Tensor | None,
+        inputs: Attention,
         factor: float,
         accumulate: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        _, _, q_t, k_t, scale_s, scale_t, *_ = inputs
+        mask = inputs.rows.mask
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         kind = widest(q_s, k_s, q_t, k_t)
         B, H, L, d_s = q_s.shape
@@ -62,18 +61,11 @@ class _GramMSE(torch.autograd.Function):
         ctx.mark_non_differentiable(target)
         return value, target
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale = upstream * ctx.factor
-        d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return d_query, d_key, None, None, None, None, None, None, None
-
 
 def _joined(
     first: torch.Tensor, second: torch.Tensor, *, factor: float, kind: torch.dtype, pads: torch.Tensor | None
 ) -> torch.Tensor:
-    """[first, factor * second] (n, H, L, d + e), 0 at pads whatever stands there."""
+    """Returns [first, factor * second] (n, H, L, d + e), 0 at pads whatever stands there."""
     width = first.shape[-1]
     joined = torch.empty(*first.shape[:3], width + second.shape[-1], dtype=kind, device=first.device)
     joined[..., :width].copy_(first)
@@ -93,20 +85,12 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def score_mse(
-    q_s: torch.Tensor,
-    k_s: torch.Tensor,
-    q_t: torch.Tensor,
-    k_t: torch.Tensor,
-    *,
-    scale_s: float,
-    scale_t: float,
-    mask: torch.Tensor | None,
-    factor: float,
-    accumulate: torch.dtype = torch.float32,
+    inputs: Attention, *, factor: float, accumulate: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """factor * sum((A_s - A_t)^2), differentiable, and factor * sum(A_t^2). All have the same number of heads; factor
-    is 1 / (H * token_pairs). accumulate: in what Gram matrices are summed, float32 or float64."""
-    if widest(q_s, q_t) == torch.float64:
+    """Returns factor * sum((A_s - A_t)^2), differentiable, and factor * sum(A_t^2), over padded sequences, all tokens
+    of which attend to each other. All have the same number of heads; factor is 1 / (H * token_pairs). accumulate: in
+    what Gram matrices are summed, float32 or float64."""
+    if widest(inputs.q_s, inputs.q_t) == torch.float64:
         accumulate = torch.float64
-    value, target = _GramMSE.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, mask, factor, accumulate)
+    value, target = _GramMSE.apply(inputs.q_s, inputs.k_s, inputs, factor, accumulate)
     return value, target

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from engine.kernels.exact import exact_products, scaled, square_sum, widest
+from engine.kernels.exact import AttentionFunction, exact_products, square_sum, widest
+from engine.kernels.inputs import Attention
 from engine.kernels.reference import ZEROED_SCORE_TINYBERT, outside
 
 MAP_ENTRIES_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
@@ -49,21 +49,18 @@ def outside_of_tile(tile: Tile, L: int, window: int | None, device: torch.device
     return outside(window, positions[tile[2]], positions[tile[3]])
 
 
-class _ScoreMSE(torch.autograd.Function):
+class _ScoreMSE(AttentionFunction):
     @staticmethod
     def forward(
         ctx: Any,
         q_s: torch.Tensor,
         k_s: torch.Tensor,
-        q_t: torch.Tensor,
-        k_t: torch.Tensor,
-        scale_s: float,
-        scale_t: float,
-        mask: torch.Tensor | None,
+        inputs: Attention,
         factor: float,
         tinybert: bool,
-        window: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        _, _, q_t, k_t, scale_s, scale_t, *_ = inputs
+        mask, window = inputs.rows.mask, inputs.window
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         kind = widest(q_s, k_s, q_t, k_t)
         sums, targets = [], []
@@ -105,17 +102,10 @@ class _ScoreMSE(torch.autograd.Function):
         ctx.mark_non_differentiable(target)
         return value, target
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale = upstream * ctx.factor
-        d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return d_query, d_key, None, None, None, None, None, None, None, None
-
 
 def wide_maps(x: torch.Tensor, kind: torch.dtype, pads: torch.Tensor | None) -> torch.Tensor:
-    """(n, H, L, d) -> (n * H, L, d) in full precision, each head's rows together, and 0 at pads whatever stands there.
-    Products of heads that lie apart in memory would each copy them first."""
+    """Returns (n * H, L, d) of (n, H, L, d) in full precision, each head's rows together, and 0 at pads whatever stands
+    there. Products of heads that lie apart in memory would each copy them first."""
     wide = torch.empty(x.shape, dtype=kind, device=x.device).copy_(x)
     return (wide if pads is None else wide.masked_fill_(pads, 0.0)).flatten(0, 1)
 
@@ -123,25 +113,15 @@ def wide_maps(x: torch.Tensor, kind: torch.dtype, pads: torch.Tensor | None) -> 
 def add_products(
     d_queries: torch.Tensor, d_keys: torch.Tensor, difference: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
 ) -> None:
-    """d_queries = difference keys, d_keys += difference^T queries; gradients (n, H, rows, d), others without n."""
+    """Sets d_queries = difference keys and adds difference^T queries to d_keys; gradients (n, H, rows, d), others
+    without n."""
     d_queries.copy_(torch.bmm(difference, keys).view(d_queries.shape))
     d_keys += torch.bmm(difference.transpose(1, 2), queries).view(d_keys.shape)
 
 
-def score_mse(
-    q_s: torch.Tensor,
-    k_s: torch.Tensor,
-    q_t: torch.Tensor,
-    k_t: torch.Tensor,
-    *,
-    scale_s: float,
-    scale_t: float,
-    mask: torch.Tensor | None,
-    factor: float,
-    tinybert: bool = False,
-    window: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """factor * sum((A_s - A_t)^2), differentiable, and factor * sum(A_t^2), both over pairs in the window. All have the
-    same number of heads; factor is 1 / (H * token_pairs). tinybert: as reference.attention_score_mse_tinybert."""
-    value, target = _ScoreMSE.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, mask, factor, tinybert, window)
+def score_mse(inputs: Attention, *, factor: float, tinybert: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns factor * sum((A_s - A_t)^2), differentiable, and factor * sum(A_t^2), both over the pairs in the window
+    of padded sequences. All have the same number of heads; factor is 1 / (H * token_pairs). tinybert: as
+    reference.attention_score_mse_tinybert."""
+    value, target = _ScoreMSE.apply(inputs.q_s, inputs.k_s, inputs, factor, tinybert)
     return value, target

@@ -8,20 +8,20 @@ and pairs is summed in float32, in a fixed order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from engine.kernels.exact import exact_products, product_over_rows, scaled, square_sum, widest
-from engine.kernels.reference import check_same_shape, normaliser
+from engine.kernels.inputs import HiddenPairs
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 2**15}
-"""Through a projection: smaller products are slower (1.8 times at 256 in bf16 on a CPU). CUDA: 48 MiB of difference for
-a teacher of width 768 in bf16, and few launches."""
+"""Tokens that go through a projection together: smaller products are slower (1.8 times at 256 in bf16 on a CPU). CUDA:
+48 MiB of difference for a teacher of width 768 in bf16, and few launches."""
 ENTRIES_AT_ONCE = {"cpu": 2**18, "cuda": 2**28}
-"""Without one. CPU: 1 MiB in fp32, half of a core's cache. CUDA: no more than a dot product takes."""
+"""Entries that are subtracted together without one. CPU: 1 MiB in fp32, half of a core's cache. CUDA: no more than a
+dot product takes."""
 
 
 class _MSE(torch.autograd.Function):
@@ -30,17 +30,15 @@ class _MSE(torch.autograd.Function):
         ctx: Any,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        pads: torch.Tensor | None,
-        factor: float,
-        coefficients: Sequence[float],
-        targets: Sequence[torch.Tensor],
+        inputs: HiddenPairs,
         *states: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """pads (tokens, 1) bool: rows to be taken as 0, whatever they hold."""
+        factor, targets, coefficients = inputs.factor(), inputs.targets, inputs.coefficients
+        pads = None if inputs.mask is None else ~inputs.mask.flatten().unsqueeze(1)
         weight_wanted, bias_wanted, states_wanted = (
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[1],
-            any(ctx.needs_input_grad[6:]),
+            any(ctx.needs_input_grad[3:]),
         )
         kind = widest(*states, *targets)
         width_t = targets[0].shape[-1]
@@ -100,13 +98,13 @@ class _MSE(torch.autograd.Function):
         )
         # Saved without their factors, which are small enough to vanish in float16.
         of_states = [scaled(d, upstream * scale, d.dtype) for d, scale in zip(d_states, ctx.scales, strict=False)]
-        return *weight_and_bias, None, None, None, None, *(of_states or [None] * len(ctx.scales))
+        return *weight_and_bias, None, *(of_states or [None] * len(ctx.scales))
 
 
 def _difference(
     state: torch.Tensor, target: torch.Tensor, kind: torch.dtype, *, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """state - target in full precision, its own memory or `out`."""
+    """Returns state - target in full precision, in its own memory or `out`."""
     if state.dtype == target.dtype == kind:
         return torch.sub(state, target, out=out)
     wide = state.to(kind, copy=True).sub_(target)
@@ -116,7 +114,7 @@ def _difference(
 def _residual(
     state: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """(tokens, width of the target) in the weight's dtype."""
+    """Returns the residual (tokens, width of the target) in the weight's dtype."""
     # A 16-bit hidden state meets a float32 weight when only projections keep that. Products subtract in their float32
     # accumulators, so that 16 bits round the difference and not the two that it is of.
     state, target = state.to(weight.dtype), target.to(weight.dtype)
@@ -126,25 +124,8 @@ def _residual(
     return torch.addmm(target, state, weight.t(), beta=-1.0)
 
 
-def hidden_mse(
-    states: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor],
-    *,
-    mask: torch.Tensor | None,
-    tokens: float,
-    coefficients: Sequence[float],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of reference.hidden_mse over the pairs, differentiable in states, weight and bias, and the
-    values (pairs,) themselves, detached; both to rounding.
-
-    states (B, L, D_s), targets (B, L, D_t), mask (B, L) bool or None, weight (D_t, D_s) as in nn.Linear, bias (D_t,).
-    """
-    for state, target in zip(states, targets, strict=True):
-        projected = state.shape if weight is None else torch.Size([*state.shape[:-1], weight.shape[0]])
-        check_same_shape("hidden states", projected, target.shape)
-    pads = None if mask is None else ~mask.flatten().unsqueeze(1)
-    factor = 1.0 / normaliser(tokens * targets[0].shape[-1])
-    total, each = _MSE.apply(weight, bias, pads, factor, tuple(coefficients), tuple(targets), *states)
+def hidden_mse(inputs: HiddenPairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the weighted sum of reference.hidden_mse over the pairs, differentiable in states, weight and bias, and
+    the values (pairs,) themselves, detached; both to rounding. Raises ValueError for pairs that cannot be compared."""
+    total, each = _MSE.apply(inputs.weight, inputs.bias, inputs, *inputs.states)
     return total, each

@@ -9,8 +9,7 @@ the mean over the global batch, however that was split.
 `mask` is (B, L) bool, True = real token, or None when all are. Masked tensors are overwritten BEFORE any arithmetic
 (0 * NaN is NaN), so whatever stands in the padding reaches neither value nor gradient, and gradients there are 0.
 
-A window is how many tokens to each side a layer attends to; None: to all. `window_s` and `window_t` are those of the
-student's and of the teacher's layer.
+Losses of attention take padded sequences (Attention.padded).
 """
 
 from __future__ import annotations
@@ -18,31 +17,25 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from engine.kernels.inputs import UNSCORED_LABEL, Attention, Rows, check_same_shape, normaliser, relations, repeat_heads
+
 MASKED_SCORE_TINYBERT = -10000.0
 """What TinyBERT adds to the scores of padded keys."""
 ZEROED_SCORE_TINYBERT = -100.0
 """TinyBERT compares every score that is not above this one as 0."""
-IGNORED_LABEL = -100
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def normaliser(denominator: float) -> float:
-    """The denominator, which must be positive."""
-    if denominator > 0:
-        return denominator
-    raise ValueError(f"a loss over real elements needs a positive count to divide by, got {denominator}")
-
-
 def _normalised(total: torch.Tensor, denominator: float, *, empty: bool = False) -> torch.Tensor:
-    """total / denominator. A count of 0 is legal only for a sum over nothing, whose value 0 keeps its graph."""
+    """Returns total / denominator. A count of 0 is legal only for a sum over nothing, whose value 0 keeps its graph."""
     return total if empty and denominator <= 0 else total / normaliser(denominator)
 
 
 def without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """x (B, L, D) or (B, H, L, d) in full precision, exactly 0 at padded tokens (and so is its gradient)."""
+    """Returns x, (B, L, D) or (B, H, L, d), in full precision, exactly 0 at padded tokens (and so is its gradient)."""
     x = _wide(x)
     if mask is None:
         return x
@@ -50,32 +43,18 @@ def without_padding(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x.masked_fill(~real, 0.0)
 
 
-def check_same_shape(what: str, student: torch.Size, teacher: torch.Size) -> None:
-    """Different sizes would broadcast into a number that means nothing."""
-    if student != teacher:
-        raise ValueError(f"{what} of student and teacher differ: {tuple(student)} and {tuple(teacher)}")
-
-
-def repeat_heads(key: torch.Tensor, heads: int) -> torch.Tensor:
-    """Grouped-query attention: (B, H_k, L, d) -> (B, heads, L, d); query head h uses key head h // (heads / H_k)."""
-    if heads == key.shape[1]:
-        return key
-    if heads % key.shape[1]:
-        raise ValueError(f"{heads} query heads cannot share {key.shape[1]} key heads evenly")
-    return key.repeat_interleave(heads // key.shape[1], dim=1)
-
-
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, H, L, d), (B, H or fewer, L, d) -> (B, H, L, L): scale * Q K^T."""
+    """Returns scale * Q K^T (B, H, L, L) of (B, H, L, d) and (B, H or fewer, L, d)."""
     # Autocast would multiply float32 matrices in 16 bit (it leaves or widens every other operation in this file).
     with torch.autocast(q.device.type, enabled=False):
         return scale * (q @ repeat_heads(k, q.shape[1]).transpose(-1, -2))
 
 
-def narrower(one: int | None, other: int | None) -> int | None:
-    """Returns the window of the pairs that are inside of both."""
-    given = [window for window in (one, other) if window is not None]
-    return min(given, default=None)
+def _both_scores(inputs: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the student's and the teacher's scores (B, H, L, L), 0 at pairs with a pad."""
+    check_same_shape("(batch, heads, length)", inputs.q_s.shape[:3], inputs.q_t.shape[:3])
+    q_s, k_s, q_t, k_t = (without_padding(x, inputs.rows.mask) for x in inputs[:4])
+    return _scores(q_s, k_s, inputs.scale_s), _scores(q_t, k_t, inputs.scale_t)
 
 
 def outside(window: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -84,7 +63,7 @@ def outside(window: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Ten
 
 
 def _within(scores: torch.Tensor, window: int | None, value: float) -> torch.Tensor:
-    """Scores (B, H, L, L) with `value` at the pairs outside of the window."""
+    """Returns scores (B, H, L, L) with `value` at the pairs outside of the window."""
     if window is None:
         return scores
     positions = torch.arange(scores.shape[-1], device=scores.device)
@@ -92,7 +71,7 @@ def _within(scores: torch.Tensor, window: int | None, value: float) -> torch.Ten
 
 
 def hidden_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, tokens: float) -> torch.Tensor:
-    """Mean squared error of hidden states (B, L, D): sum over real tokens of |s - t|^2 / (tokens * D).
+    """Returns the mean squared error of hidden states (B, L, D): sum over real tokens of |s - t|^2 / (tokens * D).
 
     TinyBERT (arXiv 1909.10351), with the student already projected to the teacher's width. With
     mask=None and tokens=B*L it is nn.MSELoss, as TinyBERT's released code has it.
@@ -105,7 +84,7 @@ def hidden_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor 
 def hidden_cosine(
     student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, tokens: float
 ) -> torch.Tensor:
-    """1 - cosine of hidden states (B, L, D): sum over real tokens of 1 - <s, t> / (|s| |t|), divided by tokens.
+    """Returns 1 - cosine of hidden states (B, L, D): sum over real tokens of 1 - <s, t> / (|s| |t|), divided by tokens.
 
     DistilBERT's cosine loss (arXiv 1910.01108), here on any layer. Norms are clamped from below at 1e-8.
     """
@@ -117,51 +96,27 @@ def hidden_cosine(
     return _normalised(distance.sum(), tokens)
 
 
-def attention_score_mse(
-    q_s: torch.Tensor,
-    k_s: torch.Tensor,
-    q_t: torch.Tensor,
-    k_t: torch.Tensor,
-    *,
-    scale_s: float,
-    scale_t: float,
-    mask: torch.Tensor | None,
-    token_pairs: float,
-    window: int | None = None,
-) -> torch.Tensor:
-    """MSE of attention scores A = scale * Q K^T, before softmax: sum over heads and pairs (i, j) of real tokens of
-    (A_s - A_t)^2 / (H * token_pairs). TinyBERT (arXiv 1909.10351).
+def attention_score_mse(inputs: Attention, *, token_pairs: float) -> torch.Tensor:
+    """Returns the MSE of attention scores A = scale * Q K^T, before softmax: sum over heads and pairs (i, j) of real
+    tokens of (A_s - A_t)^2 / (H * token_pairs). TinyBERT (arXiv 1909.10351).
 
-    q (B, H, L, d_s) and (B, H, L, d_t): equal H, any head widths. k may have fewer heads (grouped-query attention).
-    window: of the pairs that both layers attend to, which alone count; token_pairs is their number.
+    token_pairs: how many pairs both layers attend to; these alone count.
     """
-    check_same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
     # A zeroed query or key makes its scores 0 on both sides: no pair mask is needed.
-    scores_s = _scores(without_padding(q_s, mask), without_padding(k_s, mask), scale_s)
-    scores_t = _scores(without_padding(q_t, mask), without_padding(k_t, mask), scale_t)
-    difference = _within(scores_s - scores_t, window, 0.0)
-    return _normalised(difference.square().sum(), q_s.shape[1] * token_pairs)
+    scores_s, scores_t = _both_scores(inputs)
+    difference = _within(scores_s - scores_t, inputs.window, 0.0)
+    return _normalised(difference.square().sum(), inputs.q_s.shape[1] * token_pairs)
 
 
-def attention_score_mse_tinybert(
-    q_s: torch.Tensor,
-    k_s: torch.Tensor,
-    q_t: torch.Tensor,
-    k_t: torch.Tensor,
-    *,
-    scale_s: float,
-    scale_t: float,
-    mask: torch.Tensor | None,
-    position_pairs: float,
-    window: int | None = None,
-) -> torch.Tensor:
-    """MSE of attention scores as in TinyBERT's released general_distill.py: -10000 is added to the scores of padded
-    keys, each side's scores <= -100 become 0, and the mean is over all positions, pads included:
+def attention_score_mse_tinybert(inputs: Attention, *, position_pairs: float) -> torch.Tensor:
+    """Returns the MSE of attention scores as in TinyBERT's released general_distill.py: -10000 is added to the scores
+    of padded keys, each side's scores <= -100 become 0, and the mean is over all positions, pads included:
     sum / (H * position_pairs). The scores of padded queries count, so their content matters here.
 
-    window: of the pairs that both layers attend to; beyond it scores are 0 on both sides, as at padded keys.
+    Beyond the window of both layers scores are 0 on both sides, as at padded keys.
     """
-    check_same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
+    check_same_shape("(batch, heads, length)", inputs.q_s.shape[:3], inputs.q_t.shape[:3])
+    mask = inputs.rows.mask
 
     def compared(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         scores = _scores(_wide(q), _wide(k), scale)
@@ -169,18 +124,19 @@ def attention_score_mse_tinybert(
             scores = scores + (~mask[:, None, None, :]).to(scores.dtype) * MASKED_SCORE_TINYBERT
         return torch.where(scores <= ZEROED_SCORE_TINYBERT, 0.0, scores)
 
-    difference = compared(q_s, k_s, scale_s) - compared(q_t, k_t, scale_t)
-    return _normalised(_within(difference, window, 0.0).square().sum(), q_s.shape[1] * position_pairs)
+    student = compared(inputs.q_s, inputs.k_s, inputs.scale_s)
+    difference = _within(student - compared(inputs.q_t, inputs.k_t, inputs.scale_t), inputs.window, 0.0)
+    return _normalised(difference.square().sum(), inputs.q_s.shape[1] * position_pairs)
 
 
-def _softmax_kl_sum(
-    scores_s: torch.Tensor,
-    scores_t: torch.Tensor,
-    mask: torch.Tensor | None,
-    window_s: int | None = None,
-    window_t: int | None = None,
-) -> torch.Tensor:
-    """Sum over heads and real rows of KL(softmax(scores_t) || softmax(scores_s)); scores (B, H, L, L)."""
+def attention_probs_kl(inputs: Attention, *, tokens: float) -> torch.Tensor:
+    """Returns KL(P_t || P_s) of the attention probabilities P = softmax(scale * Q K^T over real keys): sum over heads
+    and real queries / (H * tokens). MiniLM (arXiv 2002.10957).
+
+    With windows P are the probabilities that the layers compute, over the keys in theirs. Where the student's window is
+    the narrower one the teacher's are those given that the key is in it: the divergence would be infinite otherwise.
+    """
+    mask, (scores_s, scores_t) = inputs.rows.mask, _both_scores(inputs)
     # The lowest finite number instead of -inf: a sequence of padding only then has uniform rows, not NaN ones.
     lowest = torch.finfo(scores_s.dtype).min
     log_s, log_t = (
@@ -188,68 +144,27 @@ def _softmax_kl_sum(
             _within(scores if mask is None else scores.masked_fill(~mask[:, None, None, :], lowest), window, lowest),
             dim=-1,
         )
-        for scores, window in ((scores_s, window_s), (scores_t, narrower(window_s, window_t)))
+        for scores, window in ((scores_s, inputs.window_s), (scores_t, inputs.window))
     )
     rows = (log_t.exp() * (log_t - log_s)).sum(dim=-1)
-    return (rows if mask is None else rows.masked_fill(~mask[:, None, :], 0.0)).sum()
-
-
-def attention_probs_kl(
-    q_s: torch.Tensor,
-    k_s: torch.Tensor,
-    q_t: torch.Tensor,
-    k_t: torch.Tensor,
-    *,
-    scale_s: float,
-    scale_t: float,
-    mask: torch.Tensor | None,
-    tokens: float,
-    window_s: int | None = None,
-    window_t: int | None = None,
-) -> torch.Tensor:
-    """KL(P_t || P_s) of the attention probabilities P = softmax(scale * Q K^T over real keys): sum over heads and
-    real queries / (H * tokens). MiniLM (arXiv 2002.10957). Shapes as in attention_score_mse.
-
-    With windows P are the probabilities that the layers compute, over the keys in theirs. Where the student's window is
-    the narrower one the teacher's are those given that the key is in it: the divergence would be infinite otherwise.
-    """
-    check_same_shape("(batch, heads, length)", q_s.shape[:3], q_t.shape[:3])
-    scores_s = _scores(without_padding(q_s, mask), without_padding(k_s, mask), scale_s)
-    scores_t = _scores(without_padding(q_t, mask), without_padding(k_t, mask), scale_t)
-    return _normalised(_softmax_kl_sum(scores_s, scores_t, mask, window_s, window_t), q_s.shape[1] * tokens)
-
-
-def split_heads(x: torch.Tensor, relation_heads: int) -> torch.Tensor:
-    """(B, H, L, d) -> (B, relation_heads, L, H * d / relation_heads): the same features, split anew."""
-    batch, heads, length, head_width = x.shape
-    width = heads * head_width
-    if width % relation_heads:
-        raise ValueError(f"relation_heads={relation_heads} does not divide the width {width} of the captured tensor")
-    return x.transpose(1, 2).reshape(batch, length, relation_heads, width // relation_heads).transpose(1, 2)
-
-
-def _relation_scores(x: torch.Tensor, relation_heads: int) -> torch.Tensor:
-    """(B, H, L, d) -> (B, relation_heads, L, L): X X^T / sqrt(d_r)."""
-    split = split_heads(x, relation_heads)
-    return _scores(split, split, split.shape[-1] ** -0.5)
+    total = (rows if mask is None else rows.masked_fill(~mask[:, None, :], 0.0)).sum()
+    return _normalised(total, inputs.q_s.shape[1] * tokens)
 
 
 def relation_kl(
     x_s: torch.Tensor, x_t: torch.Tensor, *, relation_heads: int, mask: torch.Tensor | None, tokens: float
 ) -> torch.Tensor:
-    """KL(R_t || R_s) of the self-relations R = softmax(X X^T / sqrt(d_r)) of the queries, the keys or the values:
-    sum over relation heads and real tokens / (relation_heads * tokens). MiniLMv2 (arXiv 2012.15828).
+    """Returns KL(R_t || R_s) of the self-relations R = softmax(X X^T / sqrt(d_r)) of the queries, the keys or the
+    values: sum over relation heads and real tokens / (relation_heads * tokens). MiniLMv2 (arXiv 2012.15828).
 
     x (B, H, L, d): heads and head widths may differ between the sides. Heads are concatenated and split anew into
     `relation_heads` heads of width d_r = H * d / relation_heads, each side its own d_r.
     """
-    scores_s = _relation_scores(without_padding(x_s, mask), relation_heads)
-    scores_t = _relation_scores(without_padding(x_t, mask), relation_heads)
-    return _normalised(_softmax_kl_sum(scores_s, scores_t, mask), relation_heads * tokens)
+    return attention_probs_kl(relations(x_s, x_t, Rows(mask), relation_heads=relation_heads), tokens=tokens)
 
 
 def logits_kl(z_s: torch.Tensor, z_t: torch.Tensor, *, temperature: float, count: float) -> torch.Tensor:
-    """T^2 * sum over rows of KL(softmax(z_t / T) || softmax(z_s / T)) / count; z (P, V), P may be 0.
+    """Returns T^2 * sum over rows of KL(softmax(z_t / T) || softmax(z_s / T)) / count; z (P, V), P may be 0.
 
     Hinton, Vinyals, Dean (arXiv 1503.02531); T^2 keeps the gradient's size independent of T.
     """
@@ -261,10 +176,11 @@ def logits_kl(z_s: torch.Tensor, z_t: torch.Tensor, *, temperature: float, count
 
 
 def mlm_cross_entropy(z_s: torch.Tensor, labels: torch.Tensor, *, count: float) -> torch.Tensor:
-    """-sum over rows of log softmax(z_s)[label] / count; z_s (P, V), labels (P,) int64 (-100: not counted); P may be 0.
+    """Returns -sum over rows of log softmax(z_s)[label] / count; z_s (P, V), labels (P,) int64 (UNSCORED_LABEL: not
+    counted); P may be 0.
 
     BERT's masked language modelling (arXiv 1810.04805).
     """
-    logits = _wide(z_s).masked_fill((labels == IGNORED_LABEL)[:, None], 0.0)
-    total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
+    logits = _wide(z_s).masked_fill((labels == UNSCORED_LABEL)[:, None], 0.0)
+    total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNSCORED_LABEL)
     return _normalised(total, count, empty=len(z_s) == 0)

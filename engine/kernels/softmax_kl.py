@@ -3,7 +3,7 @@
 value = factor * sum over real rows of KL(P_t || P_s); with dS = P_s - P_t on real rows (0 elsewhere) the gradients are
 dQ_s = factor * scale_s dS K_s and dK_s = factor * scale_s dS^T Q_s. The difference of the probabilities is formed
 before any product, in float32: as a difference of two products it would lose its digits where student and teacher agree
-(KERNELS.md, 1.9: 140 % of the gradient at a difference of 1e-3 in 16 bits). Memory grows with L, not with L^2.
+(140 % of the gradient at a difference of 1e-3 in 16 bits). Memory grows with L, not with L^2.
 """
 
 from __future__ import annotations
@@ -11,39 +11,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from engine.kernels.attention_tile import add_products, outside_of_tile, tiles, wide_maps
-from engine.kernels.exact import exact_products, scaled, widest
-from engine.kernels.reference import narrower
+from engine.kernels.exact import AttentionFunction, exact_products, widest
+from engine.kernels.inputs import Attention
 
 
-class _SoftmaxKL(torch.autograd.Function):
+class _SoftmaxKL(AttentionFunction):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q_s: torch.Tensor,
-        k_s: torch.Tensor,
-        q_t: torch.Tensor,
-        k_t: torch.Tensor,
-        scale_s: float,
-        scale_t: float,
-        mask: torch.Tensor | None,
-        factor: float,
-        window_s: int | None,
-        window_t: int | None,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, q_s: torch.Tensor, k_s: torch.Tensor, inputs: Attention, factor: float) -> torch.Tensor:
+        _, _, q_t, k_t, scale_s, scale_t, *_ = inputs
+        mask = inputs.rows.mask
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         kind = widest(q_s, k_s, q_t, k_t)
         sums: list[torch.Tensor] = []
         d_queries, d_keys = (torch.zeros(x.shape, dtype=kind, device=x.device) if wanted else None for x in (q_s, k_s))
         pads = None if mask is None else ~mask[:, None, :, None]
         with exact_products(q_s.device):
-            for tile in tiles(*q_s.shape[:3], device=q_s.device, window=window_s):
+            for tile in tiles(*q_s.shape[:3], device=q_s.device, window=inputs.window_s):
                 b, h, i, j = tile
                 unseen_s, unseen_t = (
                     outside_of_tile(tile, q_s.shape[2], window, q_s.device)
-                    for window in (window_s, narrower(window_s, window_t))
+                    for window in (inputs.window_s, inputs.window)
                 )
                 row_pads, key_pads = (None, None) if pads is None else (pads[b, :, i], pads[b, :, j])
                 rows_s, rows_t = (wide_maps(x[b, h, i], kind, row_pads) for x in (q_s, q_t))
@@ -63,16 +52,9 @@ class _SoftmaxKL(torch.autograd.Function):
             ctx.factor, ctx.dtypes = factor * scale_s, (q_s.dtype, k_s.dtype)
         return torch.stack(sums).sum() * factor
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale = upstream * ctx.factor
-        d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return d_query, d_key, None, None, None, None, None, None, None, None
-
 
 def _of_heads(pads: torch.Tensor | None, heads: int) -> torch.Tensor | None:
-    """(n, 1, L, 1) -> (n * heads, L, 1)"""
+    """Returns (n * heads, L, 1) of (n, 1, L, 1)."""
     return None if pads is None else pads.expand(-1, heads, -1, -1).flatten(0, 1)
 
 
@@ -87,7 +69,7 @@ def _log_probabilities(
     key_pads: torch.Tensor | None,
     unseen: torch.Tensor | None,
 ) -> torch.Tensor:
-    """unseen: (rows, keys) bool, pairs outside of the window."""
+    """Returns log softmax (n * H, rows, keys). unseen: (rows, keys) bool, pairs outside of the window."""
     scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(scale)
     lowest = torch.finfo(scores.dtype).min  # not -inf: a sequence of padding only has uniform rows, not NaN ones
     if key_pads is not None:
@@ -97,21 +79,8 @@ def _log_probabilities(
     return torch.log_softmax(scores, dim=-1)
 
 
-def softmax_kl(
-    q_s: torch.Tensor,
-    k_s: torch.Tensor,
-    q_t: torch.Tensor,
-    k_t: torch.Tensor,
-    *,
-    scale_s: float,
-    scale_t: float,
-    mask: torch.Tensor | None,
-    factor: float,
-    window_s: int | None = None,
-    window_t: int | None = None,
-) -> torch.Tensor:
-    """factor * sum over heads and real rows of KL(P_t || P_s). (B, H, L, d), the same number of heads everywhere, any
-    head widths; factor is 1 / (H * tokens). For self-relations pass one tensor as queries and keys. Windows: as in
-    reference.attention_probs_kl."""
-    value: torch.Tensor = _SoftmaxKL.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, mask, factor, window_s, window_t)
+def softmax_kl(inputs: Attention, *, factor: float) -> torch.Tensor:
+    """Returns factor * sum over heads and real rows of KL(P_t || P_s), over padded sequences. All have the same number
+    of heads; factor is 1 / (H * tokens). Windows: as in reference.attention_probs_kl."""
+    value: torch.Tensor = _SoftmaxKL.apply(inputs.q_s, inputs.k_s, inputs, factor)
     return value

@@ -7,43 +7,19 @@ onehot). The gradient of a tied matrix is that of an input like any other: autog
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from engine.kernels.exact import exact_products, product_over_rows, scaled, widest
-from engine.kernels.reference import IGNORED_LABEL, check_same_shape, normaliser
+from engine.kernels.inputs import UNSCORED_LABEL, Head, MlmLogits, check_same_shape, normaliser
 
 ENTRIES_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
 """Logits that exist at a time. CPU: 32 MiB in fp32, 274 positions of BERT's vocabulary. CUDA: 512 MiB."""
 LIFT = 4096.0
-"""Differences of probabilities are multiplied by it before they are rounded to float16, where small ones would vanish;
-divided by the weights of the losses, so that none overflows."""
-
-
-class Head(NamedTuple):
-    """What turns hidden states into logits."""
-
-    hidden: torch.Tensor
-    """(P, D), one row for each position that counts"""
-    weight: torch.Tensor
-    """(V, D)"""
-    bias: torch.Tensor | None
-    """(V,)"""
-
-    def logits(self, rows: slice) -> torch.Tensor:
-        """(rows, V), in the matrix's dtype"""
-        return torch.nn.functional.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias)
-
-
-class Weights(NamedTuple):
-    """Of the sum that is differentiated, and what each loss is divided by."""
-
-    kl: float
-    cross_entropy: float
-    temperature: float
-    count: float
+"""Factor of differences of probabilities before they are rounded to float16, where small ones would vanish; divided by
+the weights of the losses, so that none overflows."""
 
 
 class _VocabularyLosses(torch.autograd.Function):
@@ -53,11 +29,11 @@ class _VocabularyLosses(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        teacher: Head | torch.Tensor | None,
-        labels: torch.Tensor | None,
-        by: Weights,
+        inputs: MlmLogits,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        student, kind = Head(hidden, weight, bias), widest(hidden, weight)
+        student, teacher, labels, by = inputs
+        assert isinstance(student, Head)
+        kind = widest(hidden, weight)
         tau = by.temperature
         lift = LIFT / max(1.0, by.kl * tau + by.cross_entropy) if weight.dtype == torch.float16 else 1.0
         wanted = any(ctx.needs_input_grad[:3])
@@ -111,14 +87,14 @@ class _VocabularyLosses(torch.autograd.Function):
             None if gradient is None else scaled(gradient, scale, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None
+        return *grads, None
 
 
 def _cross_entropy(
     log_p: torch.Tensor, labels: torch.Tensor, weight: float, *, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum over labelled rows of -log p[label], and weight * its gradient by the logits."""
-    ignored = (labels == IGNORED_LABEL).unsqueeze(1)
+    """Returns the sum over labelled rows of -log p[label], and weight * its gradient by the logits."""
+    ignored = (labels == UNSCORED_LABEL).unsqueeze(1)
     index = labels.unsqueeze(1).masked_fill(ignored, 0)
     value = -log_p.gather(1, index).masked_fill_(ignored, 0.0).sum()
     if not gradient:
@@ -131,8 +107,8 @@ def _cross_entropy(
 def _kl(
     log_s: torch.Tensor, z_t: torch.Tensor, tau: float, weight: float, *, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """tau^2 * sum over rows of KL(softmax(z_t / tau) || P_s), and weight * its gradient by the student's logits; log_s:
-    log P_s = log softmax(z_s / tau), which is overwritten."""
+    """Returns tau^2 * sum over rows of KL(softmax(z_t / tau) || P_s), and weight * its gradient by the student's
+    logits. log_s: log P_s = log softmax(z_s / tau), which is overwritten."""
     check_same_shape("logits", log_s.shape, z_t.shape)
     log_t = torch.log_softmax(z_t if tau == 1.0 else z_t / tau, dim=-1)
     p_t = log_t.exp()
@@ -140,13 +116,11 @@ def _kl(
     return value, log_s.exp_().sub_(p_t).mul_(weight * tau) if gradient else None
 
 
-def vocabulary_losses(
-    student: Head, *, teacher: Head | torch.Tensor | None, labels: torch.Tensor | None, by: Weights
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """by.kl * reference.logits_kl + by.cross_entropy * reference.mlm_cross_entropy, differentiable in the student's
-    three tensors, and (2,) the two values, detached.
-
-    teacher: its head, or its logits (P, V); None: no KL (value 0). labels (P,) int64; None: no cross-entropy. P may be
-    0."""
-    total, each = _VocabularyLosses.apply(student.hidden, student.weight, student.bias, teacher, labels, by)
+def vocabulary_losses(inputs: MlmLogits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns by.kl * reference.logits_kl + by.cross_entropy * reference.mlm_cross_entropy, differentiable in the three
+    tensors of the student's head, and (2,) the two values, detached: 0 for the one that has no teacher or no labels. P
+    may be 0."""
+    student = inputs.student
+    assert isinstance(student, Head)
+    total, each = _VocabularyLosses.apply(student.hidden, student.weight, student.bias, inputs)
     return total, each

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine.errors import UserError
-from engine.kernels.choice import Attention
+from engine.kernels.inputs import Attention
 from engine.losses.base import AttentionMapped, Evaluated, LossSetup, Pair, StepInputs, Target
 
 TARGET = "attention_target"
@@ -56,7 +56,6 @@ class AttentionScoreLoss(HeadByHead):
             tensors = self.attention(inputs, pair)
             values[f"{self.name}/{pair}"], targets[f"{TARGET}/{pair}"] = inputs.kernels.attention_score_mse(
                 tensors,
-                inputs.rows,
                 pairs=counts.position_pairs if tinybert else counts.pairs(tensors.window),
                 tinybert=tinybert,
             )
@@ -71,7 +70,7 @@ class AttentionProbsLoss(HeadByHead):
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         values = {
             f"{self.name}/{pair}": inputs.kernels.softmax_kl(
-                self.attention(inputs, pair), inputs.rows, tokens=inputs.per_micro.tokens
+                self.attention(inputs, pair), tokens=inputs.per_micro.tokens
             )
             for pair in self.pairs
         }

@@ -12,7 +12,8 @@ import torch
 
 from engine.config.distill import LossConfig
 from engine.data.batch import Batch, Counts
-from engine.kernels.choice import Attention, Kernels, Rows
+from engine.kernels.choice import Kernels
+from engine.kernels.inputs import Attention, Rows
 from engine.kernels.segments import Segments
 from engine.models.features import Features, Wanted
 from engine.models.mlm_head import MlmHead, WholeLogits
@@ -148,7 +149,7 @@ class StepInputs:
             return factors[pair.layer(side)]
 
         tensors = of("student", "query"), of("student", "key"), of("teacher", "query"), of("teacher", "key")
-        return Attention(*tensors, scale("student"), scale("teacher"))
+        return Attention(*tensors, scale("student"), scale("teacher"), rows=self.rows)
 
     def mlm_head(self, loss: str, side: Side, rows: float) -> MlmHead | WholeLogits:
         """Its P positions must be the `rows` that this micro batch has by its own count."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from engine.kernels import reference
-from engine.kernels.choice import Rows
+from engine.kernels.inputs import HiddenPairs
 from engine.losses.base import Evaluated, HiddenMapped, Loss, LossSetup, Side, StepInputs, Target
 from engine.models.features import Wanted
 from engine.models.projections import EMBEDDINGS
@@ -27,15 +27,14 @@ def hidden_state_mse(
     terms: dict[str, torch.Tensor] = {}
     for names in inputs.projections.sharing({name: student for name, (student, _) in pairs.items()}):
         states, targets = zip(*(inputs.hidden_states(loss, pairs[name]) for name in names), strict=True)
-        part, values = inputs.projections.mse(
-            pairs[names[0]][0],
-            inputs.kernels,
+        compared = HiddenPairs(
             states,
             targets,
-            Rows() if with_pads else inputs.rows,
-            tokens=inputs.per_micro.positions if with_pads else inputs.per_micro.tokens,
             coefficients=[weights[name] for name in names],
+            tokens=inputs.per_micro.positions if with_pads else inputs.per_micro.tokens,
+            mask=None if with_pads else inputs.rows.mask,
         )
+        part, values = inputs.projections.mse(pairs[names[0]][0], inputs.kernels, compared)
         total = total + part
         terms |= zip(names, values.unbind(), strict=True)
     return Evaluated(total, terms)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from engine.config.distill import LossConfig
 from engine.data.batch import Batch
-from engine.kernels.choice import Rows
+from engine.kernels.inputs import Rows
 from engine.kernels.reference import outside
 from engine.losses.base import Target
 from engine.losses.loss_set import LossSet

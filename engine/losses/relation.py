@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from engine.errors import UserError
-from engine.kernels import reference
+from engine.kernels.inputs import relations, repeat_heads
 from engine.losses.base import AttentionMapped, Evaluated, Pair, Side, StepInputs
 from engine.models.features import Wanted
 
@@ -56,15 +56,17 @@ class RelationLoss(AttentionMapped):
         """(B, H, L, d). Grouped keys and values are repeated for each query head, so that they have the full width
         that relation_heads divides."""
         tensor = inputs.captured(self.name, side, kind, pair.layer(side))
-        return reference.repeat_heads(tensor, getattr(self.setup, side).heads)
+        return repeat_heads(tensor, getattr(self.setup, side).heads)
 
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         values = {
-            f"{self.name}/{short}/{pair}": inputs.kernels.relation_kl(
-                self._side(inputs, "student", kind, pair),
-                self._side(inputs, "teacher", kind, pair),
-                inputs.rows,
-                relation_heads=self.relation_heads,
+            f"{self.name}/{short}/{pair}": inputs.kernels.softmax_kl(
+                relations(
+                    self._side(inputs, "student", kind, pair),
+                    self._side(inputs, "teacher", kind, pair),
+                    inputs.rows,
+                    relation_heads=self.relation_heads,
+                ),
                 tokens=inputs.per_micro.tokens,
             )
             for short, kind, _ in self._active

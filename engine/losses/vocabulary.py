@@ -8,8 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from engine.errors import UserError
-from engine.kernels.reference import IGNORED_LABEL
-from engine.kernels.vocabulary import Head, Weights
+from engine.kernels.inputs import UNSCORED_LABEL, Head, MlmLogits, Weights
 from engine.losses.base import Evaluated, Loss, Side, StepInputs
 from engine.models.features import Wanted
 
@@ -76,7 +75,7 @@ class VocabularyLosses(Loss):
         labels = self._labels(inputs, int(rows)) if CROSS_ENTROPY in self.shares else None
 
         def losses(head: Head | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return inputs.kernels.vocabulary_losses(head, teacher=teacher, labels=labels, by=by)
+            return inputs.kernels.vocabulary_losses(MlmLogits(head, teacher, labels, by))
 
         total, values = student(losses)
         return Evaluated(total, {name: values[(KL, CROSS_ENTROPY).index(name)] for name in self.shares})
@@ -91,5 +90,6 @@ class VocabularyLosses(Loss):
         if inputs.batch.labels is None:
             raise RuntimeError(f"loss.{CROSS_ENTROPY} needs the batch's labels, but it has none")
         labels = inputs.batch.labels.flatten()
-        # Labelled positions first, in their order: labels[labels != -100] would wait for the device to count them.
-        return labels[torch.argsort((labels == IGNORED_LABEL).int(), stable=True)[:rows]]
+        # Labelled positions first, in their order: labels[labels != UNSCORED_LABEL] would wait for the device to count
+        # them.
+        return labels[torch.argsort((labels == UNSCORED_LABEL).int(), stable=True)[:rows]]

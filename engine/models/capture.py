@@ -15,6 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
+from engine.kernels.inputs import UNSCORED_LABEL
 from engine.kernels.segments import Segments, segments_of_lengths
 from engine.models.attention import IMPLEMENTATIONS, DeepEnough, Recorder, recording, resolve_backend
 from engine.models.features import Features, Wanted
@@ -23,7 +24,6 @@ from engine.models.unpadding import install_packing, packing, without_pads
 
 __all__ = ["capture", "install", "layer_modules", "resolve_backend"]
 
-IGNORED_LABEL = -100
 FULL_FROM = {"cpu": 0.85, "cuda": 0.95}
 """Share of its positions from which a batch runs with its pads: leaving them out costs copies, and on a CPU shapes that
 change. CPU: measured (docs/benchmarks.md, "Batches without pads"); CUDA: not measured."""
@@ -328,14 +328,14 @@ def _hooks(model: PreTrainedModel, progress: _Progress, batch: Batch) -> Iterato
 def _rows(hidden: torch.Tensor, batch: Batch, progress: _Progress) -> torch.Tensor:
     """(B, L, D) -> (1, P, D): the positions whose logits are wanted, row-major. MLM heads work position by position,
     so they need not know that the others are gone."""
-    chosen = batch.token_mask if batch.labels is None else batch.labels != IGNORED_LABEL
+    chosen = batch.token_mask if batch.labels is None else batch.labels != UNSCORED_LABEL
     segments = progress.features.segments
     if segments is not None:
         hidden = without_pads(hidden, segments)
         if batch.labels is None:
             hidden, chosen = hidden[:, : segments.tokens], None
         else:
-            chosen = segments.packed((batch.labels != IGNORED_LABEL).unsqueeze(-1), 1)
+            chosen = segments.packed((batch.labels != UNSCORED_LABEL).unsqueeze(-1), 1)
     rows = hidden.flatten(0, 1)
     if chosen is None:
         return rows.unsqueeze(0)

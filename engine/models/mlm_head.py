@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.kernels.vocabulary import Head
+from engine.kernels.inputs import Head
 
 Result = TypeVar("Result")
 

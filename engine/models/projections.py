@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import nn
 
 from engine.config.distill import LossConfig
 from engine.errors import UserError
-from engine.kernels.choice import Kernels, Rows
+from engine.kernels.choice import Kernels
+from engine.kernels.inputs import HiddenPairs
 from engine.models.moments import LinearMap
 
 EMBEDDINGS = 0
@@ -126,23 +127,11 @@ class Projections(nn.Module):
             groups.setdefault("" if self.kind == "identity" else linear_name(self.kind, layer), []).append(name)
         return list(groups.values())
 
-    def mse(
-        self,
-        layer: int,
-        kernels: Kernels,
-        states: Sequence[torch.Tensor],
-        targets: Sequence[torch.Tensor],
-        rows: Rows,
-        *,
-        tokens: float,
-        coefficients: Sequence[float],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kernels.hidden_mse through the map that hidden state `layer` shares with all of `states`."""
+    def mse(self, layer: int, kernels: Kernels, inputs: HiddenPairs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns Kernels.hidden_mse through the map that hidden state `layer` shares with all states of `inputs`."""
 
         def loss(weight: torch.Tensor | None, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            return kernels.hidden_mse(
-                states, targets, rows, tokens=tokens, coefficients=coefficients, weight=weight, bias=bias
-            )
+            return kernels.hidden_mse(inputs._replace(weight=weight, bias=bias))
 
         linear = self._linear(layer)
         result: tuple[torch.Tensor, torch.Tensor] = loss(None, None) if linear is None else linear(loss)

@@ -23,6 +23,7 @@ from implementations import (
 )
 
 from engine.kernels import attention_tile, reference
+from engine.kernels.inputs import Attention, Rows
 
 SHAPES = [(1, 1, 1, 8, 8), (2, 2, 63, 26, 60), (3, 2, 40, 16, 32)]
 """Sequences, heads, length, head widths."""
@@ -45,10 +46,8 @@ def wanted_scores(case: Case, *, tinybert: bool = False) -> list[torch.Tensor]:
     def compute(tensors: Tensors) -> torch.Tensor:
         if tinybert:
             positions = tensors[0].shape[0] * tensors[0].shape[2] ** 2
-            return reference.attention_score_mse_tinybert(
-                *tensors, **case.scales, mask=case.mask, position_pairs=positions
-            )
-        return reference.attention_score_mse(*tensors, **case.scales, mask=case.mask, token_pairs=case.pairs)
+            return reference.attention_score_mse_tinybert(case.inputs(tensors), position_pairs=positions)
+        return reference.attention_score_mse(case.inputs(tensors), token_pairs=case.pairs)
 
     return value_and_gradients(compute, case.tensors, torch.float64)
 
@@ -57,7 +56,7 @@ def got_scores(name: str, case: Case, dtype: torch.dtype, **more: object) -> lis
     factor = 1.0 / (case.heads * case.pairs)
 
     def compute(tensors: Tensors) -> torch.Tensor:
-        return SCORES[name](*tensors, **case.scales, mask=case.mask, factor=factor, **more)[0]
+        return SCORES[name](case.inputs(tensors), factor=factor, **more)[0]
 
     return value_and_gradients(compute, case.tensors, dtype)
 
@@ -88,7 +87,7 @@ def test_scores_of_tinybert_equal_the_reference(name: str, masked: bool) -> None
 
     def compute(tensors: Tensors) -> torch.Tensor:
         factor = 1.0 / (case.heads * B * L * L)
-        return SCORES[name](*tensors, **case.scales, mask=case.mask, factor=factor, tinybert=True)[0]
+        return SCORES[name](case.inputs(tensors), factor=factor, tinybert=True)[0]
 
     got = value_and_gradients(compute, case.tensors, torch.float32)
     assert_equal_to(wanted_scores(case, tinybert=True), got, value=2e-5, gradient=3e-6)
@@ -98,17 +97,15 @@ def test_scores_of_tinybert_equal_the_reference(name: str, masked: bool) -> None
 def test_the_teachers_mean_square_comes_beside_the_loss(name: str) -> None:
     case = make_case(2, 2, 40, 16, 32, masked=True)
     factor = 1.0 / (case.heads * case.pairs)
-    _, target = SCORES[name](*case.tensors, **case.scales, mask=case.mask, factor=factor)
+    _, target = SCORES[name](case.inputs(case.tensors), factor=factor)
     nothing = torch.zeros_like(case.tensors[0][..., :1])
-    want = reference.attention_score_mse(
-        nothing, nothing, *case.tensors[2:], **case.scales, mask=case.mask, token_pairs=case.pairs
-    )
+    want = reference.attention_score_mse(case.inputs((nothing, nothing, *case.tensors[2:])), token_pairs=case.pairs)
     assert float(target) == pytest.approx(float(want), rel=2e-5)
     assert not target.requires_grad
 
 
 LIMITS = {"tile": (1e-4, 3e-4), "gram": (1.0, 1e-3), "gram, float64 sums": (1e-4, 1e-3)}
-"""Value and gradient at the smallest noise in float32; KERNELS.md section 1.5, 64/64 and kappa 1.5: tile 2e-6 and 1e-4,
+"""Value and gradient at the smallest noise in float32; measured for widths 64/64 and kappa 1.5: tile 2e-6 and 1e-4,
 Gram in float32 8e-2 and 3e-4, with float64 sums 7e-10 and 2e-4."""
 
 
@@ -139,7 +136,7 @@ def test_accuracy_near_convergence_in_bfloat16(name: str, noise: float) -> None:
 
 def wanted_kl(case: Case) -> list[torch.Tensor]:
     return value_and_gradients(
-        lambda tensors: reference.attention_probs_kl(*tensors, **case.scales, mask=case.mask, tokens=case.tokens),
+        lambda tensors: reference.attention_probs_kl(case.inputs(tensors), tokens=case.tokens),
         case.tensors,
         torch.float64,
     )
@@ -148,7 +145,7 @@ def wanted_kl(case: Case) -> list[torch.Tensor]:
 def got_kl(name: str, case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     factor = 1.0 / (case.heads * case.tokens)
     return value_and_gradients(
-        lambda tensors: SOFTMAX_KL[name](*tensors, **case.scales, mask=case.mask, factor=factor), case.tensors, dtype
+        lambda tensors: SOFTMAX_KL[name](case.inputs(tensors), factor=factor), case.tensors, dtype
     )
 
 
@@ -169,7 +166,7 @@ def test_softmax_kl_equals_the_reference(name: str, dtype: torch.dtype, shape: t
 @pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
 @pytest.mark.parametrize("name", SOFTMAX_KL)
 def test_softmax_kl_near_convergence(name: str, noise: float) -> None:
-    """A difference of two products would be off by 2 %, 19 % and 140 % in bfloat16 (KERNELS.md section 1.9)."""
+    """A difference of two products would be off by 2 %, 19 % and 140 % in bfloat16."""
     case = make_case(2, 2, 64, 32, 32, masked=False, noise=noise, seed=3)
     rounded = Case(tuple(x.bfloat16() for x in case.tensors), None, case.scale_s, case.scale_t)  # type: ignore[arg-type]
     want, got = wanted_kl(rounded), got_kl(name, rounded, torch.bfloat16)
@@ -184,11 +181,11 @@ def test_packed_sequences_give_what_padded_ones_give() -> None:
     want, want_kl = wanted_scores(case), wanted_kl(case)
 
     def scores(given: Tensors) -> torch.Tensor:
-        return triton_attention.score_mse(*given, **case.scales, segments=segments, mask=None, factor=factor)[0]
+        return triton_attention.score_mse(case.inputs(given)._replace(rows=Rows(segments=segments)), factor=factor)[0]
 
     def kl(given: Tensors) -> torch.Tensor:
         factor = 1.0 / (case.heads * case.tokens)
-        return triton_kl.softmax_kl(*given, **case.scales, segments=segments, mask=None, factor=factor)
+        return triton_kl.softmax_kl(case.inputs(given)._replace(rows=Rows(segments=segments)), factor=factor)
 
     for wanted, function in ((want, scores), (want_kl, kl)):
         got = value_and_gradients(function, tensors, torch.float32)
@@ -203,7 +200,7 @@ def test_the_same_bits_twice_and_no_gradient_work_without_a_graph(name: str) -> 
     first, again = (got_scores(name, case, torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     factor = 1.0 / (case.heads * case.pairs)
-    alone, _ = SCORES[name](*case.tensors, **case.scales, mask=case.mask, factor=factor)
+    alone, _ = SCORES[name](case.inputs(case.tensors), factor=factor)
     assert not alone.requires_grad
     assert torch.equal(alone, first[0])
 
@@ -214,7 +211,7 @@ def test_a_second_backward_pass_is_right_or_an_error(name: str, dtype: torch.dty
     """The first one scales the saved gradient where it lies, unless it has to be rounded: then the second is right."""
     case = make_case(1, 2, 20, 16, 16, masked=False)
     q, k, *teacher = (x.to(dtype, copy=True).requires_grad_(i < 2) for i, x in enumerate(case.tensors))
-    value, _ = SCORES[name](q, k, *teacher, **case.scales, mask=None, factor=0.1)
+    value, _ = SCORES[name](case.inputs((q, k, *teacher)), factor=0.1)
     (first,) = torch.autograd.grad(value, q, retain_graph=True)
     first = first.clone()
     scaled_in_place = dtype == torch.float32 or name.startswith("triton")  # whose gradients are rounded already
@@ -306,12 +303,12 @@ def in_window_pairs(case: Case, window: int | None) -> int:
     return sum(len(keys) for rows in of_tokens(case, window) for _, keys in rows)
 
 
-def reference_scores(*tensors: torch.Tensor, factor: float, **settings: object) -> tuple[torch.Tensor, None]:
-    return reference.attention_score_mse(*tensors, **settings, token_pairs=1.0 / factor / tensors[0].shape[1]), None  # type: ignore[arg-type]
+def reference_scores(inputs: Attention, *, factor: float) -> tuple[torch.Tensor, None]:
+    return reference.attention_score_mse(inputs, token_pairs=1.0 / factor / inputs.q_s.shape[1]), None
 
 
-def reference_kl(*tensors: torch.Tensor, factor: float, **settings: object) -> torch.Tensor:
-    return reference.attention_probs_kl(*tensors, **settings, tokens=1.0 / factor / tensors[0].shape[1])  # type: ignore[arg-type]
+def reference_kl(inputs: Attention, *, factor: float) -> torch.Tensor:
+    return reference.attention_probs_kl(inputs, tokens=1.0 / factor / inputs.q_s.shape[1])
 
 
 KNOW_WINDOWS = {"reference": reference_scores} | {k: f for k, f in SCORES.items() if not k.startswith("gram")}
@@ -326,7 +323,7 @@ def test_scores_within_a_window_equal_the_formula(name: str, window: int, masked
     dtype = torch.float32 if name.startswith(TRITON) else torch.float64
 
     def compute(tensors: Tensors) -> torch.Tensor:
-        return KNOW_WINDOWS[name](*tensors, **case.scales, mask=case.mask, factor=factor, window=window)[0]
+        return KNOW_WINDOWS[name](case.inputs(tensors, window_s=window, window_t=window), factor=factor)[0]
 
     got = value_and_gradients(compute, case.tensors, dtype)
     assert_equal_to(
@@ -346,9 +343,7 @@ def test_softmax_kl_within_windows_equals_the_formula(
     function = reference_kl if name == "reference" else SOFTMAX_KL[name]
 
     def compute(tensors: Tensors) -> torch.Tensor:
-        return function(
-            *tensors, **case.scales, mask=case.mask, factor=factor, window_s=windows[0], window_t=windows[1]
-        )
+        return function(case.inputs(tensors, window_s=windows[0], window_t=windows[1]), factor=factor)
 
     got = value_and_gradients(compute, case.tensors, dtype)
     wanted = kl_by_hand(case, *windows)
@@ -362,13 +357,11 @@ def test_scores_of_tinybert_within_a_window_equal_the_reference(name: str) -> No
     positions = 2 * 40 * 40
 
     def wanted(tensors: Tensors) -> torch.Tensor:
-        return reference.attention_score_mse_tinybert(
-            *tensors, **case.scales, mask=case.mask, position_pairs=positions, window=6
-        )
+        return reference.attention_score_mse_tinybert(case.inputs(tensors, window_s=6), position_pairs=positions)
 
     def compute(tensors: Tensors) -> torch.Tensor:
         factor = 1.0 / (case.heads * positions)
-        return SCORES[name](*tensors, **case.scales, mask=case.mask, factor=factor, tinybert=True, window=6)[0]
+        return SCORES[name](case.inputs(tensors, window_s=6), factor=factor, tinybert=True)[0]
 
     want = value_and_gradients(wanted, case.tensors, torch.float64)
     assert_equal_to(want, value_and_gradients(compute, case.tensors, torch.float32), value=2e-5, gradient=3e-6)
@@ -382,14 +375,14 @@ def test_packed_sequences_have_the_windows_of_padded_ones() -> None:
 
     def scores(given: Tensors) -> torch.Tensor:
         factor = 1.0 / (case.heads * pairs)
-        return triton_attention.score_mse(*given, **case.scales, segments=segments, mask=None, factor=factor, window=5)[
-            0
-        ]
+        return triton_attention.score_mse(
+            case.inputs(given, window_s=5)._replace(rows=Rows(segments=segments)), factor=factor
+        )[0]
 
     def kl(given: Tensors) -> torch.Tensor:
         factor = 1.0 / (case.heads * case.tokens)
         return triton_kl.softmax_kl(
-            *given, **case.scales, segments=segments, mask=None, factor=factor, window_s=9, window_t=5
+            case.inputs(given, window_s=9, window_t=5)._replace(rows=Rows(segments=segments)), factor=factor
         )
 
     for wanted, function in ((scores_by_hand(case, 5), scores), (kl_by_hand(case, 9, 5), kl)):

@@ -11,6 +11,7 @@ import torch
 from implementations import UPSTREAM, relative_error, triton_hidden
 
 from engine.kernels import hidden_mse, reference, vocabulary
+from engine.kernels.inputs import UNSCORED_LABEL, Head, HiddenPairs, MlmLogits, Weights
 
 COEFFICIENTS = [0.5, 2.0, 1.0]
 LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
@@ -67,8 +68,7 @@ def test_hidden_mse_equals_the_reference(name: str, dtype: torch.dtype, projecti
     (sum(c * value for c, value in zip(COEFFICIENTS, wanted, strict=True)) * UPSTREAM).backward()
 
     s, w, b = leaves(dtype)
-    more = {} if projection == "none" else {"weight": w, "bias": b}
-    total, each = HIDDEN[name](s, targets, mask=mask, tokens=tokens, coefficients=COEFFICIENTS, **more)
+    total, each = HIDDEN[name](HiddenPairs(s, targets, COEFFICIENTS, tokens, mask, w, b))
     (total * UPSTREAM).backward()
     want = torch.stack(wanted).detach()
     assert relative_error(want, each) <= (1e-12 if dtype == torch.float64 else 1e-4)
@@ -88,14 +88,14 @@ def test_bfloat16_rounds_the_difference_and_not_the_states(noise: float) -> None
     target = (state.double() @ weight.double().mT + noise * torch.randn(2, 64, 60, generator=make)).bfloat16()
     want = reference.hidden_mse(state.double() @ weight.double().mT, target.double(), None, 128)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, each = hidden_mse.hidden_mse([state], [target], mask=None, tokens=128, coefficients=[1.0], weight=weight)
+        _, each = hidden_mse.hidden_mse(HiddenPairs([state], [target], [1.0], 128, weight=weight))
     assert relative_error(want, each[0]) <= 1e-3
 
 
 def test_a_gradient_of_a_loss_scaled_to_fp16_does_not_vanish() -> None:
     """Only the scaled gradient may be rounded to fp16: 1e-9 alone would become 0 there."""
     student = torch.full((1, 1, 8), 1e-3, dtype=torch.float16, requires_grad=True)
-    total, _ = hidden_mse.hidden_mse([student], [torch.zeros(1, 1, 8)], mask=None, tokens=1e5, coefficients=[1.0])
+    total, _ = hidden_mse.hidden_mse(HiddenPairs([student], [torch.zeros(1, 1, 8)], [1.0], 1e5))
     (total * 65536.0).backward()
     assert student.grad is not None
     assert torch.allclose(student.grad.float(), torch.tensor(2e-3 / 8e5 * 65536.0), rtol=1e-2)
@@ -105,18 +105,16 @@ def test_neither_projected_states_nor_differences_are_kept() -> None:
     kept: list[torch.Tensor] = []
     state, weight = torch.randn(2, 30, 8, requires_grad=True), torch.randn(99, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        hidden_mse.hidden_mse(
-            [state], [torch.randn(2, 30, 99)], mask=None, tokens=60, coefficients=[1.0], weight=weight
-        )
+        hidden_mse.hidden_mse(HiddenPairs([state], [torch.randn(2, 30, 99)], [1.0], 60, weight=weight))
     assert sorted(tuple(t.shape) for t in kept) == [(2, 30, 8), (99, 8)], "the two gradients"
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
     zeros = torch.zeros
     with pytest.raises(ValueError, match="hidden states"):
-        hidden_mse.hidden_mse([zeros(1, 2, 3)], [zeros(1, 2, 4)], mask=None, tokens=2.0, coefficients=[1.0])
+        hidden_mse.hidden_mse(HiddenPairs([zeros(1, 2, 3)], [zeros(1, 2, 4)], [1.0], 2.0))
     with pytest.raises(ValueError, match="positive count"):
-        hidden_mse.hidden_mse([zeros(1, 2, 3)], [zeros(1, 2, 3)], mask=None, tokens=0.0, coefficients=[1.0])
+        hidden_mse.hidden_mse(HiddenPairs([zeros(1, 2, 3)], [zeros(1, 2, 3)], [1.0], 0.0))
 
 
 @pytest.mark.parametrize("which", ["both", "kl", "cross-entropy"])
@@ -134,8 +132,8 @@ def test_vocabulary_losses_equal_the_reference(
 
     student, teacher = head(26), head(60)
     labels = torch.randint(0, V, (P,), generator=make)
-    labels[::5] = -100
-    by = vocabulary.Weights(kl=0.7, cross_entropy=0.2, temperature=2.0, count=P)
+    labels[::5] = UNSCORED_LABEL
+    by = Weights(kl=0.7, cross_entropy=0.2, temperature=2.0, count=P)
 
     def leaves(kind: torch.dtype) -> list[torch.Tensor]:
         return [x.to(kind, copy=True).requires_grad_() for x in student[: 3 if biased else 2]]
@@ -148,12 +146,14 @@ def test_vocabulary_losses_equal_the_reference(
     ((by.kl * kl + by.cross_entropy * ce) * UPSTREAM).backward()
 
     got = leaves(dtype)
-    of_teacher: Any = z_t.to(dtype) if whole_logits else vocabulary.Head(*teacher)
+    of_teacher: Any = z_t.to(dtype) if whole_logits else Head(*teacher)
     total, each = vocabulary.vocabulary_losses(
-        vocabulary.Head(got[0], got[1], got[2] if biased else None),
-        teacher=None if which == "cross-entropy" else of_teacher,
-        labels=None if which == "kl" else labels,
-        by=by,
+        MlmLogits(
+            Head(got[0], got[1], got[2] if biased else None),
+            teacher=None if which == "cross-entropy" else of_teacher,
+            labels=None if which == "kl" else labels,
+            by=by,
+        )
     )
     (total * UPSTREAM).backward()
     assert relative_error(torch.stack([kl, ce]).detach(), each) <= max(LIMITS[dtype] / 4, 1e-12)
@@ -166,10 +166,7 @@ def test_vocabulary_losses_equal_the_reference(
 def test_no_position_is_legal_and_reaches_every_parameter() -> None:
     hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     total, each = vocabulary.vocabulary_losses(
-        vocabulary.Head(hidden, weight, None),
-        teacher=None,
-        labels=torch.zeros(0, dtype=torch.long),
-        by=vocabulary.Weights(0.0, 1.0, 1.0, 0.0),
+        MlmLogits(Head(hidden, weight, None), None, torch.zeros(0, dtype=torch.long), Weights(0.0, 1.0, 1.0, 0.0))
     )
     total.backward()
     assert each.tolist() == [0.0, 0.0]
@@ -184,10 +181,7 @@ def test_a_small_difference_of_probabilities_survives_float16() -> None:
     shifted = weight.clone()
     shifted[0] += 2.0**-11
     total, _ = vocabulary.vocabulary_losses(
-        vocabulary.Head(hidden, shifted, None),
-        teacher=vocabulary.Head(hidden.detach(), weight, None),
-        labels=None,
-        by=vocabulary.Weights(1.0, 0.0, 1.0, 1.0),
+        MlmLogits(Head(hidden, shifted, None), Head(hidden.detach(), weight, None), None, Weights(1.0, 0.0, 1.0, 1.0))
     )
     (total * 1024.0).backward()
     assert hidden.grad is not None
@@ -201,9 +195,9 @@ def test_sums_over_many_rows_do_not_leave_the_range_of_float16() -> None:
     hidden = (0.7 + 0.1 * torch.randn(P, 8, generator=make)).half().requires_grad_()
     weight = torch.randn(V, 8, generator=make).half().requires_grad_()
     labels = torch.full((P,), 3)
-    head = vocabulary.Head(hidden, weight, None)
-    by = vocabulary.Weights(kl=0.0, cross_entropy=20.0, temperature=1.0, count=P)
-    vocabulary.vocabulary_losses(head, teacher=None, labels=labels, by=by)[0].backward()
+    head = Head(hidden, weight, None)
+    by = Weights(kl=0.0, cross_entropy=20.0, temperature=1.0, count=P)
+    vocabulary.vocabulary_losses(MlmLogits(head, None, labels, by))[0].backward()
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     (20.0 * reference.mlm_cross_entropy(exact[0] @ exact[1].mT, labels, count=P)).backward()
     for leaf, want in zip((hidden, weight), exact, strict=True):
@@ -212,7 +206,7 @@ def test_sums_over_many_rows_do_not_leave_the_range_of_float16() -> None:
     state, target = torch.ones(1, 1024, 8).half(), torch.zeros(1, 1024, 6).half()
     target[..., 0] = -300.0
     weight = torch.zeros(6, 8).half().requires_grad_()
-    total, _ = hidden_mse.hidden_mse([state], [target], mask=None, tokens=1024, coefficients=[1.0], weight=weight)
+    total, _ = hidden_mse.hidden_mse(HiddenPairs([state], [target], [1.0], 1024, weight=weight))
     total.backward()
     assert weight.grad is not None
     assert torch.allclose(weight.grad[0], torch.tensor(2 * 300 / 6).half(), rtol=1e-3)

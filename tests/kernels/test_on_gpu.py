@@ -6,14 +6,14 @@ interpreter and its compiler."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from implementations import Case, Tensors, make_case, packed, relative_error, value_and_gradients
 
 from engine.kernels import reference
-from engine.kernels.choice import Attention, Kernels, Rows
+from engine.kernels.choice import Kernels
+from engine.kernels.inputs import Attention, HiddenPairs, Rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,19 +37,18 @@ def on_gpu(case: Case, dtype: torch.dtype) -> Case:
 
 def losses(kernels: Kernels, case: Case, rows: Rows) -> dict[str, Callable[[Tensors], torch.Tensor]]:
     def inputs(tensors: Tensors) -> Attention:
-        return Attention(*tensors, case.scale_s, case.scale_t)
+        return case.inputs(tensors)._replace(rows=rows)
 
     return {
-        "scores": lambda tensors: kernels.attention_score_mse(inputs(tensors), rows, pairs=case.pairs)[0],
-        "KL": lambda tensors: kernels.softmax_kl(inputs(tensors), rows, tokens=case.tokens),
+        "scores": lambda tensors: kernels.attention_score_mse(inputs(tensors), pairs=case.pairs)[0],
+        "KL": lambda tensors: kernels.softmax_kl(inputs(tensors), tokens=case.tokens),
     }
 
 
 def wanted(case: Case) -> dict[str, list[torch.Tensor]]:
-    shared: dict[str, Any] = {**case.scales, "mask": case.mask}
     functions: dict[str, Callable[[Tensors], torch.Tensor]] = {
-        "scores": lambda tensors: reference.attention_score_mse(*tensors, **shared, token_pairs=case.pairs),
-        "KL": lambda tensors: reference.attention_probs_kl(*tensors, **shared, tokens=case.tokens),
+        "scores": lambda tensors: reference.attention_score_mse(case.inputs(tensors), token_pairs=case.pairs),
+        "KL": lambda tensors: reference.attention_probs_kl(case.inputs(tensors), tokens=case.tokens),
     }
     return {name: value_and_gradients(function, case.tensors, torch.float64) for name, function in functions.items()}
 
@@ -98,13 +97,9 @@ def test_hidden_states(backend: str, projected: bool, masked: bool) -> None:
 
     def run(kernels: Kernels, dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (*states, *([] if weight is None else [weight]))]
+        of_teacher = [x.to(dtype) for x in targets]
         total, each = kernels.hidden_mse(
-            leaves[:3],
-            [x.to(dtype) for x in targets],
-            Rows(mask=mask),
-            tokens=tokens,
-            coefficients=[0.5, 2.0, 1.0],
-            weight=leaves[3] if projected else None,
+            HiddenPairs(leaves[:3], of_teacher, [0.5, 2.0, 1.0], tokens, mask, leaves[3] if projected else None)
         )
         total.backward()
         return [each, *(leaf.grad for leaf in leaves if leaf.grad is not None)]

@@ -16,6 +16,7 @@ import torch
 from interpreter import interpreted
 
 from engine.kernels import attention_gram, attention_tile, softmax_kl
+from engine.kernels.inputs import Attention, Rows
 from engine.kernels.segments import Segments
 
 triton_attention = triton_hidden = triton_kl = None
@@ -36,16 +37,16 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-6, to
 twice there."""
 
 
-def gram64(*tensors: torch.Tensor, **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return attention_gram.score_mse(*tensors, **settings, accumulate=torch.float64)  # type: ignore[arg-type]
+def gram64(inputs: Attention, **settings: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return attention_gram.score_mse(inputs, **settings, accumulate=torch.float64)
 
 
-def triton_by_rows(*tensors: torch.Tensor, **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
+def triton_by_rows(inputs: Attention, **settings: float) -> tuple[torch.Tensor, torch.Tensor]:
     """As for sequences that are too long for one program."""
     defaults = triton_attention.launch.__kwdefaults__
     defaults["one_program"] = 8
     try:
-        return triton_attention.score_mse(*tensors, **settings)  # type: ignore[arg-type]
+        return triton_attention.score_mse(inputs, **settings)
     finally:
         defaults["one_program"] = triton_attention.ONE_PROGRAM
 
@@ -68,9 +69,9 @@ class Case:
     scale_s: float
     scale_t: float
 
-    @property
-    def scales(self) -> dict[str, float]:
-        return {"scale_s": self.scale_s, "scale_t": self.scale_t}
+    def inputs(self, tensors: Tensors, **windows: int | None) -> Attention:
+        """Returns these tensors in the place of its own."""
+        return Attention(*tensors, self.scale_s, self.scale_t, **windows, rows=Rows(self.mask))
 
     @property
     def heads(self) -> int:
@@ -146,7 +147,7 @@ def assert_equal_to(
 
 
 def relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """Of the Frobenius norm, as in KERNELS.md."""
+    """Returns that of the Frobenius norm."""
     return float((wanted.double() - got.double()).norm() / wanted.double().norm())
 
 

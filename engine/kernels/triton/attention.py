@@ -13,23 +13,23 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from engine.kernels.exact import scaled
+from engine.kernels.exact import AttentionFunction
+from engine.kernels.inputs import Attention
 from engine.kernels.reference import ZEROED_SCORE_TINYBERT
-from engine.kernels.segments import Segments
 from engine.kernels.triton.common import (
     DTYPES,
-    FUSED,
-    INTERPRETED,
     STAGES,
+    Layout,
     blocks_of_window,
+    constants,
+    contiguous_rows,
     dot,
     dot_to,
+    empty_gradients,
     in_window,
     load_rows,
-    padded_width,
-    precision,
+    widths,
 )
 
 ONE_PROGRAM = 128
@@ -39,7 +39,7 @@ ROWS, WARPS = 128, 8
 
 
 def columns_of(width_t: int) -> int:
-    """Of a tile: what fits into the registers of an A100 beside rows of that width."""
+    """Returns the columns of a tile: what fits into the registers of an A100 beside rows of that width."""
     return 64 if width_t <= 64 else 32
 
 
@@ -48,8 +48,8 @@ def _difference(
     own_s, other_s, own_t, other_t, scale_s, scale_t, own, other, window,
     CUT: tl.constexpr, TINYBERT: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile: sum((A_s - A_t)^2) and sum(A_t^2), both / scale_s^2, and the matrix that the gradients are products
-    of: (A_s - A_t) / scale_s. One accumulator serves both sides: two would not fit into the registers.
+    """Returns, for one tile, sum((A_s - A_t)^2) and sum(A_t^2), both / scale_s^2, and the matrix that the gradients are
+    products of: (A_s - A_t) / scale_s. One accumulator serves both sides: two would not fit into the registers.
     WINDOWED: only pairs of positions own and other that are `window` or less apart count."""
     scores = dot(own_t, tl.trans(other_t), PRECISION, WIDEN) * (scale_t / scale_s)
     if WINDOWED:
@@ -203,136 +203,74 @@ def _by_rows(
         )
 
 
-def _strides(x: torch.Tensor, *, packed: bool) -> tuple[int, int, int]:
-    """Of sequences, heads and tokens. Packed sequences lie one after the other in the only row."""
-    return 0 if packed else x.stride(0), x.stride(1), x.stride(2)
-
-
 def launch(
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    scales: tuple[float, float],
-    segments: Segments | None,
-    mask: torch.Tensor | None,
-    *,
-    tinybert: bool,
-    gradient: bool,
-    window: int | None = None,
-    one_program: int = ONE_PROGRAM,
+    inputs: Attention, *, tinybert: bool, gradient: bool, one_program: int = ONE_PROGRAM
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(2,) float32 sums over all scores (in the window) of D^2 and (A_t / scale_s)^2, D = (A_s - A_t) / scale_s, and
-    [D K_s, D^T Q_s] if `gradient`, in the inputs' bfloat16 or in float32."""
-    q_s, k_s, q_t, k_t = tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)  # type: ignore[assignment]
-    device, packed = q_s.device, segments is not None
-    B, H, L, width_s = q_s.shape
-    if segments is None:
-        starts = torch.zeros(B, dtype=torch.int32, device=device)
-        lengths, longest = torch.full((B,), L, dtype=torch.int32, device=device), L
-    else:
-        starts, lengths, longest = segments.starts_on(device), segments.lengths_on(device), segments.longest
-        B = len(segments)
-    kept = (
-        torch.bfloat16 if q_s.dtype == torch.bfloat16 else torch.float32
-    )  # float16 might overflow before it is scaled
-    grads = [torch.empty_like(x, dtype=kept) for x in (q_s, k_s)] if gradient else []
+    """Returns (2,) float32 sums over all scores (in the window) of D^2 and (A_t / scale_s)^2, D = (A_s - A_t) /
+    scale_s, and [D K_s, D^T Q_s] if `gradient`, in the inputs' bfloat16 or in float32."""
+    inputs, layout = contiguous_rows(inputs), Layout.of(inputs)
+    q_s, k_s, q_t, k_t, *scales = inputs[:6]
+    masked, window, width_t = layout.mask is not None, inputs.window, q_t.shape[-1]
+    grads = empty_gradients([q_s, k_s]) if gradient else []
     d_q, d_k = grads if gradient else (q_s, k_s)
-    shared: dict[str, Any] = {
-        "H": H,
-        "WIDTH_S": width_s,
-        "WIDTH_T": q_t.shape[-1],
-        "BLOCK_S": padded_width(width_s),
-        "BLOCK_T": padded_width(q_t.shape[-1]),
+    shared = {
         "TINYBERT": tinybert,
         "CUT": ZEROED_SCORE_TINYBERT,
         "WINDOWED": window is not None,
         "GRADIENT": gradient,
-        "PRECISION": precision(q_s.dtype),
-        "WIDEN": INTERPRETED and q_s.dtype != torch.float32,
-        **FUSED,
+        "num_warps": WARPS,
+        **widths(inputs),
+        **constants(inputs),
     }
-    reach = window or 0
-    pads = starts if mask is None else mask.view(torch.uint8)
-    mask_b = 0 if mask is None else mask.stride(0)
-    s = {id(x): _strides(x, packed=packed) for x in (q_s, k_s, q_t, k_t, d_q, d_k)}
-    if tinybert and q_t.shape[-1] > 64:  # needs both sides' scores at once, and they do not fit
+    maps = len(layout.starts) * q_s.shape[1]
+    if tinybert and width_t > 64:  # needs both sides' scores at once, and they do not fit
         one_program = 0
-    if longest <= one_program:
-        block = max(16, triton.next_power_of_2(longest))
-        part = torch.empty(B * H, 2, dtype=torch.float32, device=device)
-        _whole[(B * H,)](
-            q_s, k_s, q_t, k_t, d_q, d_k, starts, lengths, pads, part, *scales, reach,
-            *s[id(q_s)], *s[id(k_s)], *s[id(q_t)], *s[id(k_t)], *s[id(d_q)], *s[id(d_k)], mask_b,
-            BLOCK_L=block, BN=min(block, columns_of(q_t.shape[-1])), MASKED=mask is not None, num_warps=WARPS,
-            num_stages=1, **shared,
+    if layout.longest <= one_program:
+        block = max(16, triton.next_power_of_2(layout.longest))
+        part = torch.empty(maps, 2, dtype=torch.float32, device=q_s.device)
+        _whole[(maps,)](
+            q_s, k_s, q_t, k_t, d_q, d_k, *layout.tensors(), part, *scales, window or 0,
+            *layout.strides(q_s, k_s, q_t, k_t, d_q, d_k), layout.mask_stride,
+            BLOCK_L=block, BN=min(block, columns_of(width_t)), MASKED=masked, num_stages=1, **shared,
         )  # fmt: skip
         return part.sum(0), grads
-    blocks = triton.cdiv(longest, ROWS)
-    part = torch.empty(B * H * blocks, 2, dtype=torch.float32, device=device)
-    sides = [(q_s, k_s, q_t, k_t, d_q, True), (k_s, q_s, k_t, q_t, d_k, False)]
-    for own_s, other_s, own_t, other_t, d_own, by_query in sides if gradient else sides[:1]:
-        masked = mask is not None
-        _by_rows[(blocks, B * H)](
-            own_s, other_s, own_t, other_t, d_own, starts, lengths, pads, part, *scales, reach,
-            *s[id(own_s)], *s[id(other_s)], *s[id(own_t)], *s[id(other_t)], *s[id(d_own)], mask_b,
-            BM=ROWS, BN=columns_of(q_t.shape[-1]), SUMS=by_query, num_warps=WARPS,
-            num_stages=STAGES, OWN_MASKED=masked and not (tinybert and by_query),
+    blocks = triton.cdiv(layout.longest, ROWS)
+    part = torch.empty(maps * blocks, 2, dtype=torch.float32, device=q_s.device)
+    sides = [(q_s, k_s, q_t, k_t, d_q), (k_s, q_s, k_t, q_t, d_k)]
+    for by_query, side in zip((True, False) if gradient else (True,), sides, strict=False):
+        _by_rows[(blocks, maps)](
+            *side, *layout.tensors(), part, *scales, window or 0, *layout.strides(*side), layout.mask_stride,
+            BM=ROWS, BN=columns_of(width_t), SUMS=by_query, num_stages=STAGES,
+            OWN_MASKED=masked and not (tinybert and by_query),
             OTHER_MASKED=masked and not (tinybert and not by_query), **shared,
         )  # fmt: skip
     return part.sum(0), grads
 
 
-class _ScoreMSE(torch.autograd.Function):
+class _ScoreMSE(AttentionFunction):
     @staticmethod
     def forward(
         ctx: Any,
         q_s: torch.Tensor,
         k_s: torch.Tensor,
-        q_t: torch.Tensor,
-        k_t: torch.Tensor,
-        scale_s: float,
-        scale_t: float,
-        segments: Segments | None,
-        mask: torch.Tensor | None,
+        inputs: Attention,
         factor: float,
         tinybert: bool,
-        window: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        sums, grads = launch(
-            (q_s, k_s, q_t, k_t), (scale_s, scale_t), segments, mask, tinybert=tinybert, gradient=wanted, window=window
-        )
+        sums, grads = launch(inputs, tinybert=tinybert, gradient=wanted)
+        factor = factor * inputs.scale_s * inputs.scale_s
         if wanted:
             ctx.save_for_backward(*grads)
-            ctx.factor, ctx.dtypes = 2.0 * factor * scale_s * scale_s, (q_s.dtype, k_s.dtype)
-        value, target = (sums * (factor * scale_s * scale_s)).unbind()
+            ctx.factor, ctx.dtypes = 2.0 * factor, (q_s.dtype, k_s.dtype)
+        value, target = (sums * factor).unbind()
         ctx.mark_non_differentiable(target)
         return value, target
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale = upstream * ctx.factor
-        d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return d_query, d_key, None, None, None, None, None, None, None, None, None
 
-
-def score_mse(
-    q_s: torch.Tensor,
-    k_s: torch.Tensor,
-    q_t: torch.Tensor,
-    k_t: torch.Tensor,
-    *,
-    scale_s: float,
-    scale_t: float,
-    segments: Segments | None = None,
-    mask: torch.Tensor | None,
-    factor: float,
-    tinybert: bool = False,
-    window: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As attention_tile.score_mse; q_s, k_s, q_t, k_t of one dtype (float32, bfloat16, float16).
-
-    With `segments` they are (1, H, T, d), T the tokens of all sequences. Without, mask (B, L) bool may name pads.
-    """
-    assert q_s.dtype in DTYPES, q_s.dtype
-    value, target = _ScoreMSE.apply(q_s, k_s, q_t, k_t, scale_s, scale_t, segments, mask, factor, tinybert, window)
+def score_mse(inputs: Attention, *, factor: float, tinybert: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what attention_tile.score_mse does; all tensors of one dtype (float32, bfloat16, float16), in padded or
+    packed sequences."""
+    assert inputs.q_s.dtype in DTYPES, inputs.q_s.dtype
+    value, target = _ScoreMSE.apply(inputs.q_s, inputs.k_s, inputs, factor, tinybert)
     return value, target

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from engine.kernels.exact import scaled
-from engine.kernels.reference import check_same_shape, normaliser
+from engine.kernels.inputs import HiddenPairs
 from engine.kernels.triton.common import DTYPES, FUSED, STAGES
 
 BLOCK, BLOCKS_EACH = 1024, 4
@@ -25,7 +25,7 @@ def _squares(
     WIDTH: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, G_TYPE: tl.constexpr, MASKED: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_EACH: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, pair): PART[pair, block] = sum of squares; GRADIENTS[pair] = the difference."""
+    """Writes, as program (block, pair), PART[pair, block] = sum of squares and GRADIENTS[pair] = the difference."""
     block, pair = tl.program_id(0), tl.program_id(1)
     # The hint of alignment must come after the cast to a pointer; before it every access is two bytes wide.
     state = tl.multiple_of(tl.load(STATES + pair).to(tl.pointer_type(S_TYPE)), 16)
@@ -50,16 +50,10 @@ def _squares(
 
 class _MSE(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        mask: torch.Tensor | None,
-        factor: float,
-        coefficients: Sequence[float],
-        targets: Sequence[torch.Tensor],
-        *states: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = any(ctx.needs_input_grad[4:])
-        states, targets = (tuple(_aligned(x) for x in side) for side in (states, targets))
+    def forward(ctx: Any, inputs: HiddenPairs, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        factor, mask, coefficients = inputs.factor(), inputs.mask, inputs.coefficients
+        wanted = any(ctx.needs_input_grad[1:])
+        states, targets = (tuple(_aligned(x) for x in side) for side in (states, inputs.targets))
         first, device = states[0], states[0].device
         grads = [torch.empty_like(state) for state in states] if wanted else []
         blocks = triton.cdiv(first.numel(), BLOCK * BLOCKS_EACH)
@@ -98,28 +92,19 @@ class _MSE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = zip(ctx.saved_tensors, ctx.scales, strict=True)
-        return None, None, None, None, *(scaled(g, upstream * scale, g.dtype) for g, scale in grads)
+        return None, *(scaled(g, upstream * scale, g.dtype) for g, scale in grads)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous, from an address that 16 divides."""
+    """Returns x, contiguous, from an address that 16 divides."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def hidden_mse(
-    states: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor],
-    *,
-    mask: torch.Tensor | None,
-    tokens: float,
-    coefficients: Sequence[float],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As hidden_mse.hidden_mse without a projection; all states of one dtype and shape, all targets too."""
-    for state, target in zip(states, targets, strict=True):
-        check_same_shape("hidden states", state.shape, target.shape)
-        assert state.dtype in DTYPES, state.dtype
-        assert target.dtype in DTYPES, target.dtype
-    factor = 1.0 / normaliser(tokens * targets[0].shape[-1])
-    total, each = _MSE.apply(mask, factor, tuple(coefficients), tuple(targets), *states)
+def hidden_mse(inputs: HiddenPairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what hidden_mse.hidden_mse does without a projection; all states of one dtype and shape, all targets
+    too."""
+    assert inputs.states[0].dtype in DTYPES, inputs.states[0].dtype
+    assert inputs.targets[0].dtype in DTYPES, inputs.targets[0].dtype
+    total, each = _MSE.apply(inputs, *inputs.states)
     return total, each

@@ -11,29 +11,29 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from engine.kernels.exact import scaled
-from engine.kernels.reference import narrower
-from engine.kernels.segments import Segments
+from engine.kernels.exact import AttentionFunction
+from engine.kernels.inputs import Attention
 from engine.kernels.triton.common import (
     DTYPES,
-    FUSED,
-    INTERPRETED,
     STAGES,
+    Layout,
     blocks_of_window,
+    constants,
+    contiguous_rows,
     dot,
+    empty_gradients,
     in_window,
     load_rows,
     padded_width,
-    precision,
+    widths,
 )
 
 ROWS, COLUMNS = 64, 32
 
 
 def warps_of(width_t: int) -> int:
-    """So that a tile beside rows of that width fits into their registers."""
+    """Returns so many that a tile beside rows of that width fits into their registers."""
     return 4 if width_t <= 64 else 8
 
 
@@ -55,7 +55,7 @@ def _log_sums(
     H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """OUT[b, h, start + i] = log sum over real keys j of exp(scale q_i k_j), for every position i of a sequence.
+    """Writes OUT[b, h, start + i] = log sum over real keys j of exp(scale q_i k_j), for every position i of a sequence.
     WINDOWED: over those that are `window` or less away."""
     block, pid = tl.program_id(0), tl.program_id(1)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
@@ -96,7 +96,7 @@ def _by_queries(
     BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BM queries: their part of the value, and their gradient."""
+    """Computes a part of the value, and the gradient of the BM queries that a program owns."""
     block, pid = tl.program_id(0), tl.program_id(1)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     start, length = tl.load(STARTS + b).to(tl.int64), tl.load(LENGTHS + b)
@@ -150,8 +150,8 @@ def _by_keys(
     BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BM keys and their gradient. Tiles are computed transposed, keys by queries, so that no accumulator
-    has to be transposed."""
+    """Computes the gradient of the BM keys that a program owns. Tiles are computed transposed, keys by queries, so that
+    no accumulator has to be transposed."""
     block, pid = tl.program_id(0), tl.program_id(1)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     start, length = tl.load(STARTS + b).to(tl.int64), tl.load(LENGTHS + b)
@@ -191,131 +191,60 @@ def _by_keys(
     )
 
 
-def launch(
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    scales: tuple[float, float],
-    segments: Segments | None,
-    mask: torch.Tensor | None,
-    *,
-    gradient: bool,
-    window_s: int | None = None,
-    window_t: int | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The float32 sum of KL over rows, and [dS K_s, dS^T Q_s] if `gradient`, in the inputs' bfloat16 or in float32."""
-    q_s, k_s, q_t, k_t = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-    device = q_s.device
-    B, H, L, width_s = q_s.shape
-    if segments is None:
-        starts = torch.zeros(B, dtype=torch.int32, device=device)
-        lengths, longest = torch.full((B,), L, dtype=torch.int32, device=device), L
-    else:
-        starts, lengths, longest = segments.starts_on(device), segments.lengths_on(device), segments.longest
-        B = len(segments)
-
-    def strides(x: torch.Tensor) -> tuple[int, int, int]:
-        return 0 if segments is not None else x.stride(0), x.stride(1), x.stride(2)
-
-    pads = starts if mask is None else mask.view(torch.uint8)
-    mask_b = 0 if mask is None else mask.stride(0)
-    windowed = window_s is not None or window_t is not None
-    reach = [longest if window is None else window for window in (window_s, narrower(window_s, window_t))]
-    grid = (triton.cdiv(longest, ROWS), B * H)
-    settings: dict[str, Any] = {
-        "H": H,
+def launch(inputs: Attention, *, gradient: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns the float32 sum of KL over rows, and [dS K_s, dS^T Q_s] if `gradient`, in the inputs' bfloat16 or in
+    float32."""
+    inputs, layout = contiguous_rows(inputs), Layout.of(inputs)
+    q_s, k_s, q_t, k_t, *scales = inputs[:6]
+    sides = q_s, k_s, q_t, k_t
+    windows = inputs.window_s, inputs.window
+    reach = [layout.longest if window is None else window for window in windows]
+    grid = (triton.cdiv(layout.longest, ROWS), len(layout.starts) * q_s.shape[1])
+    settings = {
         "BM": ROWS,
         "BN": COLUMNS,
-        "MASKED": mask is not None,
-        "WINDOWED": windowed,
-        "PRECISION": precision(q_s.dtype),
-        "WIDEN": INTERPRETED and q_s.dtype != torch.float32,
+        "MASKED": layout.mask is not None,
+        "WINDOWED": windows[1] is not None,
         "num_warps": warps_of(q_t.shape[-1]),
         "num_stages": STAGES,
-        **FUSED,
+        **constants(inputs),
     }
-    log_sums = [torch.empty(q_s.shape[:3], dtype=torch.float32, device=device) for _ in range(2)]
-    lse = (0 if segments is not None else log_sums[0].stride(0), log_sums[0].stride(1))
-    for q, k, scale, out, window in (
-        (q_s, k_s, scales[0], log_sums[0], reach[0]),
-        (q_t, k_t, scales[1], log_sums[1], reach[1]),
-    ):
+    log_sums = [torch.empty(q_s.shape[:3], dtype=torch.float32, device=q_s.device) for _ in range(2)]
+    ends = (0 if layout.packed else log_sums[0].stride(0), log_sums[0].stride(1), layout.mask_stride)
+    for q, k, scale, out, window in zip(sides[::2], sides[1::2], scales, log_sums, reach, strict=True):
         _log_sums[grid](
-            q, k, starts, lengths, pads, out, scale, window, *strides(q), *strides(k), *lse, mask_b,
+            q, k, *layout.tensors(), out, scale, window, *layout.strides(q, k), *ends,
             WIDTH=q.shape[-1], BLOCK=padded_width(q.shape[-1]), LOW=LOWEST, **settings,
         )  # fmt: skip
-    widths = {
-        "WIDTH_S": width_s,
-        "WIDTH_T": q_t.shape[-1],
-        "BLOCK_S": padded_width(width_s),
-        "BLOCK_T": padded_width(q_t.shape[-1]),
-    }
-    kept = torch.bfloat16 if q_s.dtype == torch.bfloat16 else torch.float32
-    grads = [torch.empty_like(x, dtype=kept) for x in (q_s, k_s)] if gradient else []
+    grads = empty_gradients([q_s, k_s]) if gradient else []
     d_q, d_k = grads if gradient else (q_s, k_s)
-    part = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=device)
-    sides = (*strides(q_s), *strides(k_s), *strides(q_t), *strides(k_t))
+    part = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=q_s.device)
+    settings |= widths(inputs)
     _by_queries[grid](
-        q_s, k_s, q_t, k_t, d_q, *log_sums, starts, lengths, pads, part, *scales, *reach, *sides, *strides(d_q),
-        *lse, mask_b, GRADIENT=gradient, **widths, **settings,
+        *sides, d_q, *log_sums, *layout.tensors(), part, *scales, *reach, *layout.strides(*sides, d_q), *ends,
+        GRADIENT=gradient, **settings,
     )  # fmt: skip
     if gradient:
         _by_keys[grid](
-            q_s, k_s, q_t, k_t, d_k, *log_sums, starts, lengths, pads, *scales, *reach, *sides, *strides(d_k),
-            *lse, mask_b, **widths, **settings,
+            *sides, d_k, *log_sums, *layout.tensors(), *scales, *reach, *layout.strides(*sides, d_k), *ends, **settings
         )  # fmt: skip
     return part.sum(), grads
 
 
-class _SoftmaxKL(torch.autograd.Function):
+class _SoftmaxKL(AttentionFunction):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q_s: torch.Tensor,
-        k_s: torch.Tensor,
-        q_t: torch.Tensor,
-        k_t: torch.Tensor,
-        scale_s: float,
-        scale_t: float,
-        segments: Segments | None,
-        mask: torch.Tensor | None,
-        factor: float,
-        window_s: int | None,
-        window_t: int | None,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, q_s: torch.Tensor, k_s: torch.Tensor, inputs: Attention, factor: float) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        total, grads = launch(
-            (q_s, k_s, q_t, k_t), (scale_s, scale_t), segments, mask,
-            gradient=wanted, window_s=window_s, window_t=window_t,
-        )  # fmt: skip
+        total, grads = launch(inputs, gradient=wanted)
         if wanted:
             ctx.save_for_backward(*grads)
-            ctx.factor, ctx.dtypes = factor * scale_s, (q_s.dtype, k_s.dtype)
+            ctx.factor, ctx.dtypes = factor * inputs.scale_s, (q_s.dtype, k_s.dtype)
         return total * factor
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale = upstream * ctx.factor
-        d_query, d_key = (scaled(g, scale, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return d_query, d_key, None, None, None, None, None, None, None, None, None
 
-
-def softmax_kl(
-    q_s: torch.Tensor,
-    k_s: torch.Tensor,
-    q_t: torch.Tensor,
-    k_t: torch.Tensor,
-    *,
-    scale_s: float,
-    scale_t: float,
-    segments: Segments | None = None,
-    mask: torch.Tensor | None,
-    factor: float,
-    window_s: int | None = None,
-    window_t: int | None = None,
-) -> torch.Tensor:
-    """As softmax_kl.softmax_kl; all of one dtype (float32, bfloat16, float16). With `segments`: (1, H, T, d)."""
-    assert q_s.dtype in DTYPES, q_s.dtype
-    value: torch.Tensor = _SoftmaxKL.apply(
-        q_s, k_s, q_t, k_t, scale_s, scale_t, segments, mask, factor, window_s, window_t
-    )
+def softmax_kl(inputs: Attention, *, factor: float) -> torch.Tensor:
+    """Returns what softmax_kl.softmax_kl does; all tensors of one dtype (float32, bfloat16, float16), in padded or
+    packed sequences."""
+    assert inputs.q_s.dtype in DTYPES, inputs.q_s.dtype
+    value: torch.Tensor = _SoftmaxKL.apply(inputs.q_s, inputs.k_s, inputs, factor)
     return value

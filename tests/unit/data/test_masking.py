@@ -6,8 +6,9 @@ from tiny_tokenizers import FAMILIES, bert, make_text
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from engine.data.masking import IGNORE, MaskingTables, mask_tokens
+from engine.data.masking import MaskingTables, mask_tokens
 from engine.errors import UserError
+from engine.kernels.inputs import UNSCORED_LABEL
 
 
 def batch(tokenizer, rows: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +31,7 @@ def test_shares_and_labels(family, whole_word):
     before = ids.copy()
     masked, labels = mask(ids, attention, tables, whole_word=whole_word)
     assert (ids == before).all()
-    chosen = labels != IGNORE
+    chosen = labels != UNSCORED_LABEL
     special = np.isin(ids, tokenizer.all_special_ids)
     assert not (chosen & special).any()
     assert (labels[chosen] == ids[chosen]).all()
@@ -72,8 +73,8 @@ def test_whole_words_are_chosen_together(family, marker):
                 continue
             goes_on = tokens[at].startswith(marker) if marker == "##" else not tokens[at].startswith(marker)
             if goes_on:
-                assert (row_labels[at] == IGNORE) == (row_labels[at - 1] == IGNORE)
-                several += row_labels[at] != IGNORE
+                assert (row_labels[at] == UNSCORED_LABEL) == (row_labels[at - 1] == UNSCORED_LABEL)
+                several += row_labels[at] != UNSCORED_LABEL
     assert several > 20
 
 
@@ -83,18 +84,18 @@ def test_single_token_masking_does_split_words():
     ids, attention = batch(tokenizer)
     _, labels = mask(ids, attention, MaskingTables.of(tokenizer))
     continuation = MaskingTables.of(tokenizer).continuation[ids[:, 1:]]
-    assert (((labels[:, 1:] == IGNORE) != (labels[:, :-1] == IGNORE)) & continuation).any()
+    assert (((labels[:, 1:] == UNSCORED_LABEL) != (labels[:, :-1] == UNSCORED_LABEL)) & continuation).any()
 
 
 def test_at_least_one_and_never_a_special_token():
     tokenizer = bert()
     ids = np.array([[tokenizer.cls_token_id, 20, 21, tokenizer.sep_token_id]] * 50)
     _, labels = mask(ids, None, MaskingTables.of(tokenizer), probability=1e-9)
-    assert ((labels != IGNORE).sum(axis=1) == 1).all()
+    assert ((labels != UNSCORED_LABEL).sum(axis=1) == 1).all()
     only_special = np.array([[tokenizer.cls_token_id, tokenizer.sep_token_id]])
     masked, labels = mask(only_special, None, MaskingTables.of(tokenizer), probability=0.9)
     assert (masked == only_special).all()
-    assert (labels == IGNORE).all()
+    assert (labels == UNSCORED_LABEL).all()
 
 
 def test_the_rest_of_a_cut_word_is_a_word_of_its_own():
@@ -105,7 +106,7 @@ def test_the_rest_of_a_cut_word_is_a_word_of_its_own():
     word = int(tables.ordinary[~tables.continuation[tables.ordinary]][0])
     ids = np.array([[tokenizer.cls_token_id, rest, word, tokenizer.sep_token_id]] * 50)
     _, labels = mask(ids, None, tables, probability=1e-9, whole_word=True)
-    assert ((labels != IGNORE).sum(axis=1) == 1).all()
+    assert ((labels != UNSCORED_LABEL).sum(axis=1) == 1).all()
 
 
 def test_a_tokenizer_without_mask_token():

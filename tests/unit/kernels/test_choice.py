@@ -14,7 +14,8 @@ from launching import ROOT
 from engine.config.distill import KernelConfig
 from engine.errors import UserError
 from engine.kernels import choice
-from engine.kernels.choice import Attention, Kernels, Rows, choose_kernels
+from engine.kernels.choice import Kernels, choose_kernels
+from engine.kernels.inputs import Attention
 
 CPU = torch.device("cpu")
 
@@ -82,8 +83,8 @@ def test_grouped_heads_give_the_same_by_every_backend() -> None:
     for kernels in (Kernels("reference"), Kernels("torch", "tile"), Kernels("torch", "gram")):
         leaves = [x.clone().requires_grad_() for x in (q_s, k_s)]
         inputs = Attention(*leaves, q_t, k_t, 8**-0.5, 12**-0.5)
-        value, target = kernels.attention_score_mse(inputs, Rows(), pairs=800.0)
-        kl = kernels.softmax_kl(inputs, Rows(), tokens=40.0)
+        value, target = kernels.attention_score_mse(inputs, pairs=800.0)
+        kl = kernels.softmax_kl(inputs, tokens=40.0)
         (value + kl).backward()
         found.append([value.detach(), target, kl.detach(), *(leaf.grad for leaf in leaves)])
     for other in found[1:]:

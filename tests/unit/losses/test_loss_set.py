@@ -16,6 +16,7 @@ from engine.config.distill import LOSS_NAMES, LossConfig, MappingConfig
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels import reference
+from engine.kernels.inputs import UNSCORED_LABEL, Attention, Rows
 from engine.losses.base import Target
 from engine.losses.loss_set import LossSet
 from engine.losses.random_layers import RandomLosses
@@ -115,7 +116,7 @@ class TinyEncoder(nn.Module):
                     features.value[layer] = v
         features.hidden = {layer: states[layer] for layer in wanted.hidden}
         if wanted.logits:
-            chosen = batch.labels != -100 if batch.labels is not None else mask
+            chosen = batch.labels != UNSCORED_LABEL if batch.labels is not None else mask
             features.mlm_head = MlmHead(hidden.flatten(0, 1) if chosen is None else hidden[chosen], self.head)
         return features
 
@@ -124,7 +125,7 @@ def make_batch(lengths: list[int], padded_to: int, *, masking: bool, pad_id: int
     """Sequences whose content depends on their index only. Sequence 0 has no label, the others one in four tokens."""
     B = len(lengths)
     ids = torch.full((B, padded_to), pad_id)
-    labels = torch.full((B, padded_to), -100)
+    labels = torch.full((B, padded_to), UNSCORED_LABEL)
     mask = torch.zeros(B, padded_to, dtype=torch.long)
     for row, length in enumerate(lengths):
         generator = torch.Generator().manual_seed(first_sequence + row)
@@ -138,7 +139,7 @@ def make_batch(lengths: list[int], padded_to: int, *, masking: bool, pad_id: int
         token_pairs=sum(n * n for n in lengths),
         positions=B * padded_to,
         position_pairs=B * padded_to**2,
-        masked=int((labels != -100).sum()) if masking else 0,
+        masked=int((labels != UNSCORED_LABEL).sum()) if masking else 0,
     )
     return Batch(ids, mask if min(lengths) < padded_to else None, labels if masking else None, counts)
 
@@ -467,25 +468,26 @@ def test_terms_are_those_of_the_reference():
     got = dict(zip((*losses.term_names, *losses.observed_names), terms, strict=True))
     mask, counts = batch.token_mask, batch.counts
     tensors = student.query[3], student.key[3], teacher.query[9], teacher.key[9]
-    scales = {"scale_s": 3**-0.5, "scale_t": 5**-0.5, "mask": mask}
+    attention = Attention(*tensors, scale_s=3**-0.5, scale_t=5**-0.5, rows=Rows(mask))
     projected = projections(3, student.hidden[3]), teacher.hidden[9], mask, counts.tokens
+    masked_labels = batch.labels[batch.labels != UNSCORED_LABEL]
     relation = {"relation_heads": 2, "mask": mask, "tokens": counts.tokens}
     want = {
         "hidden/3-9": reference.hidden_mse(*projected),
         "cosine/3-9": reference.hidden_cosine(*projected),
-        "attention/3-9": reference.attention_score_mse(*tensors, **scales, token_pairs=counts.token_pairs),
-        "attention_probs/3-9": reference.attention_probs_kl(*tensors, **scales, tokens=counts.tokens),
+        "attention/3-9": reference.attention_score_mse(attention, token_pairs=counts.token_pairs),
+        "attention_probs/3-9": reference.attention_probs_kl(attention, tokens=counts.tokens),
         "embedding": reference.hidden_mse(projections(0, student.hidden[0]), teacher.hidden[0], mask, counts.tokens),
         "relation/qq/3-9": reference.relation_kl(student.query[3], teacher.query[9], **relation),
         "relation/kk/3-9": reference.relation_kl(student.key[3], teacher.key[9], **relation),
         "relation/vv/3-9": reference.relation_kl(student.value[3], teacher.value[9], **relation),
         "logits": reference.logits_kl(student.logits, teacher.logits, temperature=2.0, count=counts.masked),
-        "mlm": reference.mlm_cross_entropy(student.logits, batch.labels[batch.labels != -100], count=counts.masked),
+        "mlm": reference.mlm_cross_entropy(student.logits, masked_labels, count=counts.masked),
     }
     assert {name.split("/")[0] for name in want} == set(LOSS_NAMES)
     nothing = torch.zeros_like(tensors[0][..., :1])
     want["attention_target/3-9"] = reference.attention_score_mse(
-        nothing, nothing, *tensors[2:], **scales, token_pairs=counts.token_pairs
+        attention._replace(q_s=nothing, k_s=nothing), token_pairs=counts.token_pairs
     )
     for name, value in want.items():
         assert_close(name, value.detach(), got[name])

@@ -20,7 +20,7 @@ from transformers import (
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels.choice import Kernels
-from engine.kernels.vocabulary import Weights
+from engine.kernels.inputs import MlmLogits, Weights
 from engine.models.attention import _eager_of, eager_attention, resolve_backend
 from engine.models.capture import capture, install, layer_modules
 from engine.models.features import Features, Wanted
@@ -137,7 +137,7 @@ def test_a_head_that_does_more_than_one_product_gives_its_logits_whole() -> None
     torch.testing.assert_close(got.logits, full[batch.labels != -100], atol=1e-5, rtol=1e-4)
     labels = batch.labels[batch.labels != -100]
     by = Weights(kl=0.0, cross_entropy=1.0, temperature=1.0, count=float(len(labels)))
-    total, _ = got.mlm_head(lambda head: Kernels().vocabulary_losses(head, teacher=None, labels=labels, by=by))
+    total, _ = got.mlm_head(lambda head: Kernels().vocabulary_losses(MlmLogits(head, None, labels, by)))
     want = torch.nn.functional.cross_entropy(full[batch.labels != -100], labels)
     torch.testing.assert_close(total, want, atol=1e-6, rtol=1e-5)
 
