@@ -19,6 +19,7 @@ from engine.models.apex import require_apex
 from engine.models.attention import Backend, resolve_backend
 from engine.models.shape import ModelShape
 from engine.ranks import extension_builds, runtime
+from engine.ranks.hosts.agent import COMPARED
 
 
 def compute_device() -> torch.device:
@@ -90,4 +91,5 @@ def attention_backend(requested: str, dtype: str, shape: ModelShape, seq_len: in
 
 
 def versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in ("mapdistill", "torch", "deepspeed", "transformers"))
+    """Returns the versions of this library and of those that all hosts must agree on, for a banner."""
+    return ", ".join(f"{name} {version(name)}" for name in ("mapdistill", *COMPARED))

@@ -26,9 +26,10 @@ Tile = tuple[slice, slice, slice, slice]
 """Sequences, heads and rows (queries) that are worked on together, and all the keys in their window."""
 
 
-def tiles(B: int, H: int, L: int, device: torch.device, window: int | None = None) -> Iterator[Tile]:
-    """Cuts B * H maps of (L, L) into tiles of at most MAP_ENTRIES_AT_ONCE entries, or one row."""
-    most = MAP_ENTRIES_AT_ONCE[device.type]
+def tiles(queries: torch.Tensor, window: int | None) -> Iterator[Tile]:
+    """Cuts the B * H maps (L, L) of queries (B, H, L, d) into tiles of at most MAP_ENTRIES_AT_ONCE entries, or one
+    row."""
+    (B, H, L, _), most = queries.shape, MAP_ENTRIES_AT_ONCE[queries.device.type]
     sequences = min(B, max(1, most // (H * L * L)))
     heads = H if sequences > 1 else min(H, max(1, most // (L * L)))
     rows = L if heads > 1 or most >= L * L else max(1, most // L)
@@ -67,7 +68,7 @@ class _ScoreMSE(AttentionFunction):
         d_queries, d_keys = (torch.zeros(x.shape, dtype=kind, device=x.device) if wanted else None for x in (q_s, k_s))
         pads = None if mask is None else ~mask[:, None, :, None]
         with exact_products(q_s.device):
-            for tile in tiles(*q_s.shape[:3], device=q_s.device, window=window):
+            for tile in tiles(q_s, window):
                 b, h, i, j = tile
                 unseen = outside_of_tile(tile, q_s.shape[2], window, q_s.device)
                 row_pads = None if pads is None or tinybert else pads[b, :, i]

@@ -1,4 +1,4 @@
-"""The loss kernels of a run behind one interface: chosen once, from device, dtype and length, and said in the
+"""The loss kernels of a run behind one interface: chosen once, from device, dtype and length, and named in the
 banner."""
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ FAST_FLOAT64 = ((8, 0), (9, 0))
 
 @dataclass(frozen=True)
 class Kernels:
-    """Every method returns scalars in float32 (float64 for float64 inputs), normalised as engine/kernels/reference.py
-    says, and gives the student's tensors their gradients."""
+    """How losses are computed. Every method returns scalars in float32 (float64 for float64 inputs), normalised as
+    engine/kernels/reference.py says, and gives the student's tensors their gradients."""
 
     backend: str = "torch"
-    """triton, torch, or reference"""
+    """Implementation: triton, torch, or reference"""
     attention: str = "tile"
-    """tile or gram"""
+    """Way to attention scores: tile or gram"""
     gram_sums: torch.dtype = torch.float32
+    """Dtype in which Gram matrices are summed"""
     why: str = ""
+    """Reason of the choice, for the banner"""
 
     def __str__(self) -> str:
         if self.backend == "reference":
@@ -57,7 +59,8 @@ class Kernels:
             return _reference_scores(inputs.padded(), pairs, tinybert)
         inputs = inputs.with_all_heads()
         factor = 1.0 / normaliser(inputs.q_s.shape[1] * pairs)
-        if self.attention == "gram" and not tinybert and inputs.window is None:  # else single scores are left out
+        single_scores_left_out = tinybert or inputs.window is not None  # as Gram matrices cannot
+        if self.attention == "gram" and not single_scores_left_out:
             return attention_gram.score_mse(inputs.padded(), factor=factor, accumulate=self.gram_sums)
         if self._on_triton(*inputs[:4], widest_head=WIDEST_HEAD):
             from engine.kernels.triton import attention

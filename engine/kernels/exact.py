@@ -50,8 +50,8 @@ def _factor(scale: torch.Tensor, dimensions: int) -> torch.Tensor | float:
 class AttentionFunction(torch.autograd.Function):
     """Base of the functions of (q_s, k_s, inputs, settings...) that know their gradients after the forward.
 
-    That saves both gradients, in the dtypes that they were summed in, and sets `ctx.factor`, which they still have to
-    be multiplied by. Only its first result is differentiable.
+    The forward saves both gradients in any dtype, and sets `ctx.factor`, which they still have to be multiplied by, and
+    `ctx.dtypes`, which they are to be rounded to. Only its first result is differentiable.
     """
 
     @staticmethod
@@ -76,4 +76,5 @@ def square_sum(x: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
     if x.dtype == kind:
         flat = x.flatten()
         return torch.dot(flat, flat)
-    return torch.linalg.vector_norm(x, dim=-1, dtype=kind).square().sum()
+    norms: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=kind)
+    return norms.square().sum()

@@ -97,7 +97,8 @@ class _MSE(torch.autograd.Function):
             for gradient, dtype in zip((d_weight, d_bias), ctx.dtypes, strict=True)
         )
         # Saved without their factors, which are small enough to vanish in float16.
-        of_states = [scaled(d, upstream * scale, d.dtype) for d, scale in zip(d_states, ctx.scales, strict=False)]
+        scales = zip(d_states, ctx.scales, strict=False)
+        of_states: list[torch.Tensor | None] = [scaled(d, upstream * scale, d.dtype) for d, scale in scales]
         return *weight_and_bias, None, *(of_states or [None] * len(ctx.scales))
 
 

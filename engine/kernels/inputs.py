@@ -8,6 +8,7 @@ positions; packed sequences, T tokens in all, are one row of T.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -159,7 +160,8 @@ class Head(NamedTuple):
         return torch.nn.functional.linear(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias)
 
 
-class Weights(NamedTuple):
+@dataclass(frozen=True)
+class Weights:
     """Weights in the sum that is differentiated, and what each loss is divided by."""
 
     kl: float

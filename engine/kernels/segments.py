@@ -32,13 +32,15 @@ class Segments:
         return len(self.lengths)
 
     def _on(self, what: str, device: torch.device) -> torch.Tensor:
-        """Copied once. (Not by functools.cache of a bound method: that is a cycle, which only the collector frees.)"""
+        """Returns a tensor that is copied to each device once. (Not by functools.cache of a bound method: that is a
+        cycle, which only the collector frees.)"""
         if (what, device) not in self._copies:
             self._copies[what, device] = self._copy(what, device)
         return self._copies[what, device]
 
     def _copy(self, what: str, device: torch.device) -> torch.Tensor:
         ends = np.cumsum(self.lengths)
+        values: np.ndarray[Any, Any]
         if what == "places":
             values = self._places
         elif what == "mask":
@@ -53,41 +55,43 @@ class Segments:
 
     @property
     def _is_real(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """(S, longest)"""
+        """Mask (S, longest) of padded sequences"""
         return np.arange(self.longest) < np.array(self.lengths)[:, None]
 
     @functools.cached_property
     def _places(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Of each row in a batch that is padded to the longest sequence."""
+        """Places (T,) of the rows in a batch that is padded to the longest sequence"""
         real = self._is_real.ravel()
         return np.concatenate([np.flatnonzero(real), np.flatnonzero(~real)[: self.rows - self.tokens]])
 
     def places_on(self, device: torch.device) -> torch.Tensor:
-        """(T,) int64: where each row lies in (S * longest) positions of padded sequences."""
+        """Returns (T,) int64: where each row lies in (S * longest) positions of padded sequences."""
         return self._on("places", device)
 
     def real_rows_on(self, device: torch.device) -> torch.Tensor | None:
-        """(1, T) bool, False for pads that were kept; None when none was."""
+        """Returns (1, T) bool, False for pads that were kept; None when none was."""
         return None if self.rows == self.tokens else self._on("real rows", device)
 
     def mask_on(self, device: torch.device) -> torch.Tensor | None:
-        """(S, longest) bool of `padded`; None when no sequence is shorter than another."""
+        """Returns the mask (S, longest) bool of `padded`; None when no sequence is shorter than another."""
         if self.tokens == len(self) * self.longest:
             return None
         return self._on("mask", device)
 
     def padded(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """(1, …, T, …) with rows at `dim` -> (S, …, longest, …), 0 at pads that were not kept; differentiable."""
+        """Returns (S, …, longest, …) of (1, …, T, …) with rows at `dim`, 0 at pads that were not kept;
+        differentiable."""
         x = x.squeeze(0).movedim(dim - 1, 0)
         if self.mask_on(x.device) is None:
             out = x
         else:
             out = x.new_zeros(len(self) * self.longest, *x.shape[1:]).index_copy(0, self.places_on(x.device), x)
-        return out.unflatten(0, (len(self), self.longest)).movedim(1, dim)
+        sequences: torch.Tensor = out.unflatten(0, (len(self), self.longest))
+        return sequences.movedim(1, dim)
 
     def packed(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """The inverse of `padded`, also of sequences padded to more than the longest: pads that are not kept are
-        dropped; differentiable."""
+        """Returns (1, …, T, …) of sequences that are padded to the longest or more; pads that are not kept are dropped;
+        differentiable."""
         flat = x.narrow(dim, 0, self.longest).movedim(dim, 1).flatten(0, 1)
         if self.mask_on(x.device) is not None:
             flat = flat.index_select(0, self.places_on(x.device))
@@ -112,9 +116,9 @@ class Segments:
         return groups[::-1]
 
     def groups_on(self, device: torch.device) -> tuple[list[tuple[Segments, torch.Tensor | None]], torch.Tensor | None]:
-        """The sequences in groups that are padded together: for each group its own segments and where its tokens lie
-        here (None: in this order, all of them), and where each row lies when the groups' tokens are joined (a pad that
-        was kept: anywhere, since nobody looks at it)."""
+        """Returns the sequences in groups that are padded together: for each group its own segments and where its
+        tokens lie here (None: in this order, all of them), and where each row lies when the groups' tokens are joined
+        (a pad that was kept: anywhere, since nobody looks at it)."""
         if device not in self._grouped:
             ends = np.cumsum(self.lengths)
             parts, joined = [], []
@@ -132,19 +136,19 @@ class Segments:
         return self._grouped[device]
 
     def starts_on(self, device: torch.device) -> torch.Tensor:
-        """(S,) int32"""
+        """Returns (S,) int32: the first row of each sequence."""
         return self._on("starts", device)
 
     def lengths_on(self, device: torch.device) -> torch.Tensor:
-        """(S,) int32"""
+        """Returns (S,) int32."""
         return self._on("lengths", device)
 
     def bounds_on(self, device: torch.device) -> torch.Tensor:
-        """(S + 1,) int32: 0 and the end of each sequence, as varlen attention wants them."""
+        """Returns (S + 1,) int32: 0 and the end of each sequence, as varlen attention wants them."""
         return self._on("bounds", device)
 
 
 @functools.lru_cache(maxsize=64)
 def segments_of_lengths(lengths: tuple[int, ...], rows: int) -> Segments:
-    """One object for all layers and models that meet a batch, so that its tensors are made once."""
+    """Returns one object for all layers and models that meet a batch, so that its tensors are made once."""
     return Segments(lengths, rows)

@@ -28,7 +28,7 @@ class _SoftmaxKL(AttentionFunction):
         d_queries, d_keys = (torch.zeros(x.shape, dtype=kind, device=x.device) if wanted else None for x in (q_s, k_s))
         pads = None if mask is None else ~mask[:, None, :, None]
         with exact_products(q_s.device):
-            for tile in tiles(*q_s.shape[:3], device=q_s.device, window=inputs.window_s):
+            for tile in tiles(q_s, inputs.window_s):
                 b, h, i, j = tile
                 unseen_s, unseen_t = (
                     outside_of_tile(tile, q_s.shape[2], window, q_s.device)

@@ -1,25 +1,35 @@
-"""DeepSpeed compiles its C++ operators at their first use: where, and what to do where that cannot be."""
+"""DeepSpeed compiles its C++ operators at their first use: where, by whom, and what to do where that cannot be."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
+from torch.utils.file_baton import FileBaton
+
 from engine.errors import UserError, first_line
-from engine.ranks import extension_locks
+from engine.records.flock import Flock, no_locks, try_flock
 
 FOLDER = "TORCH_EXTENSIONS_DIR"
 SIGNS = ("Error building extension", "Unable to JIT load")
+HELD_BESIDE = "lock.flock"
+"""Name of the file beside PyTorch's `lock` whose flock a builder holds."""
+SILENT_S = 5.0
+"""Seconds of waiting that are not worth a line: ranks that start together look one after the other whether all is
+built."""
 
 
 def require_operators() -> None:
     """Compiles, where that is still to be done, the operator that every start on a CPU needs: before there is a run
     directory. Raises UserError where it cannot be."""
-    require_folder()
+    prepare()
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
@@ -28,11 +38,17 @@ def require_operators() -> None:
             builder.load()
 
 
-def require_folder() -> None:
-    """Raises UserError where nothing can be compiled because its folder cannot be written."""
-    from torch.utils.cpp_extension import get_default_build_root
+def prepare() -> None:
+    """Makes this process compile in a folder of this library, unless the user has set TORCH_EXTENSIONS_DIR, and take
+    over what a killed process has left locked there. Raises UserError where the folder cannot be written."""
+    from torch.utils import cpp_extension
 
-    folder = Path(os.environ.get(FOLDER) or get_default_build_root())
+    cpp_extension.FileBaton = _Baton  # type: ignore[attr-defined]
+    if not os.environ.get(FOLDER):
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        name = f"mapdistill-python{python}-torch{version('torch')}-deepspeed{version('deepspeed')}"
+        os.environ[FOLDER] = str(Path(cpp_extension.get_default_build_root(), name))
+    folder = Path(os.environ[FOLDER])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -44,11 +60,43 @@ def require_folder() -> None:
         ) from None
 
 
+# until PyTorch > 2.13: whoever finds the `lock` of a builder that was killed waits without an end and without a word,
+# because torch/utils/file_baton.py has neither an owner nor a time limit
+class _Baton(FileBaton):
+    """PyTorch's lock of one extension, taken under a flock, which the kernel drops when its holder dies: whoever has
+    that may take the lock, too."""
+
+    def try_acquire(self) -> bool:
+        """Returns False once another process has built the extension."""
+        lock = Path(self.lock_file_path)
+        self._file = lock.with_name(HELD_BESIDE).open("ab")
+        began, said, waited = time.monotonic(), False, False
+        while (flock := try_flock(self._file)) is Flock.HELD:
+            waited = True
+            if not said and time.monotonic() - began > SILENT_S:
+                print(f"waiting for another process that compiles {lock.parent.name} in {lock.parent}", flush=True)
+                said = True
+            time.sleep(self.wait_seconds)
+        if flock is Flock.TAKEN and lock.exists():
+            print(f"took over {lock}: whoever built this extension is gone; building it", flush=True)
+            lock.unlink()
+        elif flock is Flock.TAKEN and waited:
+            self._file.close()
+            return False
+        ours = bool(super().try_acquire())
+        if not ours:
+            told = f"{lock} is waited for: remove it if no process compiles {lock.parent.name}"
+            print(no_locks(lock.parent, told), flush=True)
+        return ours
+
+    def release(self) -> None:
+        super().release()
+        self._file.close()
+
+
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turns the failure of a compiler inside of the block into a UserError, and takes over what builders that are gone
-    have left locked."""
-    extension_locks.take_over_stale()
+    """Turns the failure of a compiler inside of the block into a UserError."""
     try:
         yield
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:

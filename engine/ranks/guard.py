@@ -70,7 +70,7 @@ class Process:
 
 def overdue(heartbeat: mmap.mmap) -> bool:
     last, limit = HEARTBEAT.unpack_from(heartbeat)
-    return limit > 0 and time.monotonic() > last + limit + MARGIN_S
+    return bool(limit > 0 and time.monotonic() > last + limit + MARGIN_S)
 
 
 def look(heartbeat: mmap.mmap) -> None:

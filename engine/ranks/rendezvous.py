@@ -36,7 +36,7 @@ def is_needed() -> bool:
 
 
 def store() -> Any:
-    """The store in which the ranks have met, for the process group. None before `agree`."""
+    """Returns the store in which the ranks have met, for the process group; None before `agree`."""
     return _store
 
 
@@ -46,7 +46,9 @@ def agree(error: str | None) -> None:
     error: what keeps this rank from going on. Raises UserError on every rank when any has one, or does not arrive.
     """
     global _store, _failed
-    from torch.distributed import DistStoreError, PrefixStore, rendezvous
+    from torch.distributed import DistStoreError
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch.distributed.distributed_c10d import PrefixStore
 
 from engine.ranks import allocator, environment, extension_builds, rendezvous, threads, watchdog
 from engine.ranks.collectives import summed
@@ -127,12 +128,13 @@ def start(seed: int) -> Runtime:
         torch.cuda.set_device(local_rank)
     # torch 2.13 renames a collective that DeepSpeed 0.19 calls: nothing that a user could do about it
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+    extension_builds.prepare()
     backend = "nccl" if on_gpu else "gloo"
     if rendezvous.is_needed():
         rendezvous.agree(None)
         torch.distributed.init_process_group(
             backend,
-            store=torch.distributed.PrefixStore("group", rendezvous.store()),
+            store=PrefixStore("group", rendezvous.store()),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=COLLECTIVE_TIMEOUT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from enum import Enum
+from pathlib import Path
 from typing import IO
 
 
@@ -23,3 +24,8 @@ def try_flock(file: IO[bytes] | IO[str] | int) -> Flock:
     except OSError:
         return Flock.MISSING
     return Flock.TAKEN
+
+
+def no_locks(folder: Path, consequence: str) -> str:
+    """Returns the line that is said where a file system has no such locks and a job goes on without."""
+    return f"{folder}: no file locks there, so {consequence}"

@@ -25,7 +25,7 @@ MENDS = {
     "zero_3_cannot_load_what_zero_1_wrote": "engine/train/universal.py:_relay",
     "zero_1_cannot_load_what_zero_3_wrote": "engine/train/universal.py:_relay",
     "shared_buffers_keep_their_names": "engine/ranks/runtime.py:_unlink_shared_buffers",
-    "a_build_waits_for_the_dead": "engine/ranks/extension_locks.py",
+    "a_build_waits_for_the_dead": "engine/ranks/extension_builds.py:_Baton",
 }
 
 

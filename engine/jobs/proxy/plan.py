@@ -3,7 +3,6 @@ makes two fitness values comparable."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,10 +23,11 @@ from engine.jobs.execution import plan_execution
 from engine.mapping import MappingPair
 from engine.models.hub import model_hashes
 from engine.ranks import runtime
+from engine.ranks.hosts.agent import COMPARED, code_hash
 from engine.records.fingerprints import digest
 from engine.tasks.load import TaskData, load_task, resolve_names, task_spec
 
-PACKAGES = ("torch", "deepspeed", "transformers", "torchmetrics")
+PACKAGES = (*COMPARED, "torchmetrics")
 
 
 @dataclass(frozen=True)
@@ -163,12 +163,8 @@ def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
 
 @cache
 def code_version() -> str:
-    """Version and a hash of this library's source: an edit may change what a fitness means."""
-    root = Path(engine.__file__).resolve().parent
-    sources = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return f"{version('mapdistill')}+{sources.hexdigest()[:12]}"
+    """Returns the version and a hash of this library's source: an edit may change what a fitness means."""
+    return f"{version('mapdistill')}+{code_hash(Path(engine.__file__).resolve().parents[1])}"
 
 
 def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskData]) -> dict[str, Any]:

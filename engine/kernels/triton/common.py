@@ -26,11 +26,12 @@ many."""
 
 def padded_width(width: int) -> int:
     """Returns the width of a block that holds `width` columns: matrix products take powers of two from 16."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Returns that of products of such matrices: three TF32 products make a float32 one (2e-7) on tensor cores."""
+    """Returns the precision of products of such matrices: three TF32 products make a float32 one (2e-7) on tensor
+    cores."""
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
@@ -38,12 +39,12 @@ class Layout(NamedTuple):
     """Where the sequences of a launch lie in tensors (B, H, L, d), or (1, H, T, d) of packed ones."""
 
     starts: torch.Tensor
-    """(S,) int32"""
+    """First token of each sequence, (S,) int32"""
     lengths: torch.Tensor
-    """(S,) int32"""
+    """Tokens of each sequence, (S,) int32"""
     longest: int
     mask: torch.Tensor | None
-    """(B, L) bool"""
+    """Real tokens of padded sequences, (B, L) bool"""
     packed: bool
 
     @classmethod
@@ -64,7 +65,7 @@ class Layout(NamedTuple):
         return 0 if self.mask is None else self.mask.stride(0)
 
     def strides(self, *tensors: torch.Tensor) -> list[int]:
-        """Returns those of sequences, heads and tokens of each tensor; packed sequences lie in the only row."""
+        """Returns each tensor's strides of sequences, heads and tokens; packed sequences lie in the only row."""
         return [n for x in tensors for n in (0 if self.packed else x.stride(0), x.stride(1), x.stride(2))]
 
 

@@ -50,7 +50,7 @@ def _version(package: str) -> str | None:
 def _interfaces() -> dict[str, list[str]]:
     """IPv4 and IPv6 addresses of each interface that is up."""
     try:
-        import psutil  # type: ignore[import-untyped]
+        import psutil
     except ImportError:
         return {}
     families = (socket.AF_INET, socket.AF_INET6)

@@ -8,13 +8,12 @@ import math
 import os
 import resource
 import secrets
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from engine.config.hostfile import parse_hostfile, rank_exports
 from engine.config.tools import HostCheckConfig
 from engine.ranks.hosts.agent import COMPARED
 from engine.ranks.hosts.link import HostError, HostLink, close_all
-from engine.records.columns import labelled
+from engine.ranks.hosts.report import INTERFACE, Report, Verdict, table
 
 ROOT = Path(__file__).resolve().parents[3]
 PASSED_ON = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")
@@ -31,45 +30,6 @@ FACTS_S = 20.0
 """ssh's own limit on connecting, and the start of Python from a slow disk."""
 ANSWER_S = 10.0
 CLOCK_S = 2.0
-INTERFACE = "GLOO_SOCKET_IFNAME"
-
-
-@dataclass
-class Verdict:
-    """Of one host."""
-
-    host: str
-    slots: int
-    wrong: list[str] = field(default_factory=list)
-    """What keeps a job from running, each with its remedy."""
-    doubtful: list[str] = field(default_factory=list)
-    """What a job can run with, each with its remedy."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Of agent.facts; empty where it was not reached."""
-    address: str | None = None
-    """Where the others reach it."""
-    interface: str | None = None
-    """Which one leads to the others."""
-    clock_ahead_s: float = 0.0
-    """Of the first host's clock."""
-
-    @property
-    def word(self) -> str:
-        return "WRONG" if self.wrong else "doubtful" if self.doubtful else "ok"
-
-
-@dataclass
-class Report:
-    hosts: list[Verdict]
-    all_reduce: dict[str, Any] = field(default_factory=dict)
-    """backend, latency_ms, mib, gbit_per_s, or error; empty: not tried."""
-    settings: dict[str, str] = field(default_factory=dict)
-    """Lines for .deepspeed_env that are missing there."""
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return not any(verdict.wrong for verdict in self.hosts) and self.all_reduce.get("error") is None
 
 
 def check_hosts(config: HostCheckConfig) -> bool:
@@ -137,8 +97,7 @@ class HostCheck:
             try:
                 ask(verdict)
             except HostError as error:
-                verdict.facts = {}
-                verdict.wrong.append(f"{error.what}; {error.remedy}")
+                verdict.fail(error)
 
         list(self._pool.map(guarded, verdicts))
 
@@ -147,7 +106,7 @@ class HostCheck:
             try:
                 self._links[host] = HostLink(host, env=self._env, ssh_port=self._config.ssh_port)
             except HostError as error:
-                verdict.wrong.append(f"{error.what}; {error.remedy}")
+                verdict.fail(error)
 
     def _look(self) -> None:
         """ssh, and what each host says of itself."""
@@ -222,7 +181,7 @@ class HostCheck:
                     came_from.append(answer["from"])
                     # ssh may have come through another network, which the ranks do not use
                     first.address, verdict.address = address, answer["from"]
-                    verdict.interface = _interface_of(verdict, answer["from"])
+                    verdict.interface = verdict.interface_at(answer["from"])
                     if failed:
                         verdict.wrong.append(
                             f"cannot reach {first.host} at {told}, which DeepSpeed takes from `hostname -I`; give "
@@ -239,10 +198,9 @@ class HostCheck:
             self._ask(first, "hang_up")
             own = self._ask(first, "route", address=came_from[0])["from"] if came_from else first.address
         except HostError as error:
-            first.facts = {}
-            first.wrong.append(f"{error.what}; {error.remedy}")
+            first.fail(error)
             return
-        first.interface = _interface_of(first, own)
+        first.interface = first.interface_at(own)
 
     def _listen(self, first: Verdict) -> int:
         """The port on which the first host listens."""
@@ -270,7 +228,7 @@ class HostCheck:
                 self._check_chosen(verdict, verdict.facts["gloo_interface"])
                 continue
             at = verdict.facts["name_is"]
-            if at is not None and not _is_loopback(at) and _interface_of(verdict, at) is not None:
+            if at is not None and not _is_loopback(at) and verdict.interface_at(at) is not None:
                 continue
             where = f"is {at} to itself" if at else "has no address there"
             remedy = f"give {verdict.facts['name']} the address {verdict.address} in its /etc/hosts"
@@ -312,8 +270,7 @@ class HostCheck:
         try:
             write(first)
         except HostError as error:
-            first.facts = {}
-            first.wrong.append(f"{error.what}; {error.remedy}")
+            first.fail(error)
 
     def _all_reduce(self) -> None:
         """With what is missing in .deepspeed_env already set, so that it says whether the remedy works."""
@@ -327,9 +284,8 @@ class HostCheck:
         try:
             port = self._free_port(first)
             self._ask(first, "hang_up")
-        except HostError as gone:
-            first.facts = {}
-            first.wrong.append(f"{gone.what}; {gone.remedy}")
+        except HostError as error:
+            first.fail(error)
             return
         limit = max(1.0, self._left(math.inf) - 2.0)  # so that an agent can say that it waited in vain
 
@@ -347,8 +303,8 @@ class HostCheck:
         self._each(reduce, verdicts)
         failed = {host: answer["error"] for host, answer in answers.items() if answer["error"] is not None}
         if failed or len(answers) < len(verdicts):
-            error = "; ".join(f"{host}: {why}" for host, why in failed.items()) or "a host did not answer"
-            self._report.all_reduce = {"backend": backend, "error": error}
+            complaint = "; ".join(f"{host}: {why}" for host, why in failed.items()) or "a host did not answer"
+            self._report.all_reduce = {"backend": backend, "error": complaint}
         else:
             self._report.all_reduce = {"backend": backend, **answers[first.host]}
 
@@ -363,47 +319,3 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:
         return True
-
-
-def _interface_of(verdict: Verdict, address: str | None) -> str | None:
-    interfaces: dict[str, list[str]] = verdict.facts["interfaces"]
-    return next((name for name, addresses in interfaces.items() if address in addresses), None)
-
-
-def table(report: Report) -> str:
-    """One line for each host, and one for each further thing that is wrong with it."""
-    width = max(len(verdict.host) for verdict in report.hosts)
-    lines = []
-    for verdict in report.hosts:
-        texts = [*verdict.wrong, *verdict.doubtful] or [_facts_line(verdict)]
-        heads = [f"{verdict.host:<{width}}  {verdict.word:<8}", *[" " * (width + 10)] * (len(texts) - 1)]
-        lines += [f"{head}  {text}" for head, text in zip(heads, texts, strict=True)]
-    done = report.all_reduce
-    if not done:
-        said = "not tried: one host" if len(report.hosts) == 1 else "not tried: first repair what is WRONG above"
-    elif done["error"] is not None:
-        said = (
-            f"{done['backend']} FAILED ({done['error']}); look at firewalls, set {INTERFACE} in .deepspeed_env, and "
-            "give more --seconds where Python and torch start slowly"
-        )
-    else:
-        said = (
-            f"{done['backend']}, one rank a host: {done['latency_ms']:.2f} ms for 4 bytes, {done['gbit_per_s']:.2f} "
-            f"Gbit/s in and out of each host for {done['mib']:.0f} MiB"
-        )
-    rows = [("all-reduce", said)]
-    if report.settings:
-        missing = shlex.join(f"{name}={value}" for name, value in report.settings.items())
-        rows.append(("settings", f"missing in .deepspeed_env, but set for this all-reduce: {missing}"))
-    rows.append(("verdict", f"{'ready' if report.ok else 'NOT ready'} ({report.seconds:.1f} s)"))
-    return "\n".join([*lines, labelled(rows)])
-
-
-def _facts_line(verdict: Verdict) -> str:
-    facts = verdict.facts
-    versions = ", ".join(f"{package} {version}" for package, version in facts["packages"].items())
-    gpus = f", {facts['gpus']} GPUs" if facts["gpus"] else ""
-    return (
-        f"{verdict.address} on {verdict.interface}, clock {verdict.clock_ahead_s:+.2f} s, Python {facts['python']}, "
-        f"{versions}, code {facts['code']}{gpus}"
-    )

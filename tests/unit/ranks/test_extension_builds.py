@@ -1,16 +1,120 @@
-"""What is said where DeepSpeed's operators cannot be compiled."""
+"""Where DeepSpeed's operators are compiled, by whom, and what is said where they cannot be."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import select
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from deepspeed.ops.op_builder.builder import OpBuilder
-from torch.utils.cpp_extension import JIT_EXTENSION_VERSIONER
+from torch.utils import cpp_extension
 
 from engine.errors import UserError
 from engine.ranks import extension_builds
+
+BUILDER = """
+import sys
+from torch.utils import cpp_extension
+from engine.ranks import extension_builds
+extension_builds.SILENT_S = 0.5
+extension_builds.prepare()
+baton = cpp_extension.FileBaton(sys.argv[1])
+print("started", flush=True)
+ours = baton.try_acquire()
+print("builds" if ours else "finds it built", flush=True)
+if ours:
+    sys.stdin.read()
+    baton.release()
+else:
+    baton.wait()
+"""
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns PyTorch's lock of an extension, as `_jit_compile` names it."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    extension_builds.prepare()
+    (tmp_path / "cpu_adam").mkdir()
+    return tmp_path / "cpu_adam" / "lock"
+
+
+@pytest.fixture
+def start(lock: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Starts a builder, which has then said its first word."""
+    started = []
+
+    def start() -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen([sys.executable, "-c", BUILDER, str(lock)], stdin=pipe, stdout=pipe, text=True)
+        started.append(process)
+        assert said(process) == "started"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.faults
+def test_those_who_wait_for_a_builder_that_is_killed_build_it(lock: Path, start) -> None:
+    holder = start()
+    assert said(holder) == "builds", "a lock that is free is taken without a word"
+    waiting = [start() for _ in range(2)]
+    for process in waiting:
+        assert said(process) == f"waiting for another process that compiles cpu_adam in {lock.parent}"
+    holder.kill()
+    holder.wait()
+    ready, _, _ = select.select([process.stdout for process in waiting], [], [], 60)
+    first, second = sorted(waiting, key=lambda process: process.stdout not in ready)
+    assert said(first) == f"took over {lock}: whoever built this extension is gone; building it"
+    assert said(first) == "builds"
+    assert not select.select([second.stdout], [], [], 1.0)[0], "the lock has a holder again"
+    first.communicate("")
+    assert said(second) == "finds it built"
+    assert second.wait(60) == 0
+    assert not lock.exists()
+
+
+@pytest.mark.faults
+def test_a_later_start_takes_over_the_lock_of_a_builder_that_was_killed(lock: Path, start) -> None:
+    for attempt in range(3):
+        builder = start()
+        assert said(builder).startswith("took over" if attempt else "builds")
+        builder.kill()
+        builder.wait()
+        assert lock.exists(), "the kill should have left it"
+
+
+def test_without_file_locks_it_is_as_in_pytorch_and_said(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    first, second = cpp_extension.FileBaton(str(lock)), cpp_extension.FileBaton(str(lock))
+    assert first.try_acquire()
+    assert capsys.readouterr().out == ""
+    assert not second.try_acquire()
+    assert capsys.readouterr().out == (
+        f"{lock.parent}: no file locks there, so {lock} is waited for: remove it if no process compiles cpu_adam\n"
+    )
+    first.release()
+    second.wait()
 
 
 @pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "HOME"])
@@ -18,19 +122,25 @@ def test_a_folder_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv(variable, str(tmp_path / "file" / "x"))
     with pytest.raises(
         UserError, match=rf"{tmp_path}/file/x.*\(Not a directory\); set TORCH_EXTENSIONS_DIR to a folder"
     ):
-        extension_builds.require_folder()
+        extension_builds.prepare()
 
 
-def test_a_folder_that_can_be_written_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_the_users_or_one_of_these_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new" / "folder"))
-    extension_builds.require_folder()
+    extension_builds.prepare()
     assert list((tmp_path / "new" / "folder").iterdir()) == []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    extension_builds.prepare()
+    (folder,) = (tmp_path / "cache" / "torch_extensions").iterdir()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(folder)
+    assert folder.name.endswith(f"-torch{version('torch')}-deepspeed{version('deepspeed')}")
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +161,9 @@ def test_an_operator_is_compiled_before_there_is_a_run(tmp_path: Path, monkeypat
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(OpBuilder, "_loaded_ops", {})  # as in a new process
-    monkeypatch.setattr(JIT_EXTENSION_VERSIONER, "entries", {})  # or later builds of this process had another name
+    monkeypatch.setattr(
+        cpp_extension.JIT_EXTENSION_VERSIONER, "entries", {}
+    )  # or later builds of this process had another name
     with pytest.raises(UserError, match=r"cannot be compiled with CXX=/bin/false"):
         extension_builds.require_operators()
 
