@@ -10,11 +10,12 @@ from engine.kernels.inputs import Attention
 from engine.losses.base import AttentionMapped, Evaluated, LossSetup, Pair, StepInputs, Target
 
 TARGET = "attention_target"
-"""What is observed: the mean of the teacher's squared scores. With the loss it gives rho = |A_s - A_t| / |A_t|."""
+"""Name of what is observed: the mean of the teacher's squared scores. With the loss it gives rho = |A_s - A_t| /
+|A_t|."""
 
 
 def check_equal_heads(loss: str, setup: LossSetup) -> None:
-    """Maps of attention can be compared head by head only."""
+    """Raises UserError for other numbers of heads: maps of attention can be compared head by head only."""
     if setup.student.heads != setup.teacher.heads:
         raise UserError(
             f"loss.{loss}={getattr(setup.config, loss):g} compares attention head by head, but the student has "
@@ -31,7 +32,7 @@ class HeadByHead(AttentionMapped):
         check_equal_heads(self.name, self.setup)
 
     def attention(self, inputs: StepInputs, pair: Pair) -> Attention:
-        """What both layers compute their attention from."""
+        """Returns what both layers compute their attention from."""
         windows = self.setup.student.window(pair.student), self.setup.teacher.window(pair.teacher)
         return inputs.attention(self.name, pair)._replace(window_s=windows[0], window_t=windows[1])
 

@@ -37,7 +37,7 @@ class Pair:
     student: int
     teacher: int
     share: float
-    """The layer's weight, divided by the number of active layers when losses are averaged over layers."""
+    """Weight of the layer, divided by the number of active layers when losses are averaged over layers"""
 
     def layer(self, side: Side) -> int:
         return self.student if side == "student" else self.teacher
@@ -69,15 +69,15 @@ class Evaluated(NamedTuple):
     """What one loss makes of one micro batch."""
 
     total: torch.Tensor
-    """The weighted sum of its terms: a differentiable scalar."""
+    """Weighted sum of its terms: a differentiable scalar"""
     terms: dict[str, torch.Tensor]
-    """Term name -> raw value, before any weight, detached."""
+    """Raw value of each term by its name, before any weight, detached"""
     observed: Mapping[str, torch.Tensor] = MappingProxyType({})
-    """The same of what is logged beside the terms."""
+    """Values that are logged beside the terms, likewise"""
 
     @classmethod
     def weighted(cls, values: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> Evaluated:
-        """Of differentiable values."""
+        """Returns the result of a loss whose terms have these differentiable values."""
         total = torch.stack([value * weights[name] for name, value in values.items()]).sum()
         return cls(total, {name: value.detach() for name, value in values.items()})
 
@@ -97,18 +97,18 @@ class StepInputs:
 
     @property
     def segments(self) -> Segments | None:
-        """Where sequences lie, when at least one side ran without pads; those of the other side are dropped then."""
+        """Places of the sequences, when at least one side ran without pads; those of the other side are dropped then"""
         return self.student.segments or self.teacher.segments
 
     @property
     def rows(self) -> Rows:
-        """Which rows of the captured tensors are real tokens."""
+        """Rows of the captured tensors that are real tokens"""
         if self.segments is None:
             return Rows(mask=self.batch.token_mask)
         return Rows(mask=self.segments.real_rows_on(self.batch.input_ids.device), segments=self.segments)
 
     def captured(self, loss: str, side: Side, kind: str, layer: int) -> torch.Tensor:
-        """Features.<kind>[layer] of one side."""
+        """Returns Features.<kind>[layer] of one side. Raises RuntimeError when it was not captured."""
         features: Features = getattr(self, side)
         tensors: Mapping[int, torch.Tensor] = getattr(features, kind)
         if layer not in tensors:
@@ -124,12 +124,12 @@ class StepInputs:
         return tensor
 
     def hidden_states(self, loss: str, pair: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's hidden state pair[0] and the teacher's pair[1]: (B, L, D_s) and (B, L, D_t)."""
+        """Returns the student's hidden state pair[0] and the teacher's pair[1]: (B, L, D_s) and (B, L, D_t)."""
         return self.captured(loss, "student", "hidden", pair[0]), self.captured(loss, "teacher", "hidden", pair[1])
 
     def projected(self, loss: str, layer: int) -> torch.Tensor:
-        """The student's hidden state through its projection. Padded tokens are zeroed before: the weight's gradient is
-        a sum over all tokens, where 0 * NaN would be NaN."""
+        """Returns the student's hidden state through its projection. Padded tokens are zeroed before: the weight's
+        gradient is a sum over all tokens, where 0 * NaN would be NaN."""
         state, mask = self.captured(loss, "student", "hidden", layer), self.rows.mask
         if mask is not None:
             state = state.masked_fill(~mask[:, :, None], 0.0)
@@ -152,7 +152,8 @@ class StepInputs:
         return Attention(*tensors, scale("student"), scale("teacher"), rows=self.rows)
 
     def mlm_head(self, loss: str, side: Side, rows: float) -> MlmHead | WholeLogits:
-        """Its P positions must be the `rows` that this micro batch has by its own count."""
+        """Returns the head of one side, whose P positions must be the `rows` that this micro batch has by its own
+        count."""
         head = (self.student if side == "student" else self.teacher).mlm_head
         if head is None:
             raise RuntimeError(f"loss.{loss} needs the {side}'s logits (after its last layer), but none were captured")
@@ -168,7 +169,7 @@ class Loss(ABC):
 
     name: ClassVar[str]
     mapped_by: ClassVar[Literal["hidden", "attention"] | None] = None
-    """The layer mapping that chooses its pairs; None: it has no layers."""
+    """Layer mapping that chooses its pairs; None: it has no layers"""
 
     def __init__(self, setup: LossSetup) -> None:
         """Raises UserError when the two models cannot be compared in this way. `setup` has at least one pair."""
@@ -188,15 +189,15 @@ class Loss(ABC):
     @property
     @abstractmethod
     def shares(self) -> dict[str, float]:
-        """Term name -> its coefficient under a loss weight of 1, in the order of logging."""
+        """Coefficient of each term by its name under a loss weight of 1, in the order of logging"""
 
     @abstractmethod
     def wanted(self, side: Side) -> Wanted:
-        """What one side has to capture."""
+        """Returns what one side has to capture."""
 
     @property
     def targets(self) -> dict[str, Target]:
-        """Of the terms that are squared distances, which loss.scale=teacher divides by the variance of their target."""
+        """Targets of the terms that are squared distances, which loss.scale=teacher divides by the target's variance"""
         return {}
 
     @property
@@ -207,12 +208,12 @@ class Loss(ABC):
 
     @property
     def observed(self) -> dict[str, str]:
-        """What it logs beside its terms, and the term in whose unit that is."""
+        """Names of what it logs beside its terms, and the term in whose unit each is"""
         return {}
 
     @abstractmethod
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
-        """weights: of each term in the total."""
+        """Returns the loss of one micro batch. weights: that of each term in the total."""
 
 
 class HiddenMapped(Loss):

@@ -20,8 +20,8 @@ def hidden_state_mse(
     inputs: StepInputs,
     weights: Mapping[str, float],
 ) -> Evaluated:
-    """Mean over real tokens, or over all positions in preset tinybert; pairs: term -> (student, teacher) hidden
-    state."""
+    """Returns means over real tokens, or over all positions in preset tinybert; pairs: term -> (student, teacher)
+    hidden state."""
     with_pads = setup.counts_pads
     total = torch.zeros((), device=inputs.batch.input_ids.device)
     terms: dict[str, torch.Tensor] = {}

@@ -24,7 +24,8 @@ from engine.models.shape import ModelShape
 def active_pairs(
     layer_map: LayerMapping, weights: list[float] | None, *, key: str, average_layers: bool
 ) -> tuple[Pair, ...]:
-    """The pairs of a mapping that have a weight above 0. Raises UserError, naming `key`, for a wrong number of weights.
+    """Returns the pairs of a mapping that have a weight above 0. Raises UserError, naming `key`, for a wrong number of
+    weights.
 
     The divisor of an average is the number of active pairs, not the sum of their weights: doubling every weight
     doubles the loss.
@@ -42,7 +43,7 @@ def active_pairs(
 
 
 def _idle_settings(config: LossConfig, mapping: MappingConfig, *, projects: bool) -> list[str]:
-    """Settings that were given a value and change nothing."""
+    """Returns a sentence for each setting that was given a value and changes nothing."""
     active = config.active
     default = LossConfig()
     projecting = "a loss of hidden states or embeddings"
@@ -96,23 +97,23 @@ class LossSet:
     """
 
     observed_names: tuple[str, ...]
-    """Of what is logged beside the terms, e.g. `attention_target/1-3`."""
+    """Names of what is logged beside the terms, e.g. `attention_target/1-3`"""
     term_names: tuple[str, ...]
-    """Static, e.g. `hidden/1-3` (student layer 1, teacher layer 3), `relation/qq/3-12`, `embedding`."""
+    """Names of the terms, e.g. `hidden/1-3` (student layer 1, teacher layer 3), `relation/qq/3-12`, `embedding`"""
     held_out_names: tuple[str, ...]
-    """The same of a batch that is in no step."""
+    """Names of the terms of a batch that is in no step"""
     coefficients: tuple[float, ...]
-    """Of each term: loss weight * layer weight / number of active layers (that only when averaged)."""
+    """Coefficient of each term: loss weight * layer weight / number of active layers (that only when averaged)"""
     wanted_student: Wanted
     wanted_teacher: Wanted
     state_pairs: dict[str, tuple[int, int]]
     """Hidden states (0 = embeddings) that are compared through a projection, by their name in the log."""
     targets: dict[str, Target]
-    """What of the teacher a term is the mean squared distance to, for the terms that are one."""
+    """Targets of the terms that are mean squared distances"""
     windows: frozenset[int]
-    """Of student and teacher: within which the pairs of tokens of a batch must be counted."""
+    """Windows of student and teacher, in tokens, within which the pairs of tokens of a batch must be counted"""
     warnings: tuple[str, ...]
-    """Settings without effect."""
+    """Sentences about settings without effect"""
 
     def __init__(
         self,
@@ -163,7 +164,8 @@ class LossSet:
 
     @staticmethod
     def _build(setup: LossSetup, maps: dict[str, LayerMapping]) -> tuple[list[Loss], list[str]]:
-        """The losses that have something to compare, and a warning for each that is on but has no pair of layers."""
+        """Returns the losses that have something to compare, and a warning for each that is on but has no pair of
+        layers."""
         active = setup.config.active
         losses: list[Loss] = []
         empty = []
@@ -189,12 +191,12 @@ class LossSet:
 
     @property
     def projected_layers(self) -> frozenset[int]:
-        """The student's hidden states (0 = embeddings) for which `projections` must have a map."""
+        """Student's hidden states (0 = embeddings) for which `projections` must have a map"""
         return frozenset(student for student, _ in self.state_pairs.values())
 
     @property
     def looks_at_slice(self) -> bool:
-        """Whether something is measured of the corpus before the first step (engine/losses/measure.py)."""
+        """Whether something is measured on the corpus before the first step (engine/losses/measure.py)"""
         return bool(self.state_pairs or (self.config.scales and self.targets))
 
     def scaled(self, scales: Mapping[str, float]) -> LossSet:
@@ -207,9 +209,9 @@ class LossSet:
     def __call__(
         self, student: Features, teacher: Features, batch: Batch, per_micro: Counts, projections: Projections
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted total of one micro batch (differentiable scalar) and, detached, the raw terms in the order of
-        `term_names` and what is observed in that of `observed_names`, (T + O,); all float32 (float64 for float64
-        features), on the student's device and never read here.
+        """Returns the weighted total of one micro batch (differentiable scalar) and, detached, the raw terms in the
+        order of `term_names` and what is observed in that of `observed_names`, (T + O,); all float32 (float64 for
+        float64 features), on the student's device and never read here.
 
         `per_micro` holds the global batch's counts / (ranks * accumulation steps): the mean of `total` over ranks and
         micro batches is then the global mean, and so are its gradient and the terms.

@@ -26,22 +26,22 @@ from engine.models.shape import ModelShape
 from engine.ranks.collectives import from_rank_zero
 
 EVERY_FIFTH = 5
-"""Batch of the slice that judges a map which was fitted on the others."""
+"""Number of batches of which one judges a map that was fitted on the others."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Kept in checkpoints, so that a continued run divides by the same numbers."""
+    """What was measured; kept in checkpoints, so that a continued run divides by the same numbers."""
 
     scales: dict[str, float] = field(default_factory=dict)
-    """Term -> the variance of its target. Empty with loss.scale=none."""
+    """Variance of each term's target; empty with loss.scale=none"""
     explained: dict[str, float] = field(default_factory=dict)
-    """Pair of layers, or `embedding` -> R^2: the share of the teacher's variance that the initial student's state
+    """R^2 of each pair of layers, or `embedding`: the share of the teacher's variance that the initial student's state
     explains through its projection, on text that the projection was not fitted on."""
     tokens: int = 0
-    """How many were looked at."""
+    """Tokens that were looked at"""
     left_out: int = 0
-    """Tokens whose states are not finite."""
+    """Tokens whose states are not finite"""
 
 
 class TeacherSlice:
@@ -56,12 +56,12 @@ class TeacherSlice:
     ) -> None:
         """shape: of the teacher; unset: its layers attend to all tokens."""
         self.batches: list[Batch] = []
-        """On the CPU."""
+        """Batches of the slice, on the CPU"""
         self.hidden: list[dict[int, torch.Tensor]] = []
-        """By batch: layer -> (n, D), the states of real tokens, on the CPU."""
+        """States (n, D) of real tokens by batch and layer, on the CPU"""
         self.finite: list[torch.Tensor] = []
-        """By batch: (n,) bool, whether all states of a token are; the others are not looked at, since one of them would
-        make every scale and every map not a number."""
+        """Whether all states of a token are finite, (n,) bool by batch; the others are not looked at, since one of them
+        would make every scale and every map not a number."""
         self._scores: dict[int, _Spread] = {}
         for batch in batches:
             features = teacher(batch.to(device))
@@ -75,7 +75,7 @@ class TeacherSlice:
 
     @property
     def tokens(self) -> int:
-        """That are looked at."""
+        """Tokens that are looked at"""
         return sum(int(finite.sum()) for finite in self.finite)
 
     @property
@@ -83,8 +83,8 @@ class TeacherSlice:
         return sum(len(finite) for finite in self.finite) - self.tokens
 
     def variance(self, target: Target) -> float:
-        """Of hidden states about their mean, averaged over dimensions; of attention scores about the mean of their
-        head, over all pairs of real tokens that its layer attends to."""
+        """Returns that of hidden states about their mean, averaged over dimensions; of attention scores about the mean
+        of their head, over all pairs of real tokens that its layer attends to."""
         if target.kind == "scores":
             return self._scores[target.layer].variance
         kept = zip(self.hidden, self.finite, strict=True)
@@ -125,21 +125,22 @@ class _Spread:
 
     @property
     def variance(self) -> float:
-        """0 where no score was finite."""
+        """Variance of the scores; 0 where none was finite"""
         if not self._count:
             return 0.0
         return float((self._squares / self._count - (self._sums / self._count).square()).mean())
 
 
 def real_rows(states: torch.Tensor, batch: Batch, features: Features) -> torch.Tensor:
-    """(n, D): the states of the batch's real tokens, sequence by sequence, whether or not it ran with its pads."""
+    """Returns (n, D): the states of the batch's real tokens, sequence by sequence, whether or not it ran with its
+    pads."""
     if features.segments is not None:
         return states[0, : features.segments.tokens]
     return states.flatten(0, 1) if batch.token_mask is None else states[batch.token_mask.to(states.device)]
 
 
 def finite_rows(states: Sequence[torch.Tensor], count: int) -> torch.Tensor:
-    """(n,) bool: where all of `states` (n, D) are finite. count: n, for none of them."""
+    """Returns (n,) bool: where all of `states` (n, D) are finite. count: n, for no states."""
     finite = torch.ones(count, dtype=torch.bool)
     for rows in states:
         finite &= torch.isfinite(rows).all(1)
@@ -150,8 +151,8 @@ def finite_rows(states: Sequence[torch.Tensor], count: int) -> torch.Tensor:
 def student_moments(
     student: PreTrainedModel, on: TeacherSlice, pairs: dict[str, tuple[int, int]]
 ) -> dict[str, tuple[Moments, Moments]]:
-    """Of every pair of layers: over the batches that a map is fitted on, and over those that judge it; without pairs of
-    which no state is finite. The student lies on the CPU, in fp32, and runs without dropout."""
+    """Returns the moments of every pair of layers over the batches that a map is fitted on, and over those that judge
+    it; without pairs of which no state is finite. The student lies on the CPU, in fp32, and runs without dropout."""
     wanted = Wanted(hidden=frozenset(layer for layer, _ in pairs.values()))
     parts: dict[str, tuple[list[Moments], list[Moments]]] = {name: ([], []) for name in pairs}
     was_training = student.training
@@ -191,8 +192,8 @@ class Learner(Protocol):
 
 
 def begin(module: Learner, on: TeacherSlice) -> Measured:
-    """Collective. Measures a new student on rank 0, on the CPU, before DeepSpeed shards it; its projections then start
-    as what was fitted, and its losses know their scales."""
+    """Measures a new student on rank 0, on the CPU, before DeepSpeed shards it; its projections then start as what was
+    fitted, and its losses know their scales. Collective."""
     measured, maps = from_rank_zero(lambda: _measure(module, on))
     module.projections.start_from(maps)
     module.losses = module.losses.scaled(measured.scales)
@@ -200,8 +201,8 @@ def begin(module: Learner, on: TeacherSlice) -> Measured:
 
 
 def _measure(module: Learner, on: TeacherSlice) -> tuple[Measured, dict[int, LinearMap]]:
-    """What is to be known, and the map of each of the student's hidden states that projections are to start from (none
-    where they are random, or the identity)."""
+    """Returns what is to be known, and the map of each of the student's hidden states that projections are to start
+    from (none where they are random, or the identity)."""
     losses, projections, config = module.losses, module.projections, module.losses.config
     if not on.tokens:  # the first step says what is not finite, and where
         return Measured(left_out=on.left_out), {}
@@ -226,5 +227,5 @@ def _measure(module: Learner, on: TeacherSlice) -> tuple[Measured, dict[int, Lin
 
 
 def sequences_of(config: LossConfig, length: float) -> int:
-    """How many sequences of this length make a slice."""
+    """Returns how many sequences of this length make a slice."""
     return math.ceil(config.slice_tokens / length)

@@ -19,7 +19,7 @@ from engine.models.projections import Projections
 
 
 def _by_student_layer(names: Iterable[str]) -> tuple[str, ...]:
-    """`hidden/1-random` for `hidden/1-3`."""
+    """Returns `hidden/1-random` for `hidden/1-3`."""
     return tuple(re.sub(r"-\d+$", "-random", name) for name in names)
 
 
@@ -46,7 +46,7 @@ class RandomLosses(LossSet):
         self.observed_names = _by_student_layer(self.observed_names)
 
     def of_step(self, step: int) -> LossSet:
-        """Those of one draw, with scales."""
+        """Returns the losses of one draw, with scales."""
         drawn = self._layers.drawn(self._seed, step)
         return self._losses_over(hidden_map=drawn, attention_map=drawn).scaled(self._scales)
 

@@ -18,4 +18,4 @@ LOSSES: dict[str, type[Loss]] = {
     "logits": VocabularyLosses,
     "mlm": VocabularyLosses,
 }
-"""Name (engine.config.distill.LOSS_NAMES) -> class, in the order in which terms are logged."""
+"""Class of each name (engine.config.distill.LOSS_NAMES), in the order in which terms are logged."""

@@ -13,7 +13,7 @@ from engine.losses.base import AttentionMapped, Evaluated, Pair, Side, StepInput
 from engine.models.features import Wanted
 
 KINDS = (("qq", "query"), ("kk", "key"), ("vv", "value"))
-"""Name in the log, and in Features; in the order of loss.relation_weights."""
+"""Names in the log, and in Features; in the order of loss.relation_weights."""
 
 
 class RelationLoss(AttentionMapped):
@@ -53,8 +53,8 @@ class RelationLoss(AttentionMapped):
         return Wanted(attention=layers, values=any(kind == "value" for _, kind, _ in self._active))
 
     def _side(self, inputs: StepInputs, side: Side, kind: str, pair: Pair) -> torch.Tensor:
-        """(B, H, L, d). Grouped keys and values are repeated for each query head, so that they have the full width
-        that relation_heads divides."""
+        """Returns (B, H, L, d). Grouped keys and values are repeated for each query head, so that they have the full
+        width that relation_heads divides."""
         tensor = inputs.captured(self.name, side, kind, pair.layer(side))
         return repeat_heads(tensor, getattr(self.setup, side).heads)
 

@@ -86,7 +86,7 @@ class VocabularyLosses(Loss):
 
     @staticmethod
     def _labels(inputs: StepInputs, rows: int) -> torch.Tensor:
-        """(rows,), in the order of the logits."""
+        """Returns (rows,), in the order of the logits."""
         if inputs.batch.labels is None:
             raise RuntimeError(f"loss.{CROSS_ENTROPY} needs the batch's labels, but it has none")
         labels = inputs.batch.labels.flatten()

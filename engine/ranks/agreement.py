@@ -1,4 +1,4 @@
-"""That all ranks of a run would compute the same."""
+"""Checks that all ranks of a run would compute the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.ranks.collectives import from_rank_zero, gathered
 
 
 def require_agreement(mine: dict[str, Any]) -> None:
-    """Collective. Raises UserError when some rank would compute something else: hosts may have models and corpora on
+    """Raises UserError on every rank when some would compute something else: hosts may have models and corpora on
     disks of their own, and different processors. mine: flat settings and hashes of inputs."""
     first = from_rank_zero(lambda: mine)
     differing = {host: found for host, found in gathered((platform.node(), changed_keys(first, mine))) if found}

@@ -26,8 +26,8 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Once, after something large was built: what building it took (weights in another layout or precision) is seldom
-    of a size that is asked for again."""
+    """Gives it back to the system, after something large was built: what building it took (weights in another layout or
+    precision) is seldom of a size that is asked for again."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

@@ -13,7 +13,7 @@ from engine.errors import RunFailure, UserError
 T = TypeVar("T")
 
 _gloo: tuple[Any, Any] | None = None
-"""The default group for which a gloo group was made, and that."""
+"""Default group for which a gloo group was made, and that group."""
 
 
 def alone() -> bool:
@@ -22,7 +22,7 @@ def alone() -> bool:
 
 
 def _group() -> Any:
-    """Collective at its first call: the gloo group of all ranks."""
+    """Returns the gloo group of all ranks. Collective at its first call."""
     global _gloo
     dist = torch.distributed
     if dist.get_backend() == "gloo":
@@ -33,7 +33,7 @@ def _group() -> Any:
 
 
 def summed(numbers: Sequence[float]) -> list[float]:
-    """Collective. The sums over all ranks, in float64."""
+    """Returns the sums over all ranks, in float64. Collective."""
     if alone():
         return [float(number) for number in numbers]
     sums = torch.tensor(numbers, dtype=torch.float64)
@@ -42,7 +42,7 @@ def summed(numbers: Sequence[float]) -> list[float]:
 
 
 def gathered(value: T) -> list[T]:
-    """Collective. The value of every rank, in their order. Tensors in it must lie on the CPU."""
+    """Returns the value of every rank, in their order. Tensors in it must lie on the CPU. Collective."""
     if alone():
         return [value]
     box: list[Any] = [None] * torch.distributed.get_world_size()
@@ -51,8 +51,8 @@ def gathered(value: T) -> list[T]:
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:
-    """Collective. What rank 0 makes: its host alone may have the files. Raises its UserError on every rank; after
-    any other error of it, RunFailure on the others, which must not wait for ever."""
+    """Returns on every rank what rank 0 makes: its host alone may have the files. Collective. Raises its UserError on
+    every rank; after any other error of it, RunFailure on the others, which must not wait for ever."""
     dist = torch.distributed
     if alone():
         return make()
@@ -72,7 +72,7 @@ def from_rank_zero(make: Callable[[], T]) -> T:
 
 
 def gather_rows(values: torch.Tensor, rows: torch.Tensor, *, total: int) -> torch.Tensor:
-    """Collective. (total, ...) in the order of the rows, on every rank.
+    """Returns (total, ...) in the order of the rows, on every rank. Collective.
 
     values: (k, ...) of this rank's rows (k,) int64; row -1 is a stand-in that is dropped (see evaluation_batches).
     Shares may differ in size. Every row must have come from exactly one rank.

@@ -38,7 +38,7 @@ _EXPORTS = {
 _LAST_STEP_OF_SRUN = 0xFFFFFFF0
 """slurm.h, SLURM_MAX_NORMAL_STEP_ID: ids above it are of the batch script, of salloc's shell, and the like."""
 _PORTS = range(20_000, 32_000)
-"""Below the ports that Linux hands out by itself."""
+"""Ports below those that Linux hands out by itself."""
 
 
 def refuse_unusable(environ: Mapping[str, str]) -> None:
@@ -55,7 +55,7 @@ def refuse_unusable(environ: Mapping[str, str]) -> None:
 
 
 def complete(environ: MutableMapping[str, str]) -> None:
-    """Where srun or mpirun started this process as one of several ranks, adds what is not set yet of RANK, WORLD_SIZE,
+    """Adds, where srun or mpirun started this process as one of several ranks, what is not set yet of RANK, WORLD_SIZE,
     LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT. Does nothing where RANK is set, nor for a process on its own: a
     search that runs as one task must not hand RANK=0 to the ranks that it starts.
 
@@ -96,20 +96,20 @@ def _refuse_remains(environ: MutableMapping[str, str], wrong: list[str]) -> None
 
 
 def local_size(environ: Mapping[str, str]) -> int | None:
-    """Ranks on this host. None where it is not known."""
+    """Returns the number of ranks on this host; None where it is not known."""
     said = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")  # torchrun's name comes first
     return int(said) if said else None
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: `node03` of `node[03-05,9],other1`."""
+    """Returns the first host of a Slurm node list: `node03` of `node[03-05,9],other1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
     assert first is not None  # it matches the empty text too
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
 
 
 def _of_mpirun(environ: Mapping[str, str]) -> dict[str, str]:
-    """Empty where mpirun did not start this process."""
+    """Returns what mpirun's variables say; nothing where it did not start this process."""
     for names in _MPIRUN:
         if all(name in environ for name in names):
             known = {ours: environ[theirs] for ours, theirs in zip(_NAMES, names, strict=True)}
@@ -120,7 +120,7 @@ def _of_mpirun(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _of_srun(environ: Mapping[str, str]) -> dict[str, str]:
-    """Empty where this process is no task of a step that srun started."""
+    """Returns what srun's variables say; nothing where this process is no task of a step that it started."""
     step = environ.get("SLURM_STEP_ID")
     if step is None or int(step) > _LAST_STEP_OF_SRUN or "SLURM_STEP_NUM_TASKS" not in environ:
         return {}
@@ -152,6 +152,6 @@ def _of_other_mpi(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _tasks_by_node(text: str) -> list[int]:
-    """Slurm's `2(x3),1` -> [2, 2, 2, 1]."""
+    """Returns [2, 2, 2, 1] of Slurm's `2(x3),1`."""
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(count) for count, times in runs for _ in range(int(times or 1))]

@@ -23,7 +23,7 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
     `destroy_process_group` does not join those threads, since DeepSpeed keeps references to the groups.
     """
     watchdog.start_guard()
-    if watchdog.came_too_late():
+    if watchdog.has_lost_launcher():
         print("error: the launcher of this rank is gone; start again", file=sys.stderr, flush=True)
         os._exit(EXIT_CRASH)
     try:

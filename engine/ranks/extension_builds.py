@@ -60,8 +60,7 @@ def prepare() -> None:
         ) from None
 
 
-# until PyTorch > 2.13: whoever finds the `lock` of a builder that was killed waits without an end and without a word,
-# because torch/utils/file_baton.py has neither an owner nor a time limit
+# until PyTorch > 2.13: torch/utils/file_baton.py waits for a builder that was killed without an end and without a word
 class _Baton(FileBaton):
     """PyTorch's lock of one extension, taken under a flock, which the kernel drops when its holder dies: whoever has
     that may take the lock, too."""

@@ -20,27 +20,27 @@ import sys
 import time
 
 HEARTBEAT = struct.Struct("=dd")
-"""In shared memory: time.monotonic() of the last beat, and the limit in seconds (0: not watched now). The clock is the
-same for all processes of a machine."""
+"""Start of the shared memory: time.monotonic() of the last beat, and the limit in seconds (0: not watched now). The
+clock is the same for all processes of a machine."""
 LOOK = struct.Struct("=d")
-"""Behind it: when the guard last looked; 0: there is none."""
+"""Rest of it: time.monotonic() of the guard's last look; 0: there is no guard."""
 SHARED_BYTES = HEARTBEAT.size + LOOK.size
 MARGIN_S = 10.0
-"""Beyond its limit: the rank's own watchdog comes first."""
+"""Seconds beyond a rank's limit: its own watchdog comes first."""
 WAKES_WITHIN_S = 5.0
-"""A rank that was stopped (SIGSTOP) is continued, and has so long to write its stacks and end. Then faulthandler is
+"""Seconds that a rank that was stopped (SIGSTOP), once continued, has to write its stacks and end. Then faulthandler is
 made to write them (SIGABRT), also while something holds Python's lock, and then it is killed."""
 GRACE_S = 30.0
-"""For a checkpoint, once the launcher is gone."""
+"""Seconds for a checkpoint, once the launcher is gone."""
 POLL_S = 1.0
 PAUSED_S = 5.0
-"""A guard that could not look for so long was stopped together with its rank (Ctrl-Z, a scheduler's suspend, a machine
-that slept), which is no hang."""
+"""Seconds after which a guard that could not look was stopped together with its rank (Ctrl-Z, a scheduler's suspend, a
+machine that slept), which is no hang."""
 
 
 def started(pid: int) -> str | None:
-    """The start time of a process, which tells it from a later one with the same number. None when it is gone; one that
-    nobody has waited for is."""
+    """Returns the start time of a process, in clock ticks after boot, which tells it from a later one with the same
+    number. None when it is gone; one that nobody has waited for is."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -74,7 +74,7 @@ def overdue(heartbeat: mmap.mmap) -> bool:
 
 
 def look(heartbeat: mmap.mmap) -> None:
-    """The guard is here and looks. After a pause, time begins anew for the rank too."""
+    """Notes that the guard is here and looks. After a pause, time begins anew for the rank too."""
     (before,) = LOOK.unpack_from(heartbeat, HEARTBEAT.size)
     now = time.monotonic()
     if before and now - before > PAUSED_S:
@@ -90,13 +90,14 @@ def say(text: str) -> None:
 
 
 def end_orphan(rank: Process) -> str:
-    """As a scheduler would: a rank that trains finishes its step and writes a checkpoint. Returns what was done."""
+    """Ends a rank as a scheduler would, so that one that trains finishes its step and writes a checkpoint. Returns what
+    was done."""
     rank.send(signal.SIGTERM)
     return "told to stop" if ends_within(rank, GRACE_S) else "told to stop and then killed"
 
 
 def ends_within(rank: Process, seconds: float) -> bool:
-    """Whether it ends by itself; else it is killed."""
+    """Returns whether it ends by itself; else it is killed."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if rank.gone():

@@ -16,7 +16,7 @@ from engine.errors import UserError, first_line
 from engine.ranks import environment
 
 ARRIVE_WITHIN = datetime.timedelta(minutes=10)
-"""For starting Python and reading configurations and tokenizers on the slowest host."""
+"""Time for starting Python and reading configurations and tokenizers on the slowest host."""
 LEAVE_WITHIN = datetime.timedelta(seconds=15)
 
 _store: Any = None
@@ -24,8 +24,9 @@ _failed = False
 
 
 def is_needed() -> bool:
-    """Whether this job has ranks on other hosts, as far as its environment says, or can be started again by torchrun,
-    whose store keeps what the ranks of the attempt before have said (PyTorch 2.13): gloo would connect to the dead."""
+    """Returns whether this job has ranks on other hosts, as far as its environment says, or can be started again by
+    torchrun, whose store keeps what the ranks of the attempt before have said (PyTorch 2.13): gloo would connect to the
+    dead."""
     if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return False  # it is not known where
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
@@ -41,7 +42,7 @@ def store() -> Any:
 
 
 def agree(error: str | None) -> None:
-    """Collective, where it `is_needed`, once: returns when all ranks are ready.
+    """Returns when all ranks are ready. Collective; to be called once, where it `is_needed`.
 
     error: what keeps this rank from going on. Raises UserError on every rank when any has one, or does not arrive.
     """
@@ -69,7 +70,7 @@ def agree(error: str | None) -> None:
 
 
 def _wait_for_all(world: int) -> list[str]:
-    """What every rank has said, in the order of ranks; "" of one without an error."""
+    """Returns what every rank has said, in the order of ranks; "" for one without an error."""
     keys = [f"ready/{rank}" for rank in range(world)]
     try:
         _store.wait(keys, ARRIVE_WITHIN)
@@ -80,13 +81,14 @@ def _wait_for_all(world: int) -> list[str]:
 
 
 def has_failed() -> bool:
-    """Whether the ranks have met, and know the errors of all: rank 0 speaks for all, and each then calls `leave`."""
+    """Returns whether the ranks have met, and know the errors of all: rank 0 speaks for all, and each then calls
+    `leave`."""
     return _failed
 
 
 def leave() -> None:
-    """Collective, after an error of `agree`. Nobody leaves before rank 0 has spoken, since a launcher ends all ranks of
-    its host once one has left; and rank 0, which holds the store, not before the others know that."""
+    """Ends the meeting after an error of `agree`. Collective. Nobody leaves before rank 0 has spoken, since a launcher
+    ends all ranks of its host once one has left; and rank 0, which holds the store, not before the others know that."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with contextlib.suppress(RuntimeError):  # a time limit, or the others have gone already
         if rank == 0:

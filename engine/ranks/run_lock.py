@@ -25,15 +25,15 @@ FILE = "run.lock"
 BEAT_S = 3.0
 """Seconds between two signs of life."""
 QUIET_S = 10 * BEAT_S
-"""A holder that gives none for so long is gone, where no flock says so."""
+"""Seconds without one after which a holder is gone, where no flock says so."""
 LOOKS = 30
-"""How often that is looked for."""
+"""Number of looks for one in that time."""
 ENDS_WITHIN_S = GRACE_S + 10.0
-"""A holder whose launcher is gone is ended by its guard (engine/ranks/guard.py)."""
+"""Seconds within which a holder whose launcher is gone is ended by its guard (engine/ranks/guard.py)."""
 
 
 def machine() -> str:
-    """The same for all processes that share a kernel (containers too), and another after a reboot."""
+    """Returns the same for all processes that share a kernel (containers too), and another after a reboot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -41,11 +41,11 @@ def machine() -> str:
 
 
 class RunLock:
-    """Held from `acquire` until `release` or the end of the process."""
+    """Lock of a run directory, held from `acquire` until `release` or the end of the process."""
 
     def __init__(self, file: IO[bytes], taken_from: str | None) -> None:
         self.taken_from = taken_from
-        """Who left a stale lock here; None when the last holder released it."""
+        """Holder that left a stale lock here; None when the last holder released it."""
         self._file = file
         self._beats = 0
         self._released = threading.Event()
@@ -83,7 +83,7 @@ class RunLock:
 
 @contextlib.contextmanager
 def held(folder: Path, *, wanted: bool) -> Iterator[RunLock | None]:
-    """`acquire` until the end of the block; None for a process that does not write there (not `wanted`)."""
+    """Holds the lock until the end of the block; None for a process that does not write there (not `wanted`)."""
     lock = acquire(folder) if wanted else None
     try:
         yield lock
@@ -116,14 +116,14 @@ def _take(folder: Path, file: IO[bytes]) -> RunLock:
     holder = _read(folder)
     if holder is None:
         return RunLock(file, None)
-    if not (has_flock and holder.get("machine") == machine()) and _gives_signs_of_life(folder, holder):
+    if not (has_flock and holder.get("machine") == machine()) and _is_alive(folder, holder):
         raise _refusal(folder, holder)  # else the flock has proved that it is gone, or its silence
     return RunLock(file, f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}")
 
 
 def _flock(folder: Path, file: IO[bytes]) -> bool:
-    """False on a file system without flock. Raises UserError when another process holds it; waits for one that is being
-    ended, because its launcher is gone."""
+    """Returns False on a file system without flock. Raises UserError when another process holds it; waits for one that
+    is being ended, because its launcher is gone."""
     until = time.monotonic() + ENDS_WITHIN_S
     while True:
         lock = try_flock(file)
@@ -142,8 +142,8 @@ def _is_ending(holder: dict[str, Any] | None) -> bool:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """Who holds the lock, as its file says; None when it is free. Opened anew each time: network file systems look
-    for changes then."""
+    """Returns who holds the lock, as its file says; None when it is free. Opened anew each time: network file systems
+    look for changes then."""
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -157,8 +157,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) else {"host": "an unknown host"}
 
 
-def _gives_signs_of_life(folder: Path, before: dict[str, Any]) -> bool:
-    """Looks many times, and not for some time: a file system that stands still shows nothing new for long."""
+def _is_alive(folder: Path, before: dict[str, Any]) -> bool:
+    """Returns whether the holder writes anything. Looks many times, and not for some time: a file system that stands
+    still shows nothing new for long."""
     for _ in range(LOOKS):
         time.sleep(QUIET_S / LOOKS)
         if _read(folder) != before:

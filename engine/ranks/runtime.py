@@ -21,7 +21,8 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices natively (AMX or AVX-512 bf16); elsewhere bf16 is emulated and slow."""
+    """Returns whether this CPU multiplies bf16 matrices natively (AMX or AVX-512 bf16); elsewhere bf16 is emulated and
+    slow."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
     except OSError:
@@ -30,7 +31,8 @@ def has_fast_bf16() -> bool:
 
 
 def has_fp16() -> bool:
-    """Whether DeepSpeed trains in fp16 on this processor (AVX-512 FP16; AMD's have none yet). GPUs are not asked."""
+    """Returns whether DeepSpeed trains in fp16 on this processor (AVX-512 FP16; AMD's have none yet). GPUs are not
+    asked."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     return bool(CPU_Accelerator().is_fp16_supported())
@@ -41,12 +43,12 @@ def launcher_rank() -> int:
 
 
 def launcher_world_size() -> int:
-    """Ranks of this job, known before any group exists."""
+    """Returns the number of ranks of this job, known before any group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def uses_gpu() -> bool:
-    """Whether this job computes on CUDA devices; DS_ACCELERATOR=cpu keeps it off them."""
+    """Returns whether this job computes on CUDA devices; DS_ACCELERATOR=cpu keeps it off them."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
@@ -62,7 +64,7 @@ class Runtime:
     world_size: int
     local_rank: int
     local_size: int
-    """Ranks on this host."""
+    """Number of ranks on this host"""
     device: torch.device
     threads: int
     cores_of_others: float = 0.0
@@ -74,7 +76,7 @@ class Runtime:
 
     @property
     def where(self) -> str:
-        """Device and threads, and what slows them down, for a banner."""
+        """Device and threads, and what slows them down, for a banner"""
         text = f"{self.device}, {self.threads} threads"
         if self.cores_of_others < 0.5:
             return text
@@ -89,8 +91,9 @@ def _use_free_port() -> None:
 
 def _unlink_shared_buffers(local_rank: int) -> None:
     """Takes the names off the buffers of DeepSpeed's shared-memory all-reduce (66 MiB a rank in /dev/shm), once every
-    rank has mapped them. DeepSpeed 0.19.8 never does: each start on a new port would keep that memory until the next
-    reboot (a day's starts filled 20 of 24 GiB here), and one on an old port would find the remains of another run."""
+    rank has mapped them. Each start on a new port would keep that memory until the next reboot (a day's starts filled
+    20 of 24 GiB here), and one on an old port would find the remains of another run."""
+    # until DeepSpeed > 0.19.8: it never does that itself
     torch.distributed.barrier()
     if local_rank == 0:
         name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_*"
@@ -156,8 +159,8 @@ def start(seed: int) -> Runtime:
 
 
 def seed_micro_step(seed: int, step: int, micro: int, rank: int) -> None:
-    """Dropout's random numbers are a function of (seed, step, micro step, rank), so that a resumed run needs no saved
-    RNG state, and a member of a cohort draws the same as alone."""
+    """Seeds torch. Dropout's random numbers are a function of (seed, step, micro step, rank), so that a resumed run
+    needs no saved RNG state, and a member of a cohort draws the same as alone."""
     torch.manual_seed((((seed * 1_000_003 + step) * 8_191 + micro) * 65_537 + rank) % 2**63)
 
 
@@ -177,5 +180,5 @@ class StopRequest:
         return self.signal is not None
 
     def requested_anywhere(self) -> bool:
-        """Collective. Whether any rank was told to stop."""
+        """Returns whether any rank was told to stop. Collective."""
         return summed([self.requested])[0] > 0

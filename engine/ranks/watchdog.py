@@ -42,8 +42,8 @@ _limit_s = 0.0
 
 @functools.cache
 def launchers() -> tuple[psutil.Process, ...]:
-    """The launchers above this process when it was asked first, nearest first. None for a rank that a user, srun or
-    mpirun started."""
+    """Returns the launchers above this process when it was asked first, nearest first; none for a rank that a user,
+    srun or mpirun started."""
     found = []
     with contextlib.suppress(psutil.Error):
         for parent in psutil.Process().parents():
@@ -54,9 +54,9 @@ def launchers() -> tuple[psutil.Process, ...]:
     return tuple(found)
 
 
-def came_too_late() -> bool:
-    """Whether DeepSpeed's launcher, or its part on this host, was gone before this process could see it: nobody would
-    end the rank, or wait for it. For the start of a rank."""
+def has_lost_launcher() -> bool:
+    """Returns whether DeepSpeed's launcher, or its part on this host, was gone before this process could see it: nobody
+    would end the rank, or wait for it. For the start of a rank."""
     if not any(word.startswith("--local_rank=") for word in sys.argv):
         return False
     try:
@@ -67,8 +67,8 @@ def came_too_late() -> bool:
 
 
 def _is_adopted(process: psutil.Process) -> bool:
-    """Whether it has lost the parent that started it in its own process group and session: who adopts it is process 1,
-    or of another session."""
+    """Returns whether it has lost the parent that started it in its own process group and session: who adopts it is
+    process 1, or of another session."""
     parent = process.ppid()
     with contextlib.suppress(ProcessLookupError):
         is_leader = os.getpgid(process.pid) == process.pid  # started apart: by sshd, an init of a container, a user
@@ -98,14 +98,14 @@ def start_guard() -> None:
 
 
 def beat() -> None:
-    """Something was finished. Costs less than a microsecond; does nothing unless armed."""
+    """Notes that something was finished. Costs less than a microsecond; does nothing unless armed."""
     if _heartbeat is not None:
         guard.HEARTBEAT.pack_into(_heartbeat, 0, time.monotonic(), _limit_s)
 
 
 @contextmanager
 def armed(limit_s: float, dump: Path, report: Callable[[], None]) -> Iterator[None]:
-    """While inside, a rank that does not `beat` for `limit_s` seconds (0: no limit) is ended with code 1.
+    """Ends a rank that, inside of the block, does not `beat` for `limit_s` seconds (0: no limit), with code 1.
 
     dump: the file for the stacks. report: called on this rank before its end, after them; may fail.
     """
@@ -132,7 +132,7 @@ class _Watch(threading.Thread):
         self._limit_s, self._dump, self._report = limit_s, dump, report
         self._stopped = threading.Event()
         self._last_pause = 0.0
-        """The guard's last look before it."""
+        """Guard's last look before the last pause"""
 
     def stop(self) -> None:
         self._stopped.set()
@@ -151,8 +151,8 @@ class _Watch(threading.Thread):
                 return
 
     def _was_paused(self, shared: mmap.mmap) -> bool:
-        """Whether the guard, too, has not run for a while, and this was not said of the same while before (a guard that
-        is gone never looks again)."""
+        """Returns whether the guard, too, has not run for a while, and this was not said of the same while before (a
+        guard that is gone never looks again)."""
         (looked,) = guard.LOOK.unpack_from(shared, guard.HEARTBEAT.size)
         if not looked or looked == self._last_pause or time.monotonic() - looked < guard.PAUSED_S:
             return False

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "@host "
-"""Begins every answer: a shell's start-up files may print before it."""
+"""Beginning of every answer: a shell's start-up files may print before it."""
 COMPARED = ("torch", "deepspeed", "transformers")
 """Packages whose versions must be the same on all hosts."""
 
@@ -32,7 +32,7 @@ _listeners: list[socket.socket] = []
 
 
 def code_hash(root: Path) -> str | None:
-    """Of the names and contents of all Python files of the engine; None where there is none."""
+    """Returns a hash of the names and contents of all Python files of the engine; None where there is none."""
     files = sorted((root / "engine").rglob("*.py"))
     digest = hashlib.sha256()
     for path in files:
@@ -48,7 +48,7 @@ def _version(package: str) -> str | None:
 
 
 def _interfaces() -> dict[str, list[str]]:
-    """IPv4 and IPv6 addresses of each interface that is up."""
+    """Returns the IPv4 and IPv6 addresses of each interface that is up."""
     try:
         import psutil
     except ImportError:
@@ -70,7 +70,7 @@ def _own_name() -> str | None:
 
 
 def _addresses() -> list[str]:
-    """As DeepSpeed's launcher asks for them; it takes the first one."""
+    """Returns this host's addresses as DeepSpeed's launcher asks for them; it takes the first one."""
     try:
         return subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=10).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
@@ -145,7 +145,7 @@ def visit(*, address: str, port: int, timeout_s: float) -> dict[str, Any]:
 
 
 def route(*, address: str) -> dict[str, Any]:
-    """Own address on the way to `address`; nothing is sent."""
+    """Returns this host's own address on the way to `address`; nothing is sent."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))
@@ -182,7 +182,7 @@ def remove(*, path: str) -> dict[str, Any]:
 
 
 def all_reduce(*, root: str, env: dict[str, str], backend: str, timeout_s: float) -> dict[str, Any]:
-    """One rank of engine/ranks/hosts/all_reduce.py, in a process of its own, which is over within timeout_s."""
+    """Runs one rank of engine/ranks/hosts/all_reduce.py, in a process of its own, which is over within timeout_s."""
     # -P: beside that file are modules whose names others may have, too
     words = [
         sys.executable,

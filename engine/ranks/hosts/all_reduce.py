@@ -11,13 +11,13 @@ import torch
 from torch import distributed as dist
 
 SMALL, LARGE = 2**20, 2**24
-"""Bytes. The large one is for networks that move the small one within SLOW_S."""
+"""Bytes of a tensor. The large one is for networks that move the small one within SLOW_S seconds."""
 SLOW_S = 0.2
 ROUNDS = 4
 
 
 def seconds_each(tensor: torch.Tensor, rounds: int) -> float:
-    """Of the slowest rank."""
+    """Returns the seconds of one all-reduce on the slowest rank."""
     dist.all_reduce(tensor)  # the first one makes connections
     _finish(tensor)
     start = time.perf_counter()

@@ -33,7 +33,8 @@ CLOCK_S = 2.0
 
 
 def check_hosts(config: HostCheckConfig) -> bool:
-    """Prints the report; whether a job would run. Raises UserError for a hostfile or .deepspeed_env with a mistake."""
+    """Prints the report. Returns whether a job would run. Raises UserError for a hostfile or .deepspeed_env with a
+    mistake."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(ValueError, OSError):  # a kernel may refuse its own hard limit; hosts for which it is too low say so
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a host takes three, and 1024 is usual
@@ -46,7 +47,7 @@ def check_hosts(config: HostCheckConfig) -> bool:
 
 
 def ranks_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a rank on another host gets from `deepspeed` started here and now."""
+    """Returns what a rank on another host gets from `deepspeed` started here and now."""
     cwd = str(Path.cwd())
     passed = {name: value for name, value in environ.items() if name.startswith(PASSED_ON)}
     python_path = f"{cwd}:{environ['PYTHONPATH']}" if environ.get("PYTHONPATH") else cwd
@@ -83,7 +84,7 @@ class HostCheck:
         return (verdict for verdict in self._verdicts.values() if verdict.facts)
 
     def _left(self, most_s: float) -> float:
-        """Seconds. `most_s` is for the usual --seconds, and grows with them."""
+        """Returns the seconds that a question may take. `most_s` is for the usual --seconds, and grows with them."""
         longer = max(1.0, self._config.seconds / HostCheckConfig.seconds)
         return min(most_s * longer, self._deadline - time.monotonic())
 
@@ -91,7 +92,7 @@ class HostCheck:
         return self._links[verdict.host].ask(do, within_s=self._left(most_s), **arguments)
 
     def _each(self, ask: Callable[[Verdict], None], verdicts: Sequence[Verdict]) -> None:
-        """Side by side; who fails to answer is out of the later stages."""
+        """Asks side by side; who fails to answer is out of the later stages."""
 
         def guarded(verdict: Verdict) -> None:
             try:
@@ -109,7 +110,7 @@ class HostCheck:
                 verdict.fail(error)
 
     def _look(self) -> None:
-        """ssh, and what each host says of itself."""
+        """Asks each host for its facts."""
 
         def ask(verdict: Verdict) -> None:
             verdict.facts = self._ask(verdict, "facts", most_s=FACTS_S, root=str(ROOT), cwd=str(Path.cwd()))
@@ -121,7 +122,7 @@ class HostCheck:
         self._each(ask, [verdict for verdict in self._verdicts.values() if verdict.host in self._links])
 
     def _compare(self) -> None:
-        """With the first host that was reached."""
+        """Compares each host with the first one that was reached."""
         model = next(self._reached(), None)
         if model is None:
             return
@@ -161,7 +162,7 @@ class HostCheck:
                 )
 
     def _meet(self) -> None:
-        """The others come to the first host's port, at the address that DeepSpeed will tell them."""
+        """Lets the others visit the first host's port, at the address that DeepSpeed will tell them."""
         first = self._first
         if not first.facts:
             return
@@ -203,7 +204,7 @@ class HostCheck:
         first.interface = first.interface_at(own)
 
     def _listen(self, first: Verdict) -> int:
-        """The port on which the first host listens."""
+        """Returns the port on which the first host listens."""
         wanted = self._config.master_port
         answer = self._ask(first, "listen", port=wanted)
         if not answer["taken"]:
@@ -219,7 +220,8 @@ class HostCheck:
         return int(answer["port"])
 
     def _names(self) -> None:
-        """Without an interface named, gloo listens at the address that the host's own name has on the host itself."""
+        """Checks where gloo will listen: without an interface named, at the address that the host's own name has on the
+        host itself."""
         reached = list(self._reached())
         names = {verdict.interface for verdict in reached if verdict.interface is not None}
         common = next(iter(names)) if len(names) == 1 else None
@@ -273,7 +275,8 @@ class HostCheck:
             first.fail(error)
 
     def _all_reduce(self) -> None:
-        """With what is missing in .deepspeed_env already set, so that it says whether the remedy works."""
+        """Tries an all-reduce, with what is missing in .deepspeed_env already set, so that it says whether the remedy
+        works."""
         verdicts = list(self._verdicts.values())
         repaired = set(self._report.settings) == {INTERFACE}
         if len(verdicts) < 2 or any(len(v.wrong) > (1 if repaired and _only_name(v) else 0) for v in verdicts):
@@ -314,7 +317,7 @@ def _only_name(verdict: Verdict) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    """Also for what is no address, as sshd says UNKNOWN of a connection through a proxy command."""
+    """Returns True also for what is no address, as sshd says UNKNOWN of a connection through a proxy command."""
     try:
         return ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:

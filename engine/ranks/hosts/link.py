@@ -90,7 +90,7 @@ class HostLink:
         self._complaints.extend(self._ssh.stderr)
 
     def ask(self, do: str, *, within_s: float, **arguments: Any) -> dict[str, Any]:
-        """The agent's answer. Raises HostError."""
+        """Returns the agent's answer. Raises HostError."""
         assert self._ssh.stdin is not None
         with contextlib.suppress(OSError):  # it has ended: why stands in its complaints
             self._ssh.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
@@ -117,7 +117,7 @@ class HostLink:
         return HostError(what, f"try `ssh {shlex.quote(self.host)} {shlex.quote(sys.executable)} --version`")
 
     def clock_offset(self, *, within_s: float) -> tuple[float, float]:
-        """Seconds by which its clock is ahead of this machine's, and how far off that may be."""
+        """Returns the seconds by which its clock is ahead of this machine's, and how far off that may be."""
         best = (0.0, float("inf"))
         for _ in range(3):
             sent = time.time()
@@ -127,7 +127,7 @@ class HostLink:
         return best
 
     def _hang_up(self) -> None:
-        """The agent ends when it has read this, and ssh then."""
+        """Closes the agent's input: it ends when it has read this, and ssh then."""
         assert self._ssh.stdin is not None
         with contextlib.suppress(OSError):
             self._ssh.stdin.close()
