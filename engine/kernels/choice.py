@@ -101,7 +101,7 @@ class Kernels:
         return vocabulary.vocabulary_losses(inputs)
 
     def _on_triton(self, *tensors: torch.Tensor, widest_head: int | None = None) -> bool:
-        """Whether Triton computes it: kernels of float32 products, or of wider heads, would not fit into the
+        """Returns whether Triton computes it: kernels of float32 products, or of wider heads, would not fit into the
         registers."""
         fits = widest_head is None or max(x.shape[-1] for x in tensors) <= widest_head
         return self.backend == "triton" and fits and all(x.dtype in SIXTEEN_BITS for x in tensors)
