@@ -17,10 +17,10 @@ from engine.kernels.inputs import Attention
 from engine.kernels.reference import ZEROED_SCORE_TINYBERT, outside
 
 MAP_ENTRIES_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
-"""CPU: 2 MiB in fp32, a core's cache. CUDA: 256 MiB, enough to fill it, and far from the 2^31 elements that a dot
-product takes."""
+"""Entries of score maps that are worked on together. CPU: 2 MiB in fp32, a core's cache. CUDA: 256 MiB, enough to fill
+it, and far from the 2^31 elements that a dot product takes."""
 SMALLEST_TILE = 64
-"""Rows, where a window makes tiles small."""
+"""Rows of a tile that a window makes small."""
 
 Tile = tuple[slice, slice, slice, slice]
 """Sequences, heads and rows (queries) that are worked on together, and all the keys in their window."""

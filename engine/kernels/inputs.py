@@ -47,33 +47,35 @@ class Rows(NamedTuple):
     of their pads were kept."""
 
     mask: torch.Tensor | None = None
-    """(B, L) or (1, T) bool, True = real token; None: all are"""
+    """Real tokens, (B, L) or (1, T) bool; None: all are"""
     segments: Segments | None = None
-    """Where packed sequences lie in (1, T, D) or (1, H, T, d); None: they are padded"""
+    """Places of packed sequences in (1, T, D) or (1, H, T, d); None: they are padded"""
 
 
 class Attention(NamedTuple):
     """What a layer of each side computes its attention from. Both have the same B, H and L, and any head widths."""
 
     q_s: torch.Tensor
-    """(B, H, L, d_s)"""
+    """Student's queries, (B, H, L, d_s)"""
     k_s: torch.Tensor
-    """(B, H or fewer, L, d_s)"""
+    """Student's keys, (B, H or fewer, L, d_s)"""
     q_t: torch.Tensor
-    """(B, H, L, d_t)"""
+    """Teacher's queries, (B, H, L, d_t)"""
     k_t: torch.Tensor
-    """(B, H or fewer, L, d_t)"""
+    """Teacher's keys, (B, H or fewer, L, d_t)"""
     scale_s: float
-    """Factor of Q K^T"""
+    """Factor of the student's Q K^T"""
     scale_t: float
+    """Factor of the teacher's Q K^T"""
     window_s: int | None = None
-    """Tokens to each side that the layer attends to; None: all"""
+    """Tokens to each side that the student's layer attends to; None: all"""
     window_t: int | None = None
+    """Tokens to each side that the teacher's layer attends to; None: all"""
     rows: Rows = Rows()
 
     @property
     def window(self) -> int | None:
-        """Window of the pairs of tokens that both layers attend to."""
+        """Window of the pairs of tokens that both layers attend to"""
         return min((window for window in (self.window_s, self.window_t) if window is not None), default=None)
 
     def with_all_heads(self) -> Attention:
@@ -123,19 +125,19 @@ class HiddenPairs(NamedTuple):
     """Pairs of hidden states whose MSE is asked for, the student's through one linear map."""
 
     states: Sequence[torch.Tensor]
-    """(B, L, D_s) each"""
+    """Student's hidden states, (B, L, D_s) each"""
     targets: Sequence[torch.Tensor]
-    """(B, L, D_t) each"""
+    """Teacher's hidden states, (B, L, D_t) each"""
     coefficients: Sequence[float]
     """Weight of each pair in the sum that is differentiated"""
     tokens: float
     """Count that the loss is divided by"""
     mask: torch.Tensor | None = None
-    """(B, L) bool, True = real token; None: all are"""
+    """Real tokens, (B, L) bool; None: all are"""
     weight: torch.Tensor | None = None
-    """(D_t, D_s), as in nn.Linear; None: the widths are equal"""
+    """Matrix of the linear map, (D_t, D_s) as in nn.Linear; None: the widths are equal"""
     bias: torch.Tensor | None = None
-    """(D_t,)"""
+    """Bias of the linear map, (D_t,)"""
 
     def factor(self) -> float:
         """Returns 1 / (tokens * D_t). Raises ValueError for pairs that cannot be compared."""
@@ -149,11 +151,11 @@ class Head(NamedTuple):
     """What turns hidden states into logits."""
 
     hidden: torch.Tensor
-    """(P, D), one row for each position that counts"""
+    """Inputs of the output matrix, (P, D), one row for each position that counts"""
     weight: torch.Tensor
-    """(V, D)"""
+    """Output matrix, (V, D)"""
     bias: torch.Tensor | None
-    """(V,)"""
+    """Output bias, (V,)"""
 
     def logits(self, rows: slice) -> torch.Tensor:
         """Returns (rows, V), in the matrix's dtype."""
@@ -175,7 +177,7 @@ class MlmLogits(NamedTuple):
 
     student: Head | torch.Tensor
     teacher: Head | torch.Tensor | None
-    """None: no KL"""
+    """Other side; None: no KL"""
     labels: torch.Tensor | None
-    """(P,) int64; None: no cross-entropy"""
+    """Original tokens, (P,) int64; None: no cross-entropy"""
     by: Weights

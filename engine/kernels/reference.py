@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from engine.kernels.inputs import UNSCORED_LABEL, Attention, Rows, check_same_shape, normaliser, relations, repeat_heads
 
 MASKED_SCORE_TINYBERT = -10000.0
-"""What TinyBERT adds to the scores of padded keys."""
+"""Number that TinyBERT adds to the scores of padded keys."""
 ZEROED_SCORE_TINYBERT = -100.0
-"""TinyBERT compares every score that is not above this one as 0."""
+"""Score up to which TinyBERT compares every one as 0."""
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -39,8 +39,8 @@ def require_operators() -> None:
 
 
 def prepare() -> None:
-    """Makes this process compile in a folder of this library, unless the user has set TORCH_EXTENSIONS_DIR, and take
-    over what a killed process has left locked there. Raises UserError where the folder cannot be written."""
+    """Makes this process compile in a folder that this library has alone (the user's, where TORCH_EXTENSIONS_DIR is
+    set), and take over what a killed process has left locked there. Raises UserError where it cannot be written."""
     from torch.utils import cpp_extension
 
     cpp_extension.FileBaton = _Baton  # type: ignore[attr-defined]

@@ -80,7 +80,7 @@ def _whole(
     BLOCK_L: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TINYBERT: tl.constexpr, CUT: tl.constexpr,
     WINDOWED: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One program for each (sequence, head)."""
+    """Computes a whole (sequence, head) by one program."""
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     start, length = tl.load(STARTS + b).to(tl.int64), tl.load(LENGTHS + b)
@@ -141,7 +141,7 @@ def _by_rows(
     CUT: tl.constexpr, WINDOWED: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One program for each BM rows of a (sequence, head) of one side; the difference is symmetric in what is own and
+    """Computes BM rows of a (sequence, head) of one side by one program; the difference is symmetric in what is own and
     other, so that one kernel gives dQ (own = queries) and dK (own = keys) without transposing what it has computed."""
     block, pid = tl.program_id(0), tl.program_id(1)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)

@@ -14,7 +14,7 @@ from engine.kernels.inputs import Attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Kernels run on CPU tensors then, slowly, for tests."""
+"""Whether kernels run on CPU tensors, slowly, for tests."""
 
 FUSED = {"enable_fp_fusion": True}
 """Option of every launch: multiply and add in one rounding. Named because its default changes with Triton 3.10, and the

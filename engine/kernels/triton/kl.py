@@ -38,7 +38,7 @@ def warps_of(width_t: int) -> int:
 
 
 LOWEST = -3.0e38
-"""Instead of -inf, whose difference with itself is NaN."""
+"""Score in the place of -inf, whose difference with itself is NaN."""
 
 
 @triton.jit
