@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from engine.config.checks import Problem, SettingsError, refuse
 from engine.config.nodes import Entries, compose, line_of, read_text

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from engine.config.checks import Problem, SettingsError, collected, refuse
 from engine.config.help import help_text

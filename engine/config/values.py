@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from engine.config.checks import Problem, collected
 from engine.config.nodes import PLAIN_TAGS, Entries, described, is_null, line_of, text_of

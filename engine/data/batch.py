@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ class Counts:
         )
 
     def __add__(self, other: Counts) -> Counts:
-        windows = self.pairs_within | other.pairs_within
+        windows = {*self.pairs_within, *other.pairs_within}
         one, two = (replace(x, pairs_within={w: x.pairs_within.get(w, 0) for w in windows}) for x in (self, other))
         return one.with_values([a + b for a, b in zip(one.as_list(), two.as_list(), strict=True)])
 
@@ -58,8 +58,10 @@ class Counts:
 
     def with_values(self, values: Sequence[float]) -> Counts:
         """Returns counts of the same windows with the numbers of an `as_list`."""
-        plain = len(fields(self)) - 1
-        return Counts(*values[:plain], dict(zip(sorted(self.pairs_within), values[plain:], strict=True)))
+        names = [f.name for f in fields(self) if f.name != "pairs_within"]
+        plain: dict[str, Any] = dict(zip(names, values, strict=False))
+        windows = zip(sorted(self.pairs_within), values[len(names) :], strict=True)
+        return Counts(**plain, pairs_within=dict(windows))
 
     def pairs(self, window: int | None) -> float:
         """Returns the pairs of real tokens that are in the window; None: all."""
@@ -105,7 +107,8 @@ class Batch:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return replace(self, **{name: change(value) for name, value in values if isinstance(value, torch.Tensor)})
+        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

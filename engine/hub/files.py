@@ -226,7 +226,7 @@ def stored_tensors(path: str, key: str) -> dict[str, tuple[int, ...]]:
             raise UserError(
                 f"{key}: {file} is torn, or holds something else than tensors ({kind}); copy it again, or {CONVERT}"
             ) from None
-        entries = saved if isinstance(saved, dict) else {f"a {type(saved).__name__}": None}
+        entries: dict[str, Any] = saved if isinstance(saved, dict) else {f"a {type(saved).__name__}": None}
         others = [str(name) for name, entry in entries.items() if not isinstance(entry, torch.Tensor)]
         if others:
             raise UserError(

@@ -30,6 +30,7 @@ from engine.kernels.segments import Segments
 from engine.models.features import Features
 from engine.models.unpadding import packed_mask, packing_of
 
+varlen_attn: Any
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before PyTorch 2.10

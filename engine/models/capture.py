@@ -184,7 +184,8 @@ def hidden_states(
 ) -> tuple[torch.Tensor, ...]:
     """The states of these layers (0: embeddings) in their order, (B, L, D) each; what stands at pads means nothing. The
     model's head, if it has one, does not run. Arguments as of `capture`."""
-    return padded_states(capture(model.base_model, batch, Wanted(hidden=layers), unpadded=unpadded), layers)
+    base: Any = model.base_model
+    return padded_states(capture(base, batch, Wanted(hidden=layers), unpadded=unpadded), layers)
 
 
 def padded_states(features: Features, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:

@@ -39,7 +39,9 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.widths = [one.out_features for one in maps]
         weight = torch.cat([one.weight.detach() for one in maps])
-        biases = [torch.zeros(one.out_features, dtype=weight.dtype) if one.bias is None else one.bias for one in maps]
+        biases: list[torch.Tensor] = [
+            torch.zeros(one.out_features, dtype=weight.dtype) if one.bias is None else one.bias for one in maps
+        ]
         self._bias = torch.cat(biases).detach() if any(one.bias is not None for one in maps) else None
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TOKENS_HINT)
         self.in_features = weight.shape[1]

@@ -106,14 +106,14 @@ def shape_of(config: PretrainedConfig, has_mlm_head: bool) -> ModelShape:
         heads=config.num_attention_heads,
         vocab=config.vocab_size,
         has_mlm_head=has_mlm_head,
-        windows=_windows_of(config.to_json_string(use_diff=False), type(config)) if has_windows(config) else (),
+        windows=_windows_of(config.to_json_string(use_diff=False), config.model_type) if has_windows(config) else (),
     )
 
 
 @cache
-def _windows_of(settings: str, kind: type[PretrainedConfig]) -> tuple[int | None, ...]:
+def _windows_of(settings: str, model_type: str) -> tuple[int | None, ...]:
     with quiet():
-        return windows_of(skeleton(kind.from_dict(json.loads(settings)), "none"))
+        return windows_of(skeleton(CONFIG_MAPPING[model_type].from_dict(json.loads(settings)), "none"))
 
 
 def model_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
@@ -164,7 +164,8 @@ def load_model(
 def _tie_or_say(model: PreTrainedModel) -> None:
     """Makes the configuration right about a file that holds two matrices, whatever it says; two that are the same are
     tied, as newer versions of transformers do."""
-    output, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     if output is not None and model.config.tie_word_embeddings and torch.equal(output.weight, embeddings.weight):
         model.tie_weights()
     else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -172,7 +173,8 @@ def copy_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, source
     head, prefix = teacher.get_output_embeddings(), f"{student.base_model_prefix}."
     if head is not None and student.get_output_embeddings() is not None:
         own, theirs = student.state_dict(), teacher.state_dict()
-        embeddings = student.get_input_embeddings().weight.data_ptr()
+        matrix: Any = student.get_input_embeddings().weight
+        embeddings = matrix.data_ptr()
         for name in own:  # a tied output matrix has them already, also where the teacher's is another one
             if not name.startswith(prefix) and own[name].data_ptr() != embeddings:
                 own[name].copy_(select(name, theirs[name]))

@@ -93,7 +93,7 @@ def without_output_matrix(decoder: nn.Linear) -> Iterator[None]:
 def _forward(module: nn.Module, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
     """Another forward for the time of the context; its hooks stay."""
     assert "forward" not in vars(module)
-    module.forward = function  # type: ignore[method-assign]
+    module.forward = function
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from engine.errors import RunFailure
 from engine.records.files import AppendFile
@@ -71,6 +71,14 @@ def final_result(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     return result
 
 
+class Stream(Protocol):
+    """What records are echoed to."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
 class RecordWriter:
     """Writes each record to stdout and appends it to `path`, one `write` each. Rank 0 owns the only one.
 
@@ -80,10 +88,10 @@ class RecordWriter:
     """
 
     def __init__(
-        self, path: Path | None, *, stream: IO[str] | None = None, tell: Callable[[str], None] | None = None
+        self, path: Path | None, *, stream: Stream | None = None, tell: Callable[[str], None] | None = None
     ) -> None:
         """tell: is told when the file cannot be written, and when it can again; unset: stdout."""
-        self._stream = stream if stream is not None else sys.stdout
+        self._stream: Stream = stream if stream is not None else sys.stdout
         self._path, self._tell = path, tell or functools.partial(print, flush=True)
         self._file = AppendFile(path) if path is not None else None
         # a killed writer left half a line: keep ours whole

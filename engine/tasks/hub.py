@@ -121,7 +121,7 @@ def hub_rows(data: Dataset, source: str, columns: Columns, *, spec: TaskSpec, la
 def _named(given: list[Any], feature: Any, source: str, spec: TaskSpec) -> list[Any]:
     """Label names instead of indices, of which a copy may have another order; what is no index stays, and is reported
     as an unknown label."""
-    names = getattr(feature, "names", None)
+    names: Any = getattr(feature, "names", None)
     by_index = spec.labels if names is None else label_meanings(names, spec)
     if by_index is None:
         raise UserError(

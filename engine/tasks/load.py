@@ -215,10 +215,10 @@ def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> tuple[dict[str, Split
     from engine.tasks.answers import learnable, scored_remarks
 
     folder = None if config.data_dir is None else _existing_folder(spec.name, config)
-    saved = folder is None or holds_splits(folder)
+    parts = _saved_squad(spec, folder) if folder is None or holds_splits(folder) else _squad_files(spec, folder)
     found: dict[str, Split | SquadSplit] = {}
     warnings: list[str] = []
-    for source, split in _saved_squad(spec, folder) if saved else _squad_files(spec, folder):
+    for source, split in parts:
         if split.answers is None:
             raise UserError(f"{source}: the {split.name} split has no answers; give the official file")
         if split.name == "train":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 
@@ -81,7 +81,7 @@ class TaskLoader:
         """The row numbers of what `rank` trains on in micro step `micro` of `step`, all counted from 0."""
         return [int(row) for row in self._rows(step, micro, rank)]
 
-    def steps(self, start: int) -> Iterator[StepBatches]:
+    def steps(self, start: int) -> Generator[StepBatches, None, None]:
         """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
         return prefetched(self.step, start, name="task-loader", waited=self._waited)
 

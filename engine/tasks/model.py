@@ -28,7 +28,7 @@ from engine.tasks.specs import TaskSpec
 from engine.tasks.spelling import spelling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "qa_dropout")
 """The names that encoders give to the dropout of a task head."""
@@ -56,7 +56,7 @@ def model_folder(path: str, *, key: str) -> str:
     return path  # load_config says what is missing
 
 
-def task_tokenizer(path: str, key: str, *configs: PretrainedConfig) -> tuple[PreTrainedTokenizerBase, str]:
+def task_tokenizer(path: str, key: str, *configs: PretrainedConfig) -> tuple[PreTrainedTokenizerFast, str]:
     """The tokenizer of a model, without token types when one of the models (`configs`) takes none; and a warning, or
     nothing. Raises UserError for one without a pad token."""
     tokenizer = load_tokenizer(path, key)
@@ -212,7 +212,8 @@ def _with_new_head(model: PreTrainedModel, absent: list[str], seed: int) -> PreT
         if name not in absent and name.startswith(f"{model.base_model_prefix}.")
     }
     fresh.load_state_dict(body, strict=False)
-    return fresh.to(model.dtype)
+    nn.Module.to(fresh, model.dtype)
+    return fresh
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from engine.config.finetune import TaskLossConfig
 from engine.data.batch import Counts, TaskBatch
@@ -24,7 +25,7 @@ class TaskModule(nn.Module):
 
     def __init__(
         self,
-        student: nn.Module,
+        student: PreTrainedModel,
         *,
         kind: Kind,
         loss: TaskLossConfig | None = None,
@@ -42,7 +43,7 @@ class TaskModule(nn.Module):
         self.student = student
         self.projections: nn.Module = projections if projections is not None else nn.ModuleDict()
         self._kind, self.losses, self._temperature = kind, losses, loss.temperature
-        self._unpadded = unpadded and runs_unpadded(student)  # type: ignore[arg-type]
+        self._unpadded = unpadded and runs_unpadded(student)
         weights = {"labels": loss.labels, "logits": loss.logits if with_teacher else 0.0}
         self._own = {name: weight for name, weight in weights.items() if weight > 0}
         if not self._own:  # the head would get no gradient

@@ -241,5 +241,5 @@ def _fit_logistic(rows: torch.Tensor, targets: torch.Tensor, *, classes: int, l2
         tolerance_change=1e-14,  # the gradient decides; this ends a search that stands still
         line_search_fn="strong_wolfe",
     )
-    solver.step(loss)  # type: ignore[no-untyped-call]
+    solver.step(loss)
     return weights()

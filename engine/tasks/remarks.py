@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,7 @@ def _rows_remarks(rows: Rows) -> Iterator[str]:
 def _labels_remarks(spec: TaskSpec, split: Split) -> Iterator[str]:
     if split.labels is None:
         return
+    values: Any
     values, counts = np.unique(split.labels, return_counts=True)
     if len(values) == 1:
         label = repr(spec.labels[values[0]]) if spec.kind == "classification" else f"{values[0]:g}"

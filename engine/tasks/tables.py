@@ -120,7 +120,9 @@ def beside(path: Path) -> str:
 def _open_separated(path: Path, content: str, wanted: Sequence[str]) -> Table:
     csv.field_size_limit(sys.maxsize)  # a cell may be as long as a document
     content = re.sub(r"^sep=.(?=[\r\n])", "", content)  # Excel's word on the separator
-    first = re.search(r"\S[^\r\n]*", content)[0]
+    line = re.search(r"\S[^\r\n]*", content)
+    assert line is not None, "it was not blank"
+    first = line[0]
     named_csv = path.suffix.lower() == ".csv"
     usual = "," if named_csv else "\t"
     separator = next((one for one in (usual, *SEPARATORS) if set(wanted) <= set(_header(first, one))), usual)

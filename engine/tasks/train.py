@@ -6,12 +6,12 @@ import gc
 import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, Schedule, TrainConfig, decay_steps
 from engine.losses.loss_set import LossSet
-from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
+from engine.losses.measure import Learner, Measured, TeacherSlice, begin, sequences_of
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.tasks.encode import EncodedTask
 from engine.tasks.evaluation import TaskEvaluation
@@ -100,7 +100,7 @@ def train_on_task(
     if chosen is None and module.losses is not None and module.losses.looks_at_slice:
         assert teacher is not None
         rows = loader.first(sequences_of(module.losses.config, task.mean_tokens))
-        measured = begin(module, TeacherSlice(rows, teacher, runtime.device, module.losses.teacher))
+        measured = begin(cast(Learner, module), TeacherSlice(rows, teacher, runtime.device, module.losses.teacher))
     optimizer = choose_optimizer(module, optim, train, execution, runtime.device, require_fused=require_fused)
     model = DeepSpeedModel(module, optimizer.optimizer, train, execution)
     try:

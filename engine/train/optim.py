@@ -121,7 +121,7 @@ def _lamb(groups: list[dict[str, Any]], settings: dict[str, Any], device: torch.
 
 def _apex(name: str, groups: list[dict[str, Any]], settings: dict[str, Any]) -> ChosenOptimizer:
     require_apex(name)
-    from apex.optimizers import FusedAdam, FusedLAMB  # type: ignore[import-not-found]
+    from apex.optimizers import FusedAdam, FusedLAMB
 
     if name == "apex_fused_adam":
         return ChosenOptimizer(FusedAdam(groups, adam_w_mode=True, **settings), "NVIDIA Apex FusedAdam (AdamW)", "")

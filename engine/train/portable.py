@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from engine.hub.files import read_json, require_whole, where
 from engine.models.fit import longest_input

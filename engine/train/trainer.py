@@ -4,7 +4,7 @@ one, a proxy cohort several. No host synchronisation between log steps."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -43,7 +43,9 @@ class BatchSource(Protocol):
 
     wait_s: float
 
-    def steps(self, start: int) -> Iterator[StepBatches]: ...
+    def steps(self, start: int) -> Generator[StepBatches, None, None]:
+        """Yields the micro batches of each step from `start` on, counted from 0."""
+        ...
 
     def sequence_ids(self, step: int, micro: int, rank: int) -> list[int]:
         """The numbers (in the corpus or data set) of what `rank` trains on in micro step `micro` of `step`, all from

@@ -70,7 +70,7 @@ def _difference(
 
 
 def _t_quantile(probability: float, freedom: int) -> float:
-    from scipy.special import stdtrit  # type: ignore[import-untyped]
+    from scipy.special import stdtrit
 
     return float(stdtrit(freedom, probability))
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from optuna import Study
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from engine.records.flock import Flock, try_flock
 from ga.config import SearchConfig

@@ -116,8 +116,9 @@ def inner_ending(path: Path) -> str:
 
 def table_rows(lines: Iterable[str], delimiter: str) -> Any:
     """Reads a table: comma-separated ones have quoting (RFC 4180), also after a space; at tabs lines are just split."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    return csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
+    if delimiter == "\t":
+        return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True, strict=True)
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
 
 
 def nested_rows(row: dict[str, Any], field: str) -> str | None:

@@ -108,7 +108,7 @@ def _add(path: Path, name: str, source: SourceConfig, found: Selection) -> None:
 def _data_files(folder: Path, found: Selection) -> list[PurePath]:
     """Returns the files that may hold text by their names, relative to the folder; the others go to `found.left_out`.
     A name without an ending leaves the decision to the contents, and so does an unknown one of a compressed file."""
-    names = []
+    names: list[PurePath] = []
     for here, folders, files in os.walk(folder, onerror=_refuse_unreadable):
         inside = Path(here).relative_to(folder)
         for name in [*folders, *files]:
@@ -152,7 +152,7 @@ def _declared_splits(folder: Path, config: str | None, names: Iterable[PurePath]
     try:
         with tempfile.TemporaryDirectory() as scratch:  # it leaves a lock file there
             builder = load_dataset_builder(str(folder), config, cache_dir=scratch)
-        splits = {
+        splits: _Splits = {
             str(split): [PurePath(file).relative_to(folder.absolute()) for file in files]
             for split, files in builder.config.data_files.items()
         }

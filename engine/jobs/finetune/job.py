@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig
@@ -160,7 +161,7 @@ class FinetuneJob:
             unpadded=self.config.kernels.unpadded,
         )
 
-    def _score_teacher(self, task: PlannedTask, encoded: EncodedTask, model: nn.Module) -> None:
+    def _score_teacher(self, task: PlannedTask, encoded: EncodedTask, model: PreTrainedModel) -> None:
         """Says how good the teacher is before it teaches. Raises UserError for outputs without names that are no better
         than a constant answer: they have another order, most likely. Collective."""
         assert task.teacher is not None

@@ -212,7 +212,7 @@ class UnitRun:
         the pooler) runs once a row."""
         length, student = task.mean_tokens, module.student
         share = 1.0 if task.spec.kind == "span" else 1 / length
-        forward = forward_flops_per_token(student, self.plan.shape, round(length), head_share=share)  # type: ignore[arg-type]
+        forward = forward_flops_per_token(student, self.plan.shape, round(length), head_share=share)
         pooler = getattr(student.base_model, "pooler", None)
         if isinstance(pooler, nn.Module):
             forward -= (1 - 1 / length) * 2.0 * sum(p.numel() for p in pooler.parameters() if p.ndim == 2)

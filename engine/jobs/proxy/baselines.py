@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from engine.data.batch import Batch
@@ -63,7 +64,7 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
 def baselines(plan: Plan, device: torch.device) -> Iterator[tuple[str, Start | Teacher]]:
     """`start` and `teacher`, in the precision that a proxy runs them in; each is let go before the next is loaded."""
     model = initial_student(plan, with_mlm_head=False)
-    model.to(device=device, dtype=getattr(torch, plan.execution.precision))  # type: ignore[arg-type]
+    nn.Module.to(model, device=device, dtype=getattr(torch, plan.execution.precision))
     yield "start", Start(model.eval(), plan.student_shape.layers, plan.config.seed)
     del model
     yield "teacher", Teacher(plan, device)

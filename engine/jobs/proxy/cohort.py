@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from engine.data.batch import Batch
@@ -121,7 +122,7 @@ def build_member(
     )
     if genome.plan is None or teacher is None:
         untrained = initial_student(plan, with_mlm_head=False)
-        untrained.to(device=here.device, dtype=getattr(torch, plan.execution.precision))  # type: ignore[arg-type]
+        nn.Module.to(untrained, device=here.device, dtype=getattr(torch, plan.execution.precision))
         return Member(genome, plan, untrained, run_dir.tokenizer, trainee=None)
     module, chosen = build_module(plan, here.device, tokens=tokens)
     if on is not None:

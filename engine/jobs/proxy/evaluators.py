@@ -151,6 +151,7 @@ class ProbeEvaluator:
                 on_device = batch.to(device)
                 states = student.hidden(on_device, layers)
                 pooled.append(torch.stack([pool(state, on_device.attention_mask) for state in states], dim=1))
+                assert batch.rows is not None
                 rows.append(batch.rows)
                 watchdog.beat()
         return gather_rows(torch.cat(pooled), torch.cat(rows), total=len(self._encoded)).cpu()

@@ -87,7 +87,7 @@ def layer_table(student: PreTrainedModel, text: Text, device: torch.device) -> L
 @torch.no_grad()
 def _states(student: PreTrainedModel, batches: Sequence[Batch], device: torch.device) -> list[torch.Tensor]:
     """By layer (n, D), of the real tokens, on the CPU."""
-    student.eval().to(device)  # type: ignore[arg-type]
+    student.eval().to(device)
     layers = range(shape_layers(student) + 1)
     found: list[list[torch.Tensor]] = [[] for _ in layers]
     for batch in batches:
