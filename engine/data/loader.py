@@ -186,12 +186,12 @@ class CorpusLoader:
         lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
         length = int(lengths.max())
         if lengths.min() < 1 or length > self.manifest.seq_len:
-            raise self._damage(rows, np.asarray((lengths < 1) | (lengths > self.manifest.seq_len)))
+            raise self._damage(rows, (lengths < 1) | (lengths > self.manifest.seq_len))
         ids = np.full((len(sequences), length), self._pad_id, dtype=np.int64)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = sequence
         if ids.min() < 0 or ids.max() >= self.manifest.vocab_size:
-            raise self._damage(rows, np.asarray((ids < 0) | (ids >= self.manifest.vocab_size)).any(1))
+            raise self._damage(rows, np.logical_or(ids < 0, ids >= self.manifest.vocab_size).any(axis=1))
         mask = None if (lengths == length).all() else (np.arange(length) < lengths[:, None]).astype(np.int64)
         labels = None
         if self._tables is not None and samples is not None:
@@ -216,9 +216,9 @@ class CorpusLoader:
         )
         return batch.pinned() if self._pin_memory else batch
 
-    def _damage(self, rows: Ints, bad: npt.NDArray[np.bool_]) -> UserError:
+    def _damage(self, rows: Ints, bad: npt.ArrayLike) -> UserError:
         """bad: which of the rows hold what the tokenizer cannot have given. The model would fail without a name."""
-        row, shards = int(rows[bad][0]), self.manifest.shards
+        row, shards = int(rows[np.asarray(bad)][0]), self.manifest.shards
         shard = int(np.searchsorted(np.cumsum([entry.sequences for entry in shards]), row, side="right"))
         return UserError(
             f"{self._folder / shards[shard].file}: sequence {row} of the corpus has no tokens, more than seq_len="
