@@ -11,12 +11,13 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.text.metadata import create_summary_metadata
 
 from engine.records.files import AppendFile
@@ -37,16 +38,40 @@ class EventFile:
             restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._head += _framed(event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=restart))
 
-    def scalars(self, points: Mapping[str, float], step: int) -> None:
-        """All of them in one event."""
-        self._add([summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()], step)
+    def scalars(self, points: Mapping[str, float], step: int, *, when: float | None = None) -> None:
+        """Writes all of them as one event. when: seconds since 1970; None: now."""
+        values = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
+        self._add(values, step, when)
 
     def texts(self, texts: Mapping[str, str], step: int) -> None:
-        """Markdown."""
+        """Writes Markdown by name."""
         self._add([_text(name, markdown) for name, markdown in texts.items()], step)
 
-    def _add(self, values: list[Any], step: int) -> None:
-        event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=values))
+    def hparam_columns(self, hparams: Iterable[api_pb2.HParamInfo], metrics: Iterable[api_pb2.MetricInfo]) -> None:
+        """Writes what the HPARAMS page shows of each session."""
+        shown = api_pb2.Experiment(hparam_infos=hparams, metric_infos=metrics, time_created_secs=time.time())
+        self._add([_hparams(metadata.EXPERIMENT_TAG, experiment=shown)], 0)
+
+    def hparam_session(
+        self, hparams: Mapping[str, float | str], metrics: Mapping[str, float], *, group: str = "", when: float
+    ) -> None:
+        """Writes a row of the HPARAMS page: hyper-parameters, and metrics as scalars; none: it has failed. when: it
+        ended, in seconds since 1970."""
+        start = plugin_data_pb2.SessionStartInfo(group_name=group, start_time_secs=when)
+        for name, value in hparams.items():
+            setattr(start.hparams[name], "string_value" if isinstance(value, str) else "number_value", value)
+        status = api_pb2.STATUS_SUCCESS if metrics else api_pb2.STATUS_FAILURE
+        end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=when)
+        sides = [
+            _hparams(metadata.SESSION_START_INFO_TAG, session_start_info=start),
+            _hparams(metadata.SESSION_END_INFO_TAG, session_end_info=end),
+        ]
+        self._add(sides, 0, when)
+        self.scalars(metrics, 0, when=when)
+
+    def _add(self, values: list[Any], step: int, when: float | None = None) -> None:
+        when = time.time() if when is None else when
+        event = event_pb2.Event(wall_time=when, step=step, summary=summary_pb2.Summary(value=values))
         try:
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -57,14 +82,12 @@ class EventFile:
             self._file.append(self._head + _framed(event))
         except OSError as error:
             if not self._lost:
-                self._tell(
-                    f"warning: {self._folder} cannot be written ({error.strerror}); training continues without curves"
-                )
+                self._tell(f"warning: {self._folder} cannot be written ({error.strerror}); going on without curves")
             self._lost += 1
             return
         self._head = b""
         if self._lost:
-            self._tell(f"{self._folder} is written again; the points of {self._lost} log steps are missing")
+            self._tell(f"{self._folder} is written again; {self._lost} events in between are missing")
             self._lost = 0
 
     def close(self) -> None:
@@ -73,8 +96,14 @@ class EventFile:
             self._file = None
 
 
+def _hparams(tag: str, **data: Any) -> Any:
+    """Returns one of the messages of TensorBoard's hparams plugin."""
+    known = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**data))
+    return summary_pb2.Summary.Value(tag=tag, metadata=known, tensor=metadata.NULL_TENSOR)
+
+
 def _text(name: str, markdown: str) -> Any:
-    """A value of TensorBoard's text plugin, as torch's SummaryWriter.add_text writes it."""
+    """Returns a value of TensorBoard's text plugin, as torch's SummaryWriter.add_text writes it."""
     shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
     return summary_pb2.Summary.Value(
         tag=f"{name}/text_summary",

@@ -1,8 +1,12 @@
-"""Files that grow by whole pieces, and files that are there completely or not at all."""
+"""Files that grow by whole pieces, and files, links and folders that are there completely or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,6 +23,34 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder that takes the place of `folder` at the end of the block, unless there was an error. One
+    writer at a time. A kill leaves the old folder or the new one, and none between two renames; what else it leaves
+    (`.part`, `.old`) the next call removes."""
+    part, old = (folder.with_name(f"{folder.name}.{what}") for what in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def relative_link(link: Path, target: Path) -> None:
+    """Makes `link` point to `target` in the same tree, whatever it pointed to before."""
+    pending = link.with_name(f"{link.name}.part")
+    pending.unlink(missing_ok=True)
+    pending.symlink_to(target.relative_to(link.parent), target_is_directory=True)
+    pending.replace(link)
 
 
 def sync_folder(folder: Path) -> None:

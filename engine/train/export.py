@@ -19,6 +19,7 @@ from engine.hub.files import quiet
 from engine.hub.tokenizer import load_tokenizer
 from engine.models.fit import CHECKS, EACH_AND_TOKENIZER, Parts, check_fit
 from engine.models.hub import SavedModel, init_arguments, model_class
+from engine.records.files import replaced
 from engine.records.run_dir import COMPLETE, RunDir
 from engine.train.checkpoint import EXPORT_FILE
 from engine.train.checkpoint_files import is_sound, load_full_state, problems_of, read_marker
@@ -120,25 +121,19 @@ def write_model(
     tokenizer: Path,
     target: Path,
 ) -> None:
-    """A Hugging Face folder with model card; `tokenizer`: a folder, which may be missing. Never half written. Raises
+    """Writes a Hugging Face folder with model card, never half; `tokenizer`: a folder, which may be missing. Raises
     RunFailure."""
-    pending = target.with_name(target.name + ".part")  # a sibling, renamed at the end
-    shutil.rmtree(pending, ignore_errors=True)
     try:
-        pending.mkdir(parents=True)
-        with quiet():
-            model.save_pretrained(pending)
-        if projections:
-            save_file(projections, pending / PROJECTIONS_FILE)
-        if tokenizer.is_dir():
-            shutil.copytree(tokenizer, pending, dirs_exist_ok=True)
-        make_portable(pending, model)
-        (pending / "README.md").write_text(model_card(description), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        pending.rename(target)
+        with replaced(target) as folder:
+            with quiet():
+                model.save_pretrained(folder)
+            if projections:
+                save_file(projections, folder / PROJECTIONS_FILE)
+            if tokenizer.is_dir():
+                shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+            make_portable(folder, model)
+            (folder / "README.md").write_text(model_card(description), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(pending, ignore_errors=True)
         reason = getattr(error, "strerror", None) or first_line(error)
         raise RunFailure(f"{target} cannot be written: {reason}") from None
 

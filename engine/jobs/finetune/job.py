@@ -19,12 +19,13 @@ from engine.errors import UserError
 from engine.jobs.finetune import banner
 from engine.jobs.finetune.plan import FinetunePlan, PlannedTask, Unit, make_finetune_plan
 from engine.jobs.finetune.scores import TaskScore, averages, choose, render_table, speed
-from engine.jobs.finetune.unit import Earlier, UnitRun, look_back, relative_link, remove_checkpoints, score_of
+from engine.jobs.finetune.unit import Earlier, UnitRun, look_back, remove_checkpoints, score_of
 from engine.models.teacher import FrozenTeacher
 from engine.ranks import run_lock, runtime, watchdog
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime
 from engine.records.events import EventFile
+from engine.records.files import relative_link
 from engine.records.run_dir import RunDir, as_yaml
 from engine.tasks.encode import EncodedTask, encode_task
 from engine.tasks.evaluation import constant_score, predict_split, score_dev

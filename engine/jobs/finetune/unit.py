@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.plugins.hparams import api_pb2  # type: ignore[import-untyped]
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from engine.config.identity import changed_keys
 from engine.errors import UserError
@@ -21,6 +21,7 @@ from engine.models.student import enable_activation_checkpointing
 from engine.models.teacher import FrozenTeacher
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime, StopRequest
+from engine.records.events import EventFile
 from engine.records.records import final_result, read_records
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.tasks.encode import EncodedTask
@@ -100,7 +101,7 @@ def score_of(unit: Unit, result: dict[str, Any]) -> UnitScore:
 
 
 def task_module(plan: FinetunePlan, unit: Unit) -> TaskModule:
-    """With its initial weights, which depend on the model and the unit's seed alone."""
+    """Returns the module with its initial weights, which depend on the model and the unit's seed alone."""
     config, teacher = plan.config, unit.task.teacher
     spec = unit.task.data.spec
     student = load_task_model(
@@ -220,16 +221,12 @@ class UnitRun:
         projections = 2.0 * sum(p.numel() for p in module.projections.parameters())
         return of_teacher + 3.0 * (forward + projections)
 
+    def _hparams(self) -> dict[str, float | str]:
+        at, task = self.unit.at, self.unit.task.name
+        return {"task": task, "lr": at.lr, "batch": at.batch, "epochs": at.epochs, "seed": self.unit.seed}
+
     def _facts(self) -> dict[str, Any]:
-        at = self.unit.at
-        return {
-            "task": self.unit.task.name,
-            "lr": at.lr,
-            "batch": at.batch,
-            "epochs": at.epochs,
-            "seed": self.unit.seed,
-            **self.execution.facts,
-        }
+        return {**self._hparams(), **self.execution.facts}
 
     def _description(self, module: TaskModule) -> dict[str, Any]:
         """What a checkpoint tells the export."""
@@ -272,37 +269,24 @@ class UnitRun:
             scores = {name: f"{value:.4f}" for name, value in {"dev score": result.score, **result.metrics}.items()}
             export_checkpoint(self.run_dir, step_tag(result.step), self.run_dir.model, scores=scores)
             fields["model"] = str(self.run_dir.model)
-            self._write_hparams(result.score)
+            self._write_hparams(result.score, monitor)
         monitor.write_record("result", **fields)
         remove_checkpoints(self.run_dir)
         return fields
 
-    def _write_hparams(self, score: float) -> None:
-        """For TensorBoard's table of hyper-parameters, beside the curves of this unit."""
-        at = self.unit.at
-        values = {
-            "task": self.unit.task.name,
-            "lr": at.lr,
-            "batch": at.batch,
-            "epochs": at.epochs,
-            "seed": self.unit.seed,
-        }
-        try:
-            with SummaryWriter(str(self.run_dir.tensorboard)) as writer:
-                writer.add_hparams(values, {"hparam/score": score}, run_name=".")
-        except OSError as error:  # a full disk; the result is what counts
-            print(f"warning: {self.run_dir.tensorboard} cannot be written ({error.strerror})", flush=True)
+    def _write_hparams(self, score: float, monitor: Monitor) -> None:
+        """Writes TensorBoard's table of hyper-parameters, beside the curves of this unit."""
+        values = self._hparams()
+        types = {True: api_pb2.DATA_TYPE_STRING, False: api_pb2.DATA_TYPE_FLOAT64}
+        infos = [api_pb2.HParamInfo(name=name, type=types[isinstance(value, str)]) for name, value in values.items()]
+        metric = api_pb2.MetricInfo(name=api_pb2.MetricName(tag="hparam/score"))
+        file = EventFile(self.run_dir.tensorboard, tell=monitor.say)
+        file.hparam_columns(infos, [metric])
+        file.hparam_session(values, {"hparam/score": score}, when=time.time())
+        file.close()
 
 
 def remove_checkpoints(run_dir: RunDir) -> None:
-    """Of a unit whose result is written."""
+    """Removes those of a unit whose result is written."""
     shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
     shutil.rmtree(run_dir.tokenizer, ignore_errors=True)  # the model's folder has it
-
-
-def relative_link(link: Path, target: Path) -> None:
-    """Makes `link` point to `target` in the same tree, whatever it pointed to before."""
-    pending = link.with_name(f"{link.name}.part")
-    pending.unlink(missing_ok=True)
-    pending.symlink_to(target.relative_to(link.parent), target_is_directory=True)
-    pending.replace(link)

@@ -144,8 +144,8 @@ def test_curves_go_on_when_there_is_room_again(small_disk: MakeDisk) -> None:
     (path,) = folder.iterdir()
     assert points_of(folder, "loss/7") == {step: step / 4 for step in (*range(5), *range(10, 20))}
     assert said == [
-        f"warning: {folder} cannot be written (No space left on device); training continues without curves",
-        f"{folder} is written again; the points of 5 log steps are missing",
+        f"warning: {folder} cannot be written (No space left on device); going on without curves",
+        f"{folder} is written again; 5 events in between are missing",
     ]
     accumulator = EventAccumulator(str(path))
     accumulator.Reload()
