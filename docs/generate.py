@@ -115,7 +115,7 @@ CHECKED = """\
 
 Generated from the tables in `engine/models/fit.py` and `engine/hub/config.py` by `make docs`; do not edit.
 
-`launch/distill.py`, `launch/finetune.py`, `launch/proxy.py` and the rehearsal of a search look at all of this before a
+`launch/distill.py`, `launch/finetune.py`, `launch/proxy.py` and `launch/search.py` look at all of this before a
 run directory or a process group exists. An error is one line, with exit code 2; a note stands in the banner as a
 warning. What text and task files are read, and their limits: [data.md](data.md), [tasks.md](tasks.md).
 

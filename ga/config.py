@@ -160,7 +160,7 @@ class SearchConfig(ProxySettings):
     """Print a table of the search in this folder and stop."""
 
     dry_run: bool = how(False)
-    """Print space, budget, cost (measured by one proxy job) and the first commands, and stop."""
+    """Print space, budget and an estimate, after the first job, whose results are kept, and stop."""
 
     search: SearchSection = field(default_factory=SearchSection)
 

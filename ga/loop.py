@@ -76,9 +76,12 @@ class Loop:
     """Called after jobs have finished, and every few seconds. May raise GivenUp."""
     folders: Path
     """Jobs get folders in it, named after the first of their trials."""
+    only_first: bool = False
+    """Whether the first job ends it; one that did not fit into memory is none."""
 
     def __post_init__(self) -> None:
         self.cohort = self.config.search.cohort
+        self._has_settled = False
         self._claims: dict[Path, list[Claim]] = {}
         self._ask_at = 0.0
 
@@ -89,6 +92,8 @@ class Loop:
                 self.patiently(self.drivers.beat)
                 if self._finish_jobs() or time.monotonic() >= self._ask_at:
                     self.patiently(self.changed)
+                    if self.only_first and self._has_settled:
+                        return
                     self._start_jobs()
                     self._ask_at = time.monotonic() + ASK_AGAIN_S
                     if not self.pool.running and self.patiently(self.ledger.is_over):
@@ -123,6 +128,8 @@ class Loop:
     def _start_jobs(self) -> None:
         """Fills the free slots, as far as there is work."""
         for placement in self.pool.free:
+            if self.only_first and self.pool.running:
+                break
             share = math.ceil(self.patiently(self.ledger.batch) / self.patiently(self.drivers.all_placements))
             limit = max(1, min(self.cohort, share))
             claims = self.patiently(functools.partial(self.ledger.claim, limit))
@@ -167,6 +174,7 @@ class Loop:
         return any_ended
 
     def _settle(self, running: Running, claims: Sequence[Claim], report: JobReport) -> None:
+        self._has_settled = self._has_settled or bool(claims)
         self.patiently(lambda: self.ledger.finish(claims, report, seconds=running.seconds, cohort=len(running.genomes)))
         if any(report.outcomes[claim.genome] not in (Outcome.OK, Outcome.STOPPED) for claim in claims):
             self.say(f"{running.folder}: {report.message}")

@@ -18,18 +18,19 @@ from engine.errors import EXIT_CRASH, EXIT_DONE, UserError
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick, describe_yardstick
 from ga.config import STUDY_FILE, SearchConfig
-from ga.dry_run import describe_search, end_lost_measurement, measured_evaluations, rehearse
+from ga.dry_run import describe_search, estimate
 from ga.evolution.genome import Space
+from ga.jobs.launcher import LOG
 from ga.jobs.pool import JobPool, find_placements
 from ga.jobs.proxy_facts import ProxyFacts, ask_proxy
 from ga.loop import GivenUp, Interrupted, Loop, StopSignals, give_up_after_failures
 from ga.report.write import publish
 from ga.study.drivers import Driver, Drivers
 from ga.study.evaluations import Evaluation, ranked, read_history
-from ga.study.ledger import Ledger, known_evaluations
+from ga.study.ledger import Ledger
 from ga.study.sources import ListSource, SearchSource, confirmation_name
 from ga.study.storage import SearchStorage, open_storage
-from ga.study.studies import COMPARABLE, load_search, open_list, open_search, search_space
+from ga.study.studies import known_evaluations, load_search, open_list, open_search, search_space
 from ga.study.yardstick import (
     KEPT,
     Measured,
@@ -41,7 +42,7 @@ from ga.study.yardstick import (
     seeds_of,
     yardstick_name,
 )
-from ga.view.live import Show
+from ga.view.live import LiveView
 from ga.view.progress import status_text
 
 YARDSTICK, TRIALS, CONFIRMATIONS = "yardstick", "trials", "confirmations"
@@ -59,7 +60,6 @@ def search(config: SearchConfig) -> int:
         config.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir={config.output_dir!r} cannot be made: {error}") from None
-    end_lost_measurement(config)
     pool = JobPool(
         find_placements(
             hostfile=config.hostfile,
@@ -78,9 +78,6 @@ def search(config: SearchConfig) -> int:
             return stop.exit_code
         space = search_space(config, student_layers=facts.student_layers, teacher_layers=facts.teacher_layers)
         check_budget(config, space)
-        if config.dry_run:
-            rehearse(config, space, facts, pool, stop=lambda: stop.requested)
-            return stop.exit_code if stop.requested else EXIT_DONE
         storage = open_storage(config.storage)
         try:
             return Search(config, storage, space, facts, pool, stop).run()
@@ -120,20 +117,13 @@ class Search:
     began: datetime.datetime = field(default_factory=datetime.datetime.now)
 
     def run(self) -> int:
-        source = open_search(self.storage, self.config, self.space, self.facts)
+        source = self._source()
         drivers = Drivers(source.study, Driver.this_process(), placements=len(self.pool.placements))
-        shown = replace(self.config.search, storage=self.storage.shown_url)
-        RunDir(self.config.root).write_settings(replace(self.config, search=shown))
         try:
             evaluations = read_history(source.study)
             print(describe_search(self.config, self.space, self.facts, self.pool.placements, evaluations), flush=True)
-            with Show(self.config, self.space, source.study, tasks=self.facts.tasks) as show:
-                yardstick, known = self._yardstick(source, show)
-                self._evaluate(source, drivers, show, yardstick, known)
-                self._confirm(source, show, yardstick)
-                publish(self.config, self.storage, source.study, self.space, self.facts, yardstick, say=show.say)
-            if not ranked(read_history(source.study)):
-                raise GivenUp("no genome got a fitness; the report's leaderboard says why of each")
+            with LiveView(self.config, self.space, source.study, tasks=self.facts.tasks) as view:
+                (self._rehearse if self.config.dry_run else self._search)(source, drivers, view)
         except Interrupted:
             print("stopped; the same command goes on", file=sys.stderr, flush=True)
             return self.stop.exit_code
@@ -144,22 +134,65 @@ class Search:
             drivers.leave()
         return EXIT_DONE
 
-    def _yardstick(self, source: SearchSource, show: Show) -> tuple[Measured, dict[str, Evaluation]]:
-        """What fitness is measured by, kept in the study, and the evaluations that measuring it has brought. Raises
-        GivenUp when there is nothing to measure it by."""
-        if (own := given(self.config)) is not None:
-            return own, {}
-        study = open_list(self.storage, yardstick_name(self.facts.fingerprint, self.config.seed))
+    def _source(self) -> SearchSource:
+        if self.config.dry_run and given(self.config) is None:  # its one job binds no setting of the search
+            study = optuna.create_study(direction="maximize")
+            return SearchSource(study, self.space, self.config.search, proxy_seed=self.config.seed)
+        return open_search(self.storage, self.config, self.space, self.facts)
+
+    def _search(self, source: SearchSource, drivers: Drivers, view: LiveView) -> None:
+        shown = replace(self.config.search, storage=self.storage.shown_url)
+        RunDir(self.config.root).write_settings(replace(self.config, search=shown))
+        yardstick, known = self._yardstick(source, view)
+        self._evaluate(source, drivers, view, yardstick, known)
+        self._look(view, over=True)
+        self._confirm(source, view, yardstick)
+        with self.storage.lock():  # of drivers that end together one writes after the other
+            publish(self.config, self.storage, source.study, self.space, self.facts, yardstick, say=view.say)
+        if not ranked(read_history(source.study)):
+            raise GivenUp("no genome got a fitness; the report's leaderboard says why of each")
+
+    def _rehearse(self, source: SearchSource, drivers: Drivers, view: LiveView) -> None:
+        """Evaluates the first job, unless its study holds a result, and says what all of them will take."""
+        own = given(self.config)
+        study = self._yardstick_study() if own is None else source.study
+        if not ranked(read_history(study)):
+            view.say("running the first job to measure its cost ...")
+            if own is None:
+                self._measure(study, view)
+            else:
+                self._evaluate(source, drivers, view, own, {})
+        scored = ranked(read_history(study))
+        if not scored:
+            raise UserError(f"the first job got no fitness: see {self.config.root}/*/*/{LOG}")
+        paid = [one for one in scored if one.seconds] or scored
+        unfinished = sum(not trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+        yardstick = 0 if own is not None else unfinished
+        view.say(estimate(self.config, source, paid, self.pool.placements, of_yardstick=yardstick))
+
+    def _yardstick_study(self) -> Study:
+        return open_list(self.storage, yardstick_name(self.facts.fingerprint, self.config.seed))
+
+    def _measure(self, study: Study, view: LiveView) -> None:
+        """Evaluates the genomes of the yardstick."""
         self._run_list(
             study,
             free_space(self.space),
             {genome: seeds_of(self.config) for genome in genomes_of(self.space)},
-            show,
+            view,
             folders=self.config.root / YARDSTICK,
             proxy=replace(self.config.proxy, repeats=1, report_at=[], other_tasks=[]),
             yardstick={},
             say="measuring the yardstick",
         )
+
+    def _yardstick(self, source: SearchSource, view: LiveView) -> tuple[Measured, dict[str, Evaluation]]:
+        """Returns what fitness is measured by, kept in the study, and the evaluations that measuring it has brought.
+        Raises GivenUp when there is nothing to measure it by."""
+        if (own := given(self.config)) is not None:
+            return own, {}
+        study = self._yardstick_study()
+        self._measure(study, view)
         with self.storage.lock():
             kept = source.study.user_attrs.get(KEPT)
             found = measured(study, seeds_of(self.config)) if kept is None else Measured.of(kept)
@@ -167,9 +200,9 @@ class Search:
                 raise GivenUp(f"none of {', '.join(genomes_of(self.space))} got a score: see {YARDSTICK}/*/output.log")
             if kept is None:
                 source.study.set_user_attr(KEPT, found.kept())
-                show.say(f"fitness: {describe_yardstick(found.scales)}")
+                view.say(f"fitness: {describe_yardstick(found.scales)}")
                 if not found.noise:
-                    show.say("too few of them got scores to tell noise from mappings: tasks weigh alike")
+                    view.say("too few of them got scores to tell noise from mappings: tasks weigh alike")
         if self.config.proxy.report_at:  # they have no intermediate scores by this yardstick
             return found, {}
         return found, known_from(study, found, seeds_of(self.config)[: self.config.proxy.repeats])
@@ -178,26 +211,21 @@ class Search:
         self,
         source: SearchSource,
         drivers: Drivers,
-        show: Show,
+        view: LiveView,
         yardstick: Measured,
         known: Mapping[str, Evaluation],
     ) -> None:
-        known = {
-            **known,
-            **known_evaluations(self.storage, source.study, COMPARABLE),
-            **measured_evaluations(self.config, self.facts, yardstick.scales),
-        }
+        known = {**known, **known_evaluations(self.storage, source.study)}
         ledger = Ledger(self.storage, source, drivers, yardstick=yardstick.scales, known=known)
         folders = self.config.root / TRIALS
-        self._loop(ledger, drivers, show, folders=folders, proxy=lambda: self._proxy(source, yardstick)).run()
-        self._look(show, over=True)
+        self._loop(ledger, drivers, view, folders=folders, proxy=lambda: self._proxy(source, yardstick)).run()
 
-    def _look(self, show: Show, *, over: bool = False) -> None:
+    def _look(self, view: LiveView, *, over: bool = False) -> None:
         """Raises GivenUp when too many genomes in a row got no fitness."""
-        give_up_after_failures(show.update(over=over), since=self.began, most=self.config.search.max_failures)
+        give_up_after_failures(view.update(over=over), since=self.began, most=self.config.search.max_failures)
 
     def _proxy(self, source: SearchSource, yardstick: Measured) -> ProxyConfig:
-        """With the thresholds of halving, as things are."""
+        """Returns the settings of the next job, with the thresholds of halving as things are."""
         rate = self.config.search.halving
         proxy = replace(self.config.proxy, yardstick=dict(yardstick.scales), other_tasks=[])
         if rate is None:
@@ -209,7 +237,7 @@ class Search:
                 thresholds[step] = scores[-int(len(scores) / rate)]
         return replace(proxy, stop_below=thresholds)
 
-    def _confirm(self, source: SearchSource, show: Show, yardstick: Measured) -> None:
+    def _confirm(self, source: SearchSource, view: LiveView, yardstick: Measured) -> None:
         """Runs the best genomes and uniform again with seeds that the search has not seen."""
         s = self.config.search
         best = [one.genome for one in ranked(read_history(source.study))[: s.confirm_top]]
@@ -221,7 +249,7 @@ class Search:
             open_list(self.storage, confirmation_name(self.config.study, self.facts.fingerprint)),
             self.space,
             dict.fromkeys([*best, reference], range(first, first + s.confirm_seeds)),
-            show,
+            view,
             folders=self.config.root / CONFIRMATIONS,
             proxy=replace(
                 self.config.proxy, repeats=1, report_at=[], layer_table=True, yardstick=dict(yardstick.scales)
@@ -235,7 +263,7 @@ class Search:
         study: Study,
         space: Space,
         wanted: Mapping[str, range],
-        show: Show,
+        view: LiveView,
         *,
         folders: Path,
         proxy: ProxyConfig,
@@ -251,14 +279,14 @@ class Search:
         try:
             if any(not trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
                 seeds = sorted({seed for seeds in wanted.values() for seed in seeds})
-                show.say(f"{say}: {' '.join(wanted)} with seeds {', '.join(map(str, seeds))}")
+                view.say(f"{say}: {' '.join(wanted)} with seeds {', '.join(map(str, seeds))}")
             ledger = Ledger(self.storage, source, drivers, yardstick=yardstick)
-            self._loop(ledger, drivers, show, folders=folders, proxy=lambda: proxy).run()
+            self._loop(ledger, drivers, view, folders=folders, proxy=lambda: proxy).run()
         finally:
             drivers.leave()
 
     def _loop(
-        self, ledger: Ledger, drivers: Drivers, show: Show, *, folders: Path, proxy: Callable[[], ProxyConfig]
+        self, ledger: Ledger, drivers: Drivers, view: LiveView, *, folders: Path, proxy: Callable[[], ProxyConfig]
     ) -> Loop:
         return Loop(
             config=self.config,
@@ -266,8 +294,9 @@ class Search:
             pool=self.pool,
             drivers=drivers,
             stop=lambda: self.stop.requested,
-            say=show.say,
+            say=view.say,
             proxy=proxy,
-            changed=lambda: self._look(show),
+            changed=lambda: None if self.config.dry_run else self._look(view),
             folders=folders,
+            only_first=self.config.dry_run,
         )

@@ -39,8 +39,9 @@ machine that slept), which is no hang."""
 
 
 def started(pid: int) -> str | None:
-    """Returns the start time of a process, in clock ticks after boot, which tells it from a later one with the same
-    number. None when it is gone; one that nobody has waited for is."""
+    """Returns the start time of a process, which tells it from a later one with the same number; None when it is gone
+    (one that nobody has waited for is). The same as engine/records/processes.py:start_ticks, which is not imported
+    here."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()

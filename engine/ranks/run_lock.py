@@ -18,8 +18,9 @@ from typing import IO, Any
 
 from engine.errors import UserError
 from engine.ranks import watchdog
-from engine.ranks.guard import GRACE_S, started
+from engine.ranks.guard import GRACE_S
 from engine.records.flock import Flock, try_flock
+from engine.records.processes import boot_id, start_ticks
 
 FILE = "run.lock"
 BEAT_S = 3.0
@@ -30,14 +31,6 @@ LOOKS = 30
 """Number of looks for one in that time."""
 ENDS_WITHIN_S = GRACE_S + 10.0
 """Seconds within which a holder whose launcher is gone is ended by its guard (engine/ranks/guard.py)."""
-
-
-def machine() -> str:
-    """Returns the same for all processes that share a kernel (containers too), and another after a reboot."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return platform.node()
 
 
 class RunLock:
@@ -52,8 +45,8 @@ class RunLock:
         self._holder = {
             "host": platform.node(),
             "pid": os.getpid(),
-            "machine": machine(),
-            "launchers": [(launcher.pid, started(launcher.pid)) for launcher in watchdog.launchers()],
+            "machine": boot_id(),
+            "launchers": [(launcher.pid, start_ticks(launcher.pid)) for launcher in watchdog.launchers()],
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._write()
@@ -116,7 +109,7 @@ def _take(folder: Path, file: IO[bytes]) -> RunLock:
     holder = _read(folder)
     if holder is None:
         return RunLock(file, None)
-    if not (has_flock and holder.get("machine") == machine()) and _is_alive(folder, holder):
+    if not (has_flock and holder.get("machine") == boot_id()) and _is_alive(folder, holder):
         raise _refusal(folder, holder)  # else the flock has proved that it is gone, or its silence
     return RunLock(file, f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}")
 
@@ -136,9 +129,9 @@ def _flock(folder: Path, file: IO[bytes]) -> bool:
 
 
 def _is_ending(holder: dict[str, Any] | None) -> bool:
-    if holder is None or holder.get("machine") != machine():
+    if holder is None or holder.get("machine") != boot_id():
         return False
-    return any(started(pid) != since for pid, since in holder.get("launchers", ()))
+    return any(start_ticks(pid) != since for pid, since in holder.get("launchers", ()))
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

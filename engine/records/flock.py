@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 from enum import Enum
 from pathlib import Path
@@ -16,7 +17,7 @@ class Flock(Enum):
 
 
 def try_flock(file: IO[bytes] | IO[str] | int) -> Flock:
-    """Tries to take the lock of an open file, without waiting."""
+    """Tries to take the lock of an open file, without waiting. Closing the file frees it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -24,6 +25,12 @@ def try_flock(file: IO[bytes] | IO[str] | int) -> Flock:
     except OSError:
         return Flock.MISSING
     return Flock.TAKEN
+
+
+def free(file: int) -> None:
+    """Frees a lock also where a child that was forked meanwhile has the file open."""
+    with contextlib.suppress(OSError):  # of a file system without locks
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def no_locks(folder: Path, consequence: str) -> str:

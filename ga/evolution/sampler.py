@@ -22,11 +22,10 @@ from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from ga.evolution.genome import Genes, Space
 from ga.evolution.operators import Settings, next_generation, unseen
+from ga.optuna_private import given_params, set_study_attr, study_attrs
 
 GENERATION = "mapdistill:generation:"
 """Prefix of the study's system attributes that hold the genomes of a generation, in text form."""
-FIXED_PARAMS = "fixed_params"
-"""Optuna's mark on a trial whose parameters were given by enqueue_trial."""
 
 
 def parameter_names(space: Space) -> list[str]:
@@ -93,7 +92,7 @@ class GenomeSampler(BaseSampler):
 
 
 def places_taken(trials: Sequence[FrozenTrial]) -> int:
-    return sum(FIXED_PARAMS not in trial.system_attrs for trial in trials)
+    return sum(given_params(trial) is None for trial in trials)
 
 
 class ExhaustiveSampler(GenomeSampler):
@@ -159,12 +158,12 @@ class GeneticSampler(GenomeSampler):
         return later + 1, at
 
     def _generation(self, study: Study, number: int, earlier: Sequence[FrozenTrial]) -> list[Genes]:
-        storage, key = study._storage, f"{GENERATION}{number}"
-        stored = storage.get_study_system_attrs(study._study_id).get(key)
+        key = f"{GENERATION}{number}"
+        stored = study_attrs(study).get(key)
         if stored is None:
             genomes = self._make(number, self._history(study, earlier))
-            storage.set_study_system_attr(study._study_id, key, [self.space.text(genes) for genes in genomes])
-            stored = storage.get_study_system_attrs(study._study_id)[key]  # another process may have been faster
+            set_study_attr(study, key, [self.space.text(genes) for genes in genomes])
+            stored = study_attrs(study)[key]  # another process may have been faster
         return [self.space.parse(text) for text in stored]
 
     def _make(self, number: int, history: Mapping[Genes, float]) -> list[Genes]:
@@ -180,7 +179,7 @@ class GeneticSampler(GenomeSampler):
         names = parameter_names(self.space)
         values: dict[Genes, list[float]] = defaultdict(list)
         for trial in trials:
-            params = trial.params or trial.system_attrs.get(FIXED_PARAMS, {})
+            params = trial.params or given_params(trial) or {}
             if all(name in params for name in names):
                 found = values[tuple(int(params[name]) for name in names)]
                 if trial.state == TrialState.COMPLETE and trial.value is not None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from engine.config.nodes import read_text
 from engine.errors import UserError
+from engine.records.processes import boot_id, look_up, running
 from ga.config import Launcher
-from ga.jobs.processes import boot_id, look_up, running
 from ga.jobs.slots import Placement
 
 MARKER = "MAPDISTILL_JOB"

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.records.processes import pid_namespace, start_ticks
 from engine.records.records import read_records
 from ga.config import SearchConfig
 from ga.jobs.launcher import LOG, end_lost_job
 from ga.jobs.outcome import JobReport, Outcome
 from ga.jobs.pool import JobPool
-from ga.jobs.processes import start_ticks
 
 CHECKS = "checks"
 LIMIT_S = 900.0
@@ -90,9 +90,9 @@ def _planned(log: Path) -> ProxyFacts | None:
 
 
 def _here() -> str:
-    """Where a process id means one process."""
-    namespace = os.stat("/proc/self/ns/pid").st_ino  # containers of one machine may have its name
-    return f"{socket.gethostname()}.{namespace}"
+    """Returns what tells apart where a process id means one process."""
+    inode = pid_namespace().partition("[")[2].rstrip("]")  # containers of one machine may have its name
+    return f"{socket.gethostname()}.{inode}"
 
 
 def _remove_abandoned(checks: Path) -> None:

@@ -16,19 +16,19 @@ from optuna.trial import FrozenTrial
 
 from engine.config.distill import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
 from engine.mapping import MappingPair
+from engine.records.files import replaced
 from engine.records.run_dir import as_yaml
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.report.confirmation import Confirmed, winner
-from ga.report.drafts import replaced
 from ga.report.layers import KnownLayers, known_layers
 from ga.report.plots import draw_all
 from ga.report.text import LEADERBOARD, Facts, headline, report_text
 from ga.study.evaluations import SEED, Evaluation, evaluated, evaluation, ranked, read_history
 from ga.study.sources import confirmation_name
 from ga.study.storage import SearchStorage, hide_password
-from ga.study.studies import COMPARABLE, SETTINGS
+from ga.study.studies import comparable_searches
 from ga.study.yardstick import Measured
 
 REPORT, BEST = "REPORT.md", "best.yaml"
@@ -45,8 +45,7 @@ def write_report(
     best_yaml: str | None = None,
     layers: Mapping[str, KnownLayers] | None = None,
 ) -> Path:
-    """Returns the path of REPORT.md. `folder` is replaced as a whole, with all that was in it: after a kill it holds
-    the old report or the new one.
+    """Returns the path of REPORT.md. `folder` is replaced as a whole, with all that was in it. One writer at a time.
 
     others: other searches with the same proxy. confirmed: genome -> seed -> fitness. scores: the same of each task, and
     of tasks that were not searched on. best_yaml: text of that file; None: there is no winner. layers: of confirmed
@@ -178,18 +177,6 @@ def confirmed_fitness(
             for task, score in one.scores.items():
                 scores.setdefault(task, {}).setdefault(one.genome, {})[seed] = score
     return found, scores
-
-
-def comparable_searches(storage: SearchStorage, study: Study) -> Mapping[str, list[Evaluation]]:
-    """The other searches of the storage with the same proxy over the same kind of models, by name."""
-    found: dict[str, list[Evaluation]] = {}
-    for other in storage.optuna.get_all_studies():
-        same = other.user_attrs.get(COMPARABLE) == study.user_attrs.get(COMPARABLE)
-        if other.study_name != study.study_name and SETTINGS in other.user_attrs and same:
-            found[other.study_name] = read_history(
-                optuna.load_study(storage=storage.optuna, study_name=other.study_name)
-            )
-    return found
 
 
 def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts, yardstick: Measured) -> Facts:

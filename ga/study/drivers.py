@@ -10,7 +10,8 @@ from typing import Any
 
 from optuna import Study
 
-from ga.jobs.processes import boot_id, start_ticks
+from engine.records.processes import boot_id, pid_namespace, start_ticks
+from ga.optuna_private import set_study_attr, study_attrs
 from ga.study.storage import transient
 
 PREFIX = "mapdistill:driver:"
@@ -38,8 +39,7 @@ class Driver:
     def this_process(cls) -> Driver:
         started = start_ticks(os.getpid())
         assert started is not None
-        namespace = os.readlink("/proc/self/ns/pid")
-        return cls(socket.gethostname(), os.getpid(), started, boot_id(), namespace)
+        return cls(socket.gethostname(), os.getpid(), started, boot_id(), pid_namespace())
 
     @property
     def id(self) -> str:
@@ -80,7 +80,7 @@ class Drivers:
 
     def _write(self, *, left: bool) -> None:
         lease = {**asdict(self.me), "beat": self._beats, "placements": self._placements, "left": left}
-        self._study._storage.set_study_system_attr(self._study._study_id, PREFIX + self.me.id, lease)
+        set_study_attr(self._study, PREFIX + self.me.id, lease)
 
     def _leases(self) -> dict[str, dict[str, Any]]:
         return _leases(self._study)
@@ -115,13 +115,13 @@ class Drivers:
 
 
 def _leases(study: Study) -> dict[str, dict[str, Any]]:
-    attrs = study._storage.get_study_system_attrs(study._study_id)
-    return {key.removeprefix(PREFIX): value for key, value in attrs.items() if key.startswith(PREFIX)}
+    attrs = study_attrs(study).items()
+    return {key.removeprefix(PREFIX): value for key, value in attrs if key.startswith(PREFIX)}
 
 
 def present_drivers(study: Study) -> list[str]:
     """Those that have not left, for a reader; of one on another machine it is not known whether it still runs."""
-    here = (boot_id(), os.readlink("/proc/self/ns/pid"))
+    here = (boot_id(), pid_namespace())
     shown = []
     for lease in _leases(study).values():
         local = (lease["boot"], lease["namespace"]) == here

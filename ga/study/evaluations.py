@@ -100,21 +100,6 @@ def ranked(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return list(best.values())
 
 
-def from_records(genome: str, results: Sequence[Mapping[str, Any]], yardstick: Yardstick, *, job: str) -> Evaluation:
-    """A complete evaluation outside a study. results: its `result` records, one for each seed."""
-    found = summary(results, yardstick)
-    return Evaluation(
-        number=-1,
-        genome=genome,
-        outcome="ok",
-        fitness=fmean(found[BY_SEED].values()),
-        by_seed={int(seed): value for seed, value in found[BY_SEED].items()},
-        scores=found[SCORES],
-        reports={int(step): value for step, value in found[REPORTS].items()},
-        job=job,
-    )
-
-
 def summary(results: Sequence[Mapping[str, Any]], yardstick: Yardstick) -> dict[str, Any]:
     """A trial's user attributes from its `result` records, one for each seed. yardstick: empty: that of each job.
     Intermediate fitness counts where the job had this yardstick."""

@@ -18,12 +18,14 @@ import optuna
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick
 from ga.jobs.launcher import LOG, end_lost_job
 from ga.jobs.outcome import JobReport, Outcome, read_job
+from ga.optuna_private import id_of, note, report, set_trial_attr, taken_up, trial_attrs, trial_now
 from ga.study import evaluations
 from ga.study.drivers import Drivers
-from ga.study.evaluations import Evaluation, evaluation, ranked
+from ga.study.evaluations import Evaluation
 from ga.study.sources import Proposal, Source
 from ga.study.storage import SearchStorage
 
@@ -31,7 +33,6 @@ OWNER, LOSSES, FOLDER = "mapdistill:owner", "mapdistill:losses", "mapdistill:fol
 """A trial's system attributes: id of its driver (empty: open), how often it was lost and to what, folder of its job."""
 RETRIES = {"job": 1, "driver": 3}
 """How often a trial is tried again after its job died while its driver lived, and after its driver died."""
-RECORDS = "records.jsonl"
 ORPHANS_GRACE_S = 5.0
 
 
@@ -77,9 +78,9 @@ class Ledger:
                     continue
                 if claims and claims[0].seed != proposal.seed:
                     break  # it stays open
-                self._set(trial._trial_id, OWNER, self._drivers.me.id)
-                claims.append(Claim(trial._trial_id, trial.number, proposal.genome, proposal.seed))
-                taken.add(trial._trial_id)
+                self._set(id_of(trial), OWNER, self._drivers.me.id)
+                claims.append(Claim(id_of(trial), trial.number, proposal.genome, proposal.seed))
+                taken.add(id_of(trial))
         self._held |= taken
         return claims
 
@@ -97,24 +98,24 @@ class Ledger:
         """Notes where their job will write, before it starts."""
         for claim in claims:
             self._set(claim.trial_id, FOLDER, str(folder.resolve()))
-            self._note(claim.trial_id, {evaluations.JOB: f"{self._drivers.me.host}:{folder}"})
+            note(self._study, claim.trial_id, {evaluations.JOB: f"{self._drivers.me.host}:{folder}"})
 
-    def finish(self, claims: Sequence[Claim], report: JobReport, *, seconds: float, cohort: int) -> None:
+    def finish(self, claims: Sequence[Claim], job: JobReport, *, seconds: float, cohort: int) -> None:
         """Writes down what became of claims of a job that took `seconds` for `cohort` genomes. Those that were lost are
         open again, once. A claim that another driver has taken over meanwhile is left alone."""
         with self._storage.lock():
             for claim in claims:
-                trial = self._study._storage.get_trial(claim.trial_id)
+                trial = trial_now(self._study, claim.trial_id)
                 if self._is_mine(trial):
                     cost = {evaluations.SECONDS: seconds / cohort, evaluations.COHORT: cohort}
-                    self._settle(trial, report, lost_with="job", notes=cost)
+                    self._settle(trial, job, lost_with="job", notes=cost)
         self._held -= {claim.trial_id for claim in claims}
 
     def release(self, claims: Sequence[Claim]) -> None:
         """They are open again, as if they had not been claimed."""
         with self._storage.lock():
             for claim in claims:
-                if self._is_mine(self._study._storage.get_trial(claim.trial_id)):
+                if self._is_mine(trial_now(self._study, claim.trial_id)):
                     self._reopen(claim.trial_id)
         self._held -= {claim.trial_id for claim in claims}
 
@@ -122,25 +123,21 @@ class Ledger:
         return self._study.get_trials(deepcopy=False)
 
     def _set(self, trial_id: int, key: str, value: Any) -> None:
-        self._study._storage.set_trial_system_attr(trial_id, key, value)
+        set_trial_attr(self._study, trial_id, key, value)
 
     def _reopen(self, trial_id: int) -> None:
         self._set(trial_id, FOLDER, "")  # or its next owner could be judged by this job
         self._set(trial_id, OWNER, "")
 
-    def _note(self, trial_id: int, notes: Mapping[str, Any]) -> None:
-        for key, value in notes.items():
-            self._study._storage.set_trial_user_attr(trial_id, key, value)
-
     def _is_mine(self, trial: FrozenTrial) -> bool:
-        return trial.state == TrialState.RUNNING and trial.system_attrs.get(OWNER) == self._drivers.me.id
+        return trial.state == TrialState.RUNNING and trial_attrs(trial).get(OWNER) == self._drivers.me.id
 
     def _open_trial(self, held: set[int]) -> optuna.Trial | None:
         """held: ids of what this driver works on."""
         for trial in self._trials():
-            owner = trial.system_attrs.get(OWNER, "")
-            if trial.state == TrialState.RUNNING and owner in ("", self._drivers.me.id) and trial._trial_id not in held:
-                return optuna.Trial(self._study, trial._trial_id)
+            owner = trial_attrs(trial).get(OWNER, "")
+            if trial.state == TrialState.RUNNING and owner in ("", self._drivers.me.id) and id_of(trial) not in held:
+                return taken_up(self._study, trial)
         return None
 
     def _ask(self) -> optuna.Trial | None:
@@ -155,9 +152,8 @@ class Ledger:
         notes: dict[str, Any] = {evaluations.SEED: proposal.seed}
         if proposal.generation is not None:
             notes[evaluations.GENERATION] = proposal.generation
-        self._note(
-            trial._trial_id, {**notes, evaluations.GENOME: proposal.genome}
-        )  # last: what has a genome is described
+        notes[evaluations.GENOME] = proposal.genome  # last: what has a genome is described
+        note(self._study, id_of(trial), notes)
         return proposal
 
     def _settle_known(self, trial: optuna.Trial, proposal: Proposal) -> bool:
@@ -172,16 +168,16 @@ class Ledger:
                 proposal.genome,
                 proposal.seed,
             ):
-                self._note(
-                    trial._trial_id, {evaluations.OUTCOME: evaluations.REPEATED, evaluations.SAME_AS: other.number}
-                )
+                same = {evaluations.OUTCOME: evaluations.REPEATED, evaluations.SAME_AS: other.number}
+                note(self._study, id_of(trial), same)
                 self._tell(trial.number, other.values if other.state == TrialState.COMPLETE else None)
                 return True
         known = self._known.get(proposal.genome)
         if known is None:
             return False
-        self._note(
-            trial._trial_id,
+        note(
+            self._study,
+            id_of(trial),
             {
                 evaluations.OUTCOME: Outcome.OK.value,
                 evaluations.BY_SEED: {str(seed): value for seed, value in known.by_seed.items()},
@@ -202,71 +198,52 @@ class Ledger:
         else:
             self._study.tell(number, list(values))
 
-    def _settle(self, trial: FrozenTrial, report: JobReport, *, lost_with: str, notes: Mapping[str, Any]) -> None:
-        genome = str(trial.user_attrs[evaluations.GENOME])
-        outcome = report.outcomes[genome]
+    def _settle(self, trial: FrozenTrial, job: JobReport, *, lost_with: str, notes: Mapping[str, Any]) -> None:
+        genome, id = str(trial.user_attrs[evaluations.GENOME]), id_of(trial)
+        outcome = job.outcomes[genome]
         if outcome in (Outcome.LOST, Outcome.BAD_CONFIGURATION):
-            losses = {"job": 0, "driver": 0} | trial.system_attrs.get(LOSSES, {})
+            losses = {"job": 0, "driver": 0} | trial_attrs(trial).get(LOSSES, {})
             losses[lost_with] += 1
-            self._set(trial._trial_id, LOSSES, losses)
+            self._set(id, LOSSES, losses)
             if losses[lost_with] <= RETRIES[lost_with]:
-                self._reopen(trial._trial_id)
+                self._reopen(id)
                 return
-        self._note(trial._trial_id, {**notes, evaluations.OUTCOME: outcome.value})
+        note(self._study, id, {**notes, evaluations.OUTCOME: outcome.value})
         if outcome is Outcome.OK:
-            found = evaluations.summary(report.results[genome], self._yardstick)
-            self._note(trial._trial_id, found)
+            found = evaluations.summary(job.results[genome], self._yardstick)
+            note(self._study, id, found)
             fitness = fmean(found[evaluations.BY_SEED].values())
-            self._reports(trial._trial_id, found[evaluations.REPORTS])
+            report(self._study, id, found[evaluations.REPORTS])
             self._tell(trial.number, self._source.objectives(genome, fitness))
         elif outcome is Outcome.STOPPED:
-            reports = {str(step): value for step, value in report.stopped[genome].items()}
-            self._note(trial._trial_id, {evaluations.REPORTS: reports})
-            self._reports(trial._trial_id, reports)
+            reports = {str(step): value for step, value in job.stopped[genome].items()}
+            note(self._study, id, {evaluations.REPORTS: reports})
+            report(self._study, id, reports)
             self._study.tell(trial.number, state=TrialState.PRUNED)
         else:
-            self._note(trial._trial_id, {evaluations.MESSAGE: report.message})
+            note(self._study, id, {evaluations.MESSAGE: job.message})
             self._tell(trial.number, None)
-
-    def _reports(self, trial_id: int, reports: Mapping[str, float]) -> None:
-        for step, value in reports.items():  # optuna-dashboard plots them
-            self._study._storage.set_trial_intermediate_value(trial_id, int(step), value)
 
     def _recover(self) -> None:
         """Trials of dead drivers: their jobs are ended, their results count, the others are open again."""
         dead = self._drivers.dead()
         lost: dict[tuple[str, str], list[FrozenTrial]] = defaultdict(list)
         for trial in self._trials():
-            owner = trial.system_attrs.get(OWNER)
+            owner = trial_attrs(trial).get(OWNER)
             if trial.state == TrialState.RUNNING and owner in dead:
-                lost[owner, trial.system_attrs.get(FOLDER, "")].append(trial)
+                lost[owner, trial_attrs(trial).get(FOLDER, "")].append(trial)
         for (owner, folder), trials in lost.items():
             if not folder:  # it died before it started their job
                 for trial in trials:
-                    self._set(trial._trial_id, OWNER, "")
+                    self._set(id_of(trial), OWNER, "")
                 continue
             if self._drivers.ran_here(owner):
                 self.orphans_ended += end_lost_job(Path(folder), grace_s=ORPHANS_GRACE_S)
             genomes = [str(trial.user_attrs[evaluations.GENOME]) for trial in trials]
-            report = read_job(
-                Path(folder) / LOG, Path(folder) / RECORDS, genomes=genomes, exit_code=None, timed_out=False
-            )
+            records = RunDir(Path(folder)).records
+            job = read_job(Path(folder) / LOG, records, genomes=genomes, exit_code=None, timed_out=False)
             if len(trials) > 1:  # out of memory side by side is not out of memory alone
-                again = {
-                    genome: Outcome.LOST for genome, one in report.outcomes.items() if one is Outcome.OUT_OF_MEMORY
-                }
-                report = replace(report, outcomes={**report.outcomes, **again})
+                again = {genome: Outcome.LOST for genome, one in job.outcomes.items() if one is Outcome.OUT_OF_MEMORY}
+                job = replace(job, outcomes={**job.outcomes, **again})
             for trial in trials:
-                self._settle(trial, report, lost_with="driver", notes={})
-
-
-def known_evaluations(storage: SearchStorage, study: Study, key: str) -> dict[str, Evaluation]:
-    """genome -> evaluation with a fitness, of the other studies of the storage whose user attribute `key` equals this
-    one's."""
-    found: dict[str, Evaluation] = {}
-    for other in storage.optuna.get_all_studies():
-        if other.study_name != study.study_name and other.user_attrs.get(key) == study.user_attrs[key]:
-            trials = storage.optuna.get_all_trials(other._study_id, deepcopy=False)
-            for one in ranked([evaluation(trial) for trial in trials if trial.state.is_finished()]):
-                found.setdefault(one.genome, one)
-    return found
+                self._settle(trial, job, lost_with="driver", notes={})

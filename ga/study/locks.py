@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import random
@@ -18,7 +17,7 @@ from sqlalchemy import URL, Connection, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from engine.errors import UserError
-from engine.records.flock import Flock, try_flock
+from engine.records.flock import Flock, free, try_flock
 
 LOCK_KEY = int.from_bytes(hashlib.sha256(b"mapdistill: the lock of a search").digest()[:8], "big", signed=True)
 """Of the advisory lock; PostgreSQL keeps those of each database apart."""
@@ -89,9 +88,7 @@ class FileLock:
                 os.pwrite(file, f"{_this_process()}\n".encode(), 0)
             yield
         finally:
-            # closing alone would leave it to a child that was forked meanwhile
-            with contextlib.suppress(OSError):  # of a file system without locks
-                fcntl.flock(file, fcntl.LOCK_UN)
+            free(file)
             os.close(file)
 
     def _take(self, file: int) -> bool:

@@ -23,6 +23,7 @@ from ga.evolution.sampler import (
     places_taken,
     suggested_genes,
 )
+from ga.optuna_private import given_params
 from ga.study.evaluations import REPEATED, evaluation
 
 REPEATS_IN_A_ROW = 25
@@ -162,7 +163,7 @@ class ListSource:
         params = {**parameters_of(self.space, self.space.parse(genome)), "seed": seed}
         trials = self.study.get_trials(deepcopy=False)
         # Optuna's own skip_if_exists takes seeds from 100,000 on for the same when they are near
-        if not any(t.system_attrs.get("fixed_params") == params and t.state != TrialState.FAIL for t in trials):
+        if not any(given_params(t) == params and t.state != TrialState.FAIL for t in trials):
             self.study.enqueue_trial(params)
 
     def is_over(self, trials: Sequence[FrozenTrial]) -> bool:

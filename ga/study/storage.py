@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
+from ga.optuna_private import cached
 from ga.study.locks import FileLock, Lock, ServerLock, refuse
 
 LOCK_TIMEOUT_S = 300.0
@@ -58,7 +58,7 @@ class SearchStorage:
     def __init__(self, rdb: RDBStorage, lock: Lock, *, shown_url: str) -> None:
         self.shown_url = shown_url
         """Fit to be shown: without the password."""
-        self.optuna: BaseStorage = optuna.storages.get_storage(rdb)
+        self.optuna: BaseStorage = cached(rdb)
         """For create_study and load_study."""
         self._rdb, self._lock = rdb, lock
         self._holder: int | None = None

@@ -17,6 +17,7 @@ from engine.errors import UserError
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
+from ga.study.evaluations import Evaluation, ranked, read_history
 from ga.study.sources import SearchSource
 from ga.study.storage import SearchStorage
 
@@ -99,6 +100,24 @@ def load_search(storage: SearchStorage, config: SearchConfig) -> Study:
     except KeyError:
         there = ", ".join(sorted(optuna.get_all_study_names(storage.optuna))) or "none"
         raise UserError(f"search.study={config.study!r} is not in {storage.shown_url}; there: {there}") from None
+
+
+def comparable_searches(storage: SearchStorage, study: Study) -> dict[str, list[Evaluation]]:
+    """Returns the evaluations of the other searches of the storage whose fitness is comparable with this one's, by
+    name."""
+    names = (name for name in optuna.get_all_study_names(storage.optuna) if name != study.study_name)
+    others = (optuna.load_study(storage=storage.optuna, study_name=name) for name in names)
+    wanted = study.user_attrs[COMPARABLE]
+    return {other.study_name: read_history(other) for other in others if other.user_attrs.get(COMPARABLE) == wanted}
+
+
+def known_evaluations(storage: SearchStorage, study: Study) -> dict[str, Evaluation]:
+    """Returns an evaluation with a fitness by genome, of comparable searches."""
+    found: dict[str, Evaluation] = {}
+    for other in comparable_searches(storage, study).values():
+        for one in ranked(other):
+            found.setdefault(one.genome, one)
+    return found
 
 
 def _check_same(

@@ -10,7 +10,7 @@ from typing import IO, Any
 from optuna import Study
 from tqdm import tqdm
 
-from engine.records.flock import Flock, try_flock
+from engine.records.flock import Flock, no_locks, try_flock
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.evolution.sampler import parameter_names
@@ -21,9 +21,9 @@ from ga.view.progress import Progress
 TENSORBOARD, LEADER = "tensorboard", "leader.lock"
 
 
-class Show:
-    """Of one driver. Of several drivers in one folder, the first one alone writes TensorBoard's files; when it has
-    ended another one takes over."""
+class LiveView:
+    """What one driver shows. Of several drivers in one folder, the first one alone writes TensorBoard's files; when it
+    has ended another one takes over."""
 
     def __init__(self, config: SearchConfig, space: Space, study: Study, *, tasks: Sequence[str]) -> None:
         self._config, self._space, self._study = config, space, study
@@ -34,7 +34,7 @@ class Show:
         self._board: SearchBoard | None = None
         self._bar: Any = None
 
-    def __enter__(self) -> Show:
+    def __enter__(self) -> LiveView:
         self._lock = (self._config.root / LEADER).open("w")
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._config.search.trials, unit="genome", dynamic_ncols=True, file=sys.stderr)
@@ -72,12 +72,16 @@ class Show:
     def _leads(self) -> bool:
         if self._board is None:
             assert self._lock is not None
-            if try_flock(self._lock) is Flock.HELD:
+            lock = try_flock(self._lock)
+            if lock is Flock.HELD:
                 return False
+            if lock is Flock.MISSING:
+                self.say(no_locks(self._config.root, f"nothing keeps a second writer of {TENSORBOARD} out: start no other one"))
             self._board = SearchBoard(
                 self._config.root / TENSORBOARD,
                 parameter_names(self._space),
                 teacher_layers=self._space.teacher_layers,
                 tasks=self._tasks,
+                say=self.say,
             )
         return True

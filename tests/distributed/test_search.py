@@ -125,16 +125,20 @@ def test_a_search_from_dry_run_to_confirmation(make_stand_in_search: MakeSearch)
     search = make_stand_in_search("whole", trials=8, population=4, cohort=4, confirm_top=1, confirm_seeds=2)
     rehearsed = search.finish_here("--dry_run")
     assert "25 genomes" in rehearsed
-    assert "s per evaluation" in rehearsed
-    assert not (search.output_dir / "trials").exists()
+    assert "s for a job of 4: 2-4 3-4 1-2 4-4 (" in rehearsed
+    assert "s per evaluation; 4 on 1 slot(s) take" in rehearsed
+    assert [folder.name for folder in search.folders()] == ["00000"]
+    again = search.finish_here("--dry_run")
+    assert "running the first job" not in again
+    assert rehearsed.splitlines()[-2:] == again.splitlines()[-2:]
+    assert not (search.output_dir / "tensorboard").exists()
     output = search.finish_here()
     found = search.evaluations()
     assert len({one.genome for one in found}) == len(found) == 8
     assert all(one.outcome == "ok" and one.by_seed == {0: one.fitness} for one in found), found
     assert {one.generation for one in found} == {0, 1, 2} or {one.generation for one in found} == {0, 1}
-    measured = [one for one in found if one.seconds == 0.0]  # taken over from --dry_run
-    assert len(measured) == 4
-    assert search.results().total() == 4
+    assert set(search.results().values()) == {1}, "what --dry_run has evaluated was run again"
+    assert len(search.results()) == 8
     for text in ("generation 0", "best ", "8 of 8", "confirmation: ", "REPORT.md"):
         assert text in output, output
     assert {path.name for path in (search.output_dir / "confirmations").iterdir()} == {"00000", "00002"}
@@ -300,6 +304,31 @@ def test_a_search_goes_on_with_the_yardstick_that_it_was_begun_with(make_stand_i
         output = search.finish_here("--proxy.yardstick", other, expect=2)
         assert "cannot be continued: proxy.yardstick.SST-2." in output, other
     search.finish_here()
+
+
+def test_a_dry_run_evaluates_the_first_job_of_the_yardstick(make_stand_in_search: MakeSearch) -> None:
+    settings = {"trials": 5, "cohort": 3, "confirm_top": 0, "proxy__yardstick": "{}"}
+    search = make_stand_in_search("measured", **settings)
+    for _ in range(2):  # the second time it runs nothing
+        output = search.finish_here("--dry_run")
+        assert "s for a job of 3: 2-4 3-4 1-2 (" in output
+        assert "5 on 1 slot(s) take" in output
+        assert [folder.name for folder in (search.output_dir / "yardstick").iterdir()] == ["00000"]
+    assert not (search.output_dir / "trials").exists()
+    output = search.finish_here("--search.population", "7")  # the dry run has begun no search
+    assert "5 of 5" in output
+    assert len(list((search.output_dir / "yardstick").iterdir())) == 4, "the first of four jobs was run again"
+
+
+@pytest.mark.faults
+def test_a_dry_run_whose_job_fails_says_where_to_look(make_stand_in_search: MakeSearch) -> None:
+    told = {"genomes": {"2-4": "crashes"}}
+    search = make_stand_in_search("crashes", trials=5, cohort=1, told=told)
+    output = search.finish_here("--dry_run", expect=2)
+    assert "told to crash at 2-4" in output
+    assert f"error: the first job got no fitness: see {search.output_dir}/*/*/output.log" in output
+    search.told = {}
+    assert "s for a job of 1: 2-4 (" in search.finish_here("--dry_run")
 
 
 @pytest.mark.faults

@@ -43,3 +43,20 @@ def test_a_package_has_few_entries_and_the_page_names_them_all(package: str) -> 
 def test_few_files_know_deepspeeds_engine() -> None:
     knows = {path.name for path in (ROOT / "engine").rglob("*.py") if "ds_engine" in path.read_text()}
     assert knows == {"deepspeed_engine.py", "universal.py", "checkpoint_files.py"}
+
+
+def private_names(path: Path) -> set[str]:
+    """Returns the private names of others that a file of ga touches: attributes of anything but self, and imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            found.add(node.attr)
+        if isinstance(node, ast.ImportFrom):
+            found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+    named = {"system_attrs", "get_storage"}  # without an underscore, but not for users
+    return {name for name in found if (name.startswith("_") and not name.startswith("__")) or name in named}
+
+
+def test_one_file_touches_optunas_private_names() -> None:
+    touching = {path.name: names for path in (ROOT / "ga").rglob("*.py") if (names := private_names(path))}
+    assert touching.keys() == {"optuna_private.py"}, touching

@@ -12,13 +12,12 @@ from engine.config.reading import parse_config
 from engine.errors import UserError
 from ga.cli import search_main
 from ga.config import SearchConfig
-from ga.dry_run import first_genomes, measured_evaluations, notes
+from ga.dry_run import notes
 from ga.evolution.operators import PRESETS, Settings
 from ga.jobs.pool import find_placements, visible_gpus
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.report.write import as_commented_yaml, best_config
 from ga.search import check_budget, search
-from ga.study.sources import SearchSource
 from ga.study.storage import open_storage
 from ga.study.studies import open_search, search_space
 
@@ -83,10 +82,6 @@ def test_a_budget_beyond_the_space_is_said() -> None:
     space = search_space(large, student_layers=3, teacher_layers=6)
     assert any("343 genomes" in note and "exhaustive" in note for note in notes(large, space, placements))
     assert notes(config(), space, placements) == []
-    source = SearchSource(optuna.create_study(direction="maximize"), space, large.search, proxy_seed=0)
-    first = first_genomes(source, 8)
-    assert first[:5] == ["2-4-6", "4-5-6", "1-2-3", "6-6-6", "0-0-0"]
-    assert len(set(first)) == 8
 
 
 def test_best_yaml_is_a_distillation_over_the_whole_corpus(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from ga.study.drivers import Driver, Drivers
 from ga.study.ledger import FOLDER, OWNER, Claim, Ledger
 from ga.study.sources import SearchSource
 from ga.study.storage import open_storage
-from ga.view.live import Show
+from ga.view.live import LiveView
 
 
 @pytest.fixture
@@ -157,10 +157,10 @@ def test_a_search_that_gave_up_may_try_again(tmp_path: Path) -> None:
 
     for _ in range(2):  # the second driver does not look at the first one's failures
         began = datetime.datetime.now()
-        with Show(config, space, study, tasks=["SST-2"]) as show:
+        with LiveView(config, space, study, tasks=["SST-2"]) as view:
 
-            def look(show: Show = show, began: datetime.datetime = began) -> None:
-                give_up_after_failures(show.update(), since=began, most=config.search.max_failures)
+            def look(view: LiveView = view, began: datetime.datetime = began) -> None:
+                give_up_after_failures(view.update(), since=began, most=config.search.max_failures)
 
             look()
             fail()

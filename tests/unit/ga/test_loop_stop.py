@@ -13,8 +13,8 @@ import pytest
 from launching import ROOT, hear_signals
 
 from engine.errors import EXIT_PREEMPTED
+from engine.records.processes import start_ticks
 from ga.jobs.launcher import end_lost_job
-from ga.jobs.processes import start_ticks
 
 JOB = """
 import os, pathlib, signal, sys, time

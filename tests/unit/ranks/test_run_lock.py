@@ -17,7 +17,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.ranks import run_lock
-from engine.ranks.guard import started
+from engine.records.processes import start_ticks
 
 pytestmark = pytest.mark.faults
 
@@ -100,7 +100,7 @@ def test_a_start_waits_for_a_holder_whose_launcher_was_killed(tmp_path: Path) ->
         run_lock.acquire(tmp_path)
     os.kill(launcher, signal.SIGKILL)
     until = time.monotonic() + 10
-    while started(launcher) is not None:
+    while start_ticks(launcher) is not None:
         assert time.monotonic() < until
     lock = run_lock.acquire(tmp_path)
     assert lock.taken_from is not None

@@ -1,18 +1,11 @@
-"""The report of a search: its statistics against scipy, its tables, its sentences, its pictures, and that a kill leaves
-it whole."""
+"""The report of a search: its statistics against scipy, its tables, its sentences, its pictures."""
 
 from __future__ import annotations
 
 import csv
 import itertools
 import math
-import random
 import re
-import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +20,6 @@ from engine.config.distill import LossConfig
 from engine.records.yardstick import Noise, TaskScale
 from ga.evolution.genome import Space
 from ga.report.confirmation import compare, seed_deviation, verdict, winner
-from ga.report.drafts import _put_in_place
 from ga.report.figures import spread
 from ga.report.layers import known_layers
 from ga.report.plots import LABEL_GAP
@@ -470,66 +462,6 @@ def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path) -> None:
     write_report(folder, facts(), EVALUATIONS[:2], {}, {}, {})
     assert not (folder / "seed_noise.png").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["report"]  # no drafts left
-
-
-def test_a_file_system_without_swaps_gets_the_new_report_too(tmp_path: Path) -> None:
-    draft, folder = tmp_path / ".report-draft-1", tmp_path / "report"
-    for path, text in [(draft, "new"), (folder, "old")]:
-        path.mkdir()
-        (path / "REPORT.md").write_text(text)
-    _put_in_place(draft, folder, swap=lambda one, other: False)
-    assert (folder / "REPORT.md").read_text() == "new"
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_publishers_side_by_side_leave_one_whole_report(tmp_path: Path) -> None:
-    folder = tmp_path / "report"
-
-    def publish(writer: int) -> None:
-        for i in range(40):
-            draft = tmp_path / f"draft-{writer}-{i}"
-            draft.mkdir()
-            for name in ("a", "b"):
-                (draft / name).write_text(f"{writer} {i}")
-            _put_in_place(draft, folder, swap=lambda one, other: False)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(publish, range(4)))
-    assert (folder / "a").read_text() == (folder / "b").read_text()
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-WRITES_FOR_EVER = """
-import itertools, pathlib, shutil, sys
-from ga.report.drafts import _put_in_place
-folder = pathlib.Path(sys.argv[1])
-for i in itertools.count():
-    draft = folder.with_name(f"draft-{i}")
-    draft.mkdir(exist_ok=True)
-    for name in ("a", "b"):
-        (draft / name).write_text(str(i))
-    _put_in_place(draft, folder)
-    shutil.rmtree(draft, ignore_errors=True)
-    if i == 0:
-        print("begun", flush=True)
-"""
-
-
-def test_a_kill_leaves_the_old_or_the_new_report(tmp_path: Path) -> None:
-    rng, reached = random.Random(7), []
-    for attempt in range(4):
-        folder = tmp_path / str(attempt) / "report"
-        folder.parent.mkdir()
-        with subprocess.Popen([sys.executable, "-c", WRITES_FOR_EVER, str(folder)], stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == b"begun\n"
-            until = time.monotonic() + rng.uniform(0.05, 0.15)
-            while time.monotonic() < until:
-                assert folder.is_dir()  # at no moment is there none
-            writer.send_signal(signal.SIGKILL)
-        assert (folder / "a").read_text() == (folder / "b").read_text()
-        reached.append(int((folder / "a").read_text()))
-    assert max(reached) > 10
 
 
 @given(st.lists(st.floats(0, 1), max_size=12))

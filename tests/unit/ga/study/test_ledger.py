@@ -14,11 +14,12 @@ from pathlib import Path
 import optuna
 import pytest
 
+from engine.records.processes import start_ticks
 from engine.records.records import format_record
 from ga.config import SearchConfig, SearchSection
 from ga.evolution.genome import Space
 from ga.jobs.outcome import JobReport, Outcome
-from ga.jobs.processes import start_ticks
+from ga.optuna_private import set_trial_attr
 from ga.study import evaluations
 from ga.study.drivers import Driver, Drivers
 from ga.study.evaluations import Evaluation, read_history
@@ -242,7 +243,7 @@ def test_claims_that_the_storage_cut_off_are_claimed_again(storage: SearchStorag
     ledger = make_ledger(storage, source)
     first = ledger.claim(1)
     ledger.release(first)
-    source.study._storage.set_trial_system_attr(first[0].trial_id, OWNER, Driver.this_process().id)
+    set_trial_attr(source.study, first[0].trial_id, OWNER, Driver.this_process().id)
     claims = ledger.claim(5)
     assert len(claims) == 5
     assert claims[0] == first[0]
@@ -254,7 +255,7 @@ def test_a_driver_that_was_taken_for_dead_cannot_write_over_another(storage: Sea
     sleeper, other = make_ledger(storage, source, neighbour), make_ledger(storage, source)
     claims = sleeper.claim(2)
     for claim in claims:  # as if it had been silent for too long
-        source.study._storage.set_trial_system_attr(claim.trial_id, OWNER, "")
+        set_trial_attr(source.study, claim.trial_id, OWNER, "")
     taken = other.claim(2)
     assert [claim.number for claim in taken] == [claim.number for claim in claims]
     finish(sleeper, claims, _2_4=Outcome.DIVERGED)
@@ -405,7 +406,7 @@ def test_an_orphan_cohort_out_of_memory_is_tried_again_and_not_judged_by_it_twic
     assert alone[0].number == lost[0].number
     # a driver that dies between claim and begin leaves no folder to judge its claim by
     assert source.study.trials[alone[0].number].system_attrs[FOLDER] == ""
-    source.study._storage.set_trial_system_attr(alone[0].trial_id, OWNER, gone().id)
+    set_trial_attr(source.study, alone[0].trial_id, OWNER, gone().id)
     assert {claim.number for claim in make_ledger(storage, source).claim(9)} >= {claim.number for claim in lost}
     assert {one.outcome for one in read_history(source.study)} == {"running"}
 

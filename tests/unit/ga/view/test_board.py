@@ -44,7 +44,7 @@ def history() -> list[Evaluation]:
 
 
 def board(folder: Path) -> SearchBoard:
-    return SearchBoard(folder, NAMES, teacher_layers=4, tasks=["SST-2"])
+    return SearchBoard(folder, NAMES, teacher_layers=4, tasks=["SST-2"], say=print)
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -101,7 +101,7 @@ def test_evaluations_count_in_the_order_in_which_they_end(tmp_path: Path) -> Non
 
 def test_genomes_that_differ_in_length_have_a_diversity(tmp_path: Path) -> None:
     names = ("hidden_1", "hidden_2", "attention_1", "attention_2")
-    opened = SearchBoard(tmp_path, names, teacher_layers=4, tasks=["SST-2"])
+    opened = SearchBoard(tmp_path, names, teacher_layers=4, tasks=["SST-2"], say=print)
     two = [replace(history()[0], genome="1-2"), replace(history()[1], genome="1-2/3-4")]
     opened.refresh(two, running_jobs=0, population=2)
     opened.close()

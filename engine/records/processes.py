@@ -1,8 +1,9 @@
-"""What Linux says of processes: enough to tell one from a later one with the same id."""
+"""What Linux says of processes: enough to tell one from later ones with its id, and from other machines'."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from pathlib import Path
 class Process:
     pid: int
     session: int
+    """Session id."""
     started: int
-    """In clock ticks after boot."""
+    """Start time in clock ticks after boot."""
 
 
 def look_up(pid: int, *, zombies: bool) -> Process | None:
-    """None when there is no such process (any more). Zombies are over, but not waited for."""
+    """Returns None when there is no such process (any more). Zombies are over, but not waited for."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -29,18 +31,27 @@ def look_up(pid: int, *, zombies: bool) -> Process | None:
 
 
 def running() -> Iterator[Process]:
-    """All that run; without zombies."""
+    """Yields all that run, without zombies."""
     for name in os.listdir("/proc"):
         if name.isdigit() and (process := look_up(int(name), zombies=False)) is not None:
             yield process
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks after boot; None when it does not run."""
+    """Returns when the process started, in clock ticks after boot; None when it does not run."""
     process = look_up(pid, zombies=False)
     return None if process is None else process.started
 
 
 def boot_id() -> str:
-    """The kernel's id of this boot: another machine, or this one after a reboot, has another."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    """Returns the same for all processes that share a kernel (containers too), and another after a reboot: the kernel's
+    id of this boot, or the host's name where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return platform.node()
+
+
+def pid_namespace() -> str:
+    """Returns the name of the namespace of process ids: containers of one machine cannot look up each other's."""
+    return os.readlink("/proc/self/ns/pid")
