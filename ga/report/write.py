@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,12 +21,14 @@ from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.report.confirmation import Confirmed, winner
+from ga.report.facts import Facts, report_facts
 from ga.report.layers import KnownLayers, known_layers
 from ga.report.plots import draw_all
-from ga.report.text import LEADERBOARD, Facts, headline, report_text
+from ga.report.search_sections import LEADERBOARD
+from ga.report.text import headline, report_text
 from ga.study.evaluations import SEED, Evaluation, evaluated, evaluation, ranked, read_history
 from ga.study.sources import confirmation_name
-from ga.study.storage import SearchStorage, hide_password
+from ga.study.storage import SearchStorage
 from ga.study.studies import comparable_searches
 from ga.study.yardstick import Measured
 
@@ -177,28 +178,3 @@ def confirmed_fitness(
             for task, score in one.scores.items():
                 scores.setdefault(task, {}).setdefault(one.genome, {})[seed] = score
     return found, scores
-
-
-def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts, yardstick: Measured) -> Facts:
-    s, proxy = config.search, config.proxy
-    student = config.student.path or f"{space.student_layers} layers, init {config.student.init or 'random'}"
-    return Facts(
-        space=space.describe(),
-        space_size=space.size(),
-        sampler=s.sampler,
-        search_seed=s.seed,
-        trials=s.trials,
-        population=s.operators.population,
-        cohort=s.cohort,
-        fingerprint=facts.fingerprint,
-        teacher=f"{config.teacher.path}: {space.teacher_layers} layers",
-        student=student,
-        tasks=facts.tasks,
-        yardstick=yardstick,
-        evaluator=proxy.evaluator,
-        proxy=f"{proxy.steps} steps x {config.train.global_batch} sequences of {facts.seq_len}, {config.data.path}",
-        seeds=tuple(range(config.seed, config.seed + proxy.repeats)),
-        heuristics={name: space.text(genes) for name, genes in space.heuristics().items()},
-        command=shlex.join(["python", *map(hide_password, sys.argv)]),
-        second_objective=s.second_objective,
-    )

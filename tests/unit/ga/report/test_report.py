@@ -20,10 +20,10 @@ from engine.config.distill import LossConfig
 from engine.records.yardstick import Noise, TaskScale
 from ga.evolution.genome import Space
 from ga.report.confirmation import compare, seed_deviation, verdict, winner
-from ga.report.figures import spread
+from ga.report.facts import Facts
 from ga.report.layers import known_layers
-from ga.report.plots import LABEL_GAP
-from ga.report.text import Facts, report_text
+from ga.report.plot_course import LABEL_GAP, spread
+from ga.report.text import report_text
 from ga.report.write import write_report
 from ga.study.evaluations import REPEATED, RUNNING, STOPPED_EARLY, Evaluation, ranked
 from ga.study.yardstick import Measured

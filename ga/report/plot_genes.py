@@ -1,0 +1,74 @@
+"""The picture of the best genomes' genes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.mapping import MappingPair
+from ga.report.drawing import DARK, OTHERS, new_figure, save
+from ga.study.evaluations import Evaluation, ranked
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TOP_SHARE = 0.25
+MOST_LABELLED_CELLS = 200
+
+
+def draw_genes(path: Path, evaluations: Sequence[Evaluation], heuristics: Mapping[str, str]) -> bool:
+    """Share of each teacher layer at each student layer among the best TOP_SHARE; the genes of uniform are framed."""
+    best = ranked(evaluations)
+    if not best:
+        return False
+    top = best[: math.ceil(TOP_SHARE * len(best))]
+    texts = [one.genome for one in evaluations if one.genome] + list(heuristics.values())
+    known = {text: MappingPair.genes_in(text) for text in texts}
+    halves = 2 if any(hidden != attention for hidden, attention in known.values()) else 1
+    teacher_layers = max(max(hidden + attention) for hidden, attention in known.values())
+    students = len(known[top[0].genome][0])
+    size = max(2.6 + 0.55 * students, 4.2)
+    figure, panels = new_figure(halves, width=size * halves + 0.8, height=max(3.4, 1.8 + 0.4 * (teacher_layers + 1)))
+    uniform = heuristics.get("uniform")
+    image = None
+    for half, axes in enumerate(panels):
+        shares = np.zeros((teacher_layers + 1, students))
+        for one in top:
+            for m, gene in enumerate(known[one.genome][half]):
+                shares[gene, m] += 1 / len(top)
+        image = axes.imshow(shares, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        _label_cells(axes, shares)
+        for m, gene in enumerate(known[uniform][half] if uniform else ()):
+            left, right, foot, top_edge = m - 0.47, m + 0.47, gene - 0.47, gene + 0.47
+            axes.plot(
+                [left, right, right, left, left], [foot, foot, top_edge, top_edge, foot], color=OTHERS[0], linewidth=1.8
+            )
+        axes.set_xticks(range(students), [str(m + 1) for m in range(students)])
+        axes.set_yticks(range(teacher_layers + 1), ["none", *map(str, range(1, teacher_layers + 1))])
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.set(xlabel="student layer", ylabel="teacher layer" if half == 0 else "")
+        if halves > 1:
+            axes.set_title(("hidden states", "attention")[half], fontsize=10)
+    framed = "; framed: uniform" if uniform else ""
+    figure.suptitle(f"Genes of the best {len(top)} of {len(best)} genomes{framed}", fontsize=11)
+    assert image is not None
+    bar = figure.colorbar(image, ax=panels, ticks=[0, 0.25, 0.5, 0.75, 1.0], pad=0.02)
+    bar.ax.set_yticklabels(["0 %", "25 %", "50 %", "75 %", "100 %"])
+    bar.set_label("share of these genomes")
+    save(figure, path)
+    return True
+
+
+def _label_cells(axes: Axes, shares: npt.NDArray[np.float64]) -> None:
+    if shares.size > MOST_LABELLED_CELLS:
+        return
+    for (gene, m), share in np.ndenumerate(shares):
+        if share > 0:
+            colour = "white" if share > 0.55 else DARK
+            axes.text(m, gene, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
