@@ -1,4 +1,4 @@
-"""From a sharded checkpoint to a Hugging Face folder, without the training world: no ranks, no teacher, no corpus."""
+"""Makes a Hugging Face folder of a sharded checkpoint, without the training world: no ranks, no teacher, no corpus."""
 
 from __future__ import annotations
 

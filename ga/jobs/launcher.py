@@ -110,7 +110,7 @@ class Session:
 
     @staticmethod
     def read(job_dir: Path) -> Session | None:
-        """Of the last start in that directory; None where none is (wholly) written."""
+        """Returns that of the last start in that directory; None where none is (wholly) written."""
         try:
             return Session(**json.loads((job_dir / SESSION).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):

@@ -52,7 +52,7 @@ class JobReport:
     results: dict[str, tuple[Record, ...]]
     """`result` records by genome, one per seed in the order of seeds; not empty, but not of all seeds unless OK."""
     stopped: dict[str, dict[int, float]]
-    """Of those STOPPED: intermediate fitness by step."""
+    """Intermediate fitness by genome and step, for those STOPPED."""
     message: str
     """One line for the user."""
 
@@ -168,7 +168,7 @@ class _Text:
 
 
 def _cause(text: _Text, exit_code: int | None, timed_out: bool) -> tuple[Outcome, str]:
-    """Of the genomes without a result, and what it is known from."""
+    """Returns the outcome of the genomes without a result, and what it is known from."""
     killed = exit_code in _KILLED or text.rank_code in _KILLED
     for line in reversed(text.tail):
         if _OUT_OF_MEMORY.search(line) or (killed and _OUT_OF_MEMORY_IF_KILLED.search(line)):

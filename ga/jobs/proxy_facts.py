@@ -28,12 +28,12 @@ LOOK_EVERY_S = 0.1
 
 @dataclass(frozen=True)
 class ProxyFacts:
-    """Of the proxy that a configuration describes."""
+    """What a proxy job says of the configuration that it was given."""
 
     student_layers: int
     teacher_layers: int
     sequences: int
-    """Of the corpus."""
+    """Number of sequences of the corpus."""
     seq_len: int
     tasks: tuple[str, ...]
     fingerprint: str
@@ -41,8 +41,8 @@ class ProxyFacts:
 
 
 def ask_proxy(pool: JobPool, config: SearchConfig, *, stop: Callable[[], bool]) -> ProxyFacts | None:
-    """None when told to stop. Raises UserError with the job's own words when it does not accept the configuration, or
-    was lost twice; its folder is then kept until the next start."""
+    """Returns None when told to stop. Raises UserError with the job's own words when it does not accept the
+    configuration, or was lost twice; its folder is then kept until the next start."""
     checks = config.root / CHECKS
     _remove_abandoned(checks)
     folder = checks / f"{_here()}.{os.getpid()}.{start_ticks(os.getpid())}"  # drivers may start side by side

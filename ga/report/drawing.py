@@ -48,7 +48,7 @@ def whole_numbers(axes: Axes) -> None:
 
 
 def limits(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Of an axis: a few very bad genomes (`none` is one) must not flatten the rest."""
+    """Returns the ends of an axis: a few very bad genomes (`none` is one) must not flatten the rest."""
     low, quarter, three_quarters, high = np.nanquantile(values, [0, 0.25, 0.75, 1])
     floor = max(low, quarter - 2 * (three_quarters - quarter)) if three_quarters > quarter else low
     margin = 0.05 * (high - floor) or 0.01 * max(abs(high), 1.0)
@@ -56,5 +56,5 @@ def limits(values: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def fitness_values(evaluations: Sequence[Evaluation]) -> npt.NDArray[np.float64]:
-    """NaN where there is none."""
+    """Returns the fitness of each, NaN where there is none."""
     return np.array([np.nan if one.fitness is None else one.fitness for one in evaluations], np.float64)

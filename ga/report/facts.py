@@ -44,7 +44,7 @@ class Facts:
     second_objective: str | None
 
     def names(self, genome: str) -> str:
-        """Of the heuristics that it equals."""
+        """Returns the names of the heuristics that it equals."""
         return " ".join(name for name, text in self.heuristics.items() if text == genome)
 
     @property

@@ -15,7 +15,7 @@ from ga.study.evaluations import Evaluation
 
 @dataclass(frozen=True)
 class KnownLayers:
-    """Of one genome."""
+    """What the layers of one genome's students know of the teacher's."""
 
     table: LayerTable
     """Mean over seeds."""

@@ -15,7 +15,7 @@ from ga.optuna_private import set_study_attr, study_attrs
 from ga.study.storage import transient
 
 PREFIX = "mapdistill:driver:"
-"""Of the study's system attributes that hold a driver's lease."""
+"""Prefix of the study's system attributes that hold a driver's lease."""
 BEAT_EVERY_S = 10.0
 LEASE_S = 90.0
 """A driver on another machine is dead when its beat stands still for so long, by the observer's clock."""
@@ -33,7 +33,7 @@ class Driver:
     """Clock ticks after boot."""
     boot: str
     namespace: str
-    """Of process ids: containers of one machine cannot look up each other's."""
+    """Namespace of process ids: containers of one machine cannot look up each other's."""
 
     @classmethod
     def this_process(cls) -> Driver:
@@ -109,7 +109,7 @@ class Drivers:
         return lease is not None and (lease["boot"], lease["namespace"]) == (self.me.boot, self.me.namespace)
 
     def all_placements(self) -> int:
-        """Of all drivers that are alive."""
+        """Returns how many jobs all drivers that are alive can run side by side."""
         dead = self.dead()
         return sum(lease["placements"] for id, lease in self._leases().items() if id not in dead)
 

@@ -38,7 +38,7 @@ class Evaluation:
     fitness: float | None = None
     """Mean over seeds; None without one."""
     generation: int | None = None
-    """Of the genetic algorithm; None for other samplers."""
+    """Number of the genetic algorithm's generation; None for other samplers."""
     by_seed: Mapping[int, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
     """By task, mean over seeds."""

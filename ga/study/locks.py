@@ -20,7 +20,7 @@ from engine.errors import UserError
 from engine.records.flock import Flock, free, try_flock
 
 LOCK_KEY = int.from_bytes(hashlib.sha256(b"mapdistill: the lock of a search").digest()[:8], "big", signed=True)
-"""Of the advisory lock; PostgreSQL keeps those of each database apart."""
+"""Key of the advisory lock; PostgreSQL keeps those of each database apart."""
 
 SERVER_SETTINGS = {
     "tcp_keepalives_idle": "20",

@@ -186,5 +186,5 @@ class ListSource:
 
 
 def confirmation_name(study: str, fingerprint: str) -> str:
-    """Of the study that holds it; another proxy has another."""
+    """Returns the name of the study that holds it; another proxy has another."""
     return f"{study} (confirmation, proxy {fingerprint})"

@@ -46,7 +46,7 @@ REMEDIES = (
     (r"no pg_hba.conf entry", "let this machine in: pg_hba.conf of the server"),
     (r"permission denied", "let the URL's user own the database, or grant it CREATE on the schema"),
 )
-"""Of refusals that do not pass. The texts are a server's that speaks English."""
+"""Remedies of refusals that do not pass. The texts are a server's that speaks English."""
 
 DatabaseErrors = (sqlite3.Error, SQLAlchemyError, StorageInternalError)
 """What an open storage raises."""

@@ -34,11 +34,11 @@ class Measured:
     none: Mapping[str, float]
     """Score of the student whose layers learn from none, by task; empty where it got none."""
     seconds: float
-    """That measuring it took, in jobs."""
+    """Seconds of jobs that measuring it took."""
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Measured:
-        """From the study's attribute."""
+        """Reads the study's attribute."""
         return cls(
             scales={task: TaskScale(**scale) for task, scale in kept["scales"].items()},
             noise={task: Noise(**noise) for task, noise in kept["noise"].items()},
@@ -78,8 +78,8 @@ def genomes_of(space: Space) -> list[str]:
 
 
 def measured(study: Study, seeds: Container[int]) -> Measured | None:
-    """From the finished trials of its study with these seeds (searches with more repeats add others); None when no
-    genome got a score."""
+    """Returns what the finished trials of its study say with these seeds (searches with more repeats add others);
+    None when no genome got a score."""
     trials = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
