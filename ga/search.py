@@ -162,7 +162,7 @@ class Search:
                 self._measure(study, view)
             else:
                 self._evaluate(source, drivers, view, own, {})
-        scored = ranked(read_history(study))
+        scored = [one for one in read_history(study) if one.fitness is not None]
         if not scored:
             raise UserError(f"the first job got no fitness: see {self.config.root}/*/*/{LOG}")
         paid = [one for one in scored if one.seconds] or scored
