@@ -139,7 +139,7 @@ def test_a_search_from_dry_run_to_confirmation(make_stand_in_search: MakeSearch)
     assert {one.generation for one in found} == {0, 1, 2} or {one.generation for one in found} == {0, 1}
     assert set(search.results().values()) == {1}, "what --dry_run has evaluated was run again"
     assert len(search.results()) == 8
-    for text in ("generation 0", "best ", "8 of 8", "confirmation: ", "REPORT.md"):
+    for text in ("4 done already", "generation 1", "best ", "8 of 8", "confirmation: ", "REPORT.md"):
         assert text in output, output
     assert {path.name for path in (search.output_dir / "confirmations").iterdir()} == {"00000", "00002"}
     report = (search.output_dir / "report" / "REPORT.md").read_text()
