@@ -76,7 +76,11 @@ class LiveView:
             if lock is Flock.HELD:
                 return False
             if lock is Flock.MISSING:
-                self.say(no_locks(self._config.root, f"nothing keeps a second writer of {TENSORBOARD} out: start no other one"))
+                self.say(
+                    no_locks(
+                        self._config.root, f"nothing keeps a second writer of {TENSORBOARD} out: start no other one"
+                    )
+                )
             self._board = SearchBoard(
                 self._config.root / TENSORBOARD,
                 parameter_names(self._space),

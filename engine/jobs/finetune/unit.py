@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensorboard.plugins.hparams import api_pb2  # type: ignore[import-untyped]
+from tensorboard.plugins.hparams import api_pb2
 from torch import nn
 
 from engine.config.identity import changed_keys

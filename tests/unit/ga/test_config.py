@@ -128,13 +128,6 @@ def test_visible_gpus(visible: str | None, ids: list[int], tmp_path: Path, monke
     assert visible_gpus() == ids
 
 
-@pytest.mark.parametrize("text", ['{"of', "[]", '{"of": 1}'])
-def test_a_torn_measurement_is_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "measured").mkdir()
-    (tmp_path / "measured" / "cost.json").write_text(text)
-    assert measured_evaluations(config("--output_dir", str(tmp_path)), FACTS, {}) == {}
-
-
 def test_an_output_dir_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"output_dir=.*cannot be made"):
