@@ -23,7 +23,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def build(cfg: StudentConfig, path: str, *, mlm: bool = False, mapping: LayerMapping | None = None) -> PreTrainedModel:
-    return build_student(cfg, SavedModel.read("teacher.path", path), None, mapping, mlm, 0, "sdpa")
+    given = None if cfg.path is None else SavedModel.read("student.path", cfg.path)
+    return build_student(cfg, SavedModel.read("teacher.path", path), given, mapping, mlm, 0, "sdpa")
 
 
 @pytest.mark.parametrize(
