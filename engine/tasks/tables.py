@@ -102,9 +102,13 @@ def _decoded(path: Path, data: bytes) -> str:
     if "\0" in content:
         line = content.count("\n", 0, content.index("\0")) + 1
         raise UserError(f"{path}:{line}: has a NUL character: not text, or UTF-16, or cut; give the file as UTF-8 text")
+    _require_rows(path, content)
+    return content
+
+
+def _require_rows(path: Path, content: str) -> None:
     if not content.strip():
         raise UserError(f"{path}: is empty; give a file with rows")
-    return content
 
 
 def beside(path: Path) -> str:
@@ -120,9 +124,8 @@ def beside(path: Path) -> str:
 def _open_separated(path: Path, content: str, wanted: Sequence[str]) -> Table:
     csv.field_size_limit(sys.maxsize)  # a cell may be as long as a document
     content = re.sub(r"^sep=.(?=[\r\n])", "", content)  # Excel's word on the separator
-    line = re.search(r"\S[^\r\n]*", content)
-    assert line is not None, "it was not blank"
-    first = line[0]
+    _require_rows(path, content)
+    first = re.split(r"[\r\n]", content.lstrip(), maxsplit=1)[0]
     named_csv = path.suffix.lower() == ".csv"
     usual = "," if named_csv else "\t"
     separator = next((one for one in (usual, *SEPARATORS) if set(wanted) <= set(_header(first, one))), usual)

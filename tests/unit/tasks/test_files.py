@@ -132,6 +132,7 @@ BROKEN_CUSTOM: dict[str, tuple[str, str, dict[str, object], list[str]]] = {
     "a list as label": ("csv", "text,label\na,[27]\nb,[3]\n", {}, ["train.csv:2: label '[27]' looks like several"]),
     "column twice": ("csv", "text,text,label\na,b,x\n", {}, ["two columns are named 'text'; rename one"]),
     "columns alike": ("csv", CSV, {"text_pair": "text"}, ["task.custom.mine: text, text_pair and label name text, "]),
+    "Excel's separator alone": ("csv", "sep=;\n", {}, ["train.csv: is empty"]),
     "blanks only": ("jsonl", " \n\t\n", {}, ["train.jsonl: is empty"]),
     "not JSON": ("jsonl", '{"text": "a", "label": "x"}\n{text: b}\n', {}, ["train.jsonl:2: is not JSON"]),
     "JSON list": ("jsonl", '["a", "x"]\n', {}, ["train.jsonl:1: is JSON but not an object"]),
