@@ -17,7 +17,7 @@ from tiny_world import TinyWorld, save_tiny_teacher, write_text
 
 from engine.ranks.runtime import has_fp16
 
-pytest_plugins = ["postgres", "searching", "small_disk"]
+pytest_plugins = ["no_flock", "postgres", "searching", "small_disk"]
 
 if not torch.cuda.is_available():
     import_triton_interpreted()

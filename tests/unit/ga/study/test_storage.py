@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 import shutil
@@ -501,10 +499,6 @@ def test_other_errors_are_not_transient(error: Exception) -> None:
     assert not transient(error)
 
 
-def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", no_flock)
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, no_flock: None) -> None:
     with pytest.raises(UserError, match=r"has no file locks, .*; name a file on another one .* or a PostgreSQL server"):
         open_storage(f"sqlite:///{tmp_path}/study.db")

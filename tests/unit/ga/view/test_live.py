@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 from pathlib import Path
 
 import optuna
@@ -34,12 +31,8 @@ def test_one_of_two_drivers_writes_curves_until_it_ends(tmp_path: Path) -> None:
 
 
 def test_without_file_locks_it_goes_on_with_a_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, no_flock: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", no_flock)
     with live_view(tmp_path) as view:
         for _ in range(2):
             view.update()
