@@ -169,16 +169,13 @@ class DeepSpeedModel:
         del self.ds_engine
 
 
-def full_state(module: nn.Module, *, trained: bool = True) -> dict[str, torch.Tensor]:
-    """Returns the module's state in fp32 on the CPU: the optimizer's master weights where there are any. Collective.
-
-    trained: whether it is inside a DeepSpeedModel.
-    """
+def full_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the module's state in fp32 on the CPU: the optimizer's master weights where there are any. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     full: dict[int, torch.Tensor] = {}
     for parameter in module.parameters():
-        master = safe_get_full_fp32_param(parameter) if trained else None
+        master = safe_get_full_fp32_param(parameter)  # None outside of a DeepSpeedModel
         full[id(parameter)] = (parameter if master is None else master).detach().float().cpu().clone()
     state = module.state_dict(keep_vars=True)
     return {name: full.get(id(tensor), tensor.detach().cpu()) for name, tensor in state.items()}

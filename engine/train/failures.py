@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.train.loss_window import BadMicroStep
 from engine.train.step_report import StepReport
 
 MOST_SEQUENCES = 1024
@@ -25,15 +26,17 @@ class Failure:
     facts: dict[str, Any] = field(default_factory=dict)
     """Further fields of the record."""
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All fields of the record."""
+        return {"status": self.status, "step": self.step, **self.facts}
+
 
 @dataclass(frozen=True)
 class BadPlace:
-    """The first micro step with a loss that was not finite."""
+    """The first micro step with a loss that was not finite, by the names that a user knows."""
 
-    step: int
-    micro: int
-    """Number within the step, from 0."""
-    rank: int
+    at: BadMicroStep
     terms: tuple[str, ...]
     """Names of the terms that were not finite."""
     sequences: tuple[int, ...]
@@ -41,12 +44,12 @@ class BadPlace:
 
     def __str__(self) -> str:
         shown = f"{', '.join(map(str, self.sequences[:8]))}{' …' if len(self.sequences) > 8 else ''}"
-        return f"terms: {', '.join(self.terms) or 'total only'}; rank {self.rank}, sequences {shown}"
+        return f"terms: {', '.join(self.terms) or 'total only'}; rank {self.at.rank}, sequences {shown}"
 
     @property
     def facts(self) -> dict[str, Any]:
         """Fields of a record."""
-        return {"rank": self.rank, "micro": self.micro, "sequences": list(self.sequences[:MOST_SEQUENCES])}
+        return {"rank": self.at.rank, "micro": self.at.micro, "sequences": list(self.sequences[:MOST_SEQUENCES])}
 
 
 def _diverged(step: int, what: str, more: str = "", **facts: Any) -> Failure:
@@ -62,7 +65,8 @@ def not_finite(
 ) -> Failure:
     """Words losses that were not finite in `bad_steps`. skipped: how many steps this start has left out for that; None
     when it ends here."""
-    steps = f"step {place.step}" if len(bad_steps) == 1 else f"{len(bad_steps)} steps from {place.step} on"
+    first = place.at.step
+    steps = f"step {first}" if len(bad_steps) == 1 else f"{len(bad_steps)} steps from {first} on"
     what = f"the loss is not finite in {steps} ({place})"
     facts = {
         "terms": list(place.terms),
@@ -74,9 +78,9 @@ def not_finite(
     if skipped is None:
         limit = f"; more than train.skip_bad_steps={may_skip} of them" if may_skip else ""
         more = ", or train.skip_bad_steps when single batches are to blame"
-        return _diverged(place.step, what + limit, more, **facts)
+        return _diverged(first, what + limit, more, **facts)
     said = f"warning: {what}; left out ({skipped} of at most {may_skip})"
-    return Failure("skipped", place.step, said, {"skipped": skipped, **facts})
+    return Failure("skipped", first, said, {"skipped": skipped, **facts})
 
 
 def weights_not_finite(step: int) -> Failure:

@@ -209,21 +209,20 @@ class Monitor:
 
     def report(self, failure: Failure) -> None:
         """Records and says what went wrong."""
-        self.write_record("error", status=failure.status, step=failure.step, **failure.facts)
+        self.write_record("error", **failure.fields)
         if failure.said:
             self.say(failure.said)
 
     def record_from_any_rank(self, failure: Failure) -> None:
         """Records what ends this rank. Rank 0 owns the stream of records; what another rank has to say is appended to
         the same file."""
-        fields = {"status": failure.status, "step": failure.step, **failure.facts}
         if self.records is not None:
-            self.write_record("error", **fields)
+            self.write_record("error", **failure.fields)
             return
         with contextlib.suppress(OSError):  # stderr says it too
             self._records_path.parent.mkdir(parents=True, exist_ok=True)  # on a disk of this host's own
             records = open_records(self._records_path)
-            records.write("error", **self._labels, **fields)
+            records.write("error", **self._labels, **failure.fields)
             records.close()
 
     def end_progress(self) -> None:

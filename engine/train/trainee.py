@@ -115,7 +115,7 @@ class Trainee:
         names = self.terms.term_names
         terms = [names[i - 1] for i in bad.values if 0 < i <= len(names)]
         sequences = self._sequence_ids(bad.step - 1, bad.micro, bad.rank)
-        return BadPlace(bad.step, bad.micro, bad.rank, tuple(terms), tuple(sequences))
+        return BadPlace(bad, tuple(terms), tuple(sequences))
 
     def log(self, interval: Interval) -> None:
         """Reports the interval, and what was not finite in it. Collective."""

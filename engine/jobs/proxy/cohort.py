@@ -82,7 +82,7 @@ class Member:
     def copied(self) -> PreTrainedModel | None:
         """Collective. On rank 0 the student as it is saved: with every word's embedding, in fp32 on the CPU, from the
         optimizer's master weights where there are any. None on the others."""
-        weights = full_state(self.student, trained=self.trainee is not None)
+        weights = full_state(self.student)
         if torch.distributed.get_rank() != 0:
             return None
         return rebuild_student(self._description, whole_vocabulary(self.student, weights))
