@@ -65,12 +65,12 @@ def main() -> None:
     args = parser.parse_args()
     config = parse_config(ProxyJobConfig, ["--config", str(args.run / "config.yaml"), *args.settings], "signal")
     here = runtime.start(0)
-    agreement, stop = runtime.Agreement(), runtime.StopRequest()
+    stop = runtime.StopRequest()
     summary = []
     for name in args.evaluators:
         plan = make_proxy_plan(replace(config, proxy=replace(config.proxy, evaluator=name)))
         dtype = getattr(torch, plan.base.execution.precision)
-        evaluator = build_evaluator(plan, here, agreement, stop, args.run / "students" / f".{name}")
+        evaluator = build_evaluator(plan, here, stop, args.run / "students" / f".{name}")
         scored: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         began, count = time.perf_counter(), 0
         kept = {key: folder for key, folder in students(args.run).items() if args.seeds is None or key[1] in args.seeds}

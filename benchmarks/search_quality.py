@@ -40,7 +40,7 @@ import optuna
 from ga.evolution.genome import Genes, Space
 from ga.evolution.operators import PRESETS, Settings, unseen
 from ga.evolution.sampler import GeneticSampler, GenomeSampler, RandomGenomeSampler, parameters_of, suggested_genes
-from ga.report.figures import new_figure, save
+from ga.report.drawing import new_figure, save
 from ga.study.sources import REPEATS_IN_A_ROW
 
 SAMPLE = 50_000

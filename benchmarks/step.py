@@ -217,7 +217,7 @@ class Ours:
             config = truncated_config(copy.deepcopy(TEACHER), wanted.deepest)
             config.max_position_embeddings = max(config.max_position_embeddings, self.length)
             model = BertModel(config, add_pooling_layer=False)
-        install(model, attention_backend("auto", kind, shape, self.length, trained=False).name)
+        install(model, attention_backend("auto", kind, shape, self.length, key="teacher.attention").name)
         settings = {"wanted": wanted, "full_config": TEACHER, "device": self.device}
         return FrozenTeacher(model, **settings, unpadded=self.setting.unpadded)
 
@@ -229,7 +229,10 @@ class Ours:
         config.max_position_embeddings = max(config.max_position_embeddings, self.length)
         shape = shape_of(config, False)
         student = new_model(config, False, 0)
-        install(student, attention_backend(setting.attention, setting.student, shape, self.length, trained=True).name)
+        install(
+            student,
+            attention_backend(setting.attention, setting.student, shape, self.length, key="student.attention").name,
+        )
         projections = Projections(
             LossConfig(), student_width=shape.width, teacher_width=768, layers=losses.projected_layers
         )

@@ -60,3 +60,11 @@ def private_names(path: Path) -> set[str]:
 def test_one_file_touches_optunas_private_names() -> None:
     touching = {path.name: names for path in (ROOT / "ga").rglob("*.py") if (names := private_names(path))}
     assert touching.keys() == {"optuna_private.py"}, touching
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_exists(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("engine", "ga"):
+            for name in node.names:
+                exec(f"from {node.module} import {name.name}")
