@@ -26,7 +26,8 @@ from engine.config.proxy import ProxyJobConfig
 from engine.config.reading import parse_config
 from engine.jobs.distill.build import build_module, load_teacher, open_corpus
 from engine.jobs.proxy.plan import make_proxy_plan
-from engine.ranks import allocator, runtime
+from engine.ranks import allocator
+from engine.ranks.runtime import join_ranks
 from engine.train.deepspeed_engine import DeepSpeedModel
 
 WARM_UP = 4
@@ -40,9 +41,9 @@ def steps(settings: list[str], *, plain: bool, count: int = 24) -> dict[str, flo
         config = parse_config(ProxyJobConfig, ["--genomes", '["uniform"]', "--output_dir", folder, *settings], "")
         plan = make_proxy_plan(config).genomes[0].plan
     assert plan is not None
-    here = runtime.start(0)
-    teacher = load_teacher(plan, plan.losses.wanted_teacher, here.device)
-    module, chosen = build_module(plan, here.device)
+    runtime = join_ranks(0)
+    teacher = load_teacher(plan, plan.losses.wanted_teacher, runtime.device)
+    module, chosen = build_module(plan, runtime.device)
     model = DeepSpeedModel(module, chosen.optimizer, plan.config.train, plan.execution)
     times: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for batches in islice(open_corpus(plan).steps(0), count):

@@ -26,7 +26,7 @@ from step import LEVERS, STUDENTS, Ours, make_batch, student_step
 
 from engine.data.batch import Batch
 from engine.jobs.proxy.teacher_cache import CachedTeacher
-from engine.ranks import runtime
+from engine.ranks.runtime import join_ranks
 
 VOCABULARY = 15000
 """Tokens that a proxy's student has: about what 60 steps of 16 x 128 tokens meet of BERT's 30,522."""
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     outside = dict(os.environ)
-    device = runtime.start(0).device
+    device = join_ranks(0).device
     ours = Ours(LEVERS[-1], args.student, args.length, args.batch, device, vocabulary=VOCABULARY)
     batch = make_batch(args.batch, args.length, 0.0, device, vocabulary=VOCABULARY)
     if args.memory:

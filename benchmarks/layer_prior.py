@@ -32,7 +32,7 @@ from engine.jobs.distill.build import initial_student, open_corpus
 from engine.jobs.distill.plan import make_plan
 from engine.jobs.proxy.plan import run_config
 from engine.mapping import MappingPair
-from engine.ranks import runtime
+from engine.ranks.runtime import join_ranks
 from engine.records.stats import rank_correlation
 
 Pair = Callable[[torch.Tensor, torch.Tensor], float]
@@ -71,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = args.settings or ["--config", "examples/proxy.yaml"]
     plan = make_plan(run_config(parse_config(ProxyJobConfig, ["--genomes", '["uniform"]', *settings], "prior")))
-    runtime.start(plan.config.seed)
+    join_ranks(plan.config.seed)
     teacher = AutoModel.from_pretrained(plan.config.teacher.path, trust_remote_code=False, **safely())
     student = initial_student(plan, with_mlm_head=False).base_model
     batch = open_corpus(plan).step(0).micro[0]

@@ -27,7 +27,7 @@ from engine.data.batch import Batch
 from engine.jobs.proxy.evaluators import build_evaluator
 from engine.jobs.proxy.plan import make_proxy_plan
 from engine.models.capture import inputs_of
-from engine.ranks import runtime
+from engine.ranks.runtime import StopRequest, join_ranks
 from engine.records.records import read_records
 from engine.records.stats import rank_correlation, signal_ratio
 
@@ -64,13 +64,13 @@ def main() -> None:
     parser.add_argument("settings", nargs="*")
     args = parser.parse_args()
     config = parse_config(ProxyJobConfig, ["--config", str(args.run / "config.yaml"), *args.settings], "signal")
-    here = runtime.start(0)
-    stop = runtime.StopRequest()
+    runtime = join_ranks(0)
+    stop = StopRequest()
     summary = []
     for name in args.evaluators:
         plan = make_proxy_plan(replace(config, proxy=replace(config.proxy, evaluator=name)))
         dtype = getattr(torch, plan.base.execution.precision)
-        evaluator = build_evaluator(plan, here, stop, args.run / "students" / f".{name}")
+        evaluator = build_evaluator(plan, runtime, stop, args.run / "students" / f".{name}")
         scored: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
         began, count = time.perf_counter(), 0
         kept = {key: folder for key, folder in students(args.run).items() if args.seeds is None or key[1] in args.seeds}

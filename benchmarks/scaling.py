@@ -24,7 +24,7 @@ from measuring import base_memory, header, machine, peak_above, take_turns
 from step import LEVERS, STUDENTS, Ours, make_batch, student_step
 
 from engine.mapping import LayerMapping
-from engine.ranks import runtime
+from engine.ranks.runtime import join_ranks
 
 LAYERS = {2: (5, 10), 4: (0, 5, 0, 10), 6: (0, 3, 0, 6, 0, 10), 8: (0, 2, 0, 5, 0, 8, 0, 10)}
 STUDENTS |= {f"{layers}x312": (LayerMapping(genes, 12), 312, 1200) for layers, genes in LAYERS.items()}
@@ -59,21 +59,21 @@ TABLES = {
 
 def run_cell(cell: Cell) -> None:
     """In a process of the launcher: prints ms of a step, its parts, and MiB."""
-    here = runtime.start(0)
+    runtime = join_ranks(0)
     setting = replace(LEVERS[-1], zero_stage=cell.zero_stage)
-    ours = Ours(setting, f"{cell.layers}x312", cell.length, cell.sequences, here.device)
-    batch = make_batch(cell.sequences // here.world_size, cell.length, 0.0, here.device)
-    base = base_memory(here.device)
+    ours = Ours(setting, f"{cell.layers}x312", cell.length, cell.sequences, runtime.device)
+    batch = make_batch(cell.sequences // runtime.world_size, cell.length, 0.0, runtime.device)
+    base = base_memory(runtime.device)
     teacher, engine = ours.teacher(), ours.model()
 
     def step() -> None:
         student_step(engine, batch, teacher(batch), last_user=True)
 
-    peak = peak_above(base, lambda: [step(), step()], here.device)
+    peak = peak_above(base, lambda: [step(), step()], runtime.device)
     features = teacher(batch)
     parts = {"step": step, "teacher": lambda: teacher(batch), "student": lambda: student_step(engine, batch, features)}
-    times = take_turns(parts, STEPS, here.device)
-    if here.is_rank_zero:
+    times = take_turns(parts, STEPS, runtime.device)
+    if runtime.is_rank_zero:
         print(json.dumps({**{name: took.ms for name, took in times.items()}, "peak": peak}), flush=True)
     torch.distributed.destroy_process_group()
 

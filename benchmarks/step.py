@@ -45,7 +45,7 @@ from engine.models.hub import shape_of
 from engine.models.projections import Projections
 from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config
-from engine.ranks import runtime
+from engine.ranks.runtime import join_ranks
 from engine.train.deepspeed_engine import DeepSpeedModel
 from engine.train.optim import ChosenOptimizer, build_optimizer, parameter_groups
 
@@ -385,8 +385,8 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
         torch.set_num_threads(args.threads)
     outside = dict(os.environ)  # without the address at which this process meets itself
-    here = runtime.start(0)
-    device = here.device
+    runtime = join_ranks(0)
+    device = runtime.device
     if args.memory is not None:
         print(json.dumps(peak_memory(args.memory, args, device)))
         return

@@ -18,23 +18,24 @@ from engine.errors import UserError
 from engine.models.apex import require_apex
 from engine.models.attention import Backend, resolve_backend
 from engine.models.shape import ModelShape
-from engine.ranks import extension_builds, runtime
+from engine.ranks import extension_builds
 from engine.ranks.hosts.agent import COMPARED
+from engine.ranks.runtime import has_fast_bf16, has_fp16, launcher_world_size, name_accelerator, uses_gpu
 
 
 def compute_device() -> torch.device:
     """The kind of device that this job computes on."""
-    return torch.device("cuda" if runtime.uses_gpu() else "cpu")
+    return torch.device("cuda" if uses_gpu() else "cpu")
 
 
 def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig) -> Execution:
     """How this machine executes it. Raises UserError for a DeepSpeed file or an optimizer that cannot work."""
-    runtime.name_accelerator()
+    name_accelerator()
     extension_builds.require_operators()
     path = Path(deepspeed_config)
     if deepspeed_config == "auto":
-        path = FOLDER / default_config_name(has_gpu=runtime.uses_gpu(), has_fast_bf16=runtime.has_fast_bf16())
-    execution = resolve_execution(train, optim, path, runtime.launcher_world_size(), refused_by_deepspeed)
+        path = FOLDER / default_config_name(has_gpu=uses_gpu(), has_fast_bf16=has_fast_bf16())
+    execution = resolve_execution(train, optim, path, launcher_world_size(), refused_by_deepspeed)
     check_precision(execution)
     if optim.name.startswith("apex_"):
         require_apex(optim.name)
@@ -70,7 +71,7 @@ def refused_by_deepspeed(ds: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def check_precision(execution: Execution) -> None:
     """DeepSpeed would refuse it too, but only after both models are loaded, and with a traceback."""
-    if execution.precision == "float16" and not runtime.uses_gpu() and not runtime.has_fp16():
+    if execution.precision == "float16" and not uses_gpu() and not has_fp16():
         raise UserError(
             f"{execution.source}: fp16 on a CPU needs AVX-512 FP16, which this processor lacks; use a bf16 or fp32 "
             "file such as ds_configs/zero0_bf16.json, or a GPU"

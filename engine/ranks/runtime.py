@@ -101,7 +101,7 @@ def _unlink_shared_buffers(local_rank: int) -> None:
             buffer.unlink(missing_ok=True)
 
 
-def start(seed: int) -> Runtime:
+def join_ranks(seed: int) -> Runtime:
     """Joins the distributed group of the launcher (or a group of one when started with plain `python`).
 
     Raises UserError when srun or mpirun started several ranks and it is not known where they meet, or, on several

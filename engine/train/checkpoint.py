@@ -55,7 +55,7 @@ class Chosen:
 class Checkpointer:
     run_dir: RunDir
     execution: Execution
-    here: Runtime
+    runtime: Runtime
     identity: dict[str, Any]
     """Flat settings and input hashes that must be the same at resume."""
     keep: int
@@ -196,7 +196,7 @@ class Checkpointer:
             return folder
         client_state = {**state, "step": step, **universal.INFO}
         files = model.save_checkpoint(self.run_dir.checkpoints, tag, client_state)
-        written = gathered(Written(platform.node(), self.here.rank, files.written, files.errors))
+        written = gathered(Written(platform.node(), self.runtime.rank, files.written, files.errors))
         errors = [f"{one.host}: {error}" for one in written for error in one.errors]
         if not errors:
             closing = gathered((platform.node(), self._complete(folder, step, written)))
@@ -254,7 +254,7 @@ class Checkpointer:
         Collective."""
         if chosen.conversion is not None:
             return universal.load(
-                model, self.run_dir.checkpoints, chosen.conversion, is_rank_zero=self.here.is_rank_zero
+                model, self.run_dir.checkpoints, chosen.conversion, is_rank_zero=self.runtime.is_rank_zero
             )
         state = model.load_checkpoint(self.run_dir.checkpoints, chosen.tag)
         if state is None:

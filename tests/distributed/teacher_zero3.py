@@ -17,7 +17,7 @@ from engine.data.batch import Batch, Counts
 from engine.models.features import Features, Wanted
 from engine.models.hub import SavedModel, shape_of
 from engine.models.teacher import FrozenTeacher
-from engine.ranks import runtime
+from engine.ranks.runtime import join_ranks
 from engine.train import deepspeed_engine
 from engine.train.deepspeed_engine import shard_frozen
 
@@ -72,7 +72,7 @@ def compare(path: str, rank: int, dtype: torch.dtype, logits: bool) -> dict[str,
 def main() -> None:
     folder, *paths = [word for word in sys.argv[1:] if not word.startswith("--")]  # the launcher adds --local_rank
     out = Path(folder)
-    runtime.start(seed=0)
+    join_ranks(seed=0)
     rank = dist.get_rank()
     result: dict[str, object] = {"world": dist.get_world_size()}
     for path in paths:

@@ -53,8 +53,8 @@ def checkpointer_of(folder: Path) -> Checkpointer:
     """As a start of the same run on one rank would have it; only its choice is asked for here."""
     marker = json.loads((folder / "checkpoints" / step_tag(2) / COMPLETE).read_text())
     execution = Execution("", {}, marker["world_size"], 2, 2, marker["precision"], marker["zero_stage"], False, False)
-    here = Runtime(0, 1, 0, 1, torch.device("cpu"), 1)
-    return Checkpointer(RunDir(folder), execution, here, marker["identity"], keep=3, storage=SharedFolder(here))
+    runtime = Runtime(0, 1, 0, 1, torch.device("cpu"), 1)
+    return Checkpointer(RunDir(folder), execution, runtime, marker["identity"], keep=3, storage=SharedFolder(runtime))
 
 
 @pytest.mark.launcher
@@ -110,7 +110,7 @@ def test_ranks_on_other_hosts_than_before_are_refused(finished_run, tmp_path) ->
         marker["sha256"] = seal(marker)
         (folder / "checkpoints" / tag / COMPLETE).write_text(json.dumps(marker))
     shared = checkpointer_of(folder)
-    local = replace(shared, storage=FolderPerHost(shared.here))
+    local = replace(shared, storage=FolderPerHost(shared.runtime))
     with pytest.raises(UserError, match=r"keeps ranks \[1\] and runs rank 0 now"):
         local.choose("auto", set_aside=False)
     other = replace(local, execution=replace(local.execution, world_size=1))

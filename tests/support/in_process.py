@@ -14,7 +14,7 @@ from launching import ROOT, Run
 
 from engine.cli import distill_main, export_main, finetune_main, prepare_main, proxy_main
 from engine.hub.files import allow_pickle
-from engine.ranks import runtime
+from engine.ranks import watchdog
 from ga.cli import search_main
 
 MAINS = {
@@ -37,7 +37,7 @@ def call(script: str, *words: object, cwd: Path = ROOT) -> tuple[int, str]:
         patch.setattr(sys, "stdin", answers)
         patch.setattr(sys, "stdout", output)
         patch.setattr(sys, "stderr", output)
-        patch.setattr(runtime, "start", _start)
+        patch.setattr(watchdog, "start_guard", _start_guard)
         code = MAINS[script](list(map(str, words)))
     allow_pickle(False)
     assert answers.tell() == 0, f"{script} has asked a question:\n{output.getvalue()}"
@@ -78,5 +78,5 @@ def _contents(folder: Path) -> list[Path]:
     return sorted(path for path in (folder, *folder.rglob("*")) if path.exists())
 
 
-def _start(seed: int) -> NoReturn:
+def _start_guard() -> NoReturn:
     raise AssertionError("this starts ranks: give it a process of its own")

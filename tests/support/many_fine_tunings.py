@@ -11,8 +11,8 @@ from engine.config.distill import OptimConfig
 from engine.config.finetune import TaskDataConfig
 from engine.hub.config import load_config
 from engine.jobs.execution import plan_execution
-from engine.ranks import runtime
 from engine.ranks.exit import run_rank
+from engine.ranks.runtime import StopRequest, join_ranks
 from engine.tasks.encode import encode_task
 from engine.tasks.load import load_task
 from engine.tasks.model import load_task_model, task_tokenizer
@@ -23,23 +23,23 @@ from engine.train.monitor import Monitor
 
 def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> int:
     """Prints what each fine-tuning gave, and how many TaskModules are still alive."""
-    here = runtime.start(0)
+    runtime = join_ranks(0)
     data = load_task("RTE", TaskDataConfig(data_dir=data_dir))
     tokenizer, _ = task_tokenizer(model, "model.path", load_config(model, "model.path"))
     task = encode_task(data, tokenizer, seq_len=64)
     train = task_train_config(len(task.train), epochs=2, lr=3e-3, batch=8)
     execution = plan_execution(ds_config, train, OptimConfig())
-    stop = runtime.StopRequest()
+    stop = StopRequest()
     results = []
     for seed in map(int, seeds.split()):
         student = load_task_model(model, key="model.path", spec=data.spec, dropout=0.1, seed=seed, backend="sdpa")
         module = TaskModule(student, kind=data.spec.kind)
         monitor = Monitor(
             active=False, tensorboard=Path("none"), records=Path("none"), steps=train.steps, flops_per_token=1.0,
-            device=here.device, config_text="",
+            device=runtime.device, config_text="",
         )  # fmt: skip
         found = train_on_task(
-            module=module, task=task, train=train, optim=OptimConfig(), execution=execution, runtime=here,
+            module=module, task=task, train=train, optim=OptimConfig(), execution=execution, runtime=runtime,
             stop=stop, seed=seed, monitor=monitor,
         )  # fmt: skip
         weight = student.classifier.weight

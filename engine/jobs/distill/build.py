@@ -19,7 +19,7 @@ from engine.models.projections import Projections
 from engine.models.shape import forward_flops_per_token
 from engine.models.student import build_student
 from engine.models.teacher import FrozenTeacher
-from engine.ranks import runtime
+from engine.ranks.runtime import launcher_rank, uses_gpu
 from engine.train.deepspeed_engine import shard_frozen
 from engine.train.optim import ChosenOptimizer, choose_optimizer
 
@@ -48,12 +48,12 @@ def open_corpus(plan: Plan, check: ShardCheck | None = None) -> CorpusLoader:
         seed=config.seed,
         global_batch=config.train.global_batch,
         micro_batch=plan.execution.micro_batch_size,
-        rank=runtime.launcher_rank(),
+        rank=launcher_rank(),
         world=plan.execution.world_size,
         mlm_probability=config.data.mlm_probability,
         whole_word=config.data.whole_word_mask,
         tokenizer=plan.tokenizer,
-        pin_memory=runtime.uses_gpu(),
+        pin_memory=uses_gpu(),
         windows=plan.losses.windows,
     )
 

@@ -22,9 +22,10 @@ from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
 from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.models.teacher import FrozenTeacher
-from engine.ranks import run_lock, runtime, watchdog
+from engine.ranks import run_lock, watchdog
 from engine.ranks.collectives import from_rank_zero, summed
 from engine.ranks.run_lock import RunLock
+from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.history import History
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.train.checkpoint import Checkpointer, Chosen
@@ -44,20 +45,20 @@ def distill(config: RunConfig) -> int:
     run_dir.require_no_patterns()
     plan = make_plan(config)
     loader = open_corpus(plan)
-    writes = runtime.launcher_rank() == 0 and not config.dry_run
+    writes = launcher_rank() == 0 and not config.dry_run
     with run_lock.held(run_dir.root, wanted=writes) as lock:
-        here = runtime.start(config.seed)
+        runtime = join_ranks(config.seed)
         checkpointer = Checkpointer(
             run_dir=run_dir,
             execution=plan.execution,
-            here=here,
+            runtime=runtime,
             identity=identity(plan),
             keep=config.train.keep,
-            storage=storage_of(config.checkpoint.storage, here),
+            storage=storage_of(config.checkpoint.storage, runtime),
             on_error=config.checkpoint.on_error,
         )
         chosen = checkpointer.choose(config.resume, set_aside=not config.dry_run)
-        code = Job(plan, run_dir, checkpointer, here, loader, lock).run(chosen)
+        code = Job(plan, run_dir, checkpointer, runtime, loader, lock).run(chosen)
         torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
         return code
 
@@ -70,11 +71,17 @@ class Job:
         plan: Plan,
         run_dir: RunDir,
         checkpointer: Checkpointer,
-        here: runtime.Runtime,
+        runtime: Runtime,
         loader: CorpusLoader,
         lock: RunLock | None,
     ) -> None:
-        self.plan, self.run_dir, self.checkpointer, self.here, self.loader = plan, run_dir, checkpointer, here, loader
+        self.plan, self.run_dir, self.checkpointer, self.runtime, self.loader = (
+            plan,
+            run_dir,
+            checkpointer,
+            runtime,
+            loader,
+        )
         self.lock = lock
         self.config = plan.config
 
@@ -90,13 +97,13 @@ class Job:
                 )
             )
             self._tidy(chosen)
-        teacher = load_teacher(plan, plan.losses.wanted_teacher, self.here.device)
-        module, optimizer = build_module(plan, self.here.device)
+        teacher = load_teacher(plan, plan.losses.wanted_teacher, self.runtime.device)
+        module, optimizer = build_module(plan, self.runtime.device)
         measured = None
         if chosen is None:
             measured = self._measure(module, teacher)
         self.checkpointer = replace(self.checkpointer, export=describe_for_export(plan, module.student.config))
-        if self.here.is_rank_zero:
+        if self.runtime.is_rank_zero:
             print(self._banner(teacher, module, optimizer, chosen, measured), flush=True)
         if self.config.dry_run:
             return 0
@@ -113,7 +120,7 @@ class Job:
             train=self.config.train,
             terms=plan.losses,
             execution=plan.execution,
-            runtime=self.here,
+            runtime=self.runtime,
             monitor=monitor,
             sequence_ids=self.loader.sequence_ids,
             checkpointer=self.checkpointer,
@@ -122,8 +129,8 @@ class Job:
             train=self.config.train,
             seed=self.config.seed,
             execution=plan.execution,
-            runtime=self.here,
-            stop=runtime.StopRequest(),  # not before: until here a signal may simply end the process
+            runtime=self.runtime,
+            stop=StopRequest(),  # not before: until here a signal may simply end the process
             trainees=[trainee],
             teacher=teacher,
             loader=self.loader,
@@ -156,7 +163,7 @@ class Job:
         if not module.losses.looks_at_slice:
             return Measured()
         batches = self.loader.first(sequences_of(self.config.loss, self.plan.seq_len))
-        return begin(module, TeacherSlice(batches, teacher, self.here.device, self.plan.teacher_shape))
+        return begin(module, TeacherSlice(batches, teacher, self.runtime.device, self.plan.teacher_shape))
 
     def _tidy(self, chosen: Chosen | None) -> None:
         """Puts what earlier starts left out of the way, and says so."""
@@ -168,7 +175,7 @@ class Job:
             said += [f"removed {name}: an unfinished checkpoint" for name in self.checkpointer.clean()]
             for name in self.checkpointer.set_aside_after(tag) if tag is not None else ():
                 said.append(f"renamed {name} to superseded-{name}: the run continues from {tag}")
-        if self.here.is_rank_zero:
+        if self.runtime.is_rank_zero:
             for old, new in self.run_dir.set_aside_logs() if tag is None else ():
                 said.append(f"renamed {old.name} to {new.name}: the run starts anew")
             if said:
@@ -194,7 +201,7 @@ class Job:
             measured=measured,
             optimizer=optimizer.name + (f"; {optimizer.why_not_faster}" if optimizer.why_not_faster else ""),
             epoch_sequences=self.loader.order.slots,
-            device=self.here.where,
+            device=self.runtime.where,
             start=start,
         )
 
@@ -208,12 +215,12 @@ class Job:
 
     def _open_monitor(self, flops_per_token: float) -> Monitor:
         return Monitor(
-            active=self.here.is_rank_zero,
+            active=self.runtime.is_rank_zero,
             tensorboard=self.run_dir.tensorboard,
             records=self.run_dir.records,
             steps=self.config.train.steps,
             flops_per_token=flops_per_token,
-            device=self.here.device,
+            device=self.runtime.device,
             config_text=as_yaml(self.config),
         )
 
@@ -221,7 +228,7 @@ class Job:
         """Exports and says how it ended (rank 0). What diverged has said so already."""
         if outcome is Outcome.DONE:
             self._export(trainer.trainees[0].model.module, trainer.step)
-        if not self.here.is_rank_zero or outcome is Outcome.DIVERGED:
+        if not self.runtime.is_rank_zero or outcome is Outcome.DIVERGED:
             return
         monitor.end_progress()
         if outcome is Outcome.PREEMPTED:
@@ -259,7 +266,10 @@ class Job:
     def _closing_table(self, history: History) -> str:
         first, last, peak = history.first, history.last, history.peak_memory_gib
         facts = [
-            ("speed", f"{history.tokens_per_s:,.0f} tokens/s over {self.here.world_size} rank(s), peak {peak:.2f} GiB"),
+            (
+                "speed",
+                f"{history.tokens_per_s:,.0f} tokens/s over {self.runtime.world_size} rank(s), peak {peak:.2f} GiB",
+            ),
             ("student", f"{self.run_dir.student}   (AutoModel.from_pretrained)"),
             ("checkpoint", str(self.run_dir.checkpoints / step_tag(last["step"]))),
             ("tensorboard", f"tensorboard --logdir {self.run_dir.tensorboard}"),

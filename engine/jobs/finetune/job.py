@@ -21,9 +21,9 @@ from engine.jobs.finetune.plan import FinetunePlan, PlannedTask, Unit, make_fine
 from engine.jobs.finetune.scores import TaskScore, averages, choose, render_table, speed
 from engine.jobs.finetune.unit import Earlier, UnitRun, look_back, remove_checkpoints, score_of
 from engine.models.teacher import FrozenTeacher
-from engine.ranks import run_lock, runtime, watchdog
+from engine.ranks import run_lock, watchdog
 from engine.ranks.collectives import from_rank_zero
-from engine.ranks.runtime import Runtime
+from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.events import EventFile
 from engine.records.files import relative_link
 from engine.records.run_dir import RunDir, as_yaml
@@ -42,12 +42,12 @@ def finetune(config: FinetuneConfig) -> int:
     RunDir(Path(config.output_dir)).require_no_patterns()
     plan = make_finetune_plan(config)
     root = Path(config.output_dir)
-    with run_lock.held(root, wanted=runtime.launcher_rank() == 0 and not config.dry_run):
-        here = runtime.start(config.task.seeds[0])
-        earlier = {unit.folder: look_back(plan, unit, here) for unit in plan.units}
+    with run_lock.held(root, wanted=launcher_rank() == 0 and not config.dry_run):
+        runtime = join_ranks(config.task.seeds[0])
+        earlier = {unit.folder: look_back(plan, unit, runtime) for unit in plan.units}
         if not config.dry_run:
             from_rank_zero(lambda: RunDir(root).write_settings(config))
-        outcome = FinetuneJob(plan, earlier, here).run()
+        outcome = FinetuneJob(plan, earlier, runtime).run()
         torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
         return outcome.exit_code
 
@@ -55,8 +55,8 @@ def finetune(config: FinetuneConfig) -> int:
 class FinetuneJob:
     """One start of a job on this rank."""
 
-    def __init__(self, plan: FinetunePlan, earlier: dict[Path, Earlier], here: Runtime) -> None:
-        self.plan, self.earlier, self.here = plan, earlier, here
+    def __init__(self, plan: FinetunePlan, earlier: dict[Path, Earlier], runtime: Runtime) -> None:
+        self.plan, self.earlier, self.runtime = plan, earlier, runtime
         self.config, self.root = plan.config, Path(plan.config.output_dir)
         self.results: dict[Path, dict[str, Any]] = {
             folder: found.result for folder, found in earlier.items() if found.result is not None
@@ -66,10 +66,10 @@ class FinetuneJob:
         self._say(self._banner())
         if self.config.dry_run:
             return Outcome.DONE
-        records = open_records(self.root / "records.jsonl") if self.here.is_rank_zero else None
+        records = open_records(self.root / "records.jsonl") if self.runtime.is_rank_zero else None
         if records is not None:
             records.write("run", status="started", tasks=[t.name for t in self.plan.tasks], **self._facts())
-        self.stop = runtime.StopRequest()  # not before: until here a signal may simply end the process
+        self.stop = StopRequest()  # not before: until here a signal may simply end the process
         scores: list[TaskScore] = []
         failed: list[str] = []
         for task in self.plan.tasks:
@@ -97,7 +97,7 @@ class FinetuneJob:
         lr = self.plan.tasks[0].points[0].lr
         execution = next(iter(self.plan.executions.values()))
         chosen = build_optimizer(
-            self.config.optim, nn.Linear(1, 1), lr=lr, execution=execution, device=self.here.device
+            self.config.optim, nn.Linear(1, 1), lr=lr, execution=execution, device=self.runtime.device
         )
         if self.config.require_fused and chosen.why_not_faster:
             raise UserError(f"require_fused=true, but {chosen.why_not_faster}")
@@ -109,7 +109,7 @@ class FinetuneJob:
         return banner.start(
             self.plan,
             optimizer=chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else ""),
-            device=self.here.where,
+            device=self.runtime.where,
             finished=len(self.results),
             unfinished=unfinished,
         )
@@ -126,7 +126,7 @@ class FinetuneJob:
                 return False
             self._say(f"\n{unit.name}  (fine-tuning {self.plan.units.index(unit) + 1} of {len(self.plan.units)})")
             chosen = self.earlier[unit.folder].chosen
-            run = UnitRun(self.plan, unit, chosen, here=self.here, stop=self.stop)
+            run = UnitRun(self.plan, unit, chosen, runtime=self.runtime, stop=self.stop)
             result = run.run(encoded, teacher)
             if result is None:
                 return False
@@ -152,13 +152,13 @@ class FinetuneJob:
             head_required=True,
             dtype=getattr(torch, planned.dtype),
         )
-        self._score_teacher(task, encoded, model.to(self.here.device))  # type: ignore[arg-type]
+        self._score_teacher(task, encoded, model.to(self.runtime.device))  # type: ignore[arg-type]
         wanted = wanted_of_teacher(self.config.loss, planned.losses)
         return FrozenTeacher(
             model,
             wanted=wanted,
             full_config=model.config,
-            device=self.here.device,
+            device=self.runtime.device,
             unpadded=self.config.kernels.unpadded,
         )
 
@@ -168,7 +168,7 @@ class FinetuneJob:
         assert task.teacher is not None
         module = TaskModule(model, kind=task.data.spec.kind, unpadded=self.config.kernels.unpadded)
         batch_size = 2 * self.plan.executions[task.points[0].batch].micro_batch_size
-        scored = score_dev(module, encoded, runtime=self.here, batch_size=batch_size)
+        scored = score_dev(module, encoded, runtime=self.runtime, batch_size=batch_size)
         score, constant = math.nan if scored is None else scored[0], constant_score(encoded)
         self._say(f"\nteacher of {task.name}: dev score {score:.4f} (one answer to everything: {constant:.4f})")
         if score > constant:
@@ -196,7 +196,7 @@ class FinetuneJob:
         if score is None:
             return None
         first = next(u for u in units if u.at.point == score.chosen and u.seed == score.units[0].seed)
-        if self.here.is_rank_zero:
+        if self.runtime.is_rank_zero:
             for unit in units:
                 remove_checkpoints(RunDir(unit.folder))  # of a start that was killed between result and removal
                 if unit.at.point != score.chosen:
@@ -216,8 +216,8 @@ class FinetuneJob:
     def _predicting_watched(self, unit: Unit) -> AbstractContextManager[None]:
         """A rank that hangs inside ends as one that hangs in training does."""
         steps, limit_s = self.results[unit.folder]["steps_run"], TrainConfig.hang_timeout_s
-        monitor = Monitor.silent(RunDir(unit.folder), steps=steps, device=self.here.device)
-        return monitor.hangs_watched("predictions", step=lambda: steps, rank=self.here.rank, limit_s=limit_s)
+        monitor = Monitor.silent(RunDir(unit.folder), steps=steps, device=self.runtime.device)
+        return monitor.hangs_watched("predictions", step=lambda: steps, rank=self.runtime.rank, limit_s=limit_s)
 
     def _predict_splits(self, unit: Unit, encoded: EncodedTask) -> None:
         task, folder = unit.task, RunDir(unit.folder).model
@@ -235,11 +235,13 @@ class FinetuneJob:
             head_required=True,
             dtype=getattr(torch, execution.precision),
         )
-        student.to(self.here.device)  # type: ignore[arg-type]
+        student.to(self.runtime.device)  # type: ignore[arg-type]
         module = TaskModule(student, kind=spec.kind, unpadded=self.config.kernels.unpadded)
         for name, split in encoded.splits.items():
-            outputs = predict_split(module, encoded, name, runtime=self.here, batch_size=2 * execution.micro_batch_size)
-            if not self.here.is_rank_zero or outputs is None:
+            outputs = predict_split(
+                module, encoded, name, runtime=self.runtime, batch_size=2 * execution.micro_batch_size
+            )
+            if not self.runtime.is_rank_zero or outputs is None:
                 continue
             target = self.root / "predictions"
             if name in spec.dev_splits:
@@ -281,5 +283,5 @@ class FinetuneJob:
         return "\n".join([*lines, f"tensorboard    tensorboard --logdir {self.root}"])
 
     def _say(self, text: str) -> None:
-        if self.here.is_rank_zero:
+        if self.runtime.is_rank_zero:
             print(text, flush=True)

@@ -46,9 +46,9 @@ class Earlier:
     """The checkpoint to continue from, when it was not."""
 
 
-def look_back(plan: FinetunePlan, unit: Unit, here: Runtime) -> Earlier:
+def look_back(plan: FinetunePlan, unit: Unit, runtime: Runtime) -> Earlier:
     """Collective. Raises UserError when what is there was computed differently, or must not be there (resume=never)."""
-    checkpointer = _checkpointer(plan, unit, here)
+    checkpointer = _checkpointer(plan, unit, runtime)
     result = from_rank_zero(lambda: _earlier_result(plan, unit, checkpointer))
     if result is not None or plan.config.resume == "never":
         return Earlier(result, None)
@@ -77,14 +77,14 @@ def _earlier_result(plan: FinetunePlan, unit: Unit, checkpointer: Checkpointer) 
     return result
 
 
-def _checkpointer(plan: FinetunePlan, unit: Unit, here: Runtime) -> Checkpointer:
+def _checkpointer(plan: FinetunePlan, unit: Unit, runtime: Runtime) -> Checkpointer:
     return Checkpointer(
         run_dir=RunDir(unit.folder),
         execution=plan.executions[unit.at.batch],
-        here=here,
+        runtime=runtime,
         identity=unit_identity(plan, unit),
         keep=1,
-        storage=SharedFolder(here),
+        storage=SharedFolder(runtime),
     )
 
 
@@ -143,12 +143,12 @@ class UnitRun:
         unit: Unit,
         chosen: Chosen | None,
         *,
-        here: Runtime,
+        runtime: Runtime,
         stop: StopRequest,
     ) -> None:
         self.plan, self.unit, self.chosen = plan, unit, chosen
         self.tag = None if chosen is None else chosen.tag
-        self.here, self.stop = here, stop
+        self.runtime, self.stop = runtime, stop
         self.run_dir = RunDir(unit.folder)
         self.execution = plan.executions[unit.at.batch]
         self.unit_config = plan.unit_config(unit)
@@ -156,17 +156,17 @@ class UnitRun:
     def run(self, task: EncodedTask, teacher: FrozenTeacher | None) -> dict[str, Any] | None:
         """Collective. The result record (with `score` None after a divergence), or None when it was preempted."""
         plan, unit = self.plan, self.unit
-        checkpointer = _checkpointer(plan, unit, self.here)
+        checkpointer = _checkpointer(plan, unit, self.runtime)
         from_rank_zero(lambda: self._begin_folder(checkpointer))
         module = task_module(plan, unit)
         train = plan.train_config(unit, len(task.train))
         monitor = Monitor(
-            active=self.here.is_rank_zero,
+            active=self.runtime.is_rank_zero,
             tensorboard=self.run_dir.tensorboard,
             records=self.run_dir.records,
             steps=train.steps,
             flops_per_token=self._flops_per_token(module, teacher, task),
-            device=self.here.device,
+            device=self.runtime.device,
             config_text=as_yaml(self.unit_config),
             part_of_a_job=True,
         )
@@ -179,7 +179,7 @@ class UnitRun:
                 train=train,
                 optim=plan.config.optim,
                 execution=self.execution,
-                runtime=self.here,
+                runtime=self.runtime,
                 stop=self.stop,
                 seed=unit.seed,
                 monitor=monitor,
@@ -263,7 +263,7 @@ class UnitRun:
             "identity": identity,
             **self._facts(),
         }
-        if not self.here.is_rank_zero:
+        if not self.runtime.is_rank_zero:
             return fields
         if result.score is not None:
             scores = {name: f"{value:.4f}" for name, value in {"dev score": result.score, **result.metrics}.items()}

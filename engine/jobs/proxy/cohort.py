@@ -109,7 +109,7 @@ def build_member(
     tokens: torch.Tensor,
     on: TeacherSlice | None,
     sequence_ids: SequenceIds,
-    here: Runtime,
+    runtime: Runtime,
     run_dir: RunDir,
 ) -> Member:
     """base: a plan for what does not depend on the genome. cohort: how many students share the teacher's passes.
@@ -122,19 +122,19 @@ def build_member(
     )
     if genome.plan is None or teacher is None:
         untrained = initial_student(plan, with_mlm_head=False)
-        nn.Module.to(untrained, device=here.device, dtype=getattr(torch, plan.execution.precision))
+        nn.Module.to(untrained, device=runtime.device, dtype=getattr(torch, plan.execution.precision))
         return Member(genome, plan, untrained, run_dir.tokenizer, trainee=None)
-    module, chosen = build_module(plan, here.device, tokens=tokens)
+    module, chosen = build_module(plan, runtime.device, tokens=tokens)
     if on is not None:
         begin(module, on)
     flops = flops_per_token(plan, teacher, module, share_of_teacher=1.0 / cohort)
     monitor = Monitor(
-        active=here.is_rank_zero,
+        active=runtime.is_rank_zero,
         tensorboard=run_dir.tensorboard / f"{genome.mapping.file_name}-seed{seed}",
         records=run_dir.records,
         steps=plan.config.train.steps,
         flops_per_token=flops,
-        device=here.device,
+        device=runtime.device,
         config_text=as_yaml(plan.config),
         labels={"genome": genome.key, "seed": seed},
         part_of_a_job=True,
@@ -145,7 +145,7 @@ def build_member(
         train=plan.config.train,
         terms=plan.losses,
         execution=plan.execution,
-        runtime=here,
+        runtime=runtime,
         monitor=monitor,
         sequence_ids=sequence_ids,
     )

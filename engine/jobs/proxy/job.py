@@ -34,9 +34,10 @@ from engine.jobs.proxy.report import Result, describe_start
 from engine.jobs.proxy.results import Results, listed
 from engine.jobs.proxy.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
 from engine.losses.measure import TeacherSlice, sequences_of
-from engine.ranks import run_lock, runtime, watchdog
+from engine.ranks import run_lock, watchdog
 from engine.ranks.agreement import require_agreement
 from engine.ranks.collectives import gathered
+from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.fingerprints import flatten
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import alike, fitness_of
@@ -51,7 +52,7 @@ def proxy(config: ProxyJobConfig) -> int:
     began = psutil.Process().create_time()  # starting Python and importing are part of what a proxy costs
     plan = make_proxy_plan(config)
     run_dir = RunDir(Path(config.output_dir))
-    writes = runtime.launcher_rank() == 0 and not config.dry_run
+    writes = launcher_rank() == 0 and not config.dry_run
     with run_lock.held(run_dir.root, wanted=writes):
         if writes:
             run_dir.write_settings(
@@ -60,9 +61,9 @@ def proxy(config: ProxyJobConfig) -> int:
                 tokenizer=plan.base.tokenizer,
                 beside_tokenizer=functools.partial(copy_files, plan.base.beside_tokenizer),
             )
-        here = runtime.start(config.seed)
+        runtime = join_ranks(config.seed)
         require_agreement({**flatten(plan.fingerprint_parts), **plan.base.execution.facts})
-        code = ProxyJob(plan, run_dir, here, began).run()
+        code = ProxyJob(plan, run_dir, runtime, began).run()
         torch.distributed.destroy_process_group()
         return code
 
@@ -70,21 +71,21 @@ def proxy(config: ProxyJobConfig) -> int:
 class ProxyJob:
     """One start on this rank."""
 
-    def __init__(self, plan: ProxyPlan, run_dir: RunDir, here: runtime.Runtime, began: float) -> None:
+    def __init__(self, plan: ProxyPlan, run_dir: RunDir, runtime: Runtime, began: float) -> None:
         """Reads the results of earlier starts. Collective. began: when the process started."""
-        self.plan, self.run_dir, self.here = plan, run_dir, here
+        self.plan, self.run_dir, self.runtime = plan, run_dir, runtime
         self.config = plan.config
-        self.results = Results(plan, run_dir, here)
+        self.results = Results(plan, run_dir, runtime)
         self.clock = PhaseClock(time.time() - began)
-        self.stop = runtime.StopRequest()
+        self.stop = StopRequest()
         self._shard_check: ShardCheck | None = None
         """All cohorts read one corpus."""
-        self._layer_tables = LayerTables(here) if self.config.proxy.layer_table else None
+        self._layer_tables = LayerTables(runtime) if self.config.proxy.layer_table else None
 
     def run(self) -> int:
         """Returns the exit code."""
         results = self.results
-        results.say(describe_start(self.plan, self.here, results.seeds, set(results.found)))
+        results.say(describe_start(self.plan, self.runtime, results.seeds, set(results.found)))
         if self.config.dry_run:
             results.say_record("run", status="planned", **results.facts, **self.plan.facts)
             return EXIT_DONE
@@ -103,7 +104,7 @@ class ProxyJob:
         """Returns whether it came to an end: False when told to stop. missing: genomes by seed."""
         with self.clock.phase("encode"):
             scratch = self.run_dir.root / "students" / ".scored"
-            evaluator = build_evaluator(self.plan, self.here, self.stop, scratch)
+            evaluator = build_evaluator(self.plan, self.runtime, self.stop, scratch)
         if not self.results.yardstick and not self._measure_yardstick(evaluator):
             return False
         with self.clock.phase("load"):
@@ -122,7 +123,7 @@ class ProxyJob:
         found: dict[str, Scores] = {}
         try:
             with self.clock.phase("baselines"), self._scoring_watched(self.config.seed):
-                for name, model in baselines(self.plan.base, self.here.device):
+                for name, model in baselines(self.plan.base, self.runtime.device):
                     found[name] = evaluator(model)
         except Stopped:
             return False
@@ -139,8 +140,8 @@ class ProxyJob:
         if not wanted:
             return None
         if self.config.proxy.teacher_cache is None:
-            return load_teacher(self.plan.base, functools.reduce(operator.or_, wanted), self.here.device)
-        return open_cached_teacher(self.config, self.plan.base, self.here, say=self.results.say)
+            return load_teacher(self.plan.base, functools.reduce(operator.or_, wanted), self.runtime.device)
+        return open_cached_teacher(self.config, self.plan.base, self.runtime, say=self.results.say)
 
     def _cohort(self, genomes: Sequence[Genome], seed: int, teacher: AnyTeacher | None, evaluator: Evaluator) -> bool:
         """Distils the genomes side by side, scores and records each; returns False when told to stop."""
@@ -151,11 +152,11 @@ class ProxyJob:
             tokens = self._tokens(loader, evaluator)
             if isinstance(teacher, CachedTeacher):
                 batches = (micro for step in range(self.config.proxy.steps) for micro in loader.step(step).micro)
-                teacher.expect(batches, ranks=self.here.world_size)
+                teacher.expect(batches, ranks=self.runtime.world_size)
             learning = [genome.plan for genome in genomes if genome.plan is not None]
             on = None
             if teacher is not None and any(plan.losses.looks_at_slice for plan in learning):
-                on = TeacherSlice(loader.first(self._slice), teacher, self.here.device, base.teacher_shape)
+                on = TeacherSlice(loader.first(self._slice), teacher, self.runtime.device, base.teacher_shape)
             if self._layer_tables is not None:
                 self._layer_tables.begin(base, genomes, loader)
             members = [
@@ -168,7 +169,7 @@ class ProxyJob:
                     tokens=tokens,
                     on=on,
                     sequence_ids=loader.sequence_ids,
-                    here=self.here,
+                    runtime=self.runtime,
                     run_dir=self.run_dir,
                 )
                 for genome in genomes
@@ -223,7 +224,7 @@ class ProxyJob:
             train=base.config.train,
             seed=seed,
             execution=base.execution,
-            runtime=self.here,
+            runtime=self.runtime,
             stop=self.stop,
             trainees=trainees,
             teacher=teacher,
@@ -238,8 +239,8 @@ class ProxyJob:
     def _scoring_watched(self, seed: int) -> AbstractContextManager[None]:
         """A rank that hangs inside ends as one that hangs in training does."""
         steps, limit_s = self.config.proxy.steps, self.plan.base.config.train.hang_timeout_s
-        monitor = Monitor.silent(self.run_dir, steps=steps, device=self.here.device)
-        return monitor.hangs_watched(f"scores-seed{seed}", step=lambda: steps, rank=self.here.rank, limit_s=limit_s)
+        monitor = Monitor.silent(self.run_dir, steps=steps, device=self.runtime.device)
+        return monitor.hangs_watched(f"scores-seed{seed}", step=lambda: steps, rank=self.runtime.rank, limit_s=limit_s)
 
     def _score(self, evaluator: Evaluator, member: Member) -> Scores:
         """Returns the scores of a student. Collective."""
@@ -277,7 +278,7 @@ class ProxyJob:
             "fingerprint": self.plan.fingerprint,
             "steps": 0 if trainee is None else steps,
             "cohort": cohort,
-            "peak_memory_gib": peak_memory_gib(self.here.device),
+            "peak_memory_gib": peak_memory_gib(self.runtime.device),
             **self.plan.base.execution.facts,
         }
         if trainee is not None:

@@ -106,8 +106,8 @@ def _moments(states: torch.Tensor, targets: Sequence[torch.Tensor], tokens: torc
 class LayerTables:
     """Of a proxy job (proxy.layer_table)."""
 
-    def __init__(self, here: Runtime) -> None:
-        self._here = here
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._text: Text | None = None
         """Of the current cohort; on rank 0."""
         self._introduction: str | None = None
@@ -119,12 +119,12 @@ class LayerTables:
         """Collective. For a cohort: the whole teacher reads a slice of the corpus, and is let go. base: with the
         cohort's seed. Of a corpus that is too small to fit a map there are no tables, and that is said."""
         layers = frozenset(range(base.teacher_shape.layers + 1))
-        teacher = load_teacher(base, Wanted(hidden=layers), self._here.device)
+        teacher = load_teacher(base, Wanted(hidden=layers), self._runtime.device)
         count = max(
             sequences_of(base.config.loss, base.seq_len),
             math.ceil(TOKENS_PER_DIMENSION * base.student_shape.width / base.seq_len),
         )
-        text = divided(TeacherSlice(loader.first(count), teacher, self._here.device))
+        text = divided(TeacherSlice(loader.first(count), teacher, self._runtime.device))
         width = base.student_shape.width
         self.possible = len(text.fitted) > width and len(text.judging) > 0
         if not self.possible:
@@ -133,7 +133,7 @@ class LayerTables:
                 f"student of width {width} needs more than {width:,}"
             )
             return
-        self._text = text if self._here.is_rank_zero else None
+        self._text = text if self._runtime.is_rank_zero else None
         if self._introduction is None:
             self._introduction = from_rank_zero(lambda: "\n\n".join([MEANING, *self._starts(base, genomes, text)]))
 
@@ -146,7 +146,7 @@ class LayerTables:
         for title, plan in plans.items():
             anywhere = replace(plan, student_attention=plan.student_attention._replace(name=BACKEND))
             student = initial_student(anywhere, with_mlm_head=False)
-            found.append(layer_text(layer_table(student, text, self._here.device), (), title=title))
+            found.append(layer_text(layer_table(student, text, self._runtime.device), (), title=title))
         return found
 
     def introduce(self, say: Callable[[str], None]) -> None:
@@ -165,7 +165,7 @@ class LayerTables:
             assert student is not None
             assert self._text is not None
             install(student, BACKEND)
-            return layer_table(student, self._text, self._here.device)
+            return layer_table(student, self._text, self._runtime.device)
 
         return from_rank_zero(make)
 

@@ -22,8 +22,8 @@ from engine.jobs.distill.plan import Plan, make_plan, with_mapping
 from engine.jobs.execution import plan_execution
 from engine.mapping import MappingPair
 from engine.models.hub import model_hashes
-from engine.ranks import runtime
 from engine.ranks.hosts.agent import COMPARED, code_hash
+from engine.ranks.runtime import has_fast_bf16, uses_gpu
 from engine.records.fingerprints import digest
 from engine.tasks.load import TaskData, load_task, resolve_names, task_spec
 
@@ -137,9 +137,9 @@ def run_config(config: ProxyJobConfig) -> RunConfig:
 def deepspeed_file(given: str) -> str:
     """`auto` on a CPU is stage 0: there is nothing to shard in a small student, and each member of a cohort would pay
     for ZeRO's copies (docs/benchmarks.md, "Proxy cohorts")."""
-    if given != "auto" or runtime.uses_gpu():
+    if given != "auto" or uses_gpu():
         return given
-    return str(FOLDER / ("zero0_bf16.json" if runtime.has_fast_bf16() else "zero0_fp32.json"))
+    return str(FOLDER / ("zero0_bf16.json" if has_fast_bf16() else "zero0_fp32.json"))
 
 
 def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:

@@ -109,7 +109,7 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
     return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: Collection[tuple[str, int]]) -> str:
+def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], known: Collection[tuple[str, int]]) -> str:
     """The banner."""
     config, base, proxy = plan.config, plan.base, plan.config.proxy
     t, s, ex = base.teacher_shape, base.student_shape, base.execution
@@ -148,7 +148,7 @@ def describe_start(plan: ProxyPlan, here: Runtime, seeds: Sequence[int], known: 
         ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(wanted)} results are here already" if done else "")),
         (
             "execution",
-            f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {here.world_size} ranks, {here.where}",
+            f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {runtime.world_size} ranks, {runtime.where}",
         ),
         ("kernels", str(base.kernels)),
         ("fingerprint", plan.fingerprint),

@@ -294,18 +294,18 @@ def _digest(batch: Batch) -> str:
 
 
 def open_cached_teacher(
-    config: ProxyJobConfig, plan: Plan, here: Runtime, *, say: Callable[[str], None]
+    config: ProxyJobConfig, plan: Plan, runtime: Runtime, *, say: Callable[[str], None]
 ) -> CachedTeacher:
     """The proxy's teacher, with every layer that any mapping could need. Raises UserError for what cannot be cached."""
     assert config.proxy.teacher_cache is not None
     given = f"proxy.teacher_cache={config.proxy.teacher_cache!r}"
-    if here.device.type != "cpu":
+    if runtime.device.type != "cpu":
         raise UserError(
             f"{given}: a GPU's teacher is faster than any disk (an H100 would have to read 72 GB/s); remove it"
         )
     if config.loss.logits > 0:
         raise UserError(f"{given}: logits over a vocabulary are too large to keep; write loss.logits=0, or remove it")
-    if config.teacher.placement == "zero3" and here.world_size > 1:
+    if config.teacher.placement == "zero3" and runtime.world_size > 1:
         raise UserError(
             f"{given}: with teacher.placement=zero3 every rank must take part in every pass of the teacher; write "
             "teacher.placement=replicate, or remove it"
@@ -328,10 +328,10 @@ def open_cached_teacher(
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": here.threads,
+        "threads": runtime.threads,
     }
     folder = Path(config.proxy.teacher_cache) / digest(facts)
-    teacher = load_teacher(plan, wanted, here.device)
+    teacher = load_teacher(plan, wanted, runtime.device)
     return CachedTeacher(teacher, folder, limit_gib=config.proxy.teacher_cache_gib, say=say)
 
 

@@ -46,13 +46,13 @@ MEET = {"MASTER_ADDR": "node01", "MASTER_PORT": "29512"}
 
 RANK = """
 import torch
-from engine.ranks import runtime
+from engine.ranks.runtime import join_ranks, launcher_rank, launcher_world_size
 
-here = runtime.start(0)
-assert (here.rank, here.world_size) == (runtime.launcher_rank(), runtime.launcher_world_size())
-number = torch.tensor([10.0 + here.rank])
+runtime = join_ranks(0)
+assert (runtime.rank, runtime.world_size) == (launcher_rank(), launcher_world_size())
+number = torch.tensor([10.0 + runtime.rank])
 torch.distributed.all_reduce(number)
-print(f"seen {here.rank} {here.world_size} {here.local_rank} {number.item()}\\n", end="", flush=True)
+print(f"seen {runtime.rank} {runtime.world_size} {runtime.local_rank} {number.item()}\\n", end="", flush=True)
 torch.distributed.destroy_process_group()
 """
 

@@ -71,8 +71,8 @@ def test_scores_follow_from_the_pooled_features_of_training_rows(tiny_world: Tin
     tokenizer = AutoTokenizer.from_pretrained(tiny_world.teacher)
     names = ("SST-2", "MRPC", "STS-B", "MNLI", "CoLA")
     tasks = [load_task(name, TaskDataConfig(data_dir=str(tmp_path))) for name in names]
-    here = Runtime(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
-    evaluator = ProbeEvaluator(tasks, tokenizer, longest=64, folds=folds, runtime=here)
+    runtime = Runtime(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+    evaluator = ProbeEvaluator(tasks, tokenizer, longest=64, folds=folds, runtime=runtime)
     student = WordCounter(len(tokenizer))
     scores = evaluator(student)
     assert student.batches == -(-len(evaluator._encoded) // 64), "every text is read once, whatever the tasks share"
@@ -98,13 +98,13 @@ def test_scores_follow_from_the_pooled_features_of_training_rows(tiny_world: Tin
 @pytest.mark.usefixtures("alone")
 def test_dev_rows_change_nothing(tiny_world: TinyWorld, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_world.teacher)
-    here = Runtime(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+    runtime = Runtime(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
     write_glue_sample(tmp_path)
 
     def scores(**rows: int) -> Scores:
         config = TaskDataConfig(data_dir=str(tmp_path), **rows)
         tasks = [load_task(name, config) for name in ("SST-2", "MRPC", "STS-B", "MNLI")]
-        evaluator = ProbeEvaluator(tasks, tokenizer, longest=64, folds=3, runtime=here)
+        evaluator = ProbeEvaluator(tasks, tokenizer, longest=64, folds=3, runtime=runtime)
         return evaluator(WordCounter(len(tokenizer)))
 
     assert scores(dev_rows=2) == scores()
