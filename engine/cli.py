@@ -18,23 +18,25 @@ from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTE
 from engine.ranks import allocator, environment, rendezvous, threads
 from engine.records.stdout import survive_lost_readers
 
-RANK_ZERO_SPEAKS_WITHIN_S = 20.0
+WAIT_FOR_RANK_ZERO_S = 20.0
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART_NEEDS = ("models/all-MiniLM-L6-v2/model.safetensors", "data/news/manifest.json")
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:
-    """Launchers add the rank on its host: deepspeed as --local_rank=N, torch.distributed.launch as --local-rank=N."""
+    """Returns the words without the rank that launchers add: deepspeed --local_rank=N, torch.distributed.launch
+    --local-rank=N."""
     return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
 
 
-def quickstart() -> list[str]:
-    """The arguments that stand for none at all. Raises UserError when `make data` has not been run."""
+def quickstart_arguments() -> list[str]:
+    """Returns the arguments that stand for none at all, and goes to the repository: their paths are relative to it.
+    Raises UserError when `make data` has not been run."""
     missing = [path for path in QUICKSTART_NEEDS if not (ROOT / path).exists()]
     if missing:
         raise UserError(f"the quick start needs {' and '.join(missing)}: run `make data` in {ROOT}")
-    os.chdir(ROOT)  # its paths are relative to the repository
+    os.chdir(ROOT)
     return ["--config", str(ROOT / "examples" / "quickstart.yaml")]
 
 
@@ -42,16 +44,17 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _let_rank_zero_speak() -> None:
-    """The launcher ends all ranks as soon as one exits, so the first to leave would silence rank 0. Mostly rank 0 has
-    the same error, says it, and this process is ended meanwhile; an error of this rank alone is said after the wait.
-    """
+def _wait_for_rank_zero() -> None:
+    """Waits until rank 0 has reported its error. The launcher ends all ranks as soon as one exits, so the first to leave
+    would silence it. Mostly rank 0 has the same error, and this process is ended meanwhile; an error of this rank alone
+    is reported after the wait."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(RANK_ZERO_SPEAKS_WITHIN_S)
+    time.sleep(WAIT_FOR_RANK_ZERO_S)
 
 
-def _told_to_all(error: str) -> str:
-    """The errors of all ranks, where nobody else would end the others."""
+def _gather_errors(error: str) -> str:
+    """Returns the errors of all ranks where they are about to meet, since nobody else would end the others; else this
+    one."""
     if not rendezvous.is_needed() or rendezvous.store() is not None:
         return error
     try:
@@ -61,12 +64,12 @@ def _told_to_all(error: str) -> str:
     return error
 
 
-def _say_error(error: str) -> None:
-    """Once: rank 0 speaks for all where they know, or have found, the same."""
-    text = _told_to_all(error)
+def _report_error(error: str) -> None:
+    """Prints an error once: rank 0 speaks for all where they know, or have met, the same."""
+    text = _gather_errors(error)
     everyone_knows = rendezvous.has_failed()
     if not is_rank_zero() and not everyone_knows:
-        _let_rank_zero_speak()
+        _wait_for_rank_zero()
     if is_rank_zero() or not everyone_knows:
         who = "" if is_rank_zero() else f"rank {os.environ['RANK']}: "
         print(f"error: {who}{text}", file=sys.stderr, flush=True)
@@ -86,23 +89,23 @@ def run_main(body: Callable[[], int]) -> int:
         allocator.bound_compiled_kernels(os.environ)
         return body()
     except (UserError, RunFailure) as error:
-        _say_error(str(error))
+        _report_error(str(error))
         return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_CRASH
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except PermissionError as error:
         if error.filename is None:
             raise
-        _say_error(f"{error.filename}: {error.strerror}; give this user the right to read it, or copy it")
+        _report_error(f"{error.filename}: {error.strerror}; give this user the right to read it, or copy it")
         return EXIT_BAD_INPUT
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "engine", "ga"):
             raise
-        _say_error(f"the Python package {package!r} is missing; pip install {package}")
+        _report_error(f"the Python package {package!r} is missing; pip install {package}")
         return EXIT_BAD_INPUT
     except Exception as error:
-        _told_to_all(f"{type(error).__name__}: {error}")
+        _gather_errors(f"{type(error).__name__}: {error}")
         if rendezvous.has_failed():
             rendezvous.leave()
         raise
@@ -111,7 +114,7 @@ def run_main(body: Callable[[], int]) -> int:
 def distill_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = without_local_rank(sys.argv[1:] if argv is None else argv)
-        config = parse_config(RunConfig, words or quickstart(), "Distil a teacher (start this with `deepspeed`).")
+        config = parse_config(RunConfig, words or quickstart_arguments(), "Distil a teacher (start this with `deepspeed`).")
         from engine.jobs.distill.job import distill  # heavy imports only once the configuration is known to be sound
 
         return distill(config)

@@ -14,10 +14,10 @@ def require_agreement(mine: dict[str, Any]) -> None:
     """Raises UserError on every rank when some would compute something else: hosts may have models and corpora on
     disks of their own, and different processors. mine: flat settings and hashes of inputs."""
     first = from_rank_zero(lambda: mine)
-    differing = {host: found for host, found in gathered((platform.node(), changed_keys(first, mine))) if found}
+    differing = {host: keys for host, keys in gathered((platform.node(), changed_keys(first, mine))) if keys}
     if differing:
         raise UserError(
             "ranks would not compute the same ("
-            + "; ".join(f"{host}: {', '.join(found[:4])}" for host, found in differing.items())
+            + "; ".join(f"{host}: {', '.join(keys[:4])}" for host, keys in differing.items())
             + "). Bring the same files to these hosts, or name the same deepspeed_config"
         )

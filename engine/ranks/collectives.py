@@ -17,6 +17,7 @@ _gloo: tuple[Any, Any] | None = None
 
 
 def alone() -> bool:
+    """Returns whether there is no other rank."""
     dist = torch.distributed
     return not dist.is_initialized() or dist.get_world_size() == 1
 
@@ -45,9 +46,9 @@ def gathered(value: T) -> list[T]:
     """Returns the value of every rank, in their order. Tensors in it must lie on the CPU. Collective."""
     if alone():
         return [value]
-    box: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(box, value, group=_group())
-    return box
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value, group=_group())
+    return values
 
 
 def from_rank_zero(make: Callable[[], T]) -> T:
@@ -56,19 +57,21 @@ def from_rank_zero(make: Callable[[], T]) -> T:
     dist = torch.distributed
     if alone():
         return make()
-    box: list[Any] = [None, None]
-    met: Exception | None = None
+    value_and_error: list[Any] = [None, None]
+    own_error: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            box[0] = make()
+            value_and_error[0] = make()
         except Exception as error:
-            met = error
-            box[1] = error if isinstance(error, UserError) else RunFailure(f"{type(error).__name__}: {error}")
-    dist.broadcast_object_list(box, src=0, group=_group())
-    if box[1] is not None:
-        raise met or box[1]
-    made: T = box[0]
-    return made
+            own_error = error
+            shown = error if isinstance(error, UserError) else RunFailure(f"{type(error).__name__}: {error}")
+            value_and_error[1] = shown
+    dist.broadcast_object_list(value_and_error, src=0, group=_group())
+    value: T
+    value, error_of_zero = value_and_error
+    if error_of_zero is not None:
+        raise own_error or error_of_zero
+    return value
 
 
 def gather_rows(values: torch.Tensor, rows: torch.Tensor, *, total: int) -> torch.Tensor:

@@ -66,8 +66,8 @@ def complete(environ: MutableMapping[str, str]) -> None:
     _refuse_remains(environ, [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()])
     world = int(numbers.get("WORLD_SIZE", "1"))
     if "RANK" in environ:
-        is_one = int(numbers["RANK"]) < world
-        _refuse_remains(environ, [] if is_one else [f"RANK={numbers['RANK']} of WORLD_SIZE={world}"])
+        in_range = int(numbers["RANK"]) < world
+        _refuse_remains(environ, [] if in_range else [f"RANK={numbers['RANK']} of WORLD_SIZE={world}"])
         return
     known = _of_mpirun(environ) or _of_srun(environ) or _of_other_mpi(environ)
     if int(known.get("WORLD_SIZE", "1")) == 1:
@@ -97,8 +97,8 @@ def _refuse_remains(environ: MutableMapping[str, str], wrong: list[str]) -> None
 
 def local_size(environ: Mapping[str, str]) -> int | None:
     """Returns the number of ranks on this host; None where it is not known."""
-    said = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")  # torchrun's name comes first
-    return int(said) if said else None
+    size = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")  # torchrun's name comes first
+    return int(size) if size else None
 
 
 def first_host(nodelist: str) -> str:
@@ -146,6 +146,7 @@ def _of_srun(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _of_other_mpi(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns what the variables of another MPI say; nothing where none started this process."""
     if "PMI_RANK" not in environ or "PMI_SIZE" not in environ:
         return {}
     return {"RANK": environ["PMI_RANK"], "WORLD_SIZE": environ["PMI_SIZE"]}

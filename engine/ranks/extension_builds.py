@@ -34,7 +34,7 @@ def require_operators() -> None:
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and builder.is_compatible():  # else DeepSpeed does without, as on a GPU
-        with explained():
+        with explain_failures():
             builder.load()
 
 
@@ -69,12 +69,12 @@ class _Baton(FileBaton):
         """Returns False once another process has built the extension."""
         lock = Path(self.lock_file_path)
         self._file = lock.with_name(HELD_BESIDE).open("ab")
-        began, said, waited = time.monotonic(), False, False
+        began, announced, waited = time.monotonic(), False, False
         while (flock := try_flock(self._file)) is Flock.HELD:
             waited = True
-            if not said and time.monotonic() - began > SILENT_S:
+            if not announced and time.monotonic() - began > SILENT_S:
                 print(f"waiting for another process that compiles {lock.parent.name} in {lock.parent}", flush=True)
-                said = True
+                announced = True
             time.sleep(self.wait_seconds)
         if flock is Flock.TAKEN and lock.exists():
             print(f"took over {lock}: whoever built this extension is gone; building it", flush=True)
@@ -82,11 +82,11 @@ class _Baton(FileBaton):
         elif flock is Flock.TAKEN and waited:
             self._file.close()
             return False
-        ours = bool(super().try_acquire())
-        if not ours:
-            told = f"{lock} is waited for: remove it if no process compiles {lock.parent.name}"
-            print(no_locks(lock.parent, told), flush=True)
-        return ours
+        acquired = bool(super().try_acquire())
+        if not acquired:
+            consequence = f"{lock} is waited for: remove it if no process compiles {lock.parent.name}"
+            print(no_locks(lock.parent, consequence), flush=True)
+        return acquired
 
     def release(self) -> None:
         super().release()
@@ -94,7 +94,7 @@ class _Baton(FileBaton):
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_failures() -> Iterator[None]:
     """Turns the failure of a compiler inside of the block into a UserError."""
     try:
         yield

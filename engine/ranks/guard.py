@@ -38,7 +38,7 @@ PAUSED_S = 5.0
 machine that slept), which is no hang."""
 
 
-def started(pid: int) -> str | None:
+def start_ticks(pid: int) -> str | None:
     """Returns the start time of a process, which tells it from a later one with the same number; None when it is gone
     (one that nobody has waited for is). The same as engine/records/processes.py:start_ticks, which is not imported
     here."""
@@ -55,21 +55,24 @@ class Process:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._start = started(pid)
+        self._start = start_ticks(pid)
         try:
             self.fd: int | None = os.pidfd_open(pid)
         except OSError:
             self.fd = None
 
-    def gone(self) -> bool:
-        return self._start is None or started(self.pid) != self._start
+    def is_gone(self) -> bool:
+        """Returns whether it has ended, also where another process has its number now."""
+        return self._start is None or start_ticks(self.pid) != self._start
 
     def send(self, number: int) -> None:
-        if not self.gone():
+        """Sends a signal, unless the process is gone."""
+        if not self.is_gone():
             os.kill(self.pid, number)
 
 
-def overdue(heartbeat: mmap.mmap) -> bool:
+def is_overdue(heartbeat: mmap.mmap) -> bool:
+    """Returns whether the rank's own watchdog should have ended it by now."""
     last, limit = HEARTBEAT.unpack_from(heartbeat)
     return bool(limit > 0 and time.monotonic() > last + limit + MARGIN_S)
 
@@ -84,6 +87,7 @@ def look(heartbeat: mmap.mmap) -> None:
 
 
 def say(text: str) -> None:
+    """Prints a line, where anybody reads it."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -94,14 +98,14 @@ def end_orphan(rank: Process) -> str:
     """Ends a rank as a scheduler would, so that one that trains finishes its step and writes a checkpoint. Returns what
     was done."""
     rank.send(signal.SIGTERM)
-    return "told to stop" if ends_within(rank, GRACE_S) else "told to stop and then killed"
+    return "told to stop" if wait_or_kill(rank, GRACE_S) else "told to stop and then killed"
 
 
-def ends_within(rank: Process, seconds: float) -> bool:
-    """Returns whether it ends by itself; else it is killed."""
+def wait_or_kill(rank: Process, seconds: float) -> bool:
+    """Returns whether the rank ends by itself within this time; kills it where it does not."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if rank.gone():
+        if rank.is_gone():
             return True
         time.sleep(0.1)
     rank.send(signal.SIGKILL)
@@ -109,15 +113,17 @@ def ends_within(rank: Process, seconds: float) -> bool:
 
 
 def end_stuck(rank: Process) -> None:
+    """Continues a rank that was stopped, makes it write its stacks, and kills it."""
     rank.send(signal.SIGCONT)
     until = time.monotonic() + WAKES_WITHIN_S
-    while time.monotonic() < until and not rank.gone():
+    while time.monotonic() < until and not rank.is_gone():
         time.sleep(0.1)
     rank.send(signal.SIGABRT)
-    ends_within(rank, WAKES_WITHIN_S)
+    wait_or_kill(rank, WAKES_WITHIN_S)
 
 
 def main(rank: Process, launchers: list[Process], heartbeat: mmap.mmap) -> None:
+    """Watches until the rank has ended, by itself or by this process."""
     poll = select.poll()
     for process in (rank, *launchers):
         if process.fd is not None:
@@ -128,20 +134,20 @@ def main(rank: Process, launchers: list[Process], heartbeat: mmap.mmap) -> None:
     while True:
         events = dict(poll.poll(POLL_S * 1000))
         look(heartbeat)
-        if rank.gone():
+        if rank.is_gone():
             return
         if output in events:  # a pipe without a reader; a file or a terminal has none of these
-            told = end_orphan(rank)
-            say(f"nobody reads the output of rank process {rank.pid} any more; it was {told}")
+            end = end_orphan(rank)
+            say(f"nobody reads the output of rank process {rank.pid} any more; it was {end}")
             return
-        dead = [process for process in launchers if process.gone()]
+        dead = [process for process in launchers if process.is_gone()]
         if dead:
             time.sleep(0.5)  # an orderly end: the launcher has ended its ranks before itself
-            if not rank.gone():
-                told = end_orphan(rank)
-                say(f"the launcher (process {dead[0].pid}) is gone; its rank (process {rank.pid}) was {told}")
+            if not rank.is_gone():
+                end = end_orphan(rank)
+                say(f"the launcher (process {dead[0].pid}) is gone; its rank (process {rank.pid}) was {end}")
             return
-        if overdue(heartbeat):
+        if is_overdue(heartbeat):
             end_stuck(rank)
             say(f"error: rank process {rank.pid} did not act on its time limit; it was continued, and then killed")
             return

@@ -25,10 +25,11 @@ _failed = False
 
 def is_needed() -> bool:
     """Returns whether this job has ranks on other hosts, as far as its environment says, or can be started again by
-    torchrun, whose store keeps what the ranks of the attempt before have said (PyTorch 2.13): gloo would connect to the
-    dead."""
+    torchrun."""
     if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return False  # it is not known where
+    # until PyTorch > 2.13: torchrun's store keeps what the ranks of a failed attempt have written, and gloo would connect
+    # to the dead; `agree` gives each attempt a part of its own
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         return True
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -53,8 +54,8 @@ def agree(error: str | None) -> None:
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        met, _, _ = next(rendezvous("env://", timeout=ARRIVE_WITHIN))
-        _store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", met)
+        shared, _, _ = next(rendezvous("env://", timeout=ARRIVE_WITHIN))
+        _store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
         _store.set(f"ready/{rank}", f"{platform.node()}: {error}" if error else "")
         errors = list(dict.fromkeys(filter(None, _wait_for_all(world))))
     except (DistStoreError, RuntimeError, OSError) as failure:  # the store's own time limit, or its holder is gone
@@ -92,8 +93,8 @@ def leave() -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with contextlib.suppress(RuntimeError):  # a time limit, or the others have gone already
         if rank == 0:
-            _store.set("said", "")
+            _store.set("reported", "")
             _store.wait([f"left/{other}" for other in range(1, world)], LEAVE_WITHIN)
         else:
-            _store.wait(["said"], LEAVE_WITHIN)
+            _store.wait(["reported"], LEAVE_WITHIN)
             _store.set(f"left/{rank}", "")

@@ -28,7 +28,7 @@ BEAT_S = 3.0
 QUIET_S = 10 * BEAT_S
 """Seconds without one after which a holder is gone, where no flock says so."""
 LOOKS = 30
-"""Number of looks for one in that time."""
+"""Number of looks for a sign of life in that time."""
 ENDS_WITHIN_S = GRACE_S + 10.0
 """Seconds within which a holder whose launcher is gone is ended by its guard (engine/ranks/guard.py)."""
 
@@ -67,6 +67,7 @@ class RunLock:
             self._write()
 
     def release(self) -> None:
+        """Lets the next start in."""
         self._released.set()
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -75,9 +76,9 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, wanted: bool) -> Iterator[RunLock | None]:
-    """Holds the lock until the end of the block; None for a process that does not write there (not `wanted`)."""
-    lock = acquire(folder) if wanted else None
+def hold(folder: Path, *, writes: bool) -> Iterator[RunLock | None]:
+    """Holds the lock until the end of the block, and gives it; gives None for a process that does not write there."""
+    lock = acquire(folder) if writes else None
     try:
         yield lock
     finally:

@@ -39,6 +39,7 @@ def has_fp16() -> bool:
 
 
 def launcher_rank() -> int:
+    """Returns the number of this rank in its job, known before any group exists."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -60,6 +61,8 @@ def name_accelerator() -> None:
 
 @dataclass(frozen=True)
 class Runtime:
+    """This rank: its place among the others, its device and threads."""
+
     rank: int
     world_size: int
     local_rank: int
@@ -129,7 +132,7 @@ def join_ranks(seed: int) -> Runtime:
     set_log_level_from_string(os.environ.get("DS_LOG_LEVEL", "warning"))
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    # torch 2.13 renames a collective that DeepSpeed 0.19 calls: nothing that a user could do about it
+    # until DeepSpeed > 0.19.8: it calls a collective that PyTorch 2.13 has renamed, which says so at every call
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     extension_builds.prepare()
     backend = "nccl" if on_gpu else "gloo"
@@ -142,7 +145,7 @@ def join_ranks(seed: int) -> Runtime:
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=COLLECTIVE_TIMEOUT,
         )
-    with extension_builds.explained():
+    with extension_builds.explain_failures():
         deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     if not on_gpu:
         _unlink_shared_buffers(local_rank)

@@ -44,14 +44,14 @@ _limit_s = 0.0
 def launchers() -> tuple[psutil.Process, ...]:
     """Returns the launchers above this process when it was asked first, nearest first; none for a rank that a user,
     srun or mpirun started."""
-    found = []
+    processes = []
     with contextlib.suppress(psutil.Error):
         for parent in psutil.Process().parents():
             words = parent.cmdline()
             is_script = any(Path(word).name in LAUNCHERS for word in words[:2])
             if is_script or any(module in words[:4] for module in LAUNCHER_MODULES):
-                found.append(parent)
-    return tuple(found)
+                processes.append(parent)
+    return tuple(processes)
 
 
 def has_lost_launcher() -> bool:
@@ -98,13 +98,13 @@ def start_guard() -> None:
 
 
 def beat() -> None:
-    """Notes that something was finished. Costs less than a microsecond; does nothing unless armed."""
+    """Notes that something was finished. Costs less than a microsecond; does nothing outside of `watch`."""
     if _heartbeat is not None:
         guard.HEARTBEAT.pack_into(_heartbeat, 0, time.monotonic(), _limit_s)
 
 
 @contextmanager
-def armed(limit_s: float, dump: Path, report: Callable[[], None]) -> Iterator[None]:
+def watch(limit_s: float, dump: Path, report: Callable[[], None]) -> Iterator[None]:
     """Ends a rank that, inside of the block, does not `beat` for `limit_s` seconds (0: no limit), with code 1.
 
     dump: the file for the stacks. report: called on this rank before its end, after them; may fail.
@@ -135,6 +135,7 @@ class _Watch(threading.Thread):
         """Guard's last look before the last pause"""
 
     def stop(self) -> None:
+        """Ends the thread, and waits for that."""
         self._stopped.set()
         self.join()
 

@@ -103,7 +103,7 @@ class Monitor:
             print(failure.said, file=sys.stderr, flush=True)
             self.record_from_any_rank(failure)
 
-        return watchdog.armed(limit_s, stacks, tell)
+        return watchdog.watch(limit_s, stacks, tell)
 
     def begin(self, step: int) -> None:
         self._mark = time.perf_counter()

@@ -93,7 +93,7 @@ def build_optimizer(
     if execution.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        with extension_builds.explained():
+        with extension_builds.explain_failures():
             optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         return ChosenOptimizer(optimizer, "DeepSpeedCPUAdam (AdamW)", "")
     if device.type == "cuda":

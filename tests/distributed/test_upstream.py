@@ -26,6 +26,9 @@ MENDS = {
     "zero_1_cannot_load_what_zero_3_wrote": "engine/train/universal.py:_relay",
     "shared_buffers_keep_their_names": "engine/ranks/runtime.py:_unlink_shared_buffers",
     "a_build_waits_for_the_dead": "engine/ranks/extension_builds.py:_Baton",
+    "a_collective_is_deprecated": "engine/ranks/runtime.py:join_ranks",
+    "gloo_aborts_a_rank_that_ends": "engine/ranks/exit.py:run_rank",
+    "torchrun_keeps_the_store_of_a_failed_attempt": "engine/ranks/rendezvous.py:agree",
 }
 
 

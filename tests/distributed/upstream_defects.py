@@ -11,7 +11,10 @@ import gc
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +180,47 @@ def a_build_waits_for_the_dead(folder: Path) -> bool:
     return not FileBaton(str(folder / "lock")).try_acquire()
 
 
+def a_collective_is_deprecated(_: Path) -> bool:
+    """PyTorch's newer name for it is not what DeepSpeed calls."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        deepspeed.comm.all_gather_into_tensor(torch.zeros(1), torch.ones(1))
+    return any(issubclass(warning.category, FutureWarning) for warning in caught)
+
+
+def gloo_aborts_a_rank_that_ends(folder: Path) -> bool:
+    folder.mkdir()
+    script = Path(__file__).parents[1] / "support" / "late_gloo.py"
+    command = [sys.executable, str(script), "{}", str(folder / "store"), "plain"]
+    ranks = [
+        subprocess.Popen([word.format(rank) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for rank in (0, 1)
+    ]
+    return [process.wait(timeout=60) for process in ranks] == [0, -signal.SIGABRT]
+
+
+RESTARTED = """
+import os, sys
+from torch.distributed.rendezvous import rendezvous
+store, _, _ = next(rendezvous("env://"))
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    store.set("ready/0", "")
+    sys.exit(1)
+print("kept" if store.check(["ready/0"]) else "anew", flush=True)
+"""
+
+
+def torchrun_keeps_the_store_of_a_failed_attempt(folder: Path) -> bool:
+    folder.mkdir()
+    (folder / "rank.py").write_text(RESTARTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--max_restarts=1", "--monitor_interval=0.1"]
+    environ = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run(
+        [*command, "--master_port=0", str(folder / "rank.py")], env=environ, capture_output=True, text=True, timeout=60
+    )
+    return done.stdout.strip() == "kept"
+
+
 DEFECTS: list[Callable[[Path], bool]] = [
     stage_0_makes_a_first_step,
     one_rank_reduces_gradients,
@@ -190,6 +234,9 @@ DEFECTS: list[Callable[[Path], bool]] = [
     zero_3_cannot_load_what_zero_1_wrote,
     zero_1_cannot_load_what_zero_3_wrote,
     a_build_waits_for_the_dead,
+    a_collective_is_deprecated,
+    gloo_aborts_a_rank_that_ends,
+    torchrun_keeps_the_store_of_a_failed_attempt,
 ]
 
 

@@ -93,7 +93,7 @@ def test_an_error_of_another_rank_alone_is_said_after_a_wait(
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(cli, "RANK_ZERO_SPEAKS_WITHIN_S", 0.2)
+    monkeypatch.setattr(cli, "WAIT_FOR_RANK_ZERO_S", 0.2)
     began = time.monotonic()
     assert cli.run_main(body) == 2
     signal.signal(signal.SIGTERM, before)
@@ -152,7 +152,7 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 def test_no_argument_is_the_quick_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "QUICKSTART_NEEDS", ("README.md",))
-    config = parse_config(RunConfig, cli.quickstart(), "test")
+    config = parse_config(RunConfig, cli.quickstart_arguments(), "test")
     assert config.output_dir == "runs/quickstart"
     assert Path.cwd() == ROOT, "its paths are relative to the repository"
 
@@ -160,7 +160,7 @@ def test_no_argument_is_the_quick_start(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_the_quick_start_without_its_data_names_the_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "QUICKSTART_NEEDS", ("README.md", "nowhere"))
     with pytest.raises(UserError, match=rf"^the quick start needs nowhere: run `make data` in {ROOT}$"):
-        cli.quickstart()
+        cli.quickstart_arguments()
 
 
 @pytest.mark.parametrize("given", [["--config", "FILE"], ["--config=FILE"]])

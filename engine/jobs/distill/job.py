@@ -46,7 +46,7 @@ def distill(config: RunConfig) -> int:
     plan = make_plan(config)
     loader = open_corpus(plan)
     writes = launcher_rank() == 0 and not config.dry_run
-    with run_lock.held(run_dir.root, wanted=writes) as lock:
+    with run_lock.hold(run_dir.root, writes=writes) as lock:
         runtime = join_ranks(config.seed)
         checkpointer = Checkpointer(
             run_dir=run_dir,

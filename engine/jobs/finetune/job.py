@@ -42,7 +42,7 @@ def finetune(config: FinetuneConfig) -> int:
     RunDir(Path(config.output_dir)).require_no_patterns()
     plan = make_finetune_plan(config)
     root = Path(config.output_dir)
-    with run_lock.held(root, wanted=launcher_rank() == 0 and not config.dry_run):
+    with run_lock.hold(root, writes=launcher_rank() == 0 and not config.dry_run):
         runtime = join_ranks(config.task.seeds[0])
         earlier = {unit.folder: look_back(plan, unit, runtime) for unit in plan.units}
         if not config.dry_run:

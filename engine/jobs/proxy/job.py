@@ -53,7 +53,7 @@ def proxy(config: ProxyJobConfig) -> int:
     plan = make_proxy_plan(config)
     run_dir = RunDir(Path(config.output_dir))
     writes = launcher_rank() == 0 and not config.dry_run
-    with run_lock.held(run_dir.root, wanted=writes):
+    with run_lock.hold(run_dir.root, writes=writes):
         if writes:
             run_dir.write_settings(
                 config,

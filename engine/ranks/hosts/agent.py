@@ -78,6 +78,7 @@ def _addresses() -> list[str]:
 
 
 def facts(*, root: str, cwd: str) -> dict[str, Any]:
+    """Returns what decides whether this host can train with others. root: of this library. cwd: of the launcher."""
     return {
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in COMPARED},
@@ -94,6 +95,7 @@ def facts(*, root: str, cwd: str) -> dict[str, Any]:
 
 
 def clock() -> dict[str, float]:
+    """Returns the seconds since the epoch, by this host's clock."""
     return {"now": time.time()}
 
 
@@ -125,6 +127,7 @@ def _greet(server: socket.socket) -> None:
 
 
 def hang_up() -> dict[str, Any]:
+    """Ends all listeners."""
     while _listeners:
         server = _listeners.pop()
         with contextlib.suppress(OSError):
@@ -155,6 +158,7 @@ def route(*, address: str) -> dict[str, Any]:
 
 
 def write(*, path: str, text: str) -> dict[str, Any]:
+    """Writes a file. error: why that failed."""
     try:
         Path(path).write_text(text)
     except OSError as error:
@@ -176,6 +180,7 @@ def read(*, path: str, text: str, timeout_s: float) -> dict[str, Any]:
 
 
 def remove(*, path: str) -> dict[str, Any]:
+    """Removes a file, if it is there."""
     with contextlib.suppress(OSError):
         os.unlink(path)
     return {}
@@ -221,6 +226,7 @@ ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
+    """Answers the requests of standard input, one a line."""
     for line in sys.stdin:  # ends when the connection does
         request = json.loads(line)
         answer = ACTIONS[request.pop("do")](**request)

@@ -36,6 +36,7 @@ def _finish(tensor: torch.Tensor) -> None:
 
 
 def main(backend: str, timeout_s: float) -> None:
+    """Prints the latency in ms and the bandwidth in Gbit/s of an all-reduce. Collective."""
     device = "cuda:0" if backend == "nccl" else "cpu"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     world = dist.get_world_size()

@@ -39,10 +39,7 @@ def check_hosts(config: HostCheckConfig) -> bool:
     with suppress(ValueError, OSError):  # a kernel may refuse its own hard limit; hosts for which it is too low say so
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a host takes three, and 1024 is usual
     report = HostCheck(config, parse_hostfile(Path(config.hostfile)), ranks_environment(os.environ)).run()
-    if config.json:
-        print(json.dumps({"ok": report.ok, **asdict(report)}, indent=1))
-    else:
-        print(table(report))
+    print(json.dumps({"ok": report.ok, **asdict(report)}, indent=1) if config.json else table(report))
     return report.ok
 
 
@@ -59,10 +56,11 @@ class HostCheck:
 
     def __init__(self, config: HostCheckConfig, hosts: Mapping[str, int], env: Mapping[str, str]) -> None:
         self._config, self._env = config, env
-        self._verdicts = {host: Verdict(host, slots) for host, slots in hosts.items()}
+        self._verdicts = [Verdict(host, slots) for host, slots in hosts.items()]
+        self._first = self._verdicts[0]
         self._links: dict[str, HostLink] = {}
         self._deadline = time.monotonic() + config.seconds
-        self._report = Report(list(self._verdicts.values()))
+        self._report = Report(self._verdicts)
 
     def run(self) -> Report:
         start = time.monotonic()
@@ -70,18 +68,17 @@ class HostCheck:
             try:
                 self._connect()
                 for stage in (self._look, self._compare, self._meet, self._names, self._share, self._all_reduce):
-                    stage()
+                    try:
+                        stage()
+                    except HostError as error:  # of a question that only the first host is asked
+                        self._first.fail(error)
             finally:
                 close_all(self._links.values())
         self._report.seconds = time.monotonic() - start
         return self._report
 
-    @property
-    def _first(self) -> Verdict:
-        return next(iter(self._verdicts.values()))
-
     def _reached(self) -> Iterator[Verdict]:
-        return (verdict for verdict in self._verdicts.values() if verdict.facts)
+        return (verdict for verdict in self._verdicts if verdict.facts)
 
     def _left(self, most_s: float) -> float:
         """Returns the seconds that a question may take. `most_s` is for the usual --seconds, and grows with them."""
@@ -103,9 +100,9 @@ class HostCheck:
         list(self._pool.map(guarded, verdicts))
 
     def _connect(self) -> None:
-        for host, verdict in self._verdicts.items():
+        for verdict in self._verdicts:
             try:
-                self._links[host] = HostLink(host, env=self._env, ssh_port=self._config.ssh_port)
+                self._links[verdict.host] = HostLink(verdict.host, env=self._env, ssh_port=self._config.ssh_port)
             except HostError as error:
                 verdict.fail(error)
 
@@ -114,12 +111,11 @@ class HostCheck:
 
         def ask(verdict: Verdict) -> None:
             verdict.facts = self._ask(verdict, "facts", most_s=FACTS_S, root=str(ROOT), cwd=str(Path.cwd()))
-            offset, _ = self._links[verdict.host].clock_offset(within_s=self._left(ANSWER_S))
-            verdict.clock_ahead_s = offset
+            verdict.clock_ahead_s, _ = self._links[verdict.host].clock_offset(within_s=self._left(ANSWER_S))
             known = [a for a in (verdict.facts["reached_at"], *verdict.facts["addresses"]) if a]
             verdict.address = next((address for address in known if not _is_loopback(address)), None)
 
-        self._each(ask, [verdict for verdict in self._verdicts.values() if verdict.host in self._links])
+        self._each(ask, [verdict for verdict in self._verdicts if verdict.host in self._links])
 
     def _compare(self) -> None:
         """Compares each host with the first one that was reached."""
@@ -141,15 +137,12 @@ class HostCheck:
                     f"Python {facts['python']}, but {model.facts['python']} on {model.host}; make {sys.executable} one"
                 )
             for package in COMPARED:
-                here, there = facts["packages"][package], model.facts["packages"][package]
-                if here is None:
-                    wanted = package if there is None else f"{package}=={there}"
-                    verdict.wrong.append(f"{package} is missing; {sys.executable} -m pip install {wanted}")
-                elif here != there:
-                    verdict.wrong.append(
-                        f"{package} {here}, but {there} on {model.host}; {sys.executable} -m pip install "
-                        f"{package}=={there}"
-                    )
+                version, first = facts["packages"][package], model.facts["packages"][package]
+                remedy = f"{sys.executable} -m pip install {package if first is None else f'{package}=={first}'}"
+                if version is None:
+                    verdict.wrong.append(f"{package} is missing; {remedy}")
+                elif first is not None and version != first:
+                    verdict.wrong.append(f"{package} {version}, but {first} on {model.host}; {remedy}")
             if with_gpus and facts["gpus"] < verdict.slots:
                 verdict.wrong.append(
                     f"slots={verdict.slots}, but it has {facts['gpus']} GPUs; correct the hostfile, or put "
@@ -166,26 +159,26 @@ class HostCheck:
         first = self._first
         if not first.facts:
             return
-        told = next(iter(first.facts["addresses"]), None)
-        if told is None:
+        announced = next(iter(first.facts["addresses"]), None)
+        if announced is None:
             first.wrong.append("`hostname -I`, which DeepSpeed asks for its address, says nothing; give --master_addr")
-            told = first.address
+            announced = first.address
         others = [verdict for verdict in self._reached() if verdict is not first]
-        tried = [address for address in dict.fromkeys((told, first.address)) if address is not None]
-        came_from: list[str] = []
+        candidates = [address for address in dict.fromkeys((announced, first.address)) if address is not None]
+        sources: list[str] = []
 
         def visit(verdict: Verdict) -> None:
             failed: dict[str, str] = {}
-            for address in tried:
+            for address in candidates:
                 answer = self._ask(verdict, "visit", address=address, port=port, timeout_s=5.0)
                 if answer["error"] is None and answer["name"] == first.facts["name"]:
-                    came_from.append(answer["from"])
+                    sources.append(answer["from"])
                     # ssh may have come through another network, which the ranks do not use
                     first.address, verdict.address = address, answer["from"]
                     verdict.interface = verdict.interface_at(answer["from"])
                     if failed:
                         verdict.wrong.append(
-                            f"cannot reach {first.host} at {told}, which DeepSpeed takes from `hostname -I`; give "
+                            f"cannot reach {first.host} at {announced}, which DeepSpeed takes from `hostname -I`; give "
                             f"--master_addr {address}"
                         )
                     return
@@ -193,14 +186,10 @@ class HostCheck:
             listed = ", ".join(f"{address}: {why}" for address, why in failed.items())
             verdict.wrong.append(f"cannot reach {first.host}'s port {port} ({listed}); open the firewall between them")
 
-        try:
-            port = self._listen(first)
-            self._each(visit, others)
-            self._ask(first, "hang_up")
-            own = self._ask(first, "route", address=came_from[0])["from"] if came_from else first.address
-        except HostError as error:
-            first.fail(error)
-            return
+        port = self._listen(first)
+        self._each(visit, others)
+        self._ask(first, "hang_up")
+        own = self._ask(first, "route", address=sources[0])["from"] if sources else first.address
         first.interface = first.interface_at(own)
 
     def _listen(self, first: Verdict) -> int:
@@ -214,6 +203,7 @@ class HostCheck:
         return port
 
     def _free_port(self, first: Verdict) -> int:
+        """Returns a port on which the first host listens. Raises HostError where it cannot."""
         answer = self._ask(first, "listen", port=0)
         if answer["taken"]:
             raise HostError("it cannot listen at any port", "look at its limits on open files (`ulimit -n`)")
@@ -224,7 +214,7 @@ class HostCheck:
         host itself."""
         reached = list(self._reached())
         names = {verdict.interface for verdict in reached if verdict.interface is not None}
-        common = next(iter(names)) if len(names) == 1 else None
+        common = names.pop() if len(names) == 1 else None
         for verdict in reached if len(self._verdicts) > 1 else []:
             if verdict.facts["gloo_interface"]:
                 self._check_chosen(verdict, verdict.facts["gloo_interface"])
@@ -251,6 +241,7 @@ class HostCheck:
             )
 
     def _share(self) -> None:
+        """Checks whether the other hosts see a file that the first one writes (--shared)."""
         folder, first = self._config.shared, self._first
         if folder is None or not first.facts:
             return
@@ -260,36 +251,24 @@ class HostCheck:
             if not self._ask(verdict, "read", path=path, text=text, timeout_s=self._left(5.0))["seen"]:
                 verdict.wrong.append(f"a file that {first.host} wrote in {folder} is not there; mount the same storage")
 
-        def write(verdict: Verdict) -> None:
-            error = self._ask(verdict, "write", path=path, text=text)["error"]
-            if error is not None:
-                verdict.wrong.append(f"cannot write in {folder}: {error}")
-                return
-            self._each(look, [other for other in self._reached() if other is not first])
-            self._ask(verdict, "remove", path=path)
-
-        # not through the pool: the first host's turn waits for the others'
-        try:
-            write(first)
-        except HostError as error:
-            first.fail(error)
+        error = self._ask(first, "write", path=path, text=text)["error"]
+        if error is not None:
+            first.wrong.append(f"cannot write in {folder}: {error}")
+            return
+        self._each(look, [other for other in self._reached() if other is not first])
+        self._ask(first, "remove", path=path)
 
     def _all_reduce(self) -> None:
         """Tries an all-reduce, with what is missing in .deepspeed_env already set, so that it says whether the remedy
         works."""
-        verdicts = list(self._verdicts.values())
-        repaired = set(self._report.settings) == {INTERFACE}
-        if len(verdicts) < 2 or any(len(v.wrong) > (1 if repaired and _only_name(v) else 0) for v in verdicts):
+        verdicts, first = self._verdicts, self._first
+        wrong = [text for verdict in verdicts for text in verdict.wrong]
+        if len(verdicts) < 2 or any(not (self._report.settings and INTERFACE in text) for text in wrong):
             return
-        first = self._first
         backend = "nccl" if all(verdict.facts["gpus"] for verdict in verdicts) else "gloo"
         answers: dict[str, dict[str, Any]] = {}
-        try:
-            port = self._free_port(first)
-            self._ask(first, "hang_up")
-        except HostError as error:
-            first.fail(error)
-            return
+        port = self._free_port(first)
+        self._ask(first, "hang_up")
         limit = max(1.0, self._left(math.inf) - 2.0)  # so that an agent can say that it waited in vain
 
         def reduce(verdict: Verdict) -> None:
@@ -310,10 +289,6 @@ class HostCheck:
             self._report.all_reduce = {"backend": backend, "error": complaint}
         else:
             self._report.all_reduce = {"backend": backend, **answers[first.host]}
-
-
-def _only_name(verdict: Verdict) -> bool:
-    return all(INTERFACE in text for text in verdict.wrong)
 
 
 def _is_loopback(address: str) -> bool:

@@ -20,7 +20,7 @@ from engine.ranks.hosts import agent
 
 CONNECT_S = 8
 CLOSE_S = 1.0
-_SAID_BY_SSH = {
+_SSH_REMEDIES = {
     "permission denied": "ssh asks for a password: put your public key there (`ssh-copy-id {host}`)",
     "host key verification failed": "its key is not known here: run `ssh {host}` once by hand and compare the key",
     "connection refused": "no ssh server listens there: start it (`systemctl start ssh`), or give --ssh_port",
@@ -45,7 +45,8 @@ class HostLink:
     """One ssh connection to an agent. `close_all` must be called in the end."""
 
     def __init__(self, host: str, *, env: Mapping[str, str], ssh_port: int | None) -> None:
-        """env: for the agent and what it starts; as DeepSpeed's launcher would pass it on. Raises HostError."""
+        """Connects. env: variables for the agent and what it starts, as DeepSpeed's launcher would pass them on. Raises
+        HostError where ssh cannot be started, and UserError where there is none."""
         assert not host.startswith("-")
         self.host = host
         source = inspect.getsource(agent)
@@ -111,8 +112,8 @@ class HostLink:
         self._readers[1].join(timeout=2)
         lines = [line.strip() for line in self._complaints if line.strip()]
         what = lines[-1] if lines else "the connection was closed"
-        for said, remedy in _SAID_BY_SSH.items():
-            if said in what.lower():
+        for complaint, remedy in _SSH_REMEDIES.items():
+            if complaint in what.lower():
                 return HostError(what, remedy.format(host=self.host, python=sys.executable))
         return HostError(what, f"try `ssh {shlex.quote(self.host)} {shlex.quote(sys.executable)} --version`")
 
@@ -123,7 +124,7 @@ class HostLink:
             sent = time.time()
             now = float(self.ask("clock", within_s=within_s)["now"])
             received = time.time()
-            best = min(best, (now - (sent + received) / 2, (received - sent) / 2), key=lambda one: one[1])
+            best = min(best, (now - (sent + received) / 2, (received - sent) / 2), key=lambda offset: offset[1])
         return best
 
     def _hang_up(self) -> None:

@@ -70,20 +70,20 @@ def table(report: Report) -> str:
         texts = [*verdict.wrong, *verdict.doubtful] or [_facts_line(verdict)]
         heads = [f"{verdict.host:<{width}}  {verdict.word:<8}", *[" " * (width + 10)] * (len(texts) - 1)]
         lines += [f"{head}  {text}" for head, text in zip(heads, texts, strict=True)]
-    done = report.all_reduce
-    if not done:
-        said = "not tried: one host" if len(report.hosts) == 1 else "not tried: first repair what is WRONG above"
-    elif done["error"] is not None:
-        said = (
-            f"{done['backend']} FAILED ({done['error']}); look at firewalls, set {INTERFACE} in .deepspeed_env, and "
+    facts = report.all_reduce
+    if not facts:
+        outcome = "not tried: one host" if len(report.hosts) == 1 else "not tried: first repair what is WRONG above"
+    elif facts["error"] is not None:
+        outcome = (
+            f"{facts['backend']} FAILED ({facts['error']}); look at firewalls, set {INTERFACE} in .deepspeed_env, and "
             "give more --seconds where Python and torch start slowly"
         )
     else:
-        said = (
-            f"{done['backend']}, one rank a host: {done['latency_ms']:.2f} ms for 4 bytes, {done['gbit_per_s']:.2f} "
-            f"Gbit/s in and out of each host for {done['mib']:.0f} MiB"
+        outcome = (
+            f"{facts['backend']}, one rank a host: {facts['latency_ms']:.2f} ms for 4 bytes, {facts['gbit_per_s']:.2f} "
+            f"Gbit/s in and out of each host for {facts['mib']:.0f} MiB"
         )
-    rows = [("all-reduce", said)]
+    rows = [("all-reduce", outcome)]
     if report.settings:
         missing = shlex.join(f"{name}={value}" for name, value in report.settings.items())
         rows.append(("settings", f"missing in .deepspeed_env, but set for this all-reduce: {missing}"))

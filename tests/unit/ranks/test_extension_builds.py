@@ -140,14 +140,14 @@ def test_the_folder_is_the_users_or_one_of_these_versions(tmp_path: Path, monkey
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/bin/false")
     with pytest.raises(UserError, match=r"with CXX=/bin/false \(Error building extension 'x'\); install a C\+\+"), \
-            extension_builds.explained():  # fmt: skip
+            extension_builds.explain_failures():  # fmt: skip
         raise RuntimeError("Error building extension 'x'\nlong output")
     with (
         pytest.raises(UserError, match=r"No such file or directory: '/no/such/compiler'"),
-        extension_builds.explained(),
+        extension_builds.explain_failures(),
     ):
         subprocess.run(["/no/such/compiler"])
-    with pytest.raises(UserError, match=r"returned non-zero exit status 1"), extension_builds.explained():
+    with pytest.raises(UserError, match=r"returned non-zero exit status 1"), extension_builds.explain_failures():
         subprocess.run(["/bin/false"], check=True)
 
 
@@ -163,5 +163,5 @@ def test_an_operator_is_compiled_before_there_is_a_run(tmp_path: Path, monkeypat
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match=r"^Address in use$"), extension_builds.explained():
+    with pytest.raises(RuntimeError, match=r"^Address in use$"), extension_builds.explain_failures():
         raise RuntimeError("Address in use")

@@ -21,7 +21,7 @@ from engine.ranks import guard, watchdog
 def stuck_here():
     {how}
 
-with watchdog.armed(3.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
+with watchdog.watch(3.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
     until = time.monotonic() + 4.5
     while time.monotonic() < until:  # longer than the limit, but something is finished all the time
         watchdog.beat()
@@ -64,7 +64,7 @@ from pathlib import Path
 from engine.ranks import guard, watchdog
 
 # a longer limit than PAUSED_S: this machine may halt for a moment, too, and that is then no hang either
-with watchdog.armed(6.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
+with watchdog.watch(6.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
     while not guard.LOOK.unpack_from(watchdog._heartbeat, guard.HEARTBEAT.size)[0]:
         watchdog.beat()
         time.sleep(0.05)
@@ -122,7 +122,7 @@ runtime = Some(device=torch.device("cpu"), world_size=1)
 execution = Some(micro_batch_size=1)
 trainee = Some(model=Engine(), runtime=runtime, execution=execution, monitor=monitor)
 loader = Some(evaluation=lambda size: [batch] * 10)
-with watchdog.armed(2.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
+with watchdog.watch(2.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
     HeldOutLosses(trainee, lambda batch: None, loader, every=1, names=("one",))(1)
 """
 

@@ -12,12 +12,12 @@ from engine.records.processes import look_up, running, start_ticks
 
 def test_the_guard_which_imports_nothing_of_ours_says_the_same() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert guard.started(child.pid) == str(start_ticks(child.pid))
+    assert guard.start_ticks(child.pid) == str(start_ticks(child.pid))
     assert child.pid in {process.pid for process in running()}
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert look_up(child.pid, zombies=True) is not None
-    assert guard.started(child.pid) is start_ticks(child.pid) is None
+    assert guard.start_ticks(child.pid) is start_ticks(child.pid) is None
     child.wait()
     assert look_up(child.pid, zombies=True) is None
-    assert guard.started(child.pid) is start_ticks(child.pid) is None
+    assert guard.start_ticks(child.pid) is start_ticks(child.pid) is None
