@@ -41,13 +41,14 @@ def quickstart_arguments() -> list[str]:
 
 
 def is_rank_zero() -> bool:
+    """Returns whether this rank, which has not met the others yet, is the first."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _wait_for_rank_zero() -> None:
-    """Waits until rank 0 has reported its error. The launcher ends all ranks as soon as one exits, so the first to leave
-    would silence it. Mostly rank 0 has the same error, and this process is ended meanwhile; an error of this rank alone
-    is reported after the wait."""
+    """Waits until rank 0 has reported its error. The launcher ends all ranks as soon as one exits, so the first to
+    leave would silence it. Mostly rank 0 has the same error, and this process is ended meanwhile; an error of this rank
+    alone is reported after the wait."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(WAIT_FOR_RANK_ZERO_S)
 
@@ -114,7 +115,9 @@ def run_main(body: Callable[[], int]) -> int:
 def distill_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = without_local_rank(sys.argv[1:] if argv is None else argv)
-        config = parse_config(RunConfig, words or quickstart_arguments(), "Distil a teacher (start this with `deepspeed`).")
+        config = parse_config(
+            RunConfig, words or quickstart_arguments(), "Distil a teacher (start this with `deepspeed`)."
+        )
         from engine.jobs.distill.job import distill  # heavy imports only once the configuration is known to be sound
 
         return distill(config)

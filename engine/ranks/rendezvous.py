@@ -28,8 +28,8 @@ def is_needed() -> bool:
     torchrun."""
     if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return False  # it is not known where
-    # until PyTorch > 2.13: torchrun's store keeps what the ranks of a failed attempt have written, and gloo would connect
-    # to the dead; `agree` gives each attempt a part of its own
+    # until PyTorch > 2.13: torchrun's store keeps what the ranks of a failed attempt have written, and gloo would
+    # connect to the dead; `agree` gives each attempt a part of its own
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         return True
     world = int(os.environ.get("WORLD_SIZE", "1"))

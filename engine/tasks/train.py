@@ -133,7 +133,6 @@ def train_on_task(
         trainer = Trainer(
             train=train,
             seed=seed,
-            execution=execution,
             runtime=runtime,
             stop=stop,
             trainees=[trainee],

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,7 @@ PERSISTENT_NUMEL = 10_000
 more."""
 
 
-class Update(Enum):
-    """What became of an optimizer step."""
-
-    STEPPED = "stepped"
-    SKIPPED = "skipped"
-    """Gradients were not finite: weights and schedule are as before."""
-    EXHAUSTED = "exhausted"
+class ScaleExhausted(Exception):
     """Gradients overflow fp16 at the smallest loss scale."""
 
 
@@ -39,7 +32,10 @@ class DeepSpeedModel:
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, train: TrainConfig, execution: Execution
     ) -> None:
-        """Collective."""
+        """Makes DeepSpeed's engine, the schedule, and the state that it needs beside the optimizer's. Collective.
+
+        optimizer: over the module's parameters. execution: resolved for `train`.
+        """
         import deepspeed  # only here: importing it costs seconds
 
         schedule = build_schedule(train, optimizer)  # before the rates are taken away
@@ -77,18 +73,15 @@ class DeepSpeedModel:
         """Adds the gradients of a micro step, divided by their number in a step."""
         self.ds_engine.backward(loss)
 
-    def step(self, *, norm: bool, skip_bad: bool) -> Update | None:
-        """Updates the weights after the last micro step of a step; returns None after the others. Collective.
+    def step(self, *, norm: bool, skip_bad: bool) -> None:
+        """Updates the weights after the last micro step of a step; does nothing after the others. Collective. Raises
+        ScaleExhausted on every rank.
 
         norm: whether `grad_norm` is asked for after it. skip_bad: leave out a step whose gradients are not finite, as
         16-bit training and ZeRO always do.
         """
-        if not self.ds_engine.is_gradient_accumulation_boundary():
-            self.ds_engine.step()
-            return None
-        skipped = self.skipped_steps
         with ExitStack() as stack:
-            if self._keeps_no_norm and (norm or skip_bad):
+            if self._keeps_no_norm and (norm or skip_bad) and self.ds_engine.is_gradient_accumulation_boundary():
                 self._grad_norm = torch.nn.utils.get_total_norm(
                     [p.grad for p in self.module.parameters() if p.grad is not None]
                 )
@@ -96,16 +89,15 @@ class DeepSpeedModel:
                     stack.enter_context(_without_update(self.ds_engine))
             try:
                 self.ds_engine.step()
-            except Exception as error:  # DeepSpeed has no class for it; every rank raises it in the same step
+            except Exception as error:  # until DeepSpeed > 0.19.8: it has no class for it
                 if "loss scale already at minimum" not in str(error):
                     raise
-                return Update.EXHAUSTED
-        return Update.STEPPED if self.skipped_steps == skipped else Update.SKIPPED
+                raise ScaleExhausted from error
 
     @property
     def _keeps_no_norm(self) -> bool:
-        """In plain fp32 data parallel DeepSpeed has no optimizer of its own around ours: it keeps no norm, and steps
-        with gradients that are not finite."""
+        """Whether DeepSpeed keeps no norm of the gradients, and steps with ones that are not finite"""
+        # until DeepSpeed > 0.19.8: in plain fp32 data parallel it has no optimizer of its own around ours
         return self._execution.zero_stage == 0 and self._execution.precision == "float32"
 
     @property
@@ -203,13 +195,11 @@ def shard_frozen(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 
 @contextmanager
 def _without_first_update(optimizer: torch.optim.Optimizer, execution: Execution) -> Iterator[None]:
-    """While DeepSpeed's engine is made around the optimizer.
-
-    until DeepSpeed > 0.19.8: 16-bit stage 0 steps once with zero gradients to allocate the state. That decays the
-    weights and leaves Adam's step count at 1, so that the first real steps miss their bias correction (measured on a
-    toy model: the loss differs from stages 1 to 3 by up to 5 % after 4 steps). So it runs at lr 0, and its state is
-    dropped.
-    """
+    """Keeps weights and state as they are while DeepSpeed's engine is made around the optimizer."""
+    # until DeepSpeed > 0.19.8: 16-bit stage 0 steps once with zero gradients to allocate the state. That decays the
+    # weights and leaves Adam's step count at 1, so that the first real steps miss their bias correction (measured on a
+    # toy model: the loss differs from stages 1 to 3 by up to 5 % after 4 steps). So it runs at lr 0, and its state is
+    # dropped.
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -223,8 +213,8 @@ def _without_first_update(optimizer: torch.optim.Optimizer, execution: Execution
 
 
 def _reset_state(optimizer: torch.optim.Optimizer) -> None:
-    """As before the first step. In place where that is all zeros: state that is allocated before the first activations
-    leaves no holes between them."""
+    """Makes the state as before the first step; in place where that is all zeros, since state that is allocated before
+    the first activations leaves no holes between them."""
     values = [value for state in optimizer.state.values() for value in state.values()]
     if all(isinstance(value, torch.Tensor) for value in values):
         for value in values:
@@ -234,11 +224,9 @@ def _reset_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _drop_idle_work(ds_engine: Any, execution: Execution) -> None:
-    """Spares what stage 0 does for nothing.
-
-    until DeepSpeed > 0.19.8: it copies all gradients together and back for an all-reduce of one rank, and looks for
-    overflow in them before it computes their norm, which shows it as well and is looked at anyway.
-    """
+    """Spares what stage 0 does for nothing."""
+    # until DeepSpeed > 0.19.8: it copies all gradients together and back for an all-reduce of one rank, and looks for
+    # overflow in them before it computes their norm, which shows it as well and is looked at anyway
     if execution.world_size == 1:
         ds_engine.enable_backward_allreduce = False
     checker = getattr(ds_engine.optimizer, "overflow_checker", None)
@@ -248,11 +236,9 @@ def _drop_idle_work(ds_engine: Any, execution: Execution) -> None:
 
 
 def _grow_scale_after_step(optimizer: Any) -> None:
-    """Changes the step of an fp16 optimizer.
-
-    until DeepSpeed > 0.19.8: all stages grow the loss scale before they divide by it, which halves the gradients of
-    this step, unless they are clipped; and stage 3 reports half their norm.
-    """
+    """Makes an fp16 optimizer grow its loss scale after its step."""
+    # until DeepSpeed > 0.19.8: all stages grow it before they divide by it, which halves the gradients of this step,
+    # unless they are clipped; and stage 3 reports half their norm
     step, update_scale = optimizer.step, optimizer._update_scale
     grows = False
 
@@ -271,9 +257,9 @@ def _grow_scale_after_step(optimizer: Any) -> None:
     optimizer._update_scale, optimizer.step = shrink_or_note, step_then_grow
 
 
-class _LeavesOut:
-    """In place of an optimizer for one step, as those of DeepSpeed are after an overflow: it counts the step as skipped
-    and keeps the schedule where it is."""
+class _SkippedStep:
+    """What stands in an optimizer's place for one step, as DeepSpeed's own are after an overflow: the engine counts the
+    step as skipped and keeps the schedule where it is."""
 
     overflow = True
 
@@ -281,7 +267,7 @@ class _LeavesOut:
         self._optimizer = optimizer
 
     def step(self) -> None:
-        return
+        """Leaves the weights as they are."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._optimizer, name)
@@ -289,8 +275,9 @@ class _LeavesOut:
 
 @contextmanager
 def _without_update(ds_engine: Any) -> Iterator[None]:
+    """Makes the engine's step leave the weights as they are."""
     optimizer = ds_engine.optimizer
-    ds_engine.optimizer = _LeavesOut(optimizer)
+    ds_engine.optimizer = _SkippedStep(optimizer)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ class Failure:
     """Kind of failure: diverged, skipped, checkpoint_failed, out_of_memory or hang."""
     step: int
     """Optimizer step that it is about."""
-    said: str = ""
+    text: str = ""
     """Line for the user; empty where another place says it."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Further fields of the record."""
@@ -53,11 +53,11 @@ class BadPlace:
 
 
 def _diverged(step: int, what: str, more: str = "", **facts: Any) -> Failure:
-    said = (
+    text = (
         f"error: {what}. Complete checkpoints, if any, are untouched. Try a lower learning rate or more warm-up in "
         f"another output_dir{more}"
     )
-    return Failure("diverged", step, said, facts)
+    return Failure("diverged", step, text, facts)
 
 
 def not_finite(
@@ -79,8 +79,8 @@ def not_finite(
         limit = f"; more than train.skip_bad_steps={may_skip} of them" if may_skip else ""
         more = ", or train.skip_bad_steps when single batches are to blame"
         return _diverged(first, what + limit, more, **facts)
-    said = f"warning: {what}; left out ({skipped} of at most {may_skip})"
-    return Failure("skipped", first, said, {"skipped": skipped, **facts})
+    text = f"warning: {what}; left out ({skipped} of at most {may_skip})"
+    return Failure("skipped", first, text, {"skipped": skipped, **facts})
 
 
 def weights_not_finite(step: int) -> Failure:
@@ -90,8 +90,8 @@ def weights_not_finite(step: int) -> Failure:
 
 def outputs_not_finite(step: int) -> Failure:
     """Words outputs of an evaluation that have no score."""
-    said = f"error: the model's outputs are not finite after step {step}"
-    return Failure("diverged", step, said, {"terms": ["outputs"]})
+    text = f"error: the model's outputs are not finite after step {step}"
+    return Failure("diverged", step, text, {"terms": ["outputs"]})
 
 
 def scale_exhausted(step: int, place: BadPlace | None) -> Failure:
@@ -104,8 +104,8 @@ def scale_exhausted(step: int, place: BadPlace | None) -> Failure:
 
 def checkpoint_failed(step: int, why: str, *, goes_on: bool) -> Failure:
     """Words a checkpoint that could not be written. goes_on: training continues without it; else its end says why."""
-    said = f"warning: {why}; training goes on, and the next checkpoint is tried as usual" if goes_on else ""
-    return Failure("checkpoint_failed", step, said, {"why": why, "goes_on": goes_on})
+    text = f"warning: {why}; training goes on, and the next checkpoint is tried as usual" if goes_on else ""
+    return Failure("checkpoint_failed", step, text, {"why": why, "goes_on": goes_on})
 
 
 def out_of_memory(step: int, *, rank: int, why: str, **facts: Any) -> Failure:
@@ -115,8 +115,8 @@ def out_of_memory(step: int, *, rank: int, why: str, **facts: Any) -> Failure:
 
 def hang(step: int, *, rank: int, host: str, limit_s: float, stacks: Path) -> Failure:
     """Words a rank that has finished nothing for `limit_s` seconds."""
-    said = (
+    text = (
         f"error: rank {rank} on {host} has finished nothing for {limit_s:g} s after step {step} "
         f"(train.hang_timeout_s); its stacks are in {stacks}"
     )
-    return Failure("hang", step, said, {"rank": rank, "host": host, "limit_s": limit_s, "stacks": str(stacks)})
+    return Failure("hang", step, text, {"rank": rank, "host": host, "limit_s": limit_s, "stacks": str(stacks)})

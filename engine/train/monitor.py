@@ -6,9 +6,8 @@ import contextlib
 import platform
 import resource
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from engine.records.run_dir import RunDir
 from engine.train import failures
 from engine.train.failures import Failure
 from engine.train.progress import Progress
-from engine.train.step_report import StepReport
+from engine.train.step_report import Speedometer, StepReport
 
 TFLOPS_NOTE = (
     "Achieved TFLOP/s of all ranks: real tokens per second times the FLOPs of a token: the teacher's forward plus "
@@ -33,18 +32,21 @@ TFLOPS_NOTE = (
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak of this rank: device memory on a GPU, resident memory of the process on a CPU."""
+    """Returns the peak of this rank: device memory on a GPU, resident memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def open_records(path: Path, *, echo: bool = True, tell: Callable[[str], None] | None = None) -> RecordWriter:
-    """On a terminal the bar is for the eyes, and records.jsonl holds the lines; logs and pipes get both (`echo`)."""
+    """Opens records.jsonl for appending. On a terminal the bar is for the eyes, and the file alone holds the records;
+    logs and pipes get them too (`echo`). tell: prints a line, when the disk does not take a record."""
     return RecordWriter(path, stream=None if echo and not sys.stdout.isatty() else _Silent(), tell=tell)
 
 
 class Monitor:
+    """What is shown and recorded of one model in training."""
+
     def __init__(
         self,
         *,
@@ -59,14 +61,12 @@ class Monitor:
         part_of_a_job: bool = False,
         name: str = "",
     ) -> None:
-        """labels: fields that every record gets, e.g. which of several models it is about. part_of_a_job: the records
-        go to the file alone, since stdout is the job's. name: of the model, where lines of several are mixed; they then
-        have no bar."""
+        """active: whether this rank shows anything (rank 0). labels: fields that every record gets, e.g. which of
+        several models it is about. part_of_a_job: the records go to the file alone, since stdout is the job's. name: of
+        the model, where lines of several are mixed; they then have no bar."""
         self._active = active
         self._progress = Progress(steps, name)
         self._labels = labels or {}
-        self._steps = steps
-        self._flops_per_token = flops_per_token
         self._device = device
         self._config_text = config_text
         self._tensorboard_dir = tensorboard
@@ -74,11 +74,12 @@ class Monitor:
         self.records = open_records(records, echo=not part_of_a_job, tell=self.say) if active else None
         self.history = History()
         self._records_path = records
-        self._wait_s = 0.0
+        self._speedometer = Speedometer(flops_per_token)
 
     @classmethod
     def silent(cls, run_dir: RunDir, *, steps: int, device: torch.device) -> Monitor:
-        """For work within a job that shows nothing of it, but for what ends the job: that is recorded on every rank."""
+        """Returns a monitor for work within a job that shows nothing of it, but for what ends the job: that is recorded
+        on every rank."""
         return cls(
             active=False,
             tensorboard=run_dir.tensorboard,
@@ -89,24 +90,24 @@ class Monitor:
             config_text="",
         )
 
-    def hangs_watched(
+    def watch_hangs(
         self, name: str, *, step: Callable[[], int], rank: int, limit_s: float
     ) -> AbstractContextManager[None]:
-        """A rank that hangs inside is ended (engine/ranks/watchdog.py), with a record and its stacks in hangs/.
-        name: of that file's beginning. step: the one that was begun last."""
+        """Ends a rank that hangs inside (engine/ranks/watchdog.py), with a record and its stacks in hangs/. name: of
+        that file's beginning. step: returns the step that was begun last."""
         host = platform.node()
         stacks = self._records_path.parent / "hangs" / f"{name}-{host}-rank-{rank:05d}.txt"
 
-        def tell() -> None:
-            """On the watchdog's thread, just before the process ends."""
+        def report_hang() -> None:  # on the watchdog's thread, just before the process ends
             failure = failures.hang(step(), rank=rank, host=host, limit_s=limit_s, stacks=stacks)
-            print(failure.said, file=sys.stderr, flush=True)
+            print(failure.text, file=sys.stderr, flush=True)
             self.record_from_any_rank(failure)
 
-        return watchdog.watch(limit_s, stacks, tell)
+        return watchdog.watch(limit_s, stacks, report_hang)
 
     def begin(self, step: int) -> None:
-        self._mark = time.perf_counter()
+        """Starts to show and to count, after `step`."""
+        self._speedometer.begin()
         if not self._active:
             return
         self.history = History.read(self._records_path, until=step)
@@ -117,29 +118,19 @@ class Monitor:
         self._progress.begin(step)
 
     def write_record(self, kind: str, **fields: Any) -> None:
+        """Writes a record, on rank 0."""
         if self.records is not None:
             self.records.write(kind, **self._labels, **fields)
 
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time spent here does not count as training time."""
-        start = time.perf_counter()
-        yield
-        self._mark += time.perf_counter() - start
+    def pause(self) -> AbstractContextManager[None]:
+        """Leaves the time that is spent inside out of the time of training."""
+        return self._speedometer.pause()
 
     def step(self, report: StepReport) -> None:
-        now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
-        wait, self._wait_s = report.interval.wait_s - self._wait_s, report.interval.wait_s
+        """Shows and records a log interval."""
+        seconds, speed = self._speedometer.read(report.interval)
         if not self._active:
             return
-        speed = {
-            "tokens_per_s": report.interval.counts.tokens / seconds,
-            "samples_per_s": report.interval.counts.sequences / seconds,
-            "tflops": self._flops_per_token * report.interval.counts.tokens / seconds / 1e12,
-            "data_wait_share": wait / seconds,
-            "fill": report.interval.counts.tokens / max(report.interval.counts.positions, 1.0),
-        }
         shares = {name: value / seconds for name, value in report.interval.phases.items()}
         peak = peak_memory_gib(self._device)
         self._plot(report, speed, shares, peak)
@@ -189,33 +180,34 @@ class Monitor:
             self._progress.say(text)
 
     def held_out(self, step: int, total: float, terms: dict[str, float]) -> None:
+        """Shows and records held-out losses after `step`."""
         self.history.add({"step": step, "held_out": {"total": total, "terms": terms}})
         points = {"total": total, **terms}
         self._scalars({f"loss_held_out/{name}": value for name, value in points.items()}, step)
         self.write_record("step", step=step, held_out={"total": total, "terms": terms})
-        self.say(f"step {step}/{self._steps}  held-out loss {total:.4g}")
+        self.say(f"step {step}/{self._progress.steps}  held-out loss {total:.4g}")
 
     def scores(self, step: int, scores: dict[str, float], *, aloud: bool = True, **fields: Any) -> None:
-        """Task scores after `step`; also as a line of text when `aloud`."""
+        """Records task scores after `step`, and prints them when `aloud`."""
         self._scalars({f"score/{name}": value for name, value in scores.items()}, step)
         self.write_record("step", step=step, scores=scores, **fields)
         if aloud:
             listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            self.say(f"step {step}/{self._steps}  {listed}")
+            self.say(f"step {step}/{self._progress.steps}  {listed}")
 
     def checkpoint(self, step: int, folder: Path) -> None:
+        """Shows and records that a checkpoint is complete."""
         self.write_record("checkpoint", step=step, path=str(folder))
-        self.say(f"step {step}/{self._steps}  checkpoint {folder}")
+        self.say(f"step {step}/{self._progress.steps}  checkpoint {folder}")
 
     def report(self, failure: Failure) -> None:
         """Records and says what went wrong."""
         self.write_record("error", **failure.fields)
-        if failure.said:
-            self.say(failure.said)
+        if failure.text:
+            self.say(failure.text)
 
     def record_from_any_rank(self, failure: Failure) -> None:
-        """Records what ends this rank. Rank 0 owns the stream of records; what another rank has to say is appended to
-        the same file."""
+        """Records what ends this rank. Rank 0 owns the stream of records; another rank appends to the same file."""
         if self.records is not None:
             self.write_record("error", **failure.fields)
             return
@@ -226,11 +218,11 @@ class Monitor:
             records.close()
 
     def end_progress(self) -> None:
-        """Leaves the bar where it is; what is said from now on comes under it."""
+        """Leaves the bar where it is; further lines come under it."""
         self._progress.end()
 
     def close(self) -> None:
-        """Raises RunFailure when a result could not be recorded."""
+        """Closes the files. Raises RunFailure when a result could not be recorded."""
         self.end_progress()
         if self._curves is not None:
             self._curves.close()
@@ -239,7 +231,7 @@ class Monitor:
 
 
 class _Silent:
-    """A stream that swallows: on a terminal, records go to the file only."""
+    """A stream that shows nothing: on a terminal, records go to the file only."""
 
     def write(self, text: str) -> int:
         return len(text)

@@ -19,8 +19,10 @@ class Progress:
     """A bar on a terminal, unless lines of several models are mixed; else a line for each report."""
 
     def __init__(self, steps: int, name: str) -> None:
-        """steps: of the whole run. name: of the model, before each line; empty where there is one model."""
-        self._steps, self._name = steps, name
+        """name: of the model, before each line; empty where there is one model."""
+        self.steps = steps
+        """Number of steps of the whole run."""
+        self._name = name
         self._bar: tqdm[Any] | None = None
         self._start_step = 0
         self._eta_mark = (0, 0.0)
@@ -30,7 +32,7 @@ class Progress:
         """Starts to count, after `step`."""
         self._start_step, self._eta_mark = step, (step, time.perf_counter())
         if sys.stderr.isatty() and not self._name:
-            self._bar = tqdm(total=self._steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(total=self.steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def step(self, report: StepReport, tokens_per_s: float) -> None:
         """Shows where training is."""
@@ -41,7 +43,7 @@ class Progress:
             return
         parts = ", ".join(f"{name} {value:.4g}" for name, value in report.by_loss().items())
         self.say(
-            f"step {report.step}/{self._steps}  loss {report.total:.4g} ({parts})  lr {report.lr:.2e}  "
+            f"step {report.step}/{self.steps}  loss {report.total:.4g} ({parts})  lr {report.lr:.2e}  "
             f"{tokens_per_s:,.0f} tokens/s{left}"
         )
 
@@ -49,7 +51,7 @@ class Progress:
         now, done = time.perf_counter(), step - self._start_step
         if done >= ETA_AFTER_STEPS:
             per_step = (now - self._eta_mark[1]) / (step - self._eta_mark[0])
-            return f", {duration_text(per_step * (self._steps - step))} left"
+            return f", {duration_text(per_step * (self.steps - step))} left"
         if done <= ETA_AFTER_STEPS // 2:
             self._eta_mark = (step, now)
         return ""
@@ -63,7 +65,7 @@ class Progress:
             print(text, flush=True)
 
     def end(self) -> None:
-        """Leaves the bar where it is; what is said from now on comes under it."""
+        """Leaves the bar where it is; further lines come under it."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -16,11 +16,11 @@ from engine.models.features import Features
 from engine.ranks.runtime import Runtime
 from engine.train import failures
 from engine.train.checkpoint import Checkpointer, CheckpointFailed
-from engine.train.deepspeed_engine import DeepSpeedModel, Update
+from engine.train.deepspeed_engine import DeepSpeedModel, ScaleExhausted
 from engine.train.failures import BadPlace
 from engine.train.loss_window import BadMicroStep, LossWindow, WindowReport
 from engine.train.monitor import Monitor
-from engine.train.step_report import Interval, PhaseTimer, StepReport
+from engine.train.step_report import Interval, IntervalMeter, StepReport
 
 SequenceIds = Callable[[int, int, int], list[int]]
 """Returns the numbers of the sequences of a step (from 0), a micro step and a rank."""
@@ -70,6 +70,7 @@ class Trainee:
         self.execution, self.runtime = execution, runtime
         self.monitor, self.checkpointer = monitor, checkpointer
         self.diverged = False
+        """Whether its losses or weights were not finite more often than train.skip_bad_steps allows."""
         self.stopped = False
         """Whether its evaluation has ended it before the others."""
         self.skipped: list[int] = []
@@ -93,19 +94,20 @@ class Trainee:
         at: MicroStep,
         *,
         last_user: bool,
-        timer: PhaseTimer,
+        meter: IntervalMeter,
     ) -> None:
         """Runs one forward and backward; the last micro step of a step also updates the weights. last_user: nobody else
         needs the features, so their memory may serve the backward pass."""
-        with timer.phase("student", self):
+        with meter.phase("student", self):
             total, terms = self.model(batch, features, per_micro)
             if features is not None and last_user:
                 features.release()
             self.model.backward(total)
         self._window.add(total, terms, step=at.step, micro=at.micro)
-        with timer.phase("optimizer", self):
-            update = self.model.step(norm=at.logged, skip_bad=self._may_skip > 0)
-        if update is Update.EXHAUSTED:
+        try:
+            with meter.phase("optimizer", self):
+                self.model.step(norm=at.logged, skip_bad=self._may_skip > 0)
+        except ScaleExhausted:
             self.diverged = True
             self.monitor.report(failures.scale_exhausted(at.step, self._place(self._window.reduce().first_bad)))
 
@@ -148,7 +150,7 @@ class Trainee:
         )
 
     def check_weights(self, step: int) -> bool:
-        """Returns whether all weights are finite; says so when not. The losses of a step are computed before its
+        """Returns whether all weights are finite, and reports it when not. The losses of a step are computed before its
         update, so they cannot tell. Under ZeRO-3 each rank looks at its own shards. Collective."""
         finite = self.model.is_finite()
         if self.runtime.world_size > 1:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-from engine.config.deepspeed import Execution
 from engine.config.distill import TrainConfig
-from engine.data.batch import Batch, Counts
+from engine.data.batch import Batch
 from engine.data.loader import StepBatches
 from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, RunFailure, first_line
 from engine.models.features import Features
@@ -21,7 +20,7 @@ from engine.ranks.collectives import summed
 from engine.ranks.runtime import Runtime, StopRequest, seed_micro_step
 from engine.train import failures
 from engine.train.failures import MOST_SEQUENCES
-from engine.train.step_report import Interval, PhaseTimer
+from engine.train.step_report import Interval, IntervalMeter
 from engine.train.trainee import MicroStep, Trainee
 
 Teacher = Callable[[Batch], Features]
@@ -29,12 +28,15 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Outcome(Enum):
+    """How training ended."""
+
     DONE = "done"
     DIVERGED = "diverged"
     PREEMPTED = "preempted"
 
     @property
     def exit_code(self) -> int:
+        """Exit code of a process whose training ended so"""
         return {Outcome.DONE: EXIT_DONE, Outcome.DIVERGED: EXIT_DIVERGED, Outcome.PREEMPTED: EXIT_PREEMPTED}[self]
 
 
@@ -42,14 +44,15 @@ class BatchSource(Protocol):
     """CorpusLoader or TaskLoader."""
 
     wait_s: float
+    """Seconds that this rank has waited for data since the start."""
 
     def steps(self, start: int) -> Generator[StepBatches, None, None]:
         """Yields the micro batches of each step from `start` on, counted from 0."""
         ...
 
     def sequence_ids(self, step: int, micro: int, rank: int) -> list[int]:
-        """The numbers (in the corpus or data set) of what `rank` trains on in micro step `micro` of `step`, all from
-        0."""
+        """Returns the numbers (in the corpus or data set) of what `rank` trains on in micro step `micro` of `step`, all
+        from 0."""
         ...
 
 
@@ -58,44 +61,48 @@ class Evaluation(Protocol):
 
     @property
     def enough(self) -> bool:
-        """Whether training should end before its last step."""
+        """Whether training should end before its last step"""
         ...
 
-    def due(self, step: int, *, last: bool) -> bool: ...
+    def due(self, step: int, *, last: bool) -> bool:
+        """Returns whether to measure after `step`. last: it is the last step of the run."""
+        ...
 
     def __call__(self, step: int) -> bool:
-        """Measures; returns whether a checkpoint of this step is worth keeping."""
+        """Measures, and returns whether a checkpoint of this step is worth keeping. Collective."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must know; a checkpoint keeps it."""
+        """Returns what a resumed run must know; a checkpoint keeps it."""
         ...
 
 
 @dataclass
 class Trainer:
+    """The loop of one start, over the models that are trained side by side."""
+
     train: TrainConfig
     seed: int
-    execution: Execution
     runtime: Runtime
     stop: StopRequest
     trainees: Sequence[Trainee]
+    """Models in training, which are executed the same way."""
     teacher: Teacher | None
     loader: BatchSource
     evaluation: Evaluation | None = None
     step: int = 0
+    """Last step that is done, from 1; 0 before the first."""
     kept: Mapping[str, Any] = field(default_factory=dict)
-    """What every checkpoint holds beside the state of training."""
+    """State that every checkpoint holds beside that of training."""
 
     def __post_init__(self) -> None:
-        self._timer = PhaseTimer(self.runtime.device)
-        self._interval_counts = Counts()
+        self._meter = IntervalMeter(self.runtime.device)
         self._in_micro_step: tuple[int, Batch] | None = None
-        """Its number within the step, and its batch."""
+        """Number of the current micro step within its step, and its batch; None between steps."""
 
     @property
     def live(self) -> list[Trainee]:
-        """Those that have neither diverged nor been stopped."""
+        """Models that have neither diverged nor been stopped"""
         return [trainee for trainee in self.trainees if not trainee.diverged and not trainee.stopped]
 
     def run(self) -> Outcome:
@@ -103,13 +110,13 @@ class Trainer:
         or when no model is left in training."""
         for trainee in self.trainees:
             trainee.monitor.begin(self.step)
-        hangs_watched = self.trainees[0].monitor.hangs_watched(
+        watch = self.trainees[0].monitor.watch_hangs(
             f"step-{self.step:08d}",
             step=lambda: self.step,
             rank=self.runtime.rank,
             limit_s=self.train.hang_timeout_s,
         )
-        with hangs_watched, self._memory_watched():
+        with watch, self._explain_out_of_memory():
             return self._loop()
 
     def _loop(self) -> Outcome:
@@ -141,19 +148,19 @@ class Trainer:
         return self.evaluation is not None and self.evaluation.enough
 
     def _pause(self) -> ExitStack:
-        """Time spent inside does not count as training time."""
+        """Leaves the time that is spent inside out of the time of training, for every model."""
         stack = ExitStack()
         for trainee in self.trainees:
             stack.enter_context(trainee.monitor.pause())
         return stack
 
     def train_step(self, inputs: StepBatches) -> bool:
-        """One optimizer step of every model; returns whether any rank was told to stop before it."""
+        """Makes one optimizer step of every model; returns whether any rank was told to stop before it. Collective."""
         *sums, stops = summed([*inputs.local_counts.as_list(), self.stop.requested])
         counts, stopping = inputs.local_counts.with_values(sums), stops > 0
-        self._interval_counts = self._interval_counts + counts
-        per_micro = counts.scaled(1.0 / (self.runtime.world_size * self.execution.grad_accum_steps))
+        self._meter.add(counts)
         live = self.live
+        per_micro = counts.scaled(1.0 / (self.runtime.world_size * len(inputs.micro)))
         self.step += 1
         for i, micro in enumerate(inputs.micro):
             self._in_micro_step = i, micro
@@ -161,25 +168,25 @@ class Trainer:
             batch = micro.to(self.runtime.device)
             features = None
             if self.teacher is not None:
-                with self._timer.phase("teacher"):
+                with self._meter.phase("teacher"):
                     features = self.teacher(batch)
             for trainee in live:
                 # the same dropout alone and in a cohort
                 seed_micro_step(self.seed, self.step, i + 1, self.runtime.rank)
-                trainee.micro_step(batch, features, per_micro, at, last_user=trainee is live[-1], timer=self._timer)
+                trainee.micro_step(batch, features, per_micro, at, last_user=trainee is live[-1], meter=self._meter)
             watchdog.beat()
         self._in_micro_step = None
         return stopping
 
     def log(self) -> None:
-        """Reports the interval of every model; one whose loss was not finite drops out."""
-        times, counts = self._timer.read(), self._interval_counts
-        self._interval_counts = Counts()
+        """Reports the interval of every model; one whose loss was not finite drops out. Collective."""
+        measures = self._meter.read()
         for trainee in self.live:
-            trainee.log(Interval(self.step, counts, times.of(trainee), self.loader.wait_s))
+            trainee.log(Interval(self.step, measures.counts, measures.phases_of(trainee), self.loader.wait_s))
 
     def save(self, *, needed: bool) -> None:
-        """needed: there will be no later checkpoint in this start."""
+        """Writes a checkpoint of every model. needed: there will be no later one in this start. Collective. Raises
+        RunFailure as Trainee.save does."""
         state = {**self.kept, **({} if self.evaluation is None else self.evaluation.state())}
         with self._pause():
             for trainee in self.live:
@@ -188,13 +195,13 @@ class Trainer:
                 watchdog.beat()
 
     @contextmanager
-    def _memory_watched(self) -> Iterator[None]:
-        """Says what did not fit when memory runs out: a record, and one line instead of a traceback."""
+    def _explain_out_of_memory(self) -> Iterator[None]:
+        """Turns an error of memory that runs out inside into a record of what did not fit, and a RunFailure."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU has no class
-            is_it = isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
-            if not is_it or isinstance(error, RunFailure):
+            out_of_memory = isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+            if not out_of_memory or isinstance(error, RunFailure):
                 raise
             rank, why = self.runtime.rank, first_line(error)[:200]
             where, facts = f"after step {self.step}", {}
@@ -206,9 +213,10 @@ class Trainer:
             self.trainees[0].monitor.record_from_any_rank(
                 failures.out_of_memory(self.step, rank=rank, why=why, **facts)
             )
+            batch_size = self.trainees[0].execution.micro_batch_size
             raise RunFailure(
                 f"out of memory {where} on rank {rank} ({platform.node()}), at micro batches of "
-                f"{self.execution.micro_batch_size} sequences ({why}). A smaller train_micro_batch_size_per_gpu, "
+                f"{batch_size} sequences ({why}). A smaller train_micro_batch_size_per_gpu, "
                 "student.activation_checkpointing, ZeRO or offload need less; checkpoints are intact, and "
                 "the micro batch may change at resume"
             ) from None

@@ -213,11 +213,15 @@ print("kept" if store.check(["ready/0"]) else "anew", flush=True)
 def torchrun_keeps_the_store_of_a_failed_attempt(folder: Path) -> bool:
     folder.mkdir()
     (folder / "rank.py").write_text(RESTARTED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--max_restarts=1", "--monitor_interval=0.1"]
-    environ = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
-    done = subprocess.run(
-        [*command, "--master_port=0", str(folder / "rank.py")], env=environ, capture_output=True, text=True, timeout=60
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--max_restarts=1",
+        "--monitor_interval=0.1",
+    ]
+    done = subprocess.run([*command, str(folder / "rank.py")], capture_output=True, text=True, timeout=100)
     return done.stdout.strip() == "kept"
 
 

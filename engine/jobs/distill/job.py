@@ -128,7 +128,6 @@ class Job:
         trainer = Trainer(
             train=self.config.train,
             seed=self.config.seed,
-            execution=plan.execution,
             runtime=self.runtime,
             stop=StopRequest(),  # not before: until here a signal may simply end the process
             trainees=[trainee],

@@ -217,7 +217,7 @@ class FinetuneJob:
         """A rank that hangs inside ends as one that hangs in training does."""
         steps, limit_s = self.results[unit.folder]["steps_run"], TrainConfig.hang_timeout_s
         monitor = Monitor.silent(RunDir(unit.folder), steps=steps, device=self.runtime.device)
-        return monitor.hangs_watched("predictions", step=lambda: steps, rank=self.runtime.rank, limit_s=limit_s)
+        return monitor.watch_hangs("predictions", step=lambda: steps, rank=self.runtime.rank, limit_s=limit_s)
 
     def _predict_splits(self, unit: Unit, encoded: EncodedTask) -> None:
         task, folder = unit.task, RunDir(unit.folder).model

@@ -223,7 +223,6 @@ class ProxyJob:
         trainer = Trainer(
             train=base.config.train,
             seed=seed,
-            execution=base.execution,
             runtime=self.runtime,
             stop=self.stop,
             trainees=trainees,
@@ -240,7 +239,7 @@ class ProxyJob:
         """A rank that hangs inside ends as one that hangs in training does."""
         steps, limit_s = self.config.proxy.steps, self.plan.base.config.train.hang_timeout_s
         monitor = Monitor.silent(self.run_dir, steps=steps, device=self.runtime.device)
-        return monitor.hangs_watched(f"scores-seed{seed}", step=lambda: steps, rank=self.runtime.rank, limit_s=limit_s)
+        return monitor.watch_hangs(f"scores-seed{seed}", step=lambda: steps, rank=self.runtime.rank, limit_s=limit_s)
 
     def _score(self, evaluator: Evaluator, member: Member) -> Scores:
         """Returns the scores of a student. Collective."""

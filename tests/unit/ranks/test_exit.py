@@ -11,6 +11,7 @@ from typing import IO
 import pytest
 from launching import ROOT
 
+
 def run(*argv: str, output: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, *argv]
