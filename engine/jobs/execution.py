@@ -24,12 +24,13 @@ from engine.ranks.runtime import has_fast_bf16, has_fp16, launcher_world_size, n
 
 
 def compute_device() -> torch.device:
-    """The kind of device that this job computes on."""
+    """Returns the kind of device that this job computes on, without a number."""
     return torch.device("cuda" if uses_gpu() else "cpu")
 
 
 def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig) -> Execution:
-    """How this machine executes it. Raises UserError for a DeepSpeed file or an optimizer that cannot work."""
+    """Returns how this machine executes a job. Raises UserError for a DeepSpeed file or an optimizer that cannot
+    work."""
     name_accelerator()
     extension_builds.require_operators()
     path = Path(deepspeed_config)
@@ -62,15 +63,16 @@ def refused_by_deepspeed(ds: dict[str, Any]) -> Iterator[tuple[str, str]]:
         try:
             kind(**known)
         except ValidationError as error:
-            for one in error.errors():
-                key = ".".join(str(part) for part in (name, *one["loc"]))
-                given = f"={json.dumps(one['input'], default=repr)}" if one["loc"] else ""
-                if one["type"] != "extra_forbidden" or name not in NAMES:  # names were looked at already
-                    yield key, f"{key}{given}: {one['msg']}"
+            for fault in error.errors():
+                key = ".".join(str(part) for part in (name, *fault["loc"]))
+                given = f"={json.dumps(fault['input'], default=repr)}" if fault["loc"] else ""
+                if fault["type"] != "extra_forbidden" or name not in NAMES:  # names were looked at already
+                    yield key, f"{key}{given}: {fault['msg']}"
 
 
 def check_precision(execution: Execution) -> None:
-    """DeepSpeed would refuse it too, but only after both models are loaded, and with a traceback."""
+    """Raises UserError for fp16 on a processor that has none. DeepSpeed would refuse it too, but only after both models
+    are loaded, and with a traceback."""
     if execution.precision == "float16" and not uses_gpu() and not has_fp16():
         raise UserError(
             f"{execution.source}: fp16 on a CPU needs AVX-512 FP16, which this processor lacks; use a bf16 or fp32 "

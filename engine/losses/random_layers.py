@@ -13,7 +13,7 @@ import torch
 from engine.config.distill import LossConfig, MappingConfig
 from engine.data.batch import Batch, Counts
 from engine.losses.loss_set import LossSet
-from engine.mapping import RandomEachStep
+from engine.mapping import MappingPair, RandomEachStep
 from engine.models.features import Features
 from engine.models.projections import Projections
 
@@ -55,3 +55,13 @@ class RandomLosses(LossSet):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         of_batch = super().__call__ if batch.step is None else self.of_step(batch.step)
         return of_batch(student, teacher, batch, per_micro, projections)
+
+
+def build_losses(
+    config: LossConfig, mapping: MappingConfig, layers: MappingPair, *, seed: int = 0, **others: Any
+) -> LossSet:
+    """Returns the losses over `layers`, which is what `mapping` names for the two models. seed: of the draws of
+    random-each-step. others: of LossSet. Raises UserError for what does not fit the models."""
+    if isinstance(layers.hidden, RandomEachStep):
+        return RandomLosses(config, mapping, layers=layers.hidden, seed=seed, **others)
+    return LossSet(config, mapping, hidden_map=layers.hidden, attention_map=layers.attention, **others)

@@ -150,7 +150,7 @@ def train_on_task(
             steps_run=trainer.step,
             score=evaluation.best.score if done else None,
             metrics=evaluation.best.metrics if done else {},
-            optimizer=optimizer.name + (f"; {optimizer.why_not_faster}" if optimizer.why_not_faster else ""),
+            optimizer=str(optimizer),
         )
     finally:
         model.release()

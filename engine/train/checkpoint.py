@@ -26,7 +26,7 @@ from engine.train.checkpoint_files import (
     is_sound,
     problems_of,
     read_marker,
-    remove_folder,
+    remove_checkpoint,
     seal,
 )
 from engine.train.checkpoint_storage import Storage, Written
@@ -46,19 +46,22 @@ class Chosen:
 
     tag: str
     conversion: universal.Conversion | None
-    """When it was written with other ranks or another ZeRO stage."""
+    """Conversion that it needs when it was written with other ranks or another ZeRO stage."""
     notes: tuple[str, ...]
-    """What was wrong with newer ones."""
+    """Lines about newer ones that are damaged."""
 
 
 @dataclass(frozen=True)
 class Checkpointer:
+    """The checkpoints of a run: which of them to continue from, written and loaded."""
+
     run_dir: RunDir
     execution: Execution
     runtime: Runtime
     identity: dict[str, Any]
     """Flat settings and input hashes that must be the same at resume."""
     keep: int
+    """Number of newest checkpoints that are kept."""
     storage: Storage
     export: dict[str, Any] = field(default_factory=dict)
     """Contents of EXPORT_FILE."""
@@ -66,9 +69,12 @@ class Checkpointer:
     """stop or continue, as checkpoint.on_error."""
 
     def choose(self, resume: str, *, set_aside: bool = True) -> Chosen | None:
-        """Collective. The newest checkpoint whose files are what its marker says, or None for a fresh start. Damaged
-        ones that are newer are renamed to damaged-… when `set_aside`. Raises UserError when there is none to continue
-        from, and then leaves all as they are: a scheduler's next start must not begin anew."""
+        """Returns the newest checkpoint whose files are what its marker says, or None for a fresh start. Renames
+        damaged ones that are newer to damaged-… when `set_aside`. Raises UserError on every rank when there is none to
+        continue from, and then leaves all as they are: a scheduler's next start must not begin anew. Collective.
+
+        resume: auto, never, or the tag to continue from.
+        """
         require_agreement({**self.identity, **self.execution.facts, **self.execution.layout})
         markers = self._markers()
         tags = sorted(markers, key=tag_step)
@@ -99,31 +105,28 @@ class Checkpointer:
             shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
             damaged[tag] = f"{tag} is damaged: {shown}"
         if damaged:
-            otherwise = f"remove {self.run_dir.checkpoints} to start anew"
+            remedy = f"remove {self.run_dir.checkpoints} to start anew"
             if resume != "auto":
-                otherwise = (
-                    f"name another one ({', '.join(tag for tag in markers if tag != resume) or 'there is none'})"
-                )
+                remedy = f"name another one ({', '.join(tag for tag in markers if tag != resume) or 'there is none'})"
             raise UserError(
                 f"no checkpoint in {self.run_dir.checkpoints} can be continued: {'. '.join(damaged.values())}. Restore "
-                f"the files, or {otherwise}"
+                f"the files, or {remedy}"
             )
         return None
 
     def _set_aside(self, tag: str) -> str:
+        """Renames a damaged checkpoint; returns the end of a line that says so."""
         if self.storage.is_keeper:
             self._rename(tag, f"damaged-{tag}")
         return f"; it is now damaged-{tag}"
 
     def _markers(self) -> dict[str, dict[str, dict[str, Any] | None]]:
-        """Collective. By tag and host, what COMPLETE says (an empty object when it cannot be read); None on a host that
-        has no such checkpoint. Hosts that share one folder count as one."""
-        found = None
+        """Returns by tag and host what COMPLETE says (an empty object when it cannot be read), and None for a host that
+        has no such checkpoint. Hosts that share one folder count as one. Collective."""
+        own = None
         if self.storage.is_keeper:
-            found = {
-                tag: read_marker(self.run_dir.checkpoints / tag / COMPLETE) for tag in self.run_dir.complete_tags()
-            }
-        keepers = [(host, tags) for host, tags in gathered((platform.node(), found)) if tags is not None]
+            own = {tag: read_marker(self.run_dir.checkpoints / tag / COMPLETE) for tag in self.run_dir.complete_tags()}
+        keepers = [(host, tags) for host, tags in gathered((platform.node(), own)) if tags is not None]
         hosts = dict(keepers)
         if len(hosts) < len(keepers):
             raise UserError(
@@ -133,20 +136,23 @@ class Checkpointer:
         return {tag: {host: hosts[host].get(tag) for host in hosts} for tag in set().union(*hosts.values())}
 
     def _problems(self, tag: str, markers: dict[str, dict[str, Any] | None]) -> list[str]:
-        """Collective. What keeps a checkpoint from being used; every host's ranks look at a share of its files."""
+        """Returns what keeps a checkpoint from being used; every host's ranks look at a share of its files.
+        Collective."""
         folder = self.run_dir.checkpoints / tag
-        seen = self.storage.seen(markers)
-        if seen is None:
+        marker = self.storage.seen(markers)
+        if marker is None:
             problems = [f"{platform.node()} has nothing of it"] if self.storage.is_keeper else []
-        elif not is_sound(seen):
+        elif not is_sound(marker):
             problems = [f"{folder / COMPLETE} is unreadable"] if self.storage.is_keeper else []
         else:
             part, parts = self.storage.share
-            files = {name: seen["files"][name] for name in self.storage.files(seen)}
+            files = {name: marker["files"][name] for name in self.storage.files(marker)}
             problems = [self.storage.where + problem for problem in problems_of(folder, files, part=part, parts=parts)]
-        return [problem for found in gathered(problems) for problem in found]
+        return [problem for of_rank in gathered(problems) for problem in of_rank]
 
     def _check(self, tag: str, saved: dict[str, Any]) -> universal.Conversion | None:
+        """Returns the conversion that a checkpoint needs, if any. saved: its marker. Raises UserError for a checkpoint
+        of another run, and for one that cannot be converted."""
         changes = changed_keys(saved["identity"], self.identity)
         if changes:
             raise UserError(
@@ -159,6 +165,7 @@ class Checkpointer:
         return conversion
 
     def _rename(self, tag: str, name: str) -> None:
+        """Gives a checkpoint another name, in place of what has it."""
         target = self.run_dir.checkpoints / name
         if target.exists():
             shutil.rmtree(target)
@@ -179,7 +186,7 @@ class Checkpointer:
     def set_aside_after(self, tag: str) -> list[str]:
         """Renames complete checkpoints newer than `tag` to superseded-…: they belong to a future that is being run
         again, and must neither be chosen nor overwritten. For keepers."""
-        newer = [t for t in self.run_dir.complete_tags() if tag_step(t) > tag_step(tag)]
+        newer = [other for other in self.run_dir.complete_tags() if tag_step(other) > tag_step(tag)]
         for name in newer:
             self._rename(name, f"superseded-{name}")
         return newer
@@ -187,8 +194,8 @@ class Checkpointer:
     def save(self, model: DeepSpeedModel, step: int, state: dict[str, Any]) -> Path:
         """Writes every rank's shards; COMPLETE, with the hash of every file, comes last. Collective.
 
-        state: what `load` gives back. `state["best_step"]`, if there, names a checkpoint that is kept as well. Raises
-        CheckpointFailed on every rank when any could not write.
+        Returns the checkpoint's folder. state: what `load` gives back. `state["best_step"]`, if there, names a
+        checkpoint that is kept as well. Raises CheckpointFailed on every rank when any could not write.
         """
         tag = step_tag(step)
         folder = self.run_dir.checkpoints / tag
@@ -197,20 +204,20 @@ class Checkpointer:
         client_state = {**state, "step": step, **universal.INFO}
         files = model.save_checkpoint(self.run_dir.checkpoints, tag, client_state)
         written = gathered(Written(platform.node(), self.runtime.rank, files.written, files.errors))
-        errors = [f"{one.host}: {error}" for one in written for error in one.errors]
+        errors = [f"{share.host}: {error}" for share in written for error in share.errors]
         if not errors:
             closing = gathered((platform.node(), self._complete(folder, step, written)))
             errors = [f"{host}: {error}" for host, error in closing if error]
         if errors:
             if self.storage.is_keeper:
-                remove_folder(folder, COMPLETE)
+                remove_checkpoint(folder)
             gathered(None)  # nobody writes there again before it is gone
             raise CheckpointFailed(f"checkpoint {tag} could not be written ({'; '.join(dict.fromkeys(errors))})")
         if self.storage.is_keeper:
             self._write_latest(tag)
             for old in self.run_dir.complete_tags()[: -self.keep]:
                 if tag_step(old) != state.get("best_step"):
-                    remove_folder(self.run_dir.checkpoints / old, COMPLETE)
+                    remove_checkpoint(self.run_dir.checkpoints / old)
         return folder
 
     def _complete(self, folder: Path, step: int, written: Sequence[Written]) -> str | None:
@@ -222,14 +229,14 @@ class Checkpointer:
             return mistaken
         description = json.dumps({**self.export, "step": step}, indent=1).encode()
         mine = self.storage.in_this_folder(written)
-        on_this_host = {name: facts for one in mine for name, facts in one.files.items()}
+        on_this_host = {name: facts for share in mine for name, facts in share.files.items()}
         on_this_host[EXPORT_FILE] = FileFacts.of(description)
-        everywhere = {name: facts for one in written for name, facts in one.files.items()} | on_this_host
+        everywhere = {name: facts for share in written for name, facts in share.files.items()} | on_this_host
         marker = {
             "step": step,
             **self.execution.facts,
             "layout": self.execution.layout,
-            "ranks": [one.rank for one in mine],
+            "ranks": [share.rank for share in mine],
             "on_this_host": sorted(on_this_host),
             "files": {name: facts.as_json() for name, facts in everywhere.items()},
             "identity": self.identity,
@@ -243,7 +250,8 @@ class Checkpointer:
         return None
 
     def _write_latest(self, tag: str) -> None:
-        """For DeepSpeed's own tools (zero_to_fp32.py); nothing here reads it."""
+        """Writes the name of the newest checkpoint for DeepSpeed's own tools (zero_to_fp32.py); nothing here reads
+        it."""
         try:
             write_whole(self.run_dir.checkpoints / "latest", tag.encode())
         except OSError:
@@ -251,7 +259,7 @@ class Checkpointer:
 
     def load(self, model: DeepSpeedModel, chosen: Chosen) -> dict[str, Any]:
         """Restores weights, projections, optimizer, schedule and scaler; returns the saved state, with its `step`.
-        Collective."""
+        Raises UserError where DeepSpeed finds nothing or a conversion fails. Collective."""
         if chosen.conversion is not None:
             return universal.load(
                 model, self.run_dir.checkpoints, chosen.conversion, is_rank_zero=self.runtime.is_rank_zero

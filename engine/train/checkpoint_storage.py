@@ -31,6 +31,7 @@ class Written:
     files: Mapping[str, FileFacts]
     """Facts by name of file."""
     errors: Sequence[str]
+    """Errors that it has met, each with its file."""
 
 
 class Storage(Protocol):
@@ -39,9 +40,9 @@ class Storage(Protocol):
     is_keeper: bool
     """Whether this rank looks after the folder that it sees."""
     share: tuple[int, int]
-    """Which part of a checkpoint's files this rank checks, and of how many parts."""
+    """Number of the part of a checkpoint's files that this rank checks, and number of parts."""
     where: str
-    """Beginning of what is said of a file: whose folder it is in."""
+    """Beginning of a message about a file: whose folder it is in."""
 
     def seen(self, markers: Mapping[str, Marker | None]) -> Marker | None:
         """Returns this host's marker of a checkpoint, from those by host; None where it has none."""
@@ -92,7 +93,7 @@ class SharedFolder:
         return list(written)
 
     def mistaken(self, folder: Path, written: Sequence[Written]) -> str | None:
-        unseen = _not_seen(folder, {name: facts for one in written for name, facts in one.files.items()})
+        unseen = _not_seen(folder, {name: facts for share in written for name, facts in share.files.items()})
         if not unseen:
             return None
         return (
@@ -124,13 +125,12 @@ class FolderPerHost:
         return names
 
     def in_this_folder(self, written: Sequence[Written]) -> list[Written]:
-        return [one for one in written if one.host == platform.node()]
+        return [share for share in written if share.host == platform.node()]
 
     def mistaken(self, folder: Path, written: Sequence[Written]) -> str | None:
-        own = {
-            name for one in self.in_this_folder(written) for name in one.files
-        }  # each host writes the model's states
-        of_others = [name for one in written for name in one.files if name not in own]
+        # each host writes the model's states
+        own = {name for share in self.in_this_folder(written) for name in share.files}
+        of_others = [name for share in written for name in share.files if name not in own]
         if not any((folder / name).exists() for name in of_others):
             return None
         return (
@@ -140,8 +140,8 @@ class FolderPerHost:
 
     def require_own_shards(self, tag: str, markers: Mapping[str, Marker | None]) -> None:
         kept = (markers.get(platform.node()) or {}).get("ranks", ())
-        told = f"{platform.node()} keeps ranks {kept} and runs rank {self._rank} now"
-        misplaced = [text for text in gathered(told if self._rank not in kept else None) if text is not None]
+        text = f"{platform.node()} keeps ranks {kept} and runs rank {self._rank} now"
+        misplaced = [text for text in gathered(text if self._rank not in kept else None) if text is not None]
         if misplaced:
             raise UserError(
                 f"cannot continue {tag}: with checkpoint.storage=local shards stay where they were written, but "

@@ -30,11 +30,12 @@ CARD_TAG = "- mapdistill"
 TASK_HEADS = {"classification": "AutoModelForSequenceClassification", "span": "AutoModelForQuestionAnswering"}
 """Heads of fine-tuned models, and the class that loads them."""
 PROJECTIONS_FILE = "projections.safetensors"
-"""Beside the student: the training-only linear maps to the teacher's width, for those who want to go on."""
+"""Name of the file beside the student with the training-only linear maps to the teacher's width."""
 
 
 def export_run(config: ExportConfig) -> Path:
-    """Writes the student of a complete checkpoint. Raises UserError when there is none."""
+    """Writes the student of a complete checkpoint; returns its folder. Raises UserError when there is no such
+    checkpoint, its files are damaged, or the folder must not be replaced."""
     run_dir = RunDir(Path(config.run))
     run_dir.require_no_patterns()
     tags = run_dir.complete_tags()
@@ -85,19 +86,20 @@ def _check_tokenizer(run_dir: RunDir, run: str, description: dict[str, Any]) -> 
         return
     tokenizer = load_tokenizer(str(run_dir.tokenizer), "run")
     student = SavedModel("run", run, _student_config(description))
-    check_fit(Parts(tokenizer, (student,)), [one for one in CHECKS if one.between == EACH_AND_TOKENIZER])
+    check_fit(Parts(tokenizer, (student,)), [check for check in CHECKS if check.between == EACH_AND_TOKENIZER])
 
 
 def _lost_here(folder: Path, marker: dict[str, Any]) -> list[str]:
-    """What is wrong with the files that this host wrote itself."""
+    """Returns what is wrong with the files that this host wrote itself."""
     return problems_of(folder, {name: marker["files"][name] for name in marker["on_this_host"]})
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a new export may replace the folder: an earlier one, and no clone of a repository that holds one."""
+    """Returns whether a new export may replace the folder: it is an earlier one, and no clone of a repository that
+    holds one."""
     card = folder / "README.md"
-    says_so = card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace")
-    return says_so and not (folder / ".git").exists()
+    is_tagged = card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace")
+    return is_tagged and not (folder / ".git").exists()
 
 
 def _description(run_dir: RunDir, tag: str) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _description(run_dir: RunDir, tag: str) -> dict[str, Any]:
 
 
 def export_checkpoint(run_dir: RunDir, tag: str, target: Path, *, scores: dict[str, str] | None = None) -> None:
-    """scores: of a fine-tuned model, for its card."""
+    """Writes the model of a complete checkpoint. scores: of a fine-tuned model, for its card. Raises RunFailure."""
     description = _description(run_dir, tag)
     description["card"] |= scores or {}
     state = load_full_state(run_dir.checkpoints, tag)
@@ -147,7 +149,7 @@ def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any])
 
 
 def split_state(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(student weights, projection weights), without their prefixes."""
+    """Returns the student's weights and those of the projections, without their prefixes."""
     parts: dict[str, dict[str, torch.Tensor]] = {"student": {}, "projections": {}}
     for name, tensor in state.items():
         owner, _, rest = name.partition(".")
@@ -156,7 +158,8 @@ def split_state(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
 
 
 def rebuild_student(description: dict[str, Any], weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The student in fp32 with exactly these weights. Raises RuntimeError when one is missing or left over."""
+    """Returns the student in fp32 with exactly these weights. Raises RuntimeError when one is missing or left over.
+    description: contents of EXPORT_FILE."""
     config = _student_config(description)
     model = model_class(config, description["head"])(config, **init_arguments(config, description["head"]))
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -175,6 +178,7 @@ def _student_config(description: dict[str, Any]) -> PretrainedConfig:
 
 
 def model_card(description: dict[str, Any]) -> str:
+    """Returns the README.md of an export."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in description["card"].items())
     tuned = description["head"] in TASK_HEADS
     tags = "" if tuned else "- knowledge-distillation\n"

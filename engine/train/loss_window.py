@@ -18,13 +18,15 @@ class BadMicroStep:
     """Number within the step, from 0."""
     rank: int
     values: tuple[int, ...]
-    """Which of [total, *terms] were not finite."""
+    """Places in [total, *terms] of what was not finite."""
 
 
 @dataclass(frozen=True)
 class WindowReport:
+    """What a window has seen, over all ranks."""
+
     means: list[float]
-    """Of [total, *terms] over the window and all ranks, values that are not finite left out; nan where none is left."""
+    """Means of [total, *terms], values that are not finite left out; nan where none is left."""
     bad_steps: list[int]
     """Steps with a value that was not finite, on any rank."""
     first_bad: BadMicroStep | None
@@ -45,7 +47,8 @@ class LossWindow:
         self._steps: list[int] = []
 
     def add(self, total: torch.Tensor, terms: torch.Tensor, *, step: int, micro: int) -> None:
-        """micro: number of the micro step within its step, from 0. Reads nothing back from the device."""
+        """Adds a micro step: total (scalar) and terms (T,), on the device, from where nothing is read back. micro: its
+        number within the step, from 0."""
         if not self._steps or self._steps[-1] != step:
             self._steps.append(step)
         values = torch.cat([total.detach().float().reshape(1), terms])
@@ -60,7 +63,7 @@ class LossWindow:
         self._first_values = torch.where(is_first, (~finite).float(), self._first_values)
 
     def reduce(self) -> WindowReport:
-        """Collective; waits for the device. Starts a new window."""
+        """Returns what the window has seen, and starts a new one. Waits for the device. Collective."""
         if self._ranks > 1:
             torch.distributed.all_reduce(self._sums)
         values, counts = self._values.tolist(), self._counts.tolist()
@@ -75,7 +78,7 @@ class LossWindow:
         return report
 
     def _locate(self) -> BadMicroStep:
-        """Collective."""
+        """Returns the first micro step of the window with a value that is not finite. Collective."""
         first, values = self._first.clone(), self._first_values.clone()
         if self._ranks > 1:
             torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)

@@ -61,9 +61,12 @@ class Monitor:
         part_of_a_job: bool = False,
         name: str = "",
     ) -> None:
-        """active: whether this rank shows anything (rank 0). labels: fields that every record gets, e.g. which of
-        several models it is about. part_of_a_job: the records go to the file alone, since stdout is the job's. name: of
-        the model, where lines of several are mixed; they then have no bar."""
+        """Shows nothing before `begin`.
+
+        active: whether this rank shows anything (rank 0). labels: fields that every record gets, e.g. which of several
+        models it is about. part_of_a_job: the records go to the file alone, since stdout is the job's. name: of the
+        model, where lines of several are mixed; they then have no bar.
+        """
         self._active = active
         self._progress = Progress(steps, name)
         self._labels = labels or {}

@@ -25,15 +25,26 @@ from engine.ranks import extension_builds
 
 @dataclass(frozen=True)
 class ChosenOptimizer:
+    """The optimizer that is really in use."""
+
     optimizer: torch.optim.Optimizer
     name: str
-    """What is really in use, for the banner."""
+    """Name of the implementation."""
     why_not_faster: str
-    """Empty, or why the fastest one could not be used."""
+    """Reason why the fastest one could not be used; empty where it is used."""
+
+    def __str__(self) -> str:
+        return self.name + (f"; {self.why_not_faster}" if self.why_not_faster else "")
+
+    def refuse_slower(self) -> None:
+        """Raises UserError unless it is the fastest one (require_fused)."""
+        if self.why_not_faster:
+            raise UserError(f"require_fused=true, but {self.why_not_faster}")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices with decay; biases and norm weights (every tensor of fewer than two dimensions) without."""
+    """Returns up to two groups of what is trained: matrices with decay; biases and norm weights (every tensor of fewer
+    than two dimensions) without."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -83,7 +94,8 @@ class Lamb(torch.optim.Optimizer):
 def build_optimizer(
     config: OptimConfig, module: nn.Module, *, lr: float, execution: Execution, device: torch.device
 ) -> ChosenOptimizer:
-    """Raises UserError when an `apex_*` optimizer is asked for and NVIDIA Apex is not installed."""
+    """Returns the fastest optimizer of that name that the machine has, over what is trained of the module. Raises
+    UserError when an `apex_*` optimizer is asked for and NVIDIA Apex is not installed."""
     groups = parameter_groups(module, config.weight_decay)
     settings: dict[str, Any] = {"lr": lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name.startswith("apex_"):
@@ -130,7 +142,8 @@ def _apex(name: str, groups: list[dict[str, Any]], settings: dict[str, Any]) -> 
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Counted in optimizer steps, never in micro steps (DeepSpeed steps it once per optimizer step)."""
+    """Returns the schedule of the learning rate over optimizer steps, never micro steps (DeepSpeed steps it once per
+    optimizer step)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the optimizer has not stepped yet, and torch says so
         if config.schedule == "linear":
@@ -157,11 +170,11 @@ def choose_optimizer(
     if execution.zero_stage < 3:  # ZeRO-3 places the shards itself
         module.to(device)
     chosen = build_optimizer(optim, module, lr=train.lr, execution=execution, device=device)
-    if require_fused and chosen.why_not_faster:
-        raise UserError(f"require_fused=true, but {chosen.why_not_faster}")
+    if require_fused:
+        chosen.refuse_slower()
     return chosen
 
 
 def parameters_of(module: nn.Module) -> int:
-    """How many parameters it has. Call it before ZeRO-3 shards them."""
+    """Returns the number of parameters. Call it before ZeRO-3 shards them."""
     return sum(p.numel() for p in module.parameters())

@@ -19,7 +19,7 @@ class Progress:
     """A bar on a terminal, unless lines of several models are mixed; else a line for each report."""
 
     def __init__(self, steps: int, name: str) -> None:
-        """name: of the model, before each line; empty where there is one model."""
+        """Shows nothing before `begin`. name: of the model, before each line; empty where there is one model."""
         self.steps = steps
         """Number of steps of the whole run."""
         self._name = name

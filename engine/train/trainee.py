@@ -64,8 +64,9 @@ class Trainee:
         sequence_ids: SequenceIds,
         checkpointer: Checkpointer | None = None,
     ) -> None:
-        """model: its forward(batch, teacher features, per_micro) returns the total (scalar, differentiable) and the
-        values of `terms` (T,), normalised as DistilModule.forward says."""
+        """Takes a model whose forward(batch, teacher features, per_micro) returns the total (scalar, differentiable)
+        and the values of `terms` (T,), normalised as DistilModule.forward says; without a checkpointer, `save` does
+        nothing."""
         self.model, self.terms = model, terms
         self.execution, self.runtime = execution, runtime
         self.monitor, self.checkpointer = monitor, checkpointer

@@ -1,8 +1,7 @@
 """Continuing with other ranks or another ZeRO stage, through DeepSpeed's universal checkpoints.
 
 A universal checkpoint holds each parameter's fp32 weight and optimizer state whole. DeepSpeed's converter writes it,
-and its loader cuts it for the ranks that are there. The two layouts that it writes, of stages 1 and 2 and of stage 3,
-are not the ones that the other loader reads (DeepSpeed 0.19.8); `_relay` writes one as the other."""
+and its loader cuts it for the ranks that are there."""
 
 from __future__ import annotations
 
@@ -24,16 +23,18 @@ from engine.ranks.collectives import from_rank_zero, gathered
 from engine.train.deepspeed_engine import DeepSpeedModel
 
 PREFIX = "universal-"
-"""Of the folder of a conversion, beside the checkpoint; it is removed once loaded."""
+"""Beginning of the name of a conversion's folder, beside the checkpoint; it is removed once loaded."""
 INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-"""In the client state of every checkpoint: the converter wants it for stages 1 and 2."""
+"""Part of the client state of every checkpoint: the converter wants it for stages 1 and 2."""
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _MODEL_FILE = {False: "mp_rank_00_model_states.pt", True: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
-"""By whether the weights are sharded (stage 3)."""
+"""Name of the model's file, by whether the weights are sharded (stage 3)."""
 
 
 @dataclass(frozen=True)
 class Conversion:
+    """A checkpoint that other ranks, or another ZeRO stage, are to continue from."""
+
     tag: str
     saved_stage: int
     saved_ranks: int
@@ -48,8 +49,8 @@ class Conversion:
 
 
 def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution) -> Conversion | None:
-    """What must be done to continue from checkpoint `tag`, whose marker says `saved`; None when it loads as it is.
-    Raises UserError for what cannot be continued."""
+    """Returns what must be done to continue from checkpoint `tag`, whose marker says `saved`; None when it loads as it
+    is. Raises UserError for what cannot be continued."""
     facts = execution.facts
     if saved["precision"] != facts["precision"]:
         raise UserError(
@@ -94,6 +95,7 @@ def load(model: DeepSpeedModel, checkpoints: Path, conversion: Conversion, *, is
 
 @contextmanager
 def _universal(ds_engine: Any) -> Iterator[None]:
+    """Makes the engine load universal checkpoints inside of the block."""
     config = ds_engine._config
     config.load_universal_checkpoint = True
     try:
@@ -104,8 +106,9 @@ def _universal(ds_engine: Any) -> Iterator[None]:
 
 @contextmanager
 def _kept_hyperparameters(ds_engine: Any) -> Iterator[None]:
-    """DeepSpeed 0.19.8's stage 3 gives all parameter groups the settings of the first: biases would get weight decay.
-    They are those of the run configuration, which is the same; the learning rate is the schedule's."""
+    """Keeps the settings of all parameter groups as they are while a checkpoint is loaded. They are those of the run
+    configuration, which is the same; the learning rate is the schedule's."""
+    # until DeepSpeed > 0.19.8: stage 3 gives all groups the settings of the first, so biases would get weight decay
     groups = ds_engine.optimizer.optimizer.param_groups
     before = [{key: value for key, value in group.items() if key not in ("params", "lr", "step")} for group in groups]
     yield
@@ -114,9 +117,10 @@ def _kept_hyperparameters(ds_engine: Any) -> Iterator[None]:
 
 
 def _own_step_counts(optimizer: torch.optim.Optimizer) -> None:
-    """The same loader gives all parameters one tensor as step count, which each of them would then increase; and on the
-    CPU, where fused kernels of a GPU do not look. From a run with offload it is a plain number, which PyTorch's
-    optimizers do not take."""
+    """Gives each parameter a step count of its own, as a tensor where its optimizer looks for it."""
+    # until DeepSpeed > 0.19.8: its loader gives all parameters one tensor, which each of them would then increase; and
+    # on the CPU, where fused kernels of a GPU do not look. It is a plain number after a run with offload, which
+    # PyTorch's optimizers do not take.
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     of_torch = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)  # not one kind before PyTorch 2.7
     for state in optimizer.state.values():
@@ -128,6 +132,7 @@ def _own_step_counts(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _convert(source: Path, target: Path, conversion: Conversion) -> None:
+    """Writes a universal checkpoint that this start can load. Raises UserError, and then leaves nothing."""
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(target, ignore_errors=True)
@@ -171,6 +176,7 @@ def _relay(folder: Path, *, to_stage_3: bool) -> None:
 
     Both hold the same numbers. Stage 3 keeps them flat, the step count in the common optimizer state, and a model file
     for each rank; stages 1 and 2 keep them in their shapes, the step count with each parameter, and one model file."""
+    # until DeepSpeed > 0.19.8: a loader does not read what the converter writes for the other stages
     from deepspeed import __version__
     from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
 

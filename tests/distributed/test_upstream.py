@@ -47,7 +47,7 @@ def found_by(folder: Path, ranks: int) -> dict[str, bool]:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env | place)
         for place in places
     ]
-    outputs = [process.communicate(timeout=120) for process in started]
+    outputs = [process.communicate(timeout=300) for process in started]
     assert not any(process.returncode for process in started), outputs
     found: dict[str, bool] = json.loads(outputs[0][0].splitlines()[-1])
     return found

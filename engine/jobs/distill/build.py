@@ -1,4 +1,4 @@
-"""From a plan to the parts of a distillation: corpus, teacher, trained module with its optimizer, DeepSpeed engine."""
+"""The parts of a distillation, made from its plan: corpus, teacher, trained module with its optimizer."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from engine.train.deepspeed_engine import shard_frozen
 from engine.train.optim import ChosenOptimizer, choose_optimizer
 
 
-class FlopsOfATeacher(Protocol):
+class TeacherCost(Protocol):
     """A teacher, as far as its cost is concerned."""
 
-    def flops_per_token(self, seq_len: int, *, head_share: float = 1.0) -> float: ...
+    def flops_per_token(self, seq_len: int, *, head_share: float = 1.0) -> float:
+        """Returns the FLOPs of its forward pass for a token; head_share: share of tokens that its head is run on."""
+        ...
 
 
 def open_corpus(plan: Plan, check: ShardCheck | None = None) -> CorpusLoader:
-    """Of this rank. check: of another loader of the same corpus; one of its own is started otherwise. Raises UserError
-    for a corpus that is damaged or too small."""
+    """Returns this rank's loader. check: that of another loader of the same corpus; one of its own is started
+    otherwise. Raises UserError for a corpus that is damaged or too small."""
     config = plan.config
     folder = Path(config.data.path)
     if check is None and config.data.verify:
@@ -59,6 +61,7 @@ def open_corpus(plan: Plan, check: ShardCheck | None = None) -> CorpusLoader:
 
 
 def load_teacher(plan: Plan, wanted: Wanted, device: torch.device) -> FrozenTeacher:
+    """Loads as much of the teacher as is wanted, and places it (teacher.placement). Collective under zero3."""
     cfg = plan.config.teacher
     return FrozenTeacher.load(
         plan.teacher,
@@ -72,7 +75,7 @@ def load_teacher(plan: Plan, wanted: Wanted, device: torch.device) -> FrozenTeac
 
 
 def initial_student(plan: Plan, *, with_mlm_head: bool) -> PreTrainedModel:
-    """On the CPU, in fp32. Its weights depend on the plan's configuration and seed alone."""
+    """Returns the student on the CPU, in fp32. Its weights depend on the plan's configuration and seed alone."""
     config = plan.config
     torch.manual_seed(config.seed)
     return build_student(
@@ -89,7 +92,8 @@ def initial_student(plan: Plan, *, with_mlm_head: bool) -> PreTrainedModel:
 def build_module(
     plan: Plan, device: torch.device, *, tokens: torch.Tensor | None = None
 ) -> tuple[DistilModule, ChosenOptimizer]:
-    """Student and projections with their initial weights, which depend on the plan's configuration and seed alone.
+    """Returns student and projections with their initial weights, which depend on the plan's configuration and seed
+    alone, and their optimizer. Raises UserError when `require_fused` is broken.
 
     tokens: ids that the student can meet, each once; it then has no other embeddings, where that changes nothing else.
     """
@@ -113,10 +117,9 @@ def build_module(
     return module, optimizer
 
 
-def flops_per_token(
-    plan: Plan, teacher: FlopsOfATeacher, module: DistilModule, *, share_of_teacher: float = 1.0
-) -> float:
-    """See TFLOPS_NOTE of engine/train/monitor.py; an MLM head counts for the tokens that go through it.
+def flops_per_token(plan: Plan, teacher: TeacherCost, module: DistilModule, *, share_of_teacher: float = 1.0) -> float:
+    """Returns the FLOPs of training for a token as TFLOPS_NOTE of engine/train/monitor.py defines them; an MLM head
+    counts for the tokens that go through it.
 
     share_of_teacher: 1 / the number of students that one teacher pass serves. Call it before ZeRO-3 shards the weights.
     """

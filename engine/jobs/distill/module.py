@@ -20,13 +20,13 @@ class DistilModule(nn.Module):
     def __init__(
         self, student: PreTrainedModel, projections: Projections, losses: LossSet, *, unpadded: bool = False
     ) -> None:
-        """unpadded: run padded batches without their pads, as the teacher does."""
+        """Takes a student and its projections. unpadded: run padded batches without their pads, as the teacher does."""
         super().__init__()
         self.unpadded = unpadded
         self.student = student
         self.projections = projections
         self.losses = losses
-        """Set anew once their scales are known."""
+        """Losses; replaced once their scales are known."""
 
     def forward(
         self,
@@ -35,7 +35,8 @@ class DistilModule(nn.Module):
         per_micro: Counts | None = None,
         layers: frozenset[int] = frozenset(),
     ) -> tuple[torch.Tensor, ...]:
-        """The total (scalar, differentiable) and the value of every term (T,), in its scale, detached, both fp32.
+        """Returns the total (scalar, differentiable) and the value of every term (T,), in its scale, detached, both
+        fp32.
 
         `per_micro`: counts of the global batch divided by (ranks x accumulation), so that DeepSpeed's averages over
         both give the mean over the global batch whatever the split. Without `teacher` and `per_micro`: the student's

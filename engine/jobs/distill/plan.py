@@ -18,8 +18,8 @@ from engine.hub.tokenizer import load_tokenizer
 from engine.jobs.execution import attention_backend, compute_device, plan_execution
 from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses.loss_set import LossSet
-from engine.losses.random_layers import RandomLosses
-from engine.mapping import LayerMapping, MappingPair, RandomEachStep
+from engine.losses.random_layers import build_losses
+from engine.mapping import LayerMapping, MappingPair
 from engine.models.apex import require_fused_layer_norm
 from engine.models.attention import Backend
 from engine.models.fit import Parts, check_fit
@@ -32,7 +32,7 @@ from engine.train.portable import license_of, public_name, sentence_modules
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before any model is loaded."""
+    """What a run will do: everything that is known before any model is loaded."""
 
     config: RunConfig
     execution: Execution
@@ -40,7 +40,7 @@ class Plan:
     tokenizer: PreTrainedTokenizerFast
     teacher: SavedModel
     given_student: SavedModel | None
-    """What student.path names."""
+    """Model that student.path names."""
     student_config: PretrainedConfig
     teacher_shape: ModelShape
     student_shape: ModelShape
@@ -56,36 +56,39 @@ class Plan:
 
     @property
     def hidden_map(self) -> LayerMapping:
+        """Mapping of the losses of hidden states"""
         return self.mapping.hidden
 
     @property
     def attention_map(self) -> LayerMapping:
+        """Mapping of the losses of attention"""
         return self.mapping.attention
 
     @property
     def teacher_dtype(self) -> str:
-        """float32, bfloat16 or float16."""
+        """Type of the teacher's weights: float32, bfloat16 or float16"""
         return teacher_dtype(self.config, self.execution)
 
     @property
     def unpadded(self) -> bool:
-        """Whether padded batches run without their pads, where a model can."""
+        """Whether padded batches run without their pads, where a model can"""
         return self.config.kernels.unpadded and self.config.loss.preset != "tinybert"  # which counts pads
 
     @property
     def same_space(self) -> bool:
-        """Whether the student's states start as the teacher's: of one width, made by copied layers."""
+        """Whether the student's states start as the teacher's: of one width, made by copied layers"""
         student = self.config.student
         copied = student.path is None and (student.init or "random") != "random"
         return copied and self.student_shape.width == self.teacher_shape.width
 
     @property
     def projection(self) -> str:
-        """What joins the two widths (loss.projection)."""
+        """Kind of map that joins the two widths (loss.projection)"""
         return self.config.loss.projection_kind(same_space=self.same_space)
 
     @property
     def mlm_head(self) -> bool:
+        """Whether the student has a head that predicts tokens"""
         return self.losses.wanted_student.logits
 
 
@@ -100,26 +103,21 @@ def make_plan(config: RunConfig) -> Plan:
     teacher = SavedModel.read("teacher.path", config.teacher.path)
     given = None if config.student.path is None else SavedModel.read("student.path", config.student.path)
     tokenizer = load_tokenizer(config.teacher.path, key="teacher.path")
-    manifest = load_manifest(Path(config.data.path))
-    if config.data.seq_len not in (None, manifest.seq_len):
-        raise UserError(
-            f"data.seq_len={config.data.seq_len}, but {config.data.path} was prepared with {manifest.seq_len}; remove "
-            "the key or prepare the corpus again"
-        )
-    wants_head = config.loss.logits > 0 or config.loss.mlm > 0
+    manifest = _read_manifest(config)
     notes = check_fit(_parts(config, tokenizer, manifest, teacher, given))
     if given is None:
         student_config = build_student_config(config.student, teacher.config)
     else:
         student_config = with_dropout(given.config, config.student.dropout)
     teacher_shape = shape_of(teacher.config, teacher.has_mlm_head)
-    student_shape = shape_of(student_config, has_mlm_head=wants_head)
+    student_shape = shape_of(student_config, has_mlm_head=config.loss.logits > 0 or config.loss.mlm > 0)
+    dtype, seq_len = teacher_dtype(config, execution), manifest.seq_len
     kernels = choose_kernels(
         config.kernels,
         device=compute_device(),
-        seq_len=manifest.seq_len,
+        seq_len=seq_len,
         tinybert=config.loss.preset == "tinybert",
-        precisions=(execution.precision, teacher_dtype(config, execution)),
+        precisions=(execution.precision, dtype),
     )
     mapping = MappingPair.of_texts(
         config.mapping.hidden,
@@ -127,7 +125,6 @@ def make_plan(config: RunConfig) -> Plan:
         student_layers=student_shape.layers,
         teacher_layers=teacher_shape.layers,
     )
-    dtype, seq_len = teacher_dtype(config, execution), manifest.seq_len
     losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels)
     return Plan(
         config=config,
@@ -154,6 +151,16 @@ def make_plan(config: RunConfig) -> Plan:
     )
 
 
+def _read_manifest(config: RunConfig) -> Manifest:
+    manifest = load_manifest(Path(config.data.path))
+    if config.data.seq_len not in (None, manifest.seq_len):
+        raise UserError(
+            f"data.seq_len={config.data.seq_len}, but {config.data.path} was prepared with {manifest.seq_len}; remove "
+            "the key or prepare the corpus again"
+        )
+    return manifest
+
+
 def _parts(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerFast,
@@ -175,15 +182,16 @@ def mapped_losses(
         sources = resolve_init(config.student.init or "random", student.layers, teacher.layers, mapping.hidden)
         same = like_layers(sources, teacher.layers)
         student = replace(student, windows=tuple(teacher.window(layer) for layer in same))
-    shared: dict[str, Any] = {
-        "student": student,
-        "teacher": teacher,
-        "mlm_probability": config.data.mlm_probability,
-        "kernels": kernels,
-    }
-    if isinstance(mapping.hidden, RandomEachStep):
-        return RandomLosses(config.loss, config.mapping, layers=mapping.hidden, seed=config.seed, **shared)
-    return LossSet(config.loss, config.mapping, hidden_map=mapping.hidden, attention_map=mapping.attention, **shared)
+    return build_losses(
+        config.loss,
+        config.mapping,
+        mapping,
+        seed=config.seed,
+        student=student,
+        teacher=teacher,
+        mlm_probability=config.data.mlm_probability,
+        kernels=kernels,
+    )
 
 
 def with_mapping(plan: Plan, mapping: MappingPair) -> Plan:
@@ -196,11 +204,12 @@ def with_mapping(plan: Plan, mapping: MappingPair) -> Plan:
 
 
 def teacher_dtype(config: RunConfig, execution: Execution) -> str:
+    """Returns the type of the teacher's weights: float32, bfloat16 or float16."""
     return execution.precision if config.teacher.dtype == "auto" else config.teacher.dtype
 
 
 def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world_size: int) -> list[str]:
-    """Settings that have no effect in this combination, one sentence each."""
+    """Returns a sentence for each setting that has no effect in this combination."""
     idle = []
     if config.data.whole_word_mask and not config.data.mlm_probability:
         idle.append("data.whole_word_mask has no effect while data.mlm_probability is 0")
@@ -216,7 +225,8 @@ def idle_settings(config: RunConfig, losses: LossSet, student: ModelShape, world
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """What must be the same when a run is continued: every setting that decides what is computed, and its inputs."""
+    """Returns what must be the same when a run is continued: every setting that decides what is computed, and hashes of
+    its inputs."""
     return settings(plan.config, *FIXED) | {
         "loss.projection": plan.projection,
         **model_hashes("teacher", plan.teacher),
@@ -227,7 +237,8 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 
 def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[str, Any]:
-    """What a checkpoint tells launch/export.py: the student's configuration, and the facts of its model card."""
+    """Returns what a checkpoint tells launch/export.py: the student's configuration, and the facts of its model
+    card."""
     config, shape = plan.config, plan.student_shape
     started_from = config.student.init or "random" if config.student.path is None else public_name(config.student.path)
     return {

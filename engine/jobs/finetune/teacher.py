@@ -10,6 +10,7 @@ from engine.errors import UserError
 from engine.jobs.execution import attention_backend, compute_device
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
+from engine.losses.random_layers import build_losses
 from engine.mapping import LayerMapping, MappingPair
 from engine.models.attention import Backend
 from engine.models.hub import AUTO_CLASSES, SavedModel, has_head, shape_of
@@ -68,6 +69,7 @@ def plan_teacher(
 def _mapped_losses(
     config: FinetuneConfig, model: SavedModel, teacher: SavedModel, seq_len: int, precisions: tuple[str, str]
 ) -> tuple[LossSet | None, dict[str, LayerMapping]]:
+    """Returns the layer-mapped losses and their mappings; none where these losses are off."""
     mapped = replace(config.loss, logits=0.0, temperature=1.0)  # these two are TaskModule's
     if not mapped.active:
         return None, {}
@@ -81,11 +83,10 @@ def _mapped_losses(
     kernels = choose_kernels(
         config.kernels, device=compute_device(), seq_len=seq_len, tinybert=False, precisions=precisions
     )
-    losses = LossSet(
+    losses = build_losses(
         mapped,
         config.mapping,
-        hidden_map=pair.hidden,
-        attention_map=pair.attention,
+        pair,
         student=student,
         teacher=taught_by,
         mlm_probability=0.0,
