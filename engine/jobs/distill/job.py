@@ -15,7 +15,7 @@ from torch import nn
 from engine.config.distill import RunConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
-from engine.errors import RunFailure
+from engine.errors import EXIT_DONE, RunFailure
 from engine.jobs.distill import banner
 from engine.jobs.distill.build import build_module, flops_per_token, load_teacher, open_corpus
 from engine.jobs.distill.module import DistilModule
@@ -33,7 +33,7 @@ from engine.train.checkpoint_storage import storage_of
 from engine.train.deepspeed_engine import DeepSpeedModel
 from engine.train.export import export_live
 from engine.train.monitor import Monitor
-from engine.train.optim import ChosenOptimizer, parameters_of
+from engine.train.optim import ChosenOptimizer
 from engine.train.portable import copy_files
 from engine.train.trainee import Trainee
 from engine.train.trainer import Outcome, Teacher, Trainer
@@ -86,66 +86,35 @@ class Job:
         self.config = plan.config
 
     def run(self, chosen: Chosen | None) -> int:
-        plan, tag = self.plan, None if chosen is None else chosen.tag
-        if not self.config.dry_run:
-            from_rank_zero(
-                lambda: self.run_dir.write_settings(
-                    self.config,
-                    ds_config=plan.execution.resolved,
-                    tokenizer=plan.tokenizer,
-                    beside_tokenizer=partial(copy_files, plan.beside_tokenizer),
-                )
-            )
+        """Trains from the checkpoint `chosen`, or anew, to the end; returns the exit code. Collective."""
+        plan, config = self.plan, self.config
+        if not config.dry_run:
+            from_rank_zero(self._write_settings)
             self._tidy(chosen)
         teacher = load_teacher(plan, plan.losses.wanted_teacher, self.runtime.device)
         module, optimizer = build_module(plan, self.runtime.device)
-        measured = None
-        if chosen is None:
-            measured = self._measure(module, teacher)
+        measured = self._measure(module, teacher) if chosen is None else None
         self.checkpointer = replace(self.checkpointer, export=describe_for_export(plan, module.student.config))
         if self.runtime.is_rank_zero:
             print(self._banner(teacher, module, optimizer, chosen, measured), flush=True)
-        if self.config.dry_run:
-            return 0
+        if config.dry_run:
+            return EXIT_DONE
         monitor = self._open_monitor(flops_per_token(plan, teacher, module))
-        model = DeepSpeedModel(module, optimizer.optimizer, self.config.train, plan.execution)
+        model = DeepSpeedModel(module, optimizer.optimizer, config.train, plan.execution)
         step = 0
         if chosen is not None:
             state = self.checkpointer.load(model, chosen)
             step, measured = state["step"], Measured(**state["measured"])
             module.losses = plan.losses.scaled(measured.scales)
         assert measured is not None
-        trainee = Trainee(
-            model,
-            train=self.config.train,
-            terms=plan.losses,
-            execution=plan.execution,
-            runtime=self.runtime,
-            monitor=monitor,
-            sequence_ids=self.loader.sequence_ids,
-            checkpointer=self.checkpointer,
-        )
-        trainer = Trainer(
-            train=self.config.train,
-            seed=self.config.seed,
-            runtime=self.runtime,
-            stop=StopRequest(),  # not before: until here a signal may simply end the process
-            trainees=[trainee],
-            teacher=teacher,
-            loader=self.loader,
-            evaluation=HeldOutLosses(
-                trainee, teacher, self.loader, every=self.config.train.eval_every, names=plan.losses.held_out_names
-            ),
-            step=step,
-            kept={"measured": asdict(measured)},
-        )
+        trainer = self._build_trainer(model, teacher, monitor, step, measured)
         monitor.write_record(
             "run",
             status="started",
             step=step,
-            resumed_from=tag,
+            resumed_from=None if chosen is None else chosen.tag,
             **self._facts(),
-            steps=self.config.train.steps,
+            steps=config.train.steps,
             measured=asdict(measured),
         )
         try:
@@ -157,28 +126,67 @@ class Job:
             monitor.close()
         return outcome.exit_code
 
+    def _write_settings(self) -> None:
+        plan = self.plan
+        self.run_dir.write_settings(
+            self.config,
+            ds_config=plan.execution.resolved,
+            tokenizer=plan.tokenizer,
+            beside_tokenizer=partial(copy_files, plan.beside_tokenizer),
+        )
+
+    def _build_trainer(
+        self, model: DeepSpeedModel, teacher: FrozenTeacher, monitor: Monitor, step: int, measured: Measured
+    ) -> Trainer:
+        plan, train = self.plan, self.config.train
+        trainee = Trainee(
+            model,
+            train=train,
+            terms=plan.losses,
+            execution=plan.execution,
+            runtime=self.runtime,
+            monitor=monitor,
+            sequence_ids=self.loader.sequence_ids,
+            checkpointer=self.checkpointer,
+        )
+        return Trainer(
+            train=train,
+            seed=self.config.seed,
+            runtime=self.runtime,
+            stop=StopRequest(),  # not before: until now a signal may simply end the process
+            trainees=[trainee],
+            teacher=teacher,
+            loader=self.loader,
+            evaluation=HeldOutLosses(
+                trainee, teacher, self.loader, every=train.eval_every, names=plan.losses.held_out_names
+            ),
+            step=step,
+            kept={"measured": asdict(measured)},
+        )
+
     def _measure(self, module: DistilModule, teacher: FrozenTeacher) -> Measured:
-        """Collective. Of a new student, which then starts from it."""
+        """Measures what the losses of a new student are divided by, and what its projections start as, which are set.
+        Collective."""
         if not module.losses.looks_at_slice:
             return Measured()
         batches = self.loader.first(sequences_of(self.config.loss, self.plan.seq_len))
         return begin(module, TeacherSlice(batches, teacher, self.runtime.device, self.plan.teacher_shape))
 
     def _tidy(self, chosen: Chosen | None) -> None:
-        """Puts what earlier starts left out of the way, and says so."""
+        """Puts what earlier starts left out of the way, and prints that."""
         tag = None if chosen is None else chosen.tag
-        said = list(() if chosen is None else chosen.notes)
+        lines = list(() if chosen is None else chosen.notes)
         if self.lock is not None and self.lock.taken_from is not None:
-            said.append(f"took over the run directory from {self.lock.taken_from}, which is gone")
+            lines.append(f"took over the run directory from {self.lock.taken_from}, which is gone")
         if self.checkpointer.storage.is_keeper:
-            said += [f"removed {name}: an unfinished checkpoint" for name in self.checkpointer.clean()]
+            lines += [f"removed {name}: an unfinished checkpoint" for name in self.checkpointer.clean()]
             for name in self.checkpointer.set_aside_after(tag) if tag is not None else ():
-                said.append(f"renamed {name} to superseded-{name}: the run continues from {tag}")
+                lines.append(f"renamed {name} to superseded-{name}: the run continues from {tag}")
         if self.runtime.is_rank_zero:
             for old, new in self.run_dir.set_aside_logs() if tag is None else ():
-                said.append(f"renamed {old.name} to {new.name}: the run starts anew")
-            if said:
-                print("\n".join(said), flush=True)
+                lines.append(f"renamed {old.name} to {new.name}: the run starts anew")
+            if lines:
+                print("\n".join(lines), flush=True)
 
     def _banner(
         self,
@@ -191,14 +199,12 @@ class Job:
         start = "fresh"
         if chosen is not None:
             start = f"continues from {chosen.tag}" + (f", {chosen.conversion}" if chosen.conversion else "")
-        return banner.start(
+        return banner.describe_run(
             self.plan,
             teacher=teacher,
-            student_parameters=parameters_of(module.student),
-            projection_parameters=parameters_of(module.projections),
-            student_unpadded=module.unpadded,
+            module=module,
             measured=measured,
-            optimizer=optimizer.name + (f"; {optimizer.why_not_faster}" if optimizer.why_not_faster else ""),
+            optimizer=optimizer,
             epoch_sequences=self.loader.order.slots,
             device=self.runtime.where,
             start=start,
@@ -224,7 +230,7 @@ class Job:
         )
 
     def _finish(self, outcome: Outcome, trainer: Trainer, monitor: Monitor) -> None:
-        """Exports and says how it ended (rank 0). What diverged has said so already."""
+        """Exports, and records and prints how it ended (rank 0); what diverged is reported already. Collective."""
         if outcome is Outcome.DONE:
             self._export(trainer.trainees[0].model.module, trainer.step)
         if not self.runtime.is_rank_zero or outcome is Outcome.DIVERGED:
@@ -253,7 +259,7 @@ class Job:
         monitor.say("\n" + self._closing_table(history))
 
     def _export(self, module: nn.Module, step: int) -> None:
-        """Collective."""
+        """Writes the student. Collective. Raises RunFailure with the remedy."""
         try:
             export_live(self.run_dir, module, {**self.checkpointer.export, "step": step})
         except RunFailure as error:
@@ -292,17 +298,19 @@ class HeldOutLosses:
     loader: CorpusLoader
     every: int
     names: Sequence[str]
-    """Of its terms."""
+    """Names of the terms of a batch that is in no step."""
     enough: bool = False
 
     def due(self, step: int, *, last: bool) -> bool:
+        """Returns whether to measure after `step`."""
         return bool(self.every) and (last or step % self.every == 0)
 
     def state(self) -> dict[str, Any]:
+        """Returns nothing: held-out losses decide nothing."""
         return {}
 
     def __call__(self, step: int) -> bool:
-        """The same whatever the ranks and batches. Collective."""
+        """Shows and records the held-out losses, which are the same whatever the ranks and batches. Collective."""
         model, device = self.trainee.model, self.trainee.runtime.device
         batches = list(self.loader.evaluation(self.trainee.execution.micro_batch_size))
         if not batches:

@@ -1,4 +1,4 @@
-"""What a fine-tuning job says before it begins."""
+"""The banner of a fine-tuning job: what it will do, printed before it begins."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ MOST_LABELS = 12
 """Labels of a task that are counted in the banner."""
 
 
-def start(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unfinished: Sequence[str]) -> str:
-    """finished: fine-tunings that an earlier start completed. unfinished: those that are continued, with the step."""
+def describe_job(plan: FinetunePlan, *, optimizer: str, device: str, finished: int, unfinished: Sequence[str]) -> str:
+    """Returns the banner. finished: number of fine-tunings that an earlier start completed. unfinished: those that are
+    continued, with the step."""
     config, shape = plan.config, plan.shape
     parameters = parameters_of(hub.skeleton(plan.model.config, "none"))
     backends = {f"attention {task.backend.name} ({task.backend.reason})": None for task in plan.tasks}
@@ -68,7 +69,7 @@ def _task_lines(plan: FinetunePlan, task: PlannedTask) -> list[str]:
         "lr": dict.fromkeys(at.lr for at in task.points),
         "batch": dict.fromkeys(at.batch for at in task.points),
     }
-    chosen = ", ".join(f"{name} {' | '.join(f'{value:g}' for value in found)}" for name, found in values.items())
+    chosen = ", ".join(f"{name} {' | '.join(f'{value:g}' for value in grid)}" for name, grid in values.items())
     line = (
         f"{spec.name}: {task.train_rows:,} rows, {dev} dev; {kind}; score: {' and '.join(spec.metrics)}; {chosen}, "
         f"{task.seq_len} tokens"
@@ -77,7 +78,7 @@ def _task_lines(plan: FinetunePlan, task: PlannedTask) -> list[str]:
 
 
 def _label_counts(task: PlannedTask) -> str:
-    """The most frequent ones first."""
+    """Returns the labels of the training rows with their counts, the most frequent ones first."""
     split = task.data.splits["train"]
     assert isinstance(split, Split)
     assert split.labels is not None

@@ -59,10 +59,11 @@ class FinetuneJob:
         self.plan, self.earlier, self.runtime = plan, earlier, runtime
         self.config, self.root = plan.config, Path(plan.config.output_dir)
         self.results: dict[Path, dict[str, Any]] = {
-            folder: found.result for folder, found in earlier.items() if found.result is not None
+            folder: left.result for folder, left in earlier.items() if left.result is not None
         }
 
     def run(self) -> Outcome:
+        """Runs or continues all fine-tunings, and prints the table. Collective."""
         self._say(self._banner())
         if self.config.dry_run:
             return Outcome.DONE
@@ -93,29 +94,29 @@ class FinetuneJob:
         return outcome
 
     def _banner(self) -> str:
-        """Raises UserError when `require_fused` is broken."""
+        """Returns the banner. Raises UserError when `require_fused` is broken."""
         lr = self.plan.tasks[0].points[0].lr
         execution = next(iter(self.plan.executions.values()))
         chosen = build_optimizer(
             self.config.optim, nn.Linear(1, 1), lr=lr, execution=execution, device=self.runtime.device
         )
-        if self.config.require_fused and chosen.why_not_faster:
-            raise UserError(f"require_fused=true, but {chosen.why_not_faster}")
+        if self.config.require_fused:
+            chosen.refuse_slower()
         unfinished = [
             f"{unit.name} from {checkpoint.tag}"
             for unit in self.plan.units
             if (checkpoint := self.earlier[unit.folder].chosen) is not None
         ]
-        return banner.start(
+        return banner.describe_job(
             self.plan,
-            optimizer=chosen.name + (f"; {chosen.why_not_faster}" if chosen.why_not_faster else ""),
+            optimizer=str(chosen),
             device=self.runtime.where,
             finished=len(self.results),
             unfinished=unfinished,
         )
 
     def _run_task(self, task: PlannedTask) -> bool:
-        """Runs what is not finished; False when a signal stopped it."""
+        """Runs the fine-tunings of a task that are not finished; returns False when a signal stopped them."""
         pending = [unit for unit in self.plan.units_of(task) if unit.folder not in self.results]
         if not pending:
             return True
@@ -163,13 +164,13 @@ class FinetuneJob:
         )
 
     def _score_teacher(self, task: PlannedTask, encoded: EncodedTask, model: PreTrainedModel) -> None:
-        """Says how good the teacher is before it teaches. Raises UserError for outputs without names that are no better
-        than a constant answer: they have another order, most likely. Collective."""
+        """Prints how good the teacher is before it teaches. Raises UserError for outputs without names that are no
+        better than a constant answer: they have another order, most likely. Collective."""
         assert task.teacher is not None
         module = TaskModule(model, kind=task.data.spec.kind, unpadded=self.config.kernels.unpadded)
         batch_size = 2 * self.plan.executions[task.points[0].batch].micro_batch_size
-        scored = score_dev(module, encoded, runtime=self.runtime, batch_size=batch_size)
-        score, constant = math.nan if scored is None else scored[0], constant_score(encoded)
+        result = score_dev(module, encoded, runtime=self.runtime, batch_size=batch_size)
+        score, constant = math.nan if result is None else result[0], constant_score(encoded)
         self._say(f"\nteacher of {task.name}: dev score {score:.4f} (one answer to everything: {constant:.4f})")
         if score > constant:
             return
@@ -185,7 +186,8 @@ class FinetuneJob:
         )
 
     def _choose(self, task: PlannedTask) -> TaskScore | None:
-        """The task's score at its best point; removes the other points' models and writes predictions. Collective."""
+        """Returns the task's score at its best point, or None without any; removes the other points' models and writes
+        predictions. Collective."""
         units = self.plan.units_of(task)
         score = choose(
             task.name,
@@ -209,12 +211,12 @@ class FinetuneJob:
     def _predict(self, unit: Unit) -> None:
         """Writes the predictions of a finished fine-tuning for its dev and test splits. Collective."""
         encoded = self._encode(unit.task)  # outside the watch: a long text gives no sign of life
-        with self._predicting_watched(unit):
+        with self._watch_predicting(unit):
             torch.distributed.barrier()  # rank 0 may still be writing the model
             self._predict_splits(unit, encoded)
 
-    def _predicting_watched(self, unit: Unit) -> AbstractContextManager[None]:
-        """A rank that hangs inside ends as one that hangs in training does."""
+    def _watch_predicting(self, unit: Unit) -> AbstractContextManager[None]:
+        """Ends a rank that hangs inside as one that hangs in training."""
         steps, limit_s = self.results[unit.folder]["steps_run"], TrainConfig.hang_timeout_s
         monitor = Monitor.silent(RunDir(unit.folder), steps=steps, device=self.runtime.device)
         return monitor.watch_hangs("predictions", step=lambda: steps, rank=self.runtime.rank, limit_s=limit_s)

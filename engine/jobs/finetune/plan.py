@@ -40,7 +40,7 @@ class PlannedPoint:
     """One choice of lr, batch and epochs for one task."""
 
     point: Point
-    """The part of it that the grid chose."""
+    """Part of it that the grid chose."""
     lr: float
     batch: int
     epochs: float
@@ -48,9 +48,11 @@ class PlannedPoint:
 
 @dataclass(frozen=True)
 class PlannedTask:
+    """What will be done for one task."""
+
     data: TaskData
     rows_sha256: str
-    """Of the rows that train and score."""
+    """Hash of the rows that train and score."""
     seq_len: int
     points: tuple[PlannedPoint, ...]
     backend: Backend
@@ -62,6 +64,7 @@ class PlannedTask:
 
     @property
     def train_rows(self) -> int:
+        """Number of training rows"""
         return len(self.data.splits["train"])
 
 
@@ -76,12 +79,15 @@ class Unit:
 
     @property
     def name(self) -> str:
+        """Task, values of the grid and seed, as a line names them"""
         values = ", ".join(f"{name} {value:g}" for name, value in self.at.point)
         return f"{self.task.name}{', ' + values if values else ''}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class FinetunePlan:
+    """What a job will do: everything that is known before any model is loaded."""
+
     config: FinetuneConfig
     model: SavedModel
     shape: ModelShape
@@ -90,15 +96,18 @@ class FinetunePlan:
     absent: tuple[str, ...]
     """GLUE tasks that `glue` stands for and that have no files."""
     executions: dict[int, Execution]
-    """By rows per optimizer step."""
+    """How each batch is executed, by its rows per optimizer step."""
     model_identity: dict[str, str]
+    """Hashes of the model's files, by key."""
     warnings: tuple[str, ...]
 
     @property
     def units(self) -> list[Unit]:
+        """All fine-tunings, in the order in which they run"""
         return [unit for task in self.tasks for unit in self.units_of(task)]
 
     def units_of(self, task: PlannedTask) -> list[Unit]:
+        """Returns the fine-tunings of a task: every point with every seed."""
         root = Path(self.config.output_dir) / task.name
         return [
             Unit(task, at, seed, root.joinpath(*_folder_names(at.point), f"seed-{seed}"))
@@ -107,7 +116,8 @@ class FinetunePlan:
         ]
 
     def train_config(self, unit: Unit, rows: int) -> TrainConfig:
-        """rows: training rows, or windows of a span task."""
+        """Returns steps, batch and schedule of a fine-tuning. rows: number of training rows, or windows of a span
+        task."""
         task, train = self.config.task, self.config.train
         return task_train_config(
             rows,
@@ -123,7 +133,7 @@ class FinetunePlan:
         )
 
     def unit_config(self, unit: Unit) -> FinetuneConfig:
-        """The configuration that makes this unit alone."""
+        """Returns the configuration that makes this unit alone."""
         at = unit.at
         task = replace(
             self.config.task,
@@ -152,7 +162,7 @@ def make_finetune_plan(config: FinetuneConfig) -> FinetunePlan:
     _check_activation_checkpointing(config, model.config)
     executions = _executions(config, names)
     models = (model, *teachers.values())
-    tokenizer, warning = task_tokenizer(model.path, model.key, *(one.config for one in models))
+    tokenizer, warning = task_tokenizer(model.path, model.key, *(saved.config for saved in models))
     length = config.task.seq_len
     notes = check_fit(Parts(tokenizer, models, length=length, length_of=f"task.seq_len={length}"))
     shape = shape_of(model.config, has_mlm_head=False)
@@ -186,21 +196,21 @@ def _check_activation_checkpointing(config: FinetuneConfig, model_config: Pretra
 
 
 def _executions(config: FinetuneConfig, names: list[str]) -> dict[int, Execution]:
-    """How every batch size is executed. Raises UserError in terms of task.batch."""
-    found: dict[int, Execution] = {}
+    """Returns how every batch size is executed. Raises UserError in terms of task.batch."""
+    executions: dict[int, Execution] = {}
     for name in names:
         for at in _points(name, config.task):
             train = task_train_config(1, epochs=1, lr=at.lr, batch=at.batch, grad_clip=config.train.grad_clip)
             try:
-                found[at.batch] = plan_execution(config.deepspeed_config, train, config.optim)
+                executions[at.batch] = plan_execution(config.deepspeed_config, train, config.optim)
             except UserError as error:
                 key = "task.grid.batch" if "batch" in config.task.grid else "task.batch"
                 raise UserError(str(error).replace("train.global_batch", f"{name}: {key}")) from None
-    return found
+    return executions
 
 
 def _points(name: str, task: TaskConfig) -> tuple[PlannedPoint, ...]:
-    """Every combination of the grid, each once, filled up with the settings and the task's defaults."""
+    """Returns every combination of the grid, each once, filled up with the settings and the task's defaults."""
     defaults = task_spec(name, task).defaults
     searched = [key for key in POINT_KEYS if key in task.grid]
     points = []
@@ -225,7 +235,7 @@ def _plan_task(
         data = load_task(name, config.task, test=True)
     if data.spec.kind == "span":
         model_class(model.config, "span")
-    seq_len = _seq_len(config, data, [one.config for one in (model, teacher) if one is not None])
+    seq_len = _seq_len(config, data, [saved.config for saved in (model, teacher) if saved is not None])
     planned = None if teacher is None else plan_teacher(config, data, model, teacher, seq_len, precision)
     shape = shape_of(model.config, has_mlm_head=False)
     backend = attention_backend(config.model.attention, precision, shape, seq_len, key="model.attention")
@@ -233,14 +243,13 @@ def _plan_task(
 
 
 def _seq_len(config: FinetuneConfig, data: TaskData, models: list[PretrainedConfig]) -> int:
-    """What the user asked for; else the task's default, cut to what the models take."""
+    """Returns the number of tokens that the user asked for, else the task's default, cut to what the models take."""
     limits = [limit for model in models if (limit := longest_input(model)) is not None]
-    wanted = config.task.seq_len or data.spec.defaults.seq_len
-    return min([wanted, *limits])
+    return min([config.task.seq_len or data.spec.defaults.seq_len, *limits])
 
 
 def _idle_settings(config: FinetuneConfig) -> list[str]:
-    """Settings without effect, one sentence each."""
+    """Returns a sentence for each setting without effect."""
     idle = []
     if config.teacher.path is None:
         for name in ("temperature", "projection", "projection_bias", "average_layers", "relation_heads"):
@@ -254,7 +263,7 @@ def _idle_settings(config: FinetuneConfig) -> list[str]:
 
 
 def unit_identity(plan: FinetunePlan, unit: Unit) -> dict[str, Any]:
-    """What must be the same when a fine-tuning is continued, or its result taken over."""
+    """Returns what must be the same when a fine-tuning is continued, or its result taken over: settings and hashes."""
     fixed = settings(plan.unit_config(unit), *FIXED)
     teacher = unit.task.teacher
     if unit.task.data.spec.kind != "span":
@@ -266,7 +275,7 @@ def unit_identity(plan: FinetunePlan, unit: Unit) -> dict[str, Any]:
         fixed = {key: value for key, value in fixed.items() if key == "loss.labels" or not key.startswith(unused)}
     else:
         fixed |= model_hashes("teacher", teacher.saved)
-        fixed |= {f"mapping.{key}_resolved": str(found) for key, found in teacher.maps.items()}
+        fixed |= {f"mapping.{key}_resolved": str(layers) for key, layers in teacher.maps.items()}
     return fixed | {
         "task.rows_sha256": unit.task.rows_sha256,
         "tokenizer.sha256": digest([plan.tokenizer.get_vocab(), plan.tokenizer.model_input_names]),

@@ -1,4 +1,4 @@
-"""From the results of single fine-tunings to scores per task, averages, and the closing table. No torch here."""
+"""Scores per task, averages and the closing table, made of the results of single fine-tunings. No torch here."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Point = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True)
 class UnitScore:
-    """What one fine-tuning left."""
+    """The result of one fine-tuning."""
 
     point: Point
     seed: int
     score: float | None
-    """None: it diverged."""
+    """Score of the dev splits; None: it diverged."""
     metrics: Mapping[str, float]
     steps: int
     samples: float
     """Training rows seen, repetitions counted."""
     seconds: float
-    """Of training, evaluations left out."""
+    """Seconds of training, evaluations left out."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TaskScore:
     task: str
     chosen: Point
     units: tuple[UnitScore, ...]
-    """Those of the chosen point that have a score."""
+    """Fine-tunings of the chosen point that have a score."""
     diverged: tuple[int, ...]
     """Seeds of the chosen point without a score."""
     grid: tuple[tuple[Point, float | None], ...]
@@ -48,20 +48,23 @@ class TaskScore:
 
     @property
     def score(self) -> float:
+        """Mean over the seeds"""
         return statistics.fmean(_scores(self.units))
 
     @property
     def score_std(self) -> float | None:
+        """Sample standard deviation over the seeds; None for one seed"""
         return _std(_scores(self.units))
 
     @property
     def metrics(self) -> dict[str, tuple[float, float | None]]:
         """Mean and sample standard deviation over the seeds (None for one seed)."""
         values = {name: [unit.metrics[name] for unit in self.units] for name in self.units[0].metrics}
-        return {name: (statistics.fmean(found), _std(found)) for name, found in values.items()}
+        return {name: (statistics.fmean(seeds), _std(seeds)) for name, seeds in values.items()}
 
     @property
     def steps(self) -> float:
+        """Mean number of optimizer steps"""
         return statistics.fmean(unit.steps for unit in self.units)
 
     @property
@@ -69,6 +72,7 @@ class TaskScore:
         return speed(self.units)
 
     def as_record(self) -> dict[str, Any]:
+        """Returns what the `result` record of the job holds of the task."""
         return {
             "score": self.score,
             "score_std": self.score_std,
@@ -85,7 +89,7 @@ class TaskScore:
 
 
 def speed(units: Sequence[UnitScore]) -> float:
-    """Training rows per second over these fine-tunings; 0 when nothing was timed."""
+    """Returns the training rows per second over these fine-tunings; 0 when nothing was timed."""
     seconds = math.fsum(unit.seconds for unit in units)
     return math.fsum(unit.samples for unit in units) / seconds if seconds else 0.0
 
@@ -93,8 +97,8 @@ def speed(units: Sequence[UnitScore]) -> float:
 def choose(
     task: str, units: Sequence[UnitScore], *, train_rows: int, epochs: Mapping[Point, float]
 ) -> TaskScore | None:
-    """The point with the best mean score over its seeds that did not diverge; the first of equal ones. None when no
-    unit has a score."""
+    """Returns the score at the point with the best mean over its seeds that did not diverge, the first of equal ones;
+    None when no unit has a score."""
     points = list(dict.fromkeys(unit.point for unit in units))
     means = {point: _mean([unit.score for unit in units if unit.point == point]) for point in points}
     scored = {point: mean for point, mean in means.items() if mean is not None}
@@ -114,7 +118,7 @@ def choose(
 
 
 def averages(scores: Sequence[TaskScore]) -> dict[str, float]:
-    """`mean` over all tasks, and GLUE's over those of its tasks that are there."""
+    """Returns `mean` over all tasks, and GLUE's averages over those of its tasks that are there."""
     if not scores:
         return {}
     by_task = {task.task: task.score for task in scores}
@@ -122,8 +126,8 @@ def averages(scores: Sequence[TaskScore]) -> dict[str, float]:
 
 
 def render_table(scores: Sequence[TaskScore], *, without_score: Sequence[str] = (), absent: Sequence[str] = ()) -> str:
-    """Scores times 100, as papers print them. without_score: tasks whose fine-tunings all diverged. absent: GLUE tasks
-    that were asked for and have no files."""
+    """Returns a table of scores times 100, as papers print them, and the averages. without_score: tasks whose
+    fine-tunings all diverged. absent: GLUE tasks that were asked for and have no files."""
     rows = [("task", "score", "metrics", "best of the grid", "seeds", "rows", "steps", "samples/s")]
     for task in scores:
         metrics = ", ".join(f"{name} {_percent(*value)}" for name, value in task.metrics.items())
@@ -149,15 +153,15 @@ def render_table(scores: Sequence[TaskScore], *, without_score: Sequence[str] = 
 
 
 def _average_lines(scores: Sequence[TaskScore], absent: Sequence[str]) -> list[str]:
-    found, names = averages(scores), [task.task for task in scores]
+    means, names = averages(scores), [task.task for task in scores]
     counted = [name for name in GLUE_TASKS if name in names and name != "WNLI"]
     lines = []
-    if "glue" in found:
-        lines.append(f"GLUE mean      {100 * found['glue']:.2f}   of {', '.join(counted)} (WNLI is left out by custom)")
-        if "CoLA" in counted and "glue_without_cola" in found:
-            lines.append(f"without CoLA   {100 * found['glue_without_cola']:.2f}")
-    if "mean" in found and set(names) != set(counted):
-        lines.append(f"mean of all    {100 * found['mean']:.2f}   of {', '.join(names)}")
+    if "glue" in means:
+        lines.append(f"GLUE mean      {100 * means['glue']:.2f}   of {', '.join(counted)} (WNLI is left out by custom)")
+        if "CoLA" in counted and "glue_without_cola" in means:
+            lines.append(f"without CoLA   {100 * means['glue_without_cola']:.2f}")
+    if "mean" in means and set(names) != set(counted):
+        lines.append(f"mean of all    {100 * means['mean']:.2f}   of {', '.join(names)}")
     if absent:
         lines.append(f"absent         {', '.join(absent)}: no folder under task.data_dir")
     return lines
@@ -172,10 +176,10 @@ def _scores(units: Sequence[UnitScore]) -> list[float]:
 
 
 def _std(values: Sequence[float]) -> float | None:
-    """Sample standard deviation; None for one value."""
+    """Returns the sample standard deviation; None for one value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return statistics.fmean(found) if found else None
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

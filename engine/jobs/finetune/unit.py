@@ -41,13 +41,14 @@ class Earlier:
     """What an earlier start left of a unit."""
 
     result: dict[str, Any] | None
-    """Its `result` record, when it was finished."""
+    """`result` record, when the unit was finished."""
     chosen: Chosen | None
-    """The checkpoint to continue from, when it was not."""
+    """Checkpoint to continue from, when it was not."""
 
 
 def look_back(plan: FinetunePlan, unit: Unit, runtime: Runtime) -> Earlier:
-    """Collective. Raises UserError when what is there was computed differently, or must not be there (resume=never)."""
+    """Returns what an earlier start left of a unit. Raises UserError when that was computed differently, or must not be
+    there (resume=never). Collective."""
     checkpointer = _checkpointer(plan, unit, runtime)
     result = from_rank_zero(lambda: _earlier_result(plan, unit, checkpointer))
     if result is not None or plan.config.resume == "never":
@@ -89,6 +90,7 @@ def _checkpointer(plan: FinetunePlan, unit: Unit, runtime: Runtime) -> Checkpoin
 
 
 def score_of(unit: Unit, result: dict[str, Any]) -> UnitScore:
+    """Returns what a unit's `result` record says of its score."""
     return UnitScore(
         point=unit.at.point,
         seed=unit.seed,
@@ -154,7 +156,8 @@ class UnitRun:
         self.unit_config = plan.unit_config(unit)
 
     def run(self, task: EncodedTask, teacher: FrozenTeacher | None) -> dict[str, Any] | None:
-        """Collective. The result record (with `score` None after a divergence), or None when it was preempted."""
+        """Trains, and returns the result record (with `score` None after a divergence), or None when it was preempted.
+        Collective."""
         plan, unit = self.plan, self.unit
         checkpointer = _checkpointer(plan, unit, self.runtime)
         from_rank_zero(lambda: self._begin_folder(checkpointer))
@@ -209,8 +212,8 @@ class UnitRun:
         self.run_dir.write_settings(self.unit_config, ds_config=self.execution.resolved, tokenizer=self.plan.tokenizer)
 
     def _flops_per_token(self, module: TaskModule, teacher: FrozenTeacher | None, task: EncodedTask) -> float:
-        """See TFLOPS_NOTE of engine/train/monitor.py, at the mean length of a row. A head on the first token (and
-        the pooler) runs once a row."""
+        """Returns the FLOPs of training for a token as TFLOPS_NOTE of engine/train/monitor.py defines them, at the mean
+        length of a row. A head on the first token (and the pooler) runs once a row."""
         length, student = task.mean_tokens, module.student
         share = 1.0 if task.spec.kind == "span" else 1 / length
         forward = forward_flops_per_token(student, self.plan.shape, round(length), head_share=share)
@@ -229,7 +232,7 @@ class UnitRun:
         return {**self._hparams(), **self.execution.facts}
 
     def _description(self, module: TaskModule) -> dict[str, Any]:
-        """What a checkpoint tells the export."""
+        """Returns what a checkpoint tells launch/export.py."""
         unit, config = self.unit, self.plan.config
         spec, student = unit.task.data.spec, module.student
         teacher = unit.task.teacher
@@ -287,6 +290,6 @@ class UnitRun:
 
 
 def remove_checkpoints(run_dir: RunDir) -> None:
-    """Removes those of a unit whose result is written."""
+    """Removes the checkpoints of a unit whose result is written."""
     shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
     shutil.rmtree(run_dir.tokenizer, ignore_errors=True)  # the model's folder has it

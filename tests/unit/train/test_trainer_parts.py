@@ -12,13 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertForMaskedLM, BertModel
 
-from engine.config.deepspeed import Execution, resolve_execution
-from engine.config.deepspeed_file import FOLDER
-from engine.config.distill import OptimConfig, RunConfig, TrainConfig
+from engine.config.deepspeed import Execution
+from engine.config.distill import RunConfig, TrainConfig
 from engine.config.reading import parse_config
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
-from engine.jobs.distill.banner import closing_table, estimate_memory
+from engine.jobs.distill.banner import closing_table
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import make_plan
 from engine.kernels import exact
@@ -129,30 +128,6 @@ def check_flops(model: torch.nn.Module, shape: ModelShape) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.ones(B, L, dtype=torch.long))
     assert forward_flops_per_token(model, shape, L) * B * L == counter.get_total_flops()
-
-
-@pytest.mark.parametrize(
-    ("name", "world", "bytes_per_parameter"),
-    [  # weights + gradients + optimizer
-        ("zero0_bf16", 4, 2 + 2 + 12),
-        ("zero1_bf16", 4, 2 + 2 + 3),
-        ("zero2_bf16", 4, 2 + 0.5 + 3),
-        ("zero3_bf16", 4, 0.5 + 0.5 + 3),
-        ("zero3_offload_bf16", 4, 0.5),
-        ("zero0_fp32", 1, 4 + 4 + 8),
-    ],
-)
-def test_memory_of_states_follows_the_zero_paper(name: str, world: int, bytes_per_parameter: float) -> None:
-    execution = resolve_execution(TrainConfig(), OptimConfig(), FOLDER / f"{name}.json", world)
-    shape = ModelShape(2, 8, 2, 100, False)
-    estimate = estimate_memory(
-        student=shape, student_parameters=1000, student_attention="sdpa", activation_checkpointing=False,
-        teacher=shape, teacher_parameters=500, teacher_dtype="bfloat16", teacher_sharded=False,
-        captured_teacher_tensors=0, attention_terms=0, execution=execution, seq_len=16,
-    )  # fmt: skip
-    assert estimate.student_states == pytest.approx(1000 * bytes_per_parameter)
-    assert estimate.teacher == 1000
-    assert (estimate.host_states > 0) == ("offload" in name)
 
 
 def test_banner_tables() -> None:

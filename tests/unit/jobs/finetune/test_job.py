@@ -82,7 +82,7 @@ def test_a_teacher_without_names_must_be_better_than_a_constant(
 
 def test_what_the_banner_says_of_labels_and_heads(glue: Path, tuned: Path) -> None:
     job = job_of(glue, tuned, ["yes", "no", "maybe"], **{"teacher.path": "null"})
-    text = banner.start(job.plan, optimizer="o", device="d", finished=0, unfinished=[])
+    text = banner.describe_job(job.plan, optimizer="o", device="d", finished=0, unfinished=[])
     assert "labels of the training rows: 'entailment' 8, 'neutral' 8, 'contradiction' 8" in text
     assert "its outputs are yes, no, maybe, those of MNLI entailment, neutral, contradiction; its head is rep" in text
 
