@@ -1,4 +1,4 @@
-"""What students are measured against: the teacher, and the student before its first step. Scored as they are."""
+"""The models that students are measured against: the teacher, and the student before its first step."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from engine.models.teacher import FrozenTeacher
 
 @dataclass
 class Start:
-    """The student of the uniform mapping as it is initialised."""
+    """Student of the uniform mapping as it is initialised."""
 
     model: PreTrainedModel
     layers: int
     seed: int
 
     def hidden(self, batch: Batch, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
+        """Returns the hidden states of these layers (0: embeddings) in their order, (B, L, D) each."""
         return hidden_states(self.model, batch, layers)
 
     def save(self, folder: Path) -> None:
+        """Writes a Hugging Face folder. Collective."""
         _save(self.model, folder)
 
 
 class Teacher:
-    """Placed as in training (teacher.placement), and loaded when it is first asked."""
+    """Teacher, placed as in training (teacher.placement), and loaded when it is first asked."""
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self._plan, self._device = plan, device
@@ -47,22 +49,24 @@ class Teacher:
         return load_teacher(self._plan, Wanted(hidden=frozenset(range(self.layers + 1))), self._device)
 
     def hidden(self, batch: Batch, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
+        """Returns the hidden states of these layers (0: embeddings) in their order, (B, L, D) each."""
         return padded_states(self._frozen(batch), layers)
 
     def save(self, folder: Path) -> None:
+        """Writes a Hugging Face folder. Collective."""
         teacher = self._plan.teacher
         _save(load_backbone(teacher.path, key=teacher.key, config=teacher.config), folder)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    """Collective. Writes a Hugging Face folder."""
     if torch.distributed.get_rank() == 0:
         model.save_pretrained(folder)
     torch.distributed.barrier()
 
 
 def baselines(plan: Plan, device: torch.device) -> Iterator[tuple[str, Start | Teacher]]:
-    """`start` and `teacher`, in the precision that a proxy runs them in; each is let go before the next is loaded."""
+    """Yields `start` and `teacher`, in the precision that a proxy runs them in; each is let go before the next is
+    loaded."""
     model = initial_student(plan, with_mlm_head=False)
     nn.Module.to(model, device=device, dtype=getattr(torch, plan.execution.precision))
     yield "start", Start(model.eval(), plan.student_shape.layers, plan.config.seed)

@@ -11,7 +11,7 @@ class PhaseClock:
     """Adds up the wall time of phases over all cohorts of a start; a second counts for one phase."""
 
     def __init__(self, start_s: float) -> None:
-        """start_s: seconds that the start of the process has taken."""
+        """Begins with the seconds that the start of the process has taken."""
         self.seconds: dict[str, float] = {"start": start_s}
         """Seconds by phase."""
         self._inner_s = 0.0

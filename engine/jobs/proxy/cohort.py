@@ -13,20 +13,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.data.batch import Batch
+from engine.data.loader import CorpusLoader
 from engine.jobs.distill.build import build_module, flops_per_token, initial_student
 from engine.jobs.distill.plan import Plan, describe_for_export
 from engine.jobs.proxy.evaluators import Scores
 from engine.jobs.proxy.plan import Genome
 from engine.jobs.proxy.teacher_cache import AnyTeacher
-from engine.losses.measure import TeacherSlice, begin
+from engine.losses.measure import TeacherSlice, begin, sequences_of
 from engine.models.capture import hidden_states
 from engine.models.compact_embedding import whole_vocabulary
+from engine.ranks.collectives import gathered
 from engine.ranks.runtime import Runtime
 from engine.records.run_dir import RunDir, as_yaml
 from engine.train.deepspeed_engine import DeepSpeedModel, full_state
 from engine.train.export import rebuild_student, write_model
 from engine.train.monitor import Monitor
-from engine.train.trainee import SequenceIds, Trainee
+from engine.train.trainee import Trainee
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Member:
     reports: dict[int, Scores] = field(default_factory=dict)
     """Intermediate scores by step."""
     stopped_at: int | None = None
-    """The step after which its intermediate fitness was below proxy.stop_below."""
+    """Step after which its intermediate fitness was below proxy.stop_below."""
     evaluate_s: float = 0.0
     """Seconds that all its scores took."""
 
@@ -52,7 +54,7 @@ class Member:
         return self.trainee is not None and self.trainee.diverged
 
     def hidden(self, batch: Batch, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
-        """The student's hidden states as engine.models.capture.hidden_states returns them."""
+        """Returns the student's hidden states as engine.models.capture.hidden_states does."""
         if self.trainee is None:
             return hidden_states(self.student, batch, layers)
         states: tuple[torch.Tensor, ...] = self.trainee.model(batch, layers=layers)
@@ -60,28 +62,34 @@ class Member:
 
     @property
     def layers(self) -> int:
+        """Number of the student's layers"""
         return self.plan.student_shape.layers
 
     def evaluating(self, on: bool) -> None:
-        """Dropout off (or on again)."""
+        """Turns dropout off, or on again."""
         owner: Any = self.student if self.trainee is None else self.trainee.model
         owner.train(not on)
 
     @property
     def seed(self) -> int:
+        """Seed of the cohort"""
         return self.plan.config.seed
 
     def save(self, folder: Path) -> None:
-        """Collective. Writes the student as a Hugging Face folder, in fp32."""
-        student = self.copied()
+        """Writes the student as a Hugging Face folder, in fp32. Collective."""
+        student = self.copy_student()
         if student is not None:
-            steps = 0 if self.trainee is None else self.plan.config.train.steps
-            write_model(student, {**self._description, "step": steps}, {}, self.tokenizer, folder)
+            write_model(student, {**self._description, "step": self.steps}, {}, self.tokenizer, folder)
         torch.distributed.barrier()
 
-    def copied(self) -> PreTrainedModel | None:
-        """Collective. On rank 0 the student as it is saved: with every word's embedding, in fp32 on the CPU, from the
-        optimizer's master weights where there are any. None on the others."""
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps that the student learns for"""
+        return 0 if self.trainee is None else self.plan.config.train.steps
+
+    def copy_student(self) -> PreTrainedModel | None:
+        """Returns, on rank 0, the student as it is saved: with every word's embedding, in fp32 on the CPU, from the
+        optimizer's master weights where there are any; None on the others. Collective."""
         weights = full_state(self.student)
         if torch.distributed.get_rank() != 0:
             return None
@@ -91,6 +99,24 @@ class Member:
     def _description(self) -> dict[str, Any]:
         return describe_for_export(self.plan, self.student.config)
 
+    def as_record(self, scores: Scores) -> dict[str, Any]:
+        """Returns what the `result` record says of the student."""
+        fields = {
+            "genome": self.genome.key,
+            "seed": self.seed,
+            "mapping": {"hidden": str(self.genome.mapping.hidden), "attention": str(self.genome.mapping.attention)},
+            "scores": scores.tasks,
+            "metrics": scores.metrics,
+            "fitness": scores.fitness,
+            "reports": {str(step): report.fitness for step, report in self.reports.items()},
+            "steps": self.steps,
+        }
+        if self.trainee is None or not self.trainee.monitor.history.steps:  # they are on rank 0
+            return fields
+        history = self.trainee.monitor.history
+        losses = {"losses": history.last["losses"], "total": history.last["total"]}
+        return fields | losses | {"tokens_per_s": history.tokens_per_s}
+
     def release(self) -> None:
         """Lets go of engine, optimizer and student, so that the next cohort has their memory."""
         if self.trainee is not None:
@@ -99,57 +125,77 @@ class Member:
             self.trainee = None
 
 
-def build_member(
-    genome: Genome,
-    base: Plan,
-    seed: int,
-    *,
-    teacher: AnyTeacher | None,
-    cohort: int,
-    tokens: torch.Tensor,
-    on: TeacherSlice | None,
-    sequence_ids: SequenceIds,
-    runtime: Runtime,
-    run_dir: RunDir,
-) -> Member:
-    """base: a plan for what does not depend on the genome. cohort: how many students share the teacher's passes.
-    tokens: ids that the student will meet, each once. on: what its losses are measured on."""
-    plan = genome.plan or base
-    plan = replace(
-        plan,
-        config=replace(plan.config, seed=seed),
-        mapping=genome.mapping,  # that of base is not the genome's
-    )
-    if genome.plan is None or teacher is None:
-        untrained = initial_student(plan, with_mlm_head=False)
-        nn.Module.to(untrained, device=runtime.device, dtype=getattr(torch, plan.execution.precision))
-        return Member(genome, plan, untrained, run_dir.tokenizer, trainee=None)
-    module, chosen = build_module(plan, runtime.device, tokens=tokens)
-    if on is not None:
-        begin(module, on)
-    flops = flops_per_token(plan, teacher, module, share_of_teacher=1.0 / cohort)
-    monitor = Monitor(
-        active=runtime.is_rank_zero,
-        tensorboard=run_dir.tensorboard / f"{genome.mapping.file_name}-seed{seed}",
-        records=run_dir.records,
-        steps=plan.config.train.steps,
-        flops_per_token=flops,
-        device=runtime.device,
-        config_text=as_yaml(plan.config),
-        labels={"genome": genome.key, "seed": seed},
-        part_of_a_job=True,
-        name=genome.key,
-    )
-    trainee = Trainee(
-        DeepSpeedModel(module, chosen.optimizer, plan.config.train, plan.execution),
-        train=plan.config.train,
-        terms=plan.losses,
-        execution=plan.execution,
-        runtime=runtime,
-        monitor=monitor,
-        sequence_ids=sequence_ids,
-    )
-    return Member(genome, plan, module.student, run_dir.tokenizer, trainee)
+@dataclass(frozen=True)
+class Cohort:
+    """What the students that are trained side by side share."""
+
+    base: Plan
+    """Plan of what does not depend on the genome, with the cohort's seed."""
+    genomes: Sequence[Genome]
+    teacher: AnyTeacher | None
+    """Teacher, whose passes they share; None when none of them learns."""
+    loader: CorpusLoader
+    tokens: torch.Tensor
+    """(n,) int64 ids that a student will meet, each once."""
+    runtime: Runtime
+    run_dir: RunDir
+
+    def measure_slice(self) -> TeacherSlice | None:
+        """Returns what losses are measured on; None where no loss looks at it. Collective."""
+        plans = [genome.plan for genome in self.genomes if genome.plan is not None]
+        if self.teacher is None or not any(plan.losses.looks_at_slice for plan in plans):
+            return None
+        batches = self.loader.first(sequences_of(self.base.config.loss, self.base.seq_len))
+        return TeacherSlice(batches, self.teacher, self.runtime.device, self.base.teacher_shape)
+
+    def build_members(self) -> list[Member]:
+        """Returns the members, before their first step. Collective."""
+        teacher_slice = self.measure_slice()
+        return [self._build(genome, teacher_slice) for genome in self.genomes]
+
+    def _build(self, genome: Genome, teacher_slice: TeacherSlice | None) -> Member:
+        config, device = replace((genome.plan or self.base).config, seed=self.base.config.seed), self.runtime.device
+        plan = replace(genome.plan or self.base, config=config, mapping=genome.mapping)  # that of base is not its own
+        if genome.plan is None or self.teacher is None:
+            untrained = initial_student(plan, with_mlm_head=False)
+            nn.Module.to(untrained, device=device, dtype=getattr(torch, plan.execution.precision))
+            return Member(genome, plan, untrained, self.run_dir.tokenizer, trainee=None)
+        module, chosen = build_module(plan, device, tokens=self.tokens)
+        if teacher_slice is not None:
+            begin(module, teacher_slice)
+        monitor = Monitor(
+            active=self.runtime.is_rank_zero,
+            tensorboard=self.run_dir.tensorboard / f"{genome.mapping.file_name}-seed{config.seed}",
+            records=self.run_dir.records,
+            steps=config.train.steps,
+            flops_per_token=flops_per_token(plan, self.teacher, module, share_of_teacher=1.0 / len(self.genomes)),
+            device=device,
+            config_text=as_yaml(config),
+            labels={"genome": genome.key, "seed": config.seed},
+            part_of_a_job=True,
+            name=genome.key,
+        )
+        trainee = Trainee(
+            DeepSpeedModel(module, chosen.optimizer, config.train, plan.execution),
+            train=config.train,
+            terms=plan.losses,
+            execution=plan.execution,
+            runtime=self.runtime,
+            monitor=monitor,
+            sequence_ids=self.loader.sequence_ids,
+        )
+        return Member(genome, plan, module.student, self.run_dir.tokenizer, trainee)
+
+
+def tokens_met(base: Plan, loader: CorpusLoader, in_texts: torch.Tensor) -> torch.Tensor:
+    """Returns the ids that a student will meet, each once (n,): in its batches, in what its losses are measured on, and
+    `in_texts`, where it is scored. Collective."""
+    met = [in_texts]
+    met += [batch.input_ids.flatten() for batch in loader.first(sequences_of(base.config.loss, base.seq_len))]
+    for step in range(base.config.train.steps):
+        met += [micro.input_ids.flatten() for micro in loader.step(step).micro]
+    tokens = torch.unique(torch.cat(met))
+    return torch.unique(torch.cat(gathered(tokens)))
 
 
 @dataclass
@@ -164,12 +210,15 @@ class IntermediateScores:
     enough: bool = False
 
     def due(self, step: int, *, last: bool) -> bool:
+        """Returns whether to score after `step`."""
         return step in self.steps
 
     def state(self) -> dict[str, Any]:
+        """Returns nothing: a proxy job writes no checkpoints."""
         return {}
 
     def __call__(self, step: int) -> bool:
+        """Scores the students; returns False, since there are no checkpoints. Collective."""
         for member in self.members:
             trainee = member.trainee
             # losses are looked at on log steps only, and no score may come from weights that are not finite

@@ -42,40 +42,44 @@ class Student(Protocol):
     """What an evaluator needs of a member of a cohort."""
 
     def hidden(self, batch: Batch, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
-        """The hidden states of these layers (0: embeddings) in their order, (B, L, D) each."""
+        """Returns the hidden states of these layers (0: embeddings) in their order, (B, L, D) each."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Collective. Writes a Hugging Face folder."""
+        """Writes a Hugging Face folder. Collective."""
         ...
 
     @property
     def layers(self) -> int:
-        """How many it has."""
+        """Number of its layers"""
         ...
 
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """Seed that it was distilled with"""
+        ...
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of training rows alone: dev rows are for the final evaluation."""
+    """Scores of a student on training rows alone: dev rows are for the final evaluation."""
 
     metrics: dict[str, dict[str, float]]
-    """task -> metric -> value."""
+    """Values by task and metric."""
     tasks: dict[str, float]
-    """task -> its score, the mean of its metrics."""
+    """Scores by task, each the mean of its metrics."""
     fitness: float = math.nan
-    """By the job's yardstick (engine/records/yardstick.py); nan before there is one."""
+    """Fitness by the job's yardstick (engine/records/yardstick.py); nan before there is one."""
 
 
 class Evaluator(Protocol):
+    """A way to score students."""
+
     tokens: torch.Tensor
     """(n,) int64 ids that the student itself meets when it is scored, each once."""
 
     def __call__(self, student: Student) -> Scores:
-        """Collective; gives the same on every rank."""
+        """Returns the scores of a student, the same on every rank. Collective."""
         ...
 
 
@@ -87,7 +91,8 @@ class _Rows(NamedTuple):
 
 
 class ProbeEvaluator:
-    """Tokenises the texts of all tasks once, as one table; a student then reads all of them in one sweep."""
+    """Probes on frozen features. The texts of all tasks are tokenised once, as one table, which a student reads in one
+    sweep."""
 
     def __init__(
         self,
@@ -120,7 +125,7 @@ class ProbeEvaluator:
         self.tokens = torch.from_numpy(np.union1d(self._encoded.ids, [self._pad_id]).astype(np.int64))
 
     def __call__(self, student: Student) -> Scores:
-        """Deterministic: no training, no seed."""
+        """Returns the scores of a student, which depend on no seed. Collective."""
         features = self._features(student)
         metrics: dict[str, dict[str, float]] = {}
         for task in self._tasks:
@@ -134,8 +139,8 @@ class ProbeEvaluator:
         return scores_of(self._tasks, metrics)
 
     def _features(self, student: Student) -> torch.Tensor:
-        """(texts, layers, D) float32 mean-pooled hidden states on the CPU: of the last layer, or of all and the
-        embeddings if a task wants them."""
+        """Returns mean-pooled hidden states (texts, layers, D) in float32 on the CPU: of the last layer, or of all and
+        the embeddings if a task wants them. Collective."""
         layers = frozenset(range(0 if self._every_layer else student.layers, student.layers + 1))
         device = self._runtime.device
         batches = evaluation_batches(
@@ -164,8 +169,8 @@ def _training_rows(task: TaskData) -> Split:
 
 
 def _cross_validated(task: TaskData, rows: ProbeFeatures, folds: int) -> dict[str, float]:
-    """Metrics over all training rows; row i is scored by the probe that was trained without rows i mod `folds`. A
-    similarity task has nothing to train."""
+    """Returns metrics over all training rows; row i is scored by the probe that was trained without rows i mod `folds`.
+    A similarity task has nothing to train."""
     labels = _training_rows(task).labels
     assert labels is not None
     if task.spec.similarity:
@@ -182,14 +187,15 @@ def _cross_validated(task: TaskData, rows: ProbeFeatures, folds: int) -> dict[st
         watchdog.beat()
         return outputs
 
-    found = in_threads(held_out, range(folds))
-    outputs = np.zeros((len(labels), *found[0].shape[1:]), found[0].dtype)
-    for k, values in enumerate(found):
+    by_fold = in_threads(held_out, range(folds))
+    outputs = np.zeros((len(labels), *by_fold[0].shape[1:]), by_fold[0].dtype)
+    for k, values in enumerate(by_fold):
         outputs[(fold == k).numpy()] = values
     return score_task(task.spec, outputs, labels)
 
 
 def scores_of(tasks: Sequence[TaskData], metrics: dict[str, dict[str, float]]) -> Scores:
+    """Returns the scores that these metrics make, without a fitness."""
     return Scores(metrics, {task.spec.name: task_score(task.spec, metrics[task.spec.name]) for task in tasks})
 
 
@@ -198,10 +204,11 @@ class Stopped(Exception):
 
 
 class FinetuneEvaluator:
-    """Fine-tunes a copy of the student on each task, with the settings of the `proxy` section; tokenised once."""
+    """A short fine-tuning of a copy on each task, with the settings of the `proxy` section. Tasks are tokenised
+    once."""
 
     def __init__(self, plan: ProxyPlan, runtime: Runtime, stop: StopRequest, scratch: Path) -> None:
-        """scratch: a folder that all ranks see; a student lies there while it is scored."""
+        """Tokenises the tasks. scratch: a folder that all ranks see; a student lies there while it is scored."""
         self._plan, self._runtime, self._scratch = plan, runtime, scratch
         self._stop = stop
         self.tokens = torch.empty(0, dtype=torch.int64)  # a copy with the whole vocabulary is fine-tuned
@@ -212,6 +219,7 @@ class FinetuneEvaluator:
             self._tasks.append(encode_task(data, plan.base.tokenizer, seq_len=seq_len))
 
     def __call__(self, student: Student) -> Scores:
+        """Returns the scores of a student. Collective. Raises Stopped."""
         student.save(self._scratch)
         watchdog.beat()
         metrics = {task.spec.name: self._fine_tune(task, student.seed) for task in self._tasks}
@@ -252,6 +260,7 @@ class FinetuneEvaluator:
 
 
 def build_evaluator(plan: ProxyPlan, runtime: Runtime, stop: StopRequest, scratch: Path) -> Evaluator:
+    """Returns the evaluator that proxy.evaluator names. scratch: a folder that all ranks see."""
     if plan.config.proxy.evaluator == "finetune":
         return FinetuneEvaluator(plan, runtime, stop, scratch)
     longest = longest_input(plan.base.student_config) or plan.base.seq_len

@@ -19,24 +19,20 @@ import psutil
 import torch
 
 from engine.config.proxy import ProxyJobConfig
-from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck
 from engine.errors import EXIT_DONE, EXIT_PREEMPTED
 from engine.jobs.distill.build import load_teacher, open_corpus
-from engine.jobs.distill.plan import Plan
 from engine.jobs.proxy.baselines import baselines
 from engine.jobs.proxy.clock import PhaseClock
-from engine.jobs.proxy.cohort import IntermediateScores, Member, build_member
+from engine.jobs.proxy.cohort import Cohort, IntermediateScores, Member, tokens_met
 from engine.jobs.proxy.evaluators import Evaluator, Scores, Stopped, build_evaluator
 from engine.jobs.proxy.layer_table import LayerTables
 from engine.jobs.proxy.plan import Genome, ProxyPlan, make_proxy_plan
 from engine.jobs.proxy.report import Result, describe_start
 from engine.jobs.proxy.results import Results, listed
 from engine.jobs.proxy.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
-from engine.losses.measure import TeacherSlice, sequences_of
 from engine.ranks import run_lock, watchdog
 from engine.ranks.agreement import require_agreement
-from engine.ranks.collectives import gathered
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.fingerprints import flatten
 from engine.records.run_dir import RunDir
@@ -79,11 +75,11 @@ class ProxyJob:
         self.clock = PhaseClock(time.time() - began)
         self.stop = StopRequest()
         self._shard_check: ShardCheck | None = None
-        """All cohorts read one corpus."""
+        """Check of the corpus, which all cohorts read."""
         self._layer_tables = LayerTables(runtime) if self.config.proxy.layer_table else None
 
     def run(self) -> int:
-        """Returns the exit code."""
+        """Runs what is missing and prints the table; returns the exit code. Collective."""
         results = self.results
         results.say(describe_start(self.plan, self.runtime, results.seeds, set(results.found)))
         if self.config.dry_run:
@@ -101,18 +97,19 @@ class ProxyJob:
             results.close()
 
     def _run_missing(self, missing: Mapping[int, Sequence[Genome]]) -> bool:
-        """Returns whether it came to an end: False when told to stop. missing: genomes by seed."""
+        """Distils and scores the genomes that have no result; returns False when told to stop. missing: genomes by
+        seed. Collective."""
         with self.clock.phase("encode"):
             scratch = self.run_dir.root / "students" / ".scored"
             evaluator = build_evaluator(self.plan, self.runtime, self.stop, scratch)
         if not self.results.yardstick and not self._measure_yardstick(evaluator):
             return False
         with self.clock.phase("load"):
-            teacher = self._teacher({genome.key: genome for group in missing.values() for genome in group})
+            teacher = self._load_teacher({genome.key: genome for group in missing.values() for genome in group})
         self.clock.share()
         for seed, genomes in missing.items():
             self.clock.begin_cohort()
-            if genomes and not self._cohort(genomes, seed, teacher, evaluator):
+            if genomes and not self._run_cohort(genomes, seed, teacher, evaluator):
                 return False
         if isinstance(teacher, CachedTeacher):
             teacher.close()
@@ -120,20 +117,20 @@ class ProxyJob:
 
     def _measure_yardstick(self, evaluator: Evaluator) -> bool:
         """Scores the baselines; returns False when told to stop. Collective."""
-        found: dict[str, Scores] = {}
+        scores: dict[str, Scores] = {}
         try:
-            with self.clock.phase("baselines"), self._scoring_watched(self.config.seed):
+            with self.clock.phase("baselines"), self._watch_scoring(self.config.seed):
                 for name, model in baselines(self.plan.base, self.runtime.device):
-                    found[name] = evaluator(model)
+                    scores[name] = evaluator(model)
         except Stopped:
             return False
-        self.results.yardstick = alike(found["start"].tasks, found["teacher"].tasks, self.plan.counted)
-        self.results.record("run", status="baselines", **{name: scores.tasks for name, scores in found.items()})
-        for name, scores in found.items():
-            self.results.say(f"{name}  ({listed(scores.tasks)})")
+        self.results.yardstick = alike(scores["start"].tasks, scores["teacher"].tasks, self.plan.counted)
+        self.results.record("run", status="baselines", **{name: of.tasks for name, of in scores.items()})
+        for name, of in scores.items():
+            self.results.say(f"{name}  ({listed(of.tasks)})")
         return True
 
-    def _teacher(self, genomes: Mapping[str, Genome]) -> AnyTeacher | None:
+    def _load_teacher(self, genomes: Mapping[str, Genome]) -> AnyTeacher | None:
         """Returns a teacher as deep as any of the genomes needs, with a cache as deep as any could need; None when none
         of them learns."""
         wanted = [genome.plan.losses.wanted_teacher for genome in genomes.values() if genome.plan is not None]
@@ -143,46 +140,24 @@ class ProxyJob:
             return load_teacher(self.plan.base, functools.reduce(operator.or_, wanted), self.runtime.device)
         return open_cached_teacher(self.config, self.plan.base, self.runtime, say=self.results.say)
 
-    def _cohort(self, genomes: Sequence[Genome], seed: int, teacher: AnyTeacher | None, evaluator: Evaluator) -> bool:
-        """Distils the genomes side by side, scores and records each; returns False when told to stop."""
-        base = replace(self.plan.base, config=replace(self.plan.base.config, seed=seed))
+    def _run_cohort(
+        self, genomes: Sequence[Genome], seed: int, teacher: AnyTeacher | None, evaluator: Evaluator
+    ) -> bool:
+        """Distils the genomes side by side, scores and records each; returns False when told to stop. Collective."""
         with self.clock.phase("load"):
-            loader = open_corpus(base, self._shard_check)
-            self._shard_check = loader.check
-            tokens = self._tokens(loader, evaluator)
-            if isinstance(teacher, CachedTeacher):
-                batches = (micro for step in range(self.config.proxy.steps) for micro in loader.step(step).micro)
-                teacher.expect(batches, ranks=self.runtime.world_size)
-            learning = [genome.plan for genome in genomes if genome.plan is not None]
-            on = None
-            if teacher is not None and any(plan.losses.looks_at_slice for plan in learning):
-                on = TeacherSlice(loader.first(self._slice), teacher, self.runtime.device, base.teacher_shape)
+            cohort = self._open_cohort(genomes, seed, teacher, evaluator)
             if self._layer_tables is not None:
-                self._layer_tables.begin(base, genomes, loader)
-            members = [
-                build_member(
-                    genome,
-                    base,
-                    seed,
-                    teacher=teacher,
-                    cohort=len(genomes),
-                    tokens=tokens,
-                    on=on,
-                    sequence_ids=loader.sequence_ids,
-                    runtime=self.runtime,
-                    run_dir=self.run_dir,
-                )
-                for genome in genomes
-            ]
+                self._layer_tables.begin(cohort)
+            members = cohort.build_members()
         score = functools.partial(self._score, evaluator)
         try:
-            if not self._train(members, base, seed, teacher, loader, score):
+            if not self._train(cohort, members, score):
                 return False
             if self._layer_tables is not None:
                 self._layer_tables.introduce(self.results.say)
-            with self._scoring_watched(seed):
+            with self._watch_scoring(seed):
                 for member in members:
-                    self._finish(member, seed, score, len(members))
+                    self._finish(member, score, len(members))
             return True
         except Stopped:
             return False
@@ -192,51 +167,39 @@ class ProxyJob:
             members.clear()
             gc.collect()  # engines hold themselves in cycles of hooks
 
-    @property
-    def _slice(self) -> int:
-        """Number of sequences that the losses are measured on."""
-        return sequences_of(self.config.loss, self.plan.base.seq_len)
+    def _open_cohort(
+        self, genomes: Sequence[Genome], seed: int, teacher: AnyTeacher | None, evaluator: Evaluator
+    ) -> Cohort:
+        base = replace(self.plan.base, config=replace(self.plan.base.config, seed=seed))
+        loader = open_corpus(base, self._shard_check)
+        self._shard_check = loader.check
+        tokens = tokens_met(base, loader, evaluator.tokens)
+        if isinstance(teacher, CachedTeacher):
+            batches = (micro for step in range(self.config.proxy.steps) for micro in loader.step(step).micro)
+            teacher.expect(batches, ranks=self.runtime.world_size)
+        return Cohort(base, genomes, teacher, loader, tokens, self.runtime, self.run_dir)
 
-    def _tokens(self, loader: CorpusLoader, evaluator: Evaluator) -> torch.Tensor:
-        """Returns the ids that a student of this cohort will meet, each once: in its batches and in its texts.
-        Collective."""
-        met = [evaluator.tokens]
-        met += [batch.input_ids.flatten() for batch in loader.first(self._slice)]
-        for step in range(self.config.proxy.steps):
-            met += [micro.input_ids.flatten() for micro in loader.step(step).micro]
-        tokens = torch.unique(torch.cat(met))
-        return torch.unique(torch.cat(gathered(tokens)))
-
-    def _train(
-        self,
-        members: Sequence[Member],
-        base: Plan,
-        seed: int,
-        teacher: AnyTeacher | None,
-        loader: CorpusLoader,
-        score: Callable[[Member], Scores],
-    ) -> bool:
-        """Returns False when told to stop."""
+    def _train(self, cohort: Cohort, members: Sequence[Member], score: Callable[[Member], Scores]) -> bool:
+        """Trains the members that learn; returns False when told to stop. Collective."""
         trainees = [member.trainee for member in members if member.trainee is not None]
         if not trainees:
             return True
+        config, proxy = cohort.base.config, self.config.proxy
         trainer = Trainer(
-            train=base.config.train,
-            seed=seed,
+            train=config.train,
+            seed=config.seed,
             runtime=self.runtime,
             stop=self.stop,
             trainees=trainees,
-            teacher=teacher,
-            loader=loader,
-            evaluation=IntermediateScores(
-                members, frozenset(self.config.proxy.report_at), self.config.proxy.stop_below, score
-            ),
+            teacher=cohort.teacher,
+            loader=cohort.loader,
+            evaluation=IntermediateScores(members, frozenset(proxy.report_at), proxy.stop_below, score),
         )
         with self.clock.phase("train"):
             return trainer.run() is not Outcome.PREEMPTED
 
-    def _scoring_watched(self, seed: int) -> AbstractContextManager[None]:
-        """A rank that hangs inside ends as one that hangs in training does."""
+    def _watch_scoring(self, seed: int) -> AbstractContextManager[None]:
+        """Ends a rank that hangs inside as one that hangs in training."""
         steps, limit_s = self.config.proxy.steps, self.plan.base.config.train.hang_timeout_s
         monitor = Monitor.silent(self.run_dir, steps=steps, device=self.runtime.device)
         return monitor.watch_hangs(f"scores-seed{seed}", step=lambda: steps, rank=self.runtime.rank, limit_s=limit_s)
@@ -252,43 +215,32 @@ class ProxyJob:
         member.evaluate_s += time.perf_counter() - start
         return scores
 
-    def _finish(self, member: Member, seed: int, score: Callable[[Member], Scores], cohort: int) -> None:
-        """Scores a member and records its result; one that has diverged has its own record already."""
-        genome, trainee, steps = member.genome, member.trainee, self.config.proxy.steps
+    def _finish(self, member: Member, score: Callable[[Member], Scores], cohort_size: int) -> None:
+        """Scores a member and records its result; one that has diverged has its own record already. Collective."""
+        key, seed, trainee, steps = member.genome.key, member.seed, member.trainee, self.config.proxy.steps
         if trainee is not None and (trainee.diverged or not trainee.check_weights(steps)):
-            self.results.diverged(genome.key, seed)
+            self.results.add_diverged(key, seed)
             return
-        reports = {step: report.fitness for step, report in member.reports.items()}
         if member.stopped_at is not None:
-            self.results.stopped(genome.key, seed, member.stopped_at, reports)
+            reports = {step: report.fitness for step, report in member.reports.items()}
+            self.results.add_stopped(key, seed, member.stopped_at, reports)
             return
         scores = score(member)
         wall = {**self.clock.of_cohort(), "evaluate": member.evaluate_s}
         result: Result = {
             "status": "ok",
-            "genome": genome.key,
-            "seed": seed,
-            "mapping": {"hidden": str(genome.mapping.hidden), "attention": str(genome.mapping.attention)},
-            "scores": scores.tasks,
-            "metrics": scores.metrics,
-            "fitness": scores.fitness,
+            **member.as_record(scores),
             "yardstick": {task: asdict(scale) for task, scale in self.results.yardstick.items()},
-            "reports": {str(step): fitness for step, fitness in reports.items()},
             "fingerprint": self.plan.fingerprint,
-            "steps": 0 if trainee is None else steps,
-            "cohort": cohort,
+            "cohort": cohort_size,
             "peak_memory_gib": peak_memory_gib(self.runtime.device),
             **self.plan.base.execution.facts,
         }
         if trainee is not None:
             trainee.monitor.scores(steps, scores.tasks, aloud=False, metrics=scores.metrics, fitness=scores.fitness)
-            history = trainee.monitor.history
-            if history.steps:  # on rank 0
-                result |= {"losses": history.last["losses"], "total": history.last["total"]}
-                result["tokens_per_s"] = history.tokens_per_s
-                wall |= history.seconds_by_phase
+            wall |= trainee.monitor.history.seconds_by_phase
         if self.config.proxy.keep_students:
-            folder = self.results.student_folder(genome, seed)
+            folder = self.results.student_folder(member.genome, seed)
             watchdog.beat()
             member.save(folder)
             watchdog.beat()
@@ -296,7 +248,7 @@ class ProxyJob:
         if self._layer_tables is not None:
             start = time.perf_counter()
             with self.clock.phase("layers"):
-                result["layers"] = self._layer_tables.of(member)
+                result["layers"] = self._layer_tables.measure(member)
             watchdog.beat()
             wall["layers"] = time.perf_counter() - start
         self.results.add({**result, "wall_s": wall})

@@ -36,38 +36,40 @@ class Genome:
 
     mapping: MappingPair
     given: str
-    """As the user wrote it, e.g. `uniform`."""
+    """Text as the user wrote it, e.g. `uniform`."""
     asked: bool
     """Whether the user named it; else it is there to be compared with."""
     plan: Plan | None
-    """None when no loss is left to learn from (all layers skipped and no other loss): the student is scored as it was
-    initialised."""
+    """Plan of its distillation; None when no loss is left to learn from (all layers skipped and no other loss): the
+    student is scored as it was initialised."""
 
     @property
     def key(self) -> str:
-        """As records name it."""
+        """Text as records name it"""
         return str(self.mapping)
 
 
 @dataclass(frozen=True)
 class ProxyPlan:
+    """What a job will do: everything that is known before any model is loaded."""
+
     config: ProxyJobConfig
     base: Plan
-    """What does not depend on the mapping is the same for all genomes."""
+    """Plan with the uniform mapping; what does not depend on the mapping is the same for all genomes."""
     genomes: tuple[Genome, ...]
     tasks: tuple[TaskData, ...]
-    """Those that make the fitness, then those of proxy.other_tasks."""
+    """Tasks that make the fitness, then those of proxy.other_tasks."""
     counted: tuple[str, ...]
-    """Names of the first ones."""
+    """Names of the tasks that make the fitness."""
     fingerprint: str
     fingerprint_parts: dict[str, Any]
-    """What the fingerprint is made of, in readable groups."""
+    """Settings, versions and hashes that the fingerprint is made of, in readable groups."""
     warnings: tuple[str, ...] = ()
-    """For the banner."""
+    """Lines for the banner."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a search must know before it starts."""
+        """Facts that a search must know before it starts"""
         return {
             "student_layers": self.base.student_shape.layers,
             "teacher_layers": self.base.teacher_shape.layers,
@@ -117,7 +119,8 @@ def check_finetune_batch(config: ProxyJobConfig, base: Plan) -> None:
 
 
 def run_config(config: ProxyJobConfig) -> RunConfig:
-    """One student's distillation as launch/distill.py would run it, with the uniform mapping: every model has one."""
+    """Returns one student's distillation as launch/distill.py would run it, with the uniform mapping: every model has
+    one."""
     return RunConfig(
         output_dir=config.output_dir,
         seed=config.seed,
@@ -135,30 +138,32 @@ def run_config(config: ProxyJobConfig) -> RunConfig:
 
 
 def deepspeed_file(given: str) -> str:
-    """`auto` on a CPU is stage 0: there is nothing to shard in a small student, and each member of a cohort would pay
-    for ZeRO's copies (docs/benchmarks.md, "Proxy cohorts")."""
+    """Returns the DeepSpeed file of the members. `auto` on a CPU is stage 0: there is nothing to shard in a small
+    student, and each member of a cohort would pay for ZeRO's copies (docs/benchmarks.md, "Proxy cohorts")."""
     if given != "auto" or uses_gpu():
         return given
     return str(FOLDER / ("zero0_bf16.json" if has_fast_bf16() else "zero0_fp32.json"))
 
 
 def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
-    """Each mapping once, in the order given, and `none` behind them where the yardstick is yet to be measured. Raises
-    UserError naming the genome that does not fit the models."""
+    """Returns each mapping once, in the order given, and `none` behind them where the yardstick is yet to be measured.
+    Raises UserError naming the genome that does not fit the models."""
     sizes = {"student_layers": base.student_shape.layers, "teacher_layers": base.teacher_shape.layers}
-    found: dict[MappingPair, Genome] = {}
+    genomes: dict[MappingPair, Genome] = {}
     for i, text in enumerate((*config.genomes, *(() if config.proxy.yardstick else ("none",)))):
         mapping = MappingPair.parse(text, **sizes, key="genomes")
         mapping.refuse_kept_layers("genomes")
-        if mapping in found:
+        if mapping in genomes:
             continue
         learns = any(
             not (name in HIDDEN_MAPPED and not mapping.hidden.pairs)
             and not (name in ATTENTION_MAPPED and not mapping.attention.pairs)
             for name in config.loss.active
         )
-        found[mapping] = Genome(mapping, text, i < len(config.genomes), with_mapping(base, mapping) if learns else None)
-    return tuple(found.values())
+        genomes[mapping] = Genome(
+            mapping, text, i < len(config.genomes), with_mapping(base, mapping) if learns else None
+        )
+    return tuple(genomes.values())
 
 
 @cache
@@ -168,9 +173,9 @@ def code_version() -> str:
 
 
 def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskData]) -> dict[str, Any]:
-    """Every setting that decides a fitness, by section, and hashes of what is read. Seed and mapping are left out: they
-    tell evaluations of one fingerprint apart. So is what changes rounding only (ranks, micro batch, ZeRO stage,
-    attention backend)."""
+    """Returns every setting that decides a fitness, by section, and hashes of what is read. Seed and mapping are left
+    out: they tell evaluations of one fingerprint apart. So is what changes rounding only (ranks, micro batch, ZeRO
+    stage, attention backend)."""
     fixed = settings(config, Mark.RESULT)
     for name in ("epochs", "lr", "batch") if config.proxy.evaluator == "probe" else ():
         del fixed[f"proxy.{name}"]

@@ -1,4 +1,4 @@
-"""What a proxy job has found out: its results of earlier starts, the fitness table, and how far it can be trusted."""
+"""What a proxy job prints: its banner, the fitness table, and how far that can be trusted; and its earlier results."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ Result = dict[str, Any]
 
 
 def earlier_results(records: Path, fingerprint: str) -> dict[tuple[str, int], Result]:
-    """(genome, seed) -> its result, of all starts whose fingerprint makes it comparable; of several the last."""
-    found: dict[tuple[str, int], Result] = {}
+    """Returns the results of all starts whose fingerprint makes them comparable, by genome and seed; of several the
+    last."""
+    results: dict[tuple[str, int], Result] = {}
     for record in read_records(records) if records.is_file() else ():
         if record["kind"] == "result" and record.get("fingerprint") == fingerprint:
-            found[record["genome"], record["seed"]] = record
-    return found
+            results[record["genome"], record["seed"]] = record
+    return results
 
 
 def signal_of(results: Sequence[Result]) -> Signal | None:
-    """None without repeated seeds of at least two genomes."""
+    """Returns how much of the differences between genomes is no seed noise; None without repeated seeds of at least two
+    genomes."""
     fitness: dict[str, dict[int, float]] = defaultdict(dict)
     for result in results:
         if result["steps"]:  # an untrained student has no seed noise, and would make it look smaller than it is
@@ -53,11 +55,11 @@ def fitness_table(
     *,
     tasks: Sequence[str],
 ) -> str:
-    """Best genome first, then the baselines; means over seeds, with the sample standard deviation where there are
-    several. Tasks that do not count are in brackets.
+    """Returns a table with the best genome first, then the baselines; means over seeds, with the sample standard
+    deviation where there are several. Tasks that do not count are in brackets.
 
-    names: genome -> what the user called it. failed: genomes without any result, each with the reason. tasks: in the
-    order of the columns.
+    names: what the user called each genome. failed: lines about genomes without a result. tasks: in the order of the
+    columns.
     """
     by_genome = _by_genome(results)
     order = sorted(by_genome, key=lambda genome: -fmean(r["fitness"] for r in by_genome[genome]))
@@ -85,8 +87,8 @@ def closing_text(
     *,
     tasks: Sequence[str],
 ) -> str:
-    """First whether the students are better than no training at all, then the table, what a fitness is, and how far it
-    can be trusted."""
+    """Returns first whether the students are better than no training at all, then the table, what a fitness is, and how
+    far it can be trusted. Arguments as for `fitness_table`."""
     signal = signal_of(results)
     parts = [
         beaten_text(_scores_by_genome(results, yardstick), yardstick),
@@ -98,9 +100,9 @@ def closing_text(
 
 
 def _scores_by_genome(results: Sequence[Result], tasks: Iterable[str]) -> dict[str, dict[str, float]]:
-    """genome -> task -> mean over seeds."""
+    """Returns means over seeds, by genome and task."""
     return {
-        genome: {task: fmean(one["scores"][task] for one in group) for task in tasks}
+        genome: {task: fmean(result["scores"][task] for result in group) for task in tasks}
         for genome, group in _by_genome(results).items()
     }
 
@@ -110,7 +112,7 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], known: Collection[tuple[str, int]]) -> str:
-    """The banner."""
+    """Returns the banner. known: genome and seed of the results that are there already."""
     config, base, proxy = plan.config, plan.base, plan.config.proxy
     t, s, ex = base.teacher_shape, base.student_shape, base.execution
     wanted = [(genome.key, seed) for seed in seeds for genome in plan.genomes]

@@ -1,4 +1,4 @@
-"""What a proxy job has found out so far: its results, those of earlier starts, and the records of them."""
+"""The results of a proxy job: its own, those of earlier starts, and the records of them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Results:
         self.genomes = {genome.key: genome for genome in plan.genomes}
         self.seeds = range(plan.config.seed, plan.config.seed + plan.config.proxy.repeats)
         self.failed: list[str] = []
-        """Genomes without a result, with the reason."""
+        """Lines about genomes without a result, with the reason."""
         self.yardstick: Yardstick = plan.config.proxy.yardstick
-        """Empty before the baselines are scored."""
+        """Scale of the fitness; empty before the baselines are scored."""
         self._any_stopped = False
         self._shows = runtime.is_rank_zero
         self._writer: RecordWriter | None = None
@@ -38,10 +38,11 @@ class Results:
         """Results by genome and seed."""
 
     def _earlier(self) -> dict[tuple[str, int], Result]:
+        """Returns what need not be computed again, by genome and seed."""
         if self.plan.config.resume != "auto":
             return {}
-        found = earlier_results(self.run_dir.records, self.plan.fingerprint)
-        return {pair: result for pair, result in found.items() if not self._lacks(pair, result)}
+        earlier = earlier_results(self.run_dir.records, self.plan.fingerprint)
+        return {pair: result for pair, result in earlier.items() if not self._lacks(pair, result)}
 
     def _lacks(self, pair: tuple[str, int], result: Result) -> bool:
         """Returns whether something is wanted now that an earlier start has not left: a score, the student, or its
@@ -63,7 +64,7 @@ class Results:
 
     @property
     def missing(self) -> dict[int, list[Genome]]:
-        """Genomes without a result, by seed."""
+        """Genomes without a result, by seed"""
         return {
             seed: [genome for genome in self.plan.genomes if (genome.key, seed) not in self.found]
             for seed in self.seeds
@@ -74,7 +75,7 @@ class Results:
         self._writer = open_records(self.run_dir.records) if self._shows else None
 
     def close(self) -> None:
-        """Raises RunFailure when a result could not be recorded."""
+        """Closes records.jsonl. Raises RunFailure when a result could not be recorded."""
         if self._writer is not None:
             self._writer.close()
 
@@ -95,7 +96,7 @@ class Results:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Fields of every record about the whole job."""
+        """Fields of every record about the whole job"""
         facts = {"genomes": list(self.genomes), "seeds": list(self.seeds), "fingerprint": self.plan.fingerprint}
         return facts | self.plan.base.execution.facts
 
@@ -118,12 +119,12 @@ class Results:
         named = f"{result['genome']}  seed {result['seed']}"
         self.say(f"{named}  fitness {result['fitness']:.4f}  ({listed(result['scores'])})")
 
-    def diverged(self, genome: str, seed: int) -> None:
+    def add_diverged(self, genome: str, seed: int) -> None:
         """Notes a student that has diverged; records.jsonl has it from its monitor."""
         self.failed.append(f"{genome}  seed {seed}: diverged")
         self.say_record("error", status="diverged", genome=genome, seed=seed, fingerprint=self.plan.fingerprint)
 
-    def stopped(self, genome: str, seed: int, step: int, reports: Mapping[int, float]) -> None:
+    def add_stopped(self, genome: str, seed: int, step: int, reports: Mapping[int, float]) -> None:
         """Records a student that was stopped early. reports: fitness by step."""
         self._any_stopped = True
         self.failed.append(f"{genome}  seed {seed}: stopped after step {step}, fitness {reports[step]:.4f}")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from engine.data.batch import Batch, Counts
 from engine.jobs.proxy import layer_table as module
-from engine.jobs.proxy.layer_table import LayerTables, divided, layer_table
+from engine.jobs.proxy.layer_table import LayerTables, divide, layer_table
 from engine.losses.measure import TeacherSlice
 from engine.models.capture import capture, install
 from engine.models.features import Features, Wanted
@@ -80,7 +80,7 @@ def states(model: PreTrainedModel, on: list[Batch], layer: int) -> list[np.ndarr
 def test_shares_are_those_of_scikit_learn_on_sequences_that_were_not_fitted_on(unpadded: bool) -> None:
     """Whether or not the teacher ran with its pads, and however much the student had dropout before."""
     teacher, student, on = encoder(), narrow_student(), batches()
-    table = layer_table(student, divided(TeacherSlice(on, passes(teacher, unpadded=unpadded), CPU)), CPU)
+    table = layer_table(student, divide(TeacherSlice(on, passes(teacher, unpadded=unpadded), CPU)), CPU)
     assert (len(table), {len(row) for row in table}) == (3, {5})
     for m, row in enumerate(table):
         for n, share in enumerate(row):
@@ -96,7 +96,7 @@ def test_shares_are_those_of_scikit_learn_on_sequences_that_were_not_fitted_on(u
 
 def test_the_teacher_itself_explains_each_of_its_layers() -> None:
     teacher = encoder("modernbert")
-    table = layer_table(encoder("modernbert"), divided(TeacherSlice(batches(), passes(teacher), CPU)), CPU)
+    table = layer_table(encoder("modernbert"), divide(TeacherSlice(batches(), passes(teacher), CPU)), CPU)
     for layer, row in enumerate(table):
         assert row[layer] == pytest.approx(1.0, abs=0.01), row
         assert max(share for share in row if share is not None) == row[layer]
@@ -105,7 +105,7 @@ def test_the_teacher_itself_explains_each_of_its_layers() -> None:
 def test_no_sequence_is_both_fitted_on_and_judged() -> None:
     """A corpus that is smaller than the slice comes again."""
     on = batches(2)
-    once, thrice = (divided(TeacherSlice(some, passes(encoder()), CPU)) for some in (on, on * 3))
+    once, thrice = (divide(TeacherSlice(some, passes(encoder()), CPU)) for some in (on, on * 3))
     assert torch.equal(once.fitted, thrice.fitted)
     assert torch.equal(once.judging, thrice.judging)
     assert not set(once.fitted.tolist()) & set(once.judging.tolist())
@@ -116,7 +116,7 @@ def test_states_that_are_not_finite_cost_their_row_alone() -> None:
     student = narrow_student()
     with torch.no_grad():
         student.base_model.encoder.layer[1].output.dense.weight.fill_(3e38)
-    table = layer_table(student, divided(TeacherSlice(batches(), passes(encoder()), CPU)), CPU)
+    table = layer_table(student, divide(TeacherSlice(batches(), passes(encoder()), CPU)), CPU)
     assert table[2] == [None] * 5
     assert None not in table[0]
     assert "n/a" in layer_text(table, (), title="x")
@@ -136,13 +136,14 @@ def test_a_corpus_that_is_too_small_has_no_tables_and_that_is_said(monkeypatch: 
         counts=Counts.of(np.array(lengths)),
     )  # fmt: skip
     tables = LayerTables(SimpleNamespace(device=CPU, is_rank_zero=True))  # type: ignore[arg-type]
-    tables.begin(base, (), SimpleNamespace(first=lambda count: [one]))  # type: ignore[arg-type]
+    loader = SimpleNamespace(first=lambda count: [one])
+    tables.begin(SimpleNamespace(base=base, genomes=(), loader=loader))  # type: ignore[arg-type]
     said: list[str] = []
     tables.introduce(said.append)
     assert [text.strip() for text in said] == [
         "no layer tables: data/few has 20 tokens to fit a map on, and a student of width 48 needs more than 48"
     ]
-    assert tables.of(SimpleNamespace()) == []  # type: ignore[arg-type]
+    assert tables.measure(SimpleNamespace()) == []  # type: ignore[arg-type]
 
 
 def test_the_text_fits_a_terminal_and_marks_what_was_trained() -> None:
