@@ -126,8 +126,8 @@ class DeepSpeedModel:
 
     def is_finite(self) -> torch.Tensor:
         """Returns whether all weights that this rank holds are finite, as a scalar of 1.0 or 0.0 on its device."""
-        held = [getattr(p, "ds_tensor", p).detach() for p in self.module.parameters()]
-        return torch.stack([torch.isfinite(tensor).all().to(self.ds_engine.device) for tensor in held]).all().float()
+        shards = [getattr(p, "ds_tensor", p).detach() for p in self.module.parameters()]
+        return torch.stack([torch.isfinite(tensor).all().to(self.ds_engine.device) for tensor in shards]).all().float()
 
     def save_checkpoint(self, checkpoints: Path, tag: str, client_state: Mapping[str, Any]) -> CheckedFiles:
         """Writes this rank's shards; returns what was written, and what could not be. Collective."""

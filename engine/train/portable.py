@@ -44,8 +44,8 @@ def make_portable(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
@@ -53,7 +53,8 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def _rewrite(path: Path) -> dict[str, Any]:
-    """Returns what is left of a file, which may be missing."""
+    """Takes the keys of OF_THIS_MACHINE and OF_THE_TEACHER out of a file; returns the others, none where it is
+    missing."""
     if not path.is_file():
         return {}
     values = {key: value for key, value in _read(path).items() if key not in OF_THIS_MACHINE + OF_THE_TEACHER}
@@ -71,10 +72,10 @@ def sentence_modules(teacher: str, key: str) -> dict[str, Path]:
     if any(str(module["type"]).rpartition(".")[2] not in WITHOUT_WEIGHTS for module in listed):
         return {}
     pooling = [f"{module['path']}/config.json" for module in listed if str(module["type"]).endswith(".Pooling")]
-    found = {name: file for name in (*SETTINGS, *pooling) if (file := _file_of(teacher, name)) is not None}
-    for file in found.values():
+    files = {name: file for name in (*SETTINGS, *pooling) if (file := _file_of(teacher, name)) is not None}
+    for file in files.values():
         require_whole(file, key)
-    return {MODULES: modules, **found} if found.keys() >= set(pooling) else {}
+    return {MODULES: modules, **files} if files.keys() >= set(pooling) else {}
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
@@ -94,7 +95,7 @@ def public_name(path: str) -> str:
 
 
 def license_of(teacher: str) -> str | None:
-    """Returns what the model card of the teacher names."""
+    """Returns the licence that the teacher's model card names; None where it names none."""
     card = _file_of(teacher, "README.md")
     try:
         named = ((metadata_load(card) if card is not None else None) or {}).get("license")
@@ -104,11 +105,11 @@ def license_of(teacher: str) -> str | None:
 
 
 def _file_of(model: str, name: str) -> Path | None:
-    found = cached_file(
+    path = cached_file(
         model,
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         **where(model),
     )
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)

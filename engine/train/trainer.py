@@ -137,7 +137,7 @@ class Trainer:
                 if saving or self._seen_enough():
                     self.save(needed=last or stopping or self._seen_enough())
                 if not self.live:
-                    return Outcome.DIVERGED if all(one.diverged for one in self.trainees) else Outcome.DONE
+                    return Outcome.DIVERGED if all(trainee.diverged for trainee in self.trainees) else Outcome.DONE
                 if stopping and not last and not self._seen_enough():
                     return Outcome.PREEMPTED
         finally:

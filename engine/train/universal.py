@@ -196,8 +196,8 @@ def _relay(folder: Path, *, to_stage_3: bool) -> None:
         of_parameter = folder / "zero" / name
         for state in _STATES:
             file = of_parameter / f"{state}.pt"
-            held = _read(file)
-            tensor = held[PARAM] if isinstance(held, dict) else held
+            contents = _read(file)
+            tensor = contents[PARAM] if isinstance(contents, dict) else contents
             torch.save(tensor.reshape(-1) if to_stage_3 else {PARAM: tensor.reshape(shape)}, file)
         if to_stage_3:
             step = _read(of_parameter / "step.pt")

@@ -73,12 +73,12 @@ def _mapped_losses(
     mapped = replace(config.loss, logits=0.0, temperature=1.0)  # these two are TaskModule's
     if not mapped.active:
         return None, {}
-    student, taught_by = (shape_of(one.config, has_mlm_head=False) for one in (model, teacher))
+    shapes = [shape_of(saved.config, has_mlm_head=False) for saved in (model, teacher)]
     pair = MappingPair.of_texts(
         config.mapping.hidden,
         config.mapping.attention,
-        student_layers=student.layers,
-        teacher_layers=taught_by.layers,
+        student_layers=shapes[0].layers,
+        teacher_layers=shapes[1].layers,
     )
     kernels = choose_kernels(
         config.kernels, device=compute_device(), seq_len=seq_len, tinybert=False, precisions=precisions
@@ -87,8 +87,8 @@ def _mapped_losses(
         mapped,
         config.mapping,
         pair,
-        student=student,
-        teacher=taught_by,
+        student=shapes[0],
+        teacher=shapes[1],
         mlm_probability=0.0,
         kernels=kernels,
     )

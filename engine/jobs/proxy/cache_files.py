@@ -120,7 +120,7 @@ def read_index(path: Path, start: int = 0) -> tuple[dict[str, Entry], int, int]:
     entries: dict[str, Entry] = {}
     whole, end = start, 0
     data = path.with_suffix(".bin")
-    held = data.stat().st_size if data.exists() else 0
+    data_size = data.stat().st_size if data.exists() else 0
     for line in path.read_bytes()[start:].splitlines(keepends=True):
         try:
             fields: dict[str, Any] = json.loads(line)
@@ -134,7 +134,7 @@ def read_index(path: Path, start: int = 0) -> tuple[dict[str, Entry], int, int]:
             )
         except (ValueError, KeyError, TypeError):
             break
-        if fields["end"] > held or not line.endswith(b"\n"):
+        if fields["end"] > data_size or not line.endswith(b"\n"):
             break
         entries[fields["batch"]] = entry
         whole, end = whole + len(line), fields["end"]

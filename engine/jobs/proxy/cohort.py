@@ -190,11 +190,11 @@ class Cohort:
 def tokens_met(base: Plan, loader: CorpusLoader, in_texts: torch.Tensor) -> torch.Tensor:
     """Returns the ids that a student will meet, each once (n,): in its batches, in what its losses are measured on, and
     `in_texts`, where it is scored. Collective."""
-    met = [in_texts]
-    met += [batch.input_ids.flatten() for batch in loader.first(sequences_of(base.config.loss, base.seq_len))]
+    ids = [in_texts]
+    ids += [batch.input_ids.flatten() for batch in loader.first(sequences_of(base.config.loss, base.seq_len))]
     for step in range(base.config.train.steps):
-        met += [micro.input_ids.flatten() for micro in loader.step(step).micro]
-    tokens = torch.unique(torch.cat(met))
+        ids += [micro.input_ids.flatten() for micro in loader.step(step).micro]
+    tokens = torch.unique(torch.cat(ids))
     return torch.unique(torch.cat(gathered(tokens)))
 
 

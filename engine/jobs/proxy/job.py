@@ -81,7 +81,7 @@ class ProxyJob:
     def run(self) -> int:
         """Runs what is missing and prints the table; returns the exit code. Collective."""
         results = self.results
-        results.say(describe_start(self.plan, self.runtime, results.seeds, set(results.found)))
+        results.say(describe_start(self.plan, self.runtime, results.seeds, set(results.known)))
         if self.config.dry_run:
             results.say_record("run", status="planned", **results.facts, **self.plan.facts)
             return EXIT_DONE

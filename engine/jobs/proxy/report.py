@@ -115,8 +115,8 @@ def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], know
     """Returns the banner. known: genome and seed of the results that are there already."""
     config, base, proxy = plan.config, plan.base, plan.config.proxy
     t, s, ex = base.teacher_shape, base.student_shape, base.execution
-    wanted = [(genome.key, seed) for seed in seeds for genome in plan.genomes]
-    done = sum(pair in known for pair in wanted)
+    pairs = [(genome.key, seed) for seed in seeds for genome in plan.genomes]
+    done = sum(pair in known for pair in pairs)
     genomes = [genome.key + ("" if genome.given == genome.key else f"  ({genome.given})") for genome in plan.genomes]
     tasks = [
         f"{task.spec.name}: {len(task.splits['train']):,} training rows, {' + '.join(task.spec.metrics)}"
@@ -147,7 +147,7 @@ def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], know
         ),
         ("tasks", tasks),
         ("fitness", describe_yardstick(proxy.yardstick) if proxy.yardstick else MEASURED_FIRST),
-        ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(wanted)} results are here already" if done else "")),
+        ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(pairs)} results are here already" if done else "")),
         (
             "execution",
             f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {runtime.world_size} ranks, {runtime.where}",

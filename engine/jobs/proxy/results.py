@@ -34,7 +34,7 @@ class Results:
         self._any_stopped = False
         self._shows = runtime.is_rank_zero
         self._writer: RecordWriter | None = None
-        self.found: dict[tuple[str, int], Result] = from_rank_zero(self._earlier)  # the file may be on its host alone
+        self.known: dict[tuple[str, int], Result] = from_rank_zero(self._earlier)  # the file may be on its host alone
         """Results by genome and seed."""
 
     def _earlier(self) -> dict[tuple[str, int], Result]:
@@ -66,7 +66,7 @@ class Results:
     def missing(self) -> dict[int, list[Genome]]:
         """Genomes without a result, by seed"""
         return {
-            seed: [genome for genome in self.plan.genomes if (genome.key, seed) not in self.found]
+            seed: [genome for genome in self.plan.genomes if (genome.key, seed) not in self.known]
             for seed in self.seeds
         }
 
@@ -103,9 +103,9 @@ class Results:
     def take_yardstick(self) -> None:
         """Takes the yardstick of earlier results where none is given, and gives them the fitness by that of this
         start."""
-        if self.found and not self.yardstick:
+        if self.known and not self.yardstick:
             self.say(f"the yardstick is that of the earlier results in {self.plan.config.output_dir}")
-        for result in self.found.values():
+        for result in self.known.values():
             self.yardstick = self.yardstick or {
                 task: TaskScale(**result["yardstick"][task]) for task in self.plan.counted
             }
@@ -113,7 +113,7 @@ class Results:
 
     def add(self, result: Result) -> None:
         """Records a result, and prints its scores."""
-        self.found[result["genome"], result["seed"]] = result
+        self.known[result["genome"], result["seed"]] = result
         if self._writer is not None:
             self._writer.write("result", **result)
         named = f"{result['genome']}  seed {result['seed']}"
@@ -142,14 +142,14 @@ class Results:
 
     def finish(self, wall_s: Mapping[str, float]) -> int:
         """Records the end and prints the table; returns the exit code. wall_s: seconds by phase."""
-        results = list(self.found.values())
+        results = list(self.known.values())
         signal = signal_of(results)
         self.record("run", status="finished", signal=None if signal is None else asdict(signal), wall_s=dict(wall_s))
         given = {key: genome.given for key, genome in self.genomes.items()}
         tasks = [task.spec.name for task in self.plan.tasks]
         self.say("\n" + closing_text(results, given, self.failed, self.yardstick, tasks=tasks))
         asked = [genome.key for genome in self.plan.genomes if genome.asked]
-        done = self._any_stopped or any((key, seed) in self.found for key in asked for seed in self.seeds)
+        done = self._any_stopped or any((key, seed) in self.known for key in asked for seed in self.seeds)
         return EXIT_DONE if done else EXIT_DIVERGED
 
 

@@ -77,15 +77,13 @@ class CachedTeacher:
         """Prints how many of these batches are there already, and how much will be written. batches: those of one of so
         many ranks."""
         listed = [(_digest(batch) in self._known, batch) for batch in batches]
-        missing = [batch for known, batch in listed if not known]
+        missing = [batch for is_known, batch in listed if not is_known]
         size = ranks * sum(batch.counts.positions for batch in missing) * self.bytes_per_token()
-        held = self.size()
-        text = (
-            f"teacher cache {self._folder}: {len(listed) - len(missing)} of {len(listed)} batches, {held / GIB:.2f} GiB"
-        )
+        size_now, known = self.size(), len(listed) - len(missing)
+        text = f"teacher cache {self._folder}: {known} of {len(listed)} batches, {size_now / GIB:.2f} GiB"
         if missing:
             text += f"; writing up to {size / GIB:.2f} GiB more"
-            if held + size > self._limit:
+            if size_now + size > self._limit:
                 text += f", but no more than proxy.teacher_cache_gib={self._limit / GIB:g} allows"
         self._say(text)
 
@@ -197,7 +195,7 @@ def open_cached_teacher(
             f"{given}: with teacher.placement=zero3 every rank must take part in every pass of the teacher; write "
             "teacher.placement=replicate, or remove it"
         )
-    wanted = any_mapping_wants(config, plan)
+    wanted = wanted_by_any_mapping(config, plan)
     if wanted == Wanted():
         raise UserError(f"{given}: no loss looks at the teacher's layers, so there is nothing to keep; remove it")
     resolved: dict[str, Any] = {
@@ -222,7 +220,7 @@ def open_cached_teacher(
     return CachedTeacher(teacher, folder, limit_gib=config.proxy.teacher_cache_gib, say=say)
 
 
-def any_mapping_wants(config: ProxyJobConfig, plan: Plan) -> Wanted:
+def wanted_by_any_mapping(config: ProxyJobConfig, plan: Plan) -> Wanted:
     """Returns what the losses of `config` could need of the teacher, whatever the mapping."""
     active, layers = config.loss.active, frozenset(range(1, plan.teacher_shape.layers + 1))
     hidden = layers if set(HIDDEN_MAPPED) & set(active) else frozenset[int]()

@@ -194,13 +194,12 @@ class HostCheck:
 
     def _listen(self, first: Verdict) -> int:
         """Returns the port on which the first host listens."""
-        wanted = self._config.master_port
-        answer = self._ask(first, "listen", port=wanted)
-        if not answer["taken"]:
-            return wanted
-        port = self._free_port(first)
-        first.wrong.append(f"port {wanted} is taken; give --master_port {port}, or end who has it (`ss -ltnp`)")
-        return port
+        port = self._config.master_port
+        if not self._ask(first, "listen", port=port)["taken"]:
+            return port
+        free = self._free_port(first)
+        first.wrong.append(f"port {port} is taken; give --master_port {free}, or end who has it (`ss -ltnp`)")
+        return free
 
     def _free_port(self, first: Verdict) -> int:
         """Returns a port on which the first host listens. Raises HostError where it cannot."""

@@ -37,7 +37,15 @@ def test_parts_of_a_run(tiny_world: TinyWorld) -> None:
     paths = ["--teacher.path", str(tiny_world.teacher), "--data.path", str(tiny_world.corpus)]
     files = [word for name in ("quickstart", "minilmv2") for word in ("--config", str(ROOT / f"examples/{name}.yaml"))]
     student = ["--student.layers", "2", "--student.hidden_size", "16", "--student.attention", "eager"]
-    words = [*files, *paths, *student, "--deepspeed_config", str(FOLDER / "zero0_fp32.json")]
+    words = [
+        *files,
+        *paths,
+        *student,
+        "--deepspeed_config",
+        str(FOLDER / "zero0_fp32.json"),
+        "--kernels.backend",
+        "reference",
+    ]
     plan = make_plan(parse_config(RunConfig, words, "test"))
     teacher = load_teacher(plan, plan.losses.wanted_teacher, torch.device("cpu"))
     tokens = plan.execution.micro_batch_size * plan.seq_len
