@@ -26,7 +26,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file of a checkpoint must be."""
+    """Size and hash that a file of a checkpoint must have."""
 
     size: int
     """Bytes."""
@@ -64,7 +64,7 @@ class _Hashed:
 
 
 class CheckedFiles:
-    """What takes the place of DeepSpeed's checkpoint engine while a checkpoint is written.
+    """A checkpoint engine in the place of DeepSpeed's own while a checkpoint is written.
 
     DeepSpeed's own raises in the middle of collective work when a disk is full, and the other ranks wait for ever. This
     one remembers the error, so that all ranks come to the end, where they can agree that there is no checkpoint.

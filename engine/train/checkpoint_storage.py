@@ -24,7 +24,7 @@ Marker = dict[str, Any]
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank has written of a checkpoint."""
+    """Files of a checkpoint that one rank has written."""
 
     host: str
     rank: int
@@ -35,7 +35,7 @@ class Written:
 
 
 class Storage(Protocol):
-    """What depends on checkpoint.storage."""
+    """Strategy that checkpoint.storage names: whose files lie in the folder that a rank sees."""
 
     is_keeper: bool
     """Whether this rank looks after the folder that it sees."""

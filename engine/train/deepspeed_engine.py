@@ -258,8 +258,8 @@ def _grow_scale_after_step(optimizer: Any) -> None:
 
 
 class _SkippedStep:
-    """What stands in an optimizer's place for one step, as DeepSpeed's own are after an overflow: the engine counts the
-    step as skipped and keeps the schedule where it is."""
+    """An optimizer that leaves one step out, as DeepSpeed's own do after an overflow: the engine counts the step as
+    skipped and keeps the schedule where it is."""
 
     overflow = True
 

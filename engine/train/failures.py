@@ -1,4 +1,4 @@
-"""What is said and recorded of what goes wrong in training."""
+"""Failures of training, in the words of a user's line and in the fields of a record."""
 
 from __future__ import annotations
 

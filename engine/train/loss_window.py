@@ -23,7 +23,7 @@ class BadMicroStep:
 
 @dataclass(frozen=True)
 class WindowReport:
-    """What a window has seen, over all ranks."""
+    """Means and bad steps of a window, over all ranks."""
 
     means: list[float]
     """Means of [total, *terms], values that are not finite left out; nan where none is left."""
@@ -63,7 +63,7 @@ class LossWindow:
         self._first_values = torch.where(is_first, (~finite).float(), self._first_values)
 
     def reduce(self) -> WindowReport:
-        """Returns what the window has seen, and starts a new one. Waits for the device. Collective."""
+        """Returns means and bad steps of the window, and starts a new one. Waits for the device. Collective."""
         if self._ranks > 1:
             torch.distributed.all_reduce(self._sums)
         values, counts = self._values.tolist(), self._counts.tolist()

@@ -45,7 +45,7 @@ def open_records(path: Path, *, echo: bool = True, tell: Callable[[str], None] |
 
 
 class Monitor:
-    """What is shown and recorded of one model in training."""
+    """Progress, records and curves of one model in training."""
 
     def __init__(
         self,

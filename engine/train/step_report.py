@@ -1,4 +1,4 @@
-"""What is reported of the steps since the last report, where their time went, and how fast they were."""
+"""The report of a log interval: losses, where its time went, and how fast it was."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.data.batch import Counts
 
 @dataclass(frozen=True)
 class Interval:
-    """What is known of a log interval before a model reports it."""
+    """Facts of a log interval beside the losses of a model."""
 
     step: int
     """Last step of the interval."""
@@ -71,7 +71,7 @@ _Phase = tuple[str, object]
 
 @dataclass(frozen=True)
 class Measures:
-    """What was measured in a log interval."""
+    """Counts and times of a log interval."""
 
     counts: Counts
     """Counts of its batches, over all ranks."""

@@ -39,7 +39,7 @@ class MicroStep:
 
 
 class Terms(Protocol):
-    """What the forward of a module in training returns beside the total: a LossSet, or a TaskModule."""
+    """Names and weights of the values that a module's forward returns beside the total: a LossSet, or a TaskModule."""
 
     term_names: tuple[str, ...]
     """Names of the raw terms, in their order."""

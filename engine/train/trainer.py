@@ -57,7 +57,7 @@ class BatchSource(Protocol):
 
 
 class Evaluation(Protocol):
-    """What is measured between steps. Called on every rank, and decides the same on all of them."""
+    """A measurement between steps. It is called on every rank, and decides the same on all of them."""
 
     @property
     def enough(self) -> bool:

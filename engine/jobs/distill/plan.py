@@ -32,7 +32,7 @@ from engine.train.portable import license_of, public_name, sentence_modules
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do: everything that is known before any model is loaded."""
+    """Facts and choices of a run that are known before any model is loaded."""
 
     config: RunConfig
     execution: Execution

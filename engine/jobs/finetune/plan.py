@@ -48,7 +48,7 @@ class PlannedPoint:
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """What will be done for one task."""
+    """Data, grid points and teacher of one task."""
 
     data: TaskData
     rows_sha256: str
@@ -86,7 +86,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class FinetunePlan:
-    """What a job will do: everything that is known before any model is loaded."""
+    """Facts and choices of a job that are known before any model is loaded."""
 
     config: FinetuneConfig
     model: SavedModel

@@ -38,7 +38,7 @@ from engine.train.trainer import Outcome
 
 @dataclass(frozen=True)
 class Earlier:
-    """What an earlier start left of a unit."""
+    """Remains of a unit from an earlier start."""
 
     result: dict[str, Any] | None
     """`result` record, when the unit was finished."""

@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the teacher's pass over a batch has captured, and where it lies."""
+    """The teacher's pass over one batch, and its place in the files."""
 
     data: Path
     at: int

@@ -127,7 +127,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Cohort:
-    """What the students that are trained side by side share."""
+    """Teacher, data and ranks that students trained side by side share."""
 
     base: Plan
     """Plan of what does not depend on the genome, with the cohort's seed."""

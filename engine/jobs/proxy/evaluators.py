@@ -39,7 +39,7 @@ PROBE_BATCH = 64
 
 
 class Student(Protocol):
-    """What an evaluator needs of a member of a cohort."""
+    """A member of a cohort as an evaluator sees it."""
 
     def hidden(self, batch: Batch, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
         """Returns the hidden states of these layers (0: embeddings) in their order, (B, L, D) each."""

@@ -110,7 +110,7 @@ class LayerTables:
         self._text: Text | None = None
         """Text of the current cohort; on rank 0."""
         self._introduction: str | None = None
-        """What the tables are; empty once it is printed."""
+        """Explanation of the tables; empty once it is printed."""
         self._possible = False
         """Whether there is text enough."""
 

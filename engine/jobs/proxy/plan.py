@@ -51,7 +51,7 @@ class Genome:
 
 @dataclass(frozen=True)
 class ProxyPlan:
-    """What a job will do: everything that is known before any model is loaded."""
+    """Facts and choices of a job that are known before any model is loaded."""
 
     config: ProxyJobConfig
     base: Plan

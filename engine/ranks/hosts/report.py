@@ -1,4 +1,4 @@
-"""What a check of hosts has found, and how it is shown. No torch here."""
+"""The findings of a check of hosts, and how they are shown. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 
 @dataclass
 class Verdict:
-    """What was found about one host."""
+    """Findings about one host."""
 
     host: str
     slots: int
@@ -48,7 +48,7 @@ class Verdict:
 
 @dataclass
 class Report:
-    """What was found about all of them."""
+    """Findings about all hosts."""
 
     hosts: list[Verdict]
     all_reduce: dict[str, Any] = field(default_factory=dict)
