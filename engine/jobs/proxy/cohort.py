@@ -140,7 +140,7 @@ class Cohort:
     runtime: Runtime
     run_dir: RunDir
 
-    def measure_slice(self) -> TeacherSlice | None:
+    def _measure_slice(self) -> TeacherSlice | None:
         """Returns what losses are measured on; None where no loss looks at it. Collective."""
         plans = [genome.plan for genome in self.genomes if genome.plan is not None]
         if self.teacher is None or not any(plan.losses.looks_at_slice for plan in plans):
@@ -150,7 +150,7 @@ class Cohort:
 
     def build_members(self) -> list[Member]:
         """Returns the members, before their first step. Collective."""
-        teacher_slice = self.measure_slice()
+        teacher_slice = self._measure_slice()
         return [self._build(genome, teacher_slice) for genome in self.genomes]
 
     def _build(self, genome: Genome, teacher_slice: TeacherSlice | None) -> Member:
