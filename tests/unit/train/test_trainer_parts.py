@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from engine.models.teacher import FrozenTeacher
 from engine.train.checkpoint_files import FileFacts
 from engine.train.checkpoint_storage import _not_seen
 from engine.train.loss_window import BadMicroStep, LossWindow, WindowReport
-from engine.train.step_report import Interval, StepReport
+from engine.train.step_report import Interval, Speedometer, StepReport
 from engine.train.universal import _own_step_counts, plan_conversion
 
 CPU = torch.device("cpu")
@@ -157,6 +158,26 @@ def test_contributions_of_losses_add_up_to_the_total() -> None:
     )  # fmt: skip
     assert report.by_loss() == {"hidden": 1.5, "embedding": 2.0}
     assert sum(report.by_loss().values()) == report.total
+
+
+def test_speeds_leave_out_pauses_and_count_waits_once() -> None:
+    speedometer = Speedometer(flops_per_token=1e12)
+    speedometer.begin()
+    time.sleep(0.01)
+    with speedometer.pause():
+        time.sleep(0.3)
+    counts = Counts(sequences=2, tokens=6, positions=8)
+    seconds, speeds = speedometer.read(Interval(step=1, counts=counts, phases={}, wait_s=0.005))
+    assert 0.01 <= seconds < 0.3
+    assert speeds == {
+        "tokens_per_s": 6 / seconds,
+        "samples_per_s": 2 / seconds,
+        "tflops": pytest.approx(6 / seconds),
+        "data_wait_share": 0.005 / seconds,
+        "fill": 0.75,
+    }
+    _, speeds = speedometer.read(Interval(step=2, counts=Counts(), phases={}, wait_s=0.005))
+    assert speeds["data_wait_share"] == speeds["fill"] == 0.0
 
 
 def test_defaults_are_a_valid_run() -> None:
