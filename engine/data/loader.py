@@ -20,6 +20,7 @@ from engine.data.order import TrainingOrder
 from engine.data.prefetch import prefetched
 from engine.data.shard_check import ShardCheck
 from engine.data.shards import AGAIN, SequenceStore
+from engine.data.share import StepShare
 from engine.errors import UserError
 from engine.kernels.inputs import UNSCORED_LABEL
 
@@ -45,9 +46,8 @@ class StepBatches:
 class CorpusLoader:
     """Reads the corpus that launch/prepare_data.py wrote to `path`.
 
-    Step s (0-based) trains on positions s * global_batch … (s + 1) * global_batch - 1 of TrainingOrder; micro step i
-    of rank r takes micro_batch of them from i * micro_batch * world + r * micro_batch on. So the sequences of a step
-    depend neither on the number of ranks nor on the micro batch.
+    Step s (0-based) trains on positions s * global_batch … (s + 1) * global_batch - 1 of TrainingOrder, of which this
+    rank takes its `share`.
 
     Raises UserError when the corpus is not finished, of another tokenizer or length, or too small; and when a shard is
     used that is missing or torn, or gives what is no sequence. check: of the same corpus; what it finds, and what any
@@ -57,15 +57,12 @@ class CorpusLoader:
     def __init__(
         self,
         path: str | Path,
+        share: StepShare,
         *,
         tokenizer: PreTrainedTokenizerBase,
         seq_len: int | None = None,
         eval_sequences: int,
         seed: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world: int = 1,
         mlm_probability: float = 0.0,
         whole_word: bool = False,
         pin_memory: bool = False,
@@ -82,13 +79,10 @@ class CorpusLoader:
                 f"data.seq_len={seq_len}: {path} was prepared with {self.manifest.seq_len}; prepare it again, or "
                 "unset it"
             )
-        if global_batch % (micro_batch * world):
+        if 0 < eval_sequences < share.world:
             raise UserError(
-                f"train.global_batch={global_batch}: must be a multiple of micro batch {micro_batch} x {world} ranks = "
-                f"{micro_batch * world}"
+                f"data.eval_sequences={eval_sequences}: give 0 or at least one for each of {share.world} ranks"
             )
-        if 0 < eval_sequences < world:
-            raise UserError(f"data.eval_sequences={eval_sequences}: give 0 or at least one for each of {world} ranks")
         self._folder = Path(path)
         self._store = SequenceStore(self._folder, self.manifest)
         sizes = [source.sequences for source in self.manifest.sources]
@@ -113,22 +107,21 @@ class CorpusLoader:
         self._pin_memory, self._windows = pin_memory, frozenset(windows)
         self._mlm_probability, self._whole_word, self._seed = mlm_probability, whole_word, seed
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
-        self.grad_accum_steps = global_batch // (micro_batch * world)
+        self._share = share
         self.wait_s = 0.0
         """Seconds that the consumer of steps() has waited for data."""
 
     def step(self, step: int) -> StepBatches:
         """The batches of optimizer step `step` (0-based), at the same cost for every step."""
         batches = []
-        for micro in range(self.grad_accum_steps):
-            positions = self._positions(step, micro, self._rank)
+        for micro in range(self._share.micro_steps):
+            positions = self._positions(step, micro, self._share.rank)
             batches.append(replace(self._batch(self._rows(positions), positions), step=step))
         return StepBatches(step, batches, sum((batch.counts for batch in batches), Counts()))
 
     def _positions(self, step: int, micro: int, rank: int) -> Ints:
-        first = step * self._global_batch + (micro * self._world + rank) * self._micro_batch
-        return np.arange(first, first + self._micro_batch, dtype=np.int64)
+        part = self._share.part(micro, rank)
+        return step * self._share.global_batch + np.arange(part.start, part.stop, dtype=np.int64)
 
     def _rows(self, positions: Ints) -> Ints:
         numbers = self.order.indices(positions)
@@ -167,9 +160,10 @@ class CorpusLoader:
         count = len(self._evaluation)
         if count == 0:
             return
-        smallest, largest = count // self._world, math.ceil(count / self._world)
+        rank, world = self._share.rank, self._share.world
+        smallest, largest = count // world, math.ceil(count / world)
         rounds = min(smallest, math.ceil(largest / batch_size))  # a rank cannot fill more rounds than it has sequences
-        for chosen in np.array_split(np.arange(self._rank, count, self._world), rounds):
+        for chosen in np.array_split(np.arange(rank, count, world), rounds):
             yield self._batch(self._evaluation[chosen], _EVALUATION_SAMPLES + chosen)
 
     def first(self, sequences: int) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ from engine.data.batch import Counts, TaskBatch
 from engine.data.loader import StepBatches
 from engine.data.order import TrainingOrder
 from engine.data.prefetch import prefetched
+from engine.data.share import StepShare
 from engine.tasks.rows import Encoded
 
 Ints = npt.NDArray[np.int64]
@@ -33,35 +34,27 @@ class TaskLoader:
     bucket.
 
     The order is a pure function of (rows, seed, global_batch, step). Step s is one global batch, from short rows to
-    long ones; micro step i of rank r takes micro_batch of them from (i * world + r) * micro_batch on. So the rows of a
-    step depend neither on the number of ranks nor on the micro batch. A split smaller than a global batch shows a row
-    several times in a step.
+    long ones, of which this rank takes its `share`. A split smaller than a global batch shows a row several times in a
+    step.
     """
 
     def __init__(
         self,
         encoded: Encoded,
+        share: StepShare,
         *,
         pad_id: int,
         seed: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world: int = 1,
         pin_memory: bool = False,
         windows: Iterable[int] = (),
     ) -> None:
         """windows: within which pairs of tokens are counted."""
         assert len(encoded) > 0, "no rows"
-        assert global_batch % (micro_batch * world) == 0, (global_batch, micro_batch, world)  # ds_config.py sees to it
-        assert 0 <= rank < world, (rank, world)
-        self._encoded, self._lengths = encoded, encoded.lengths
+        self._encoded, self._lengths, self._share = encoded, encoded.lengths, share
         self._windows = frozenset(windows)
         self._order = TrainingOrder([len(encoded)], [1.0], seed)
         self._seed, self._pad_id, self._pin_memory = seed, pad_id, pin_memory
-        self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
-        self.grad_accum_steps = global_batch // (micro_batch * world)
-        self._bucket_steps = _bucket_steps(len(encoded) / global_batch)
+        self._bucket_steps = _bucket_steps(len(encoded) / share.global_batch)
         self._bucket: tuple[int, Ints] | None = None
         self.wait_s = 0.0
         """Seconds that the consumer of steps() has waited for data."""
@@ -69,13 +62,12 @@ class TaskLoader:
     def step(self, step: int) -> StepBatches:
         """This rank's share of optimizer step `step` (0-based), as TaskBatch micro batches; at the same cost for every
         step, apart from sorting its bucket."""
-        batches = [self._batch(self._rows(step, micro, self._rank)) for micro in range(self.grad_accum_steps)]
+        batches = [self._batch(self._rows(step, micro, self._share.rank)) for micro in range(self._share.micro_steps)]
         return StepBatches(step, [*batches], sum((batch.counts for batch in batches), Counts()))
 
     def _rows(self, step: int, micro: int, rank: int) -> Ints:
         number, within = divmod(step, self._bucket_steps)
-        first = (micro * self._world + rank) * self._micro_batch
-        return self._bucket_rows(number)[within][first : first + self._micro_batch]
+        return self._bucket_rows(number)[within][self._share.part(micro, rank)]
 
     def sequence_ids(self, step: int, micro: int, rank: int) -> list[int]:
         """The row numbers of what `rank` trains on in micro step `micro` of `step`, all counted from 0."""
@@ -103,9 +95,11 @@ class TaskLoader:
         """(steps of a bucket, global_batch) row numbers of bucket `number`, in the order of training."""
         bucket = self._bucket  # read once: the thread of steps() may change it meanwhile
         if bucket is None or bucket[0] != number:
-            size = self._bucket_steps * self._global_batch
+            size = self._bucket_steps * self._share.global_batch
             rows = self._order.indices(np.arange(number * size, (number + 1) * size))
-            rows = rows[np.argsort(self._lengths[rows], kind="stable")].reshape(self._bucket_steps, self._global_batch)
+            rows = rows[np.argsort(self._lengths[rows], kind="stable")].reshape(
+                self._bucket_steps, self._share.global_batch
+            )
             order = np.random.default_rng([self._seed, number]).permutation(self._bucket_steps)
             self._bucket = bucket = (number, rows[order])
         return bucket[1]
