@@ -144,7 +144,7 @@ class ProxyTrainConfig:
     """Optimizer steps between step records and TensorBoard points."""
 
     def as_train(self, steps: int) -> TrainConfig:
-        """The same as a TrainConfig of `steps` steps, which checks the values."""
+        """Returns the same settings as a TrainConfig of `steps` steps, which checks the values."""
         return TrainConfig(
             steps=steps,
             global_batch=self.global_batch,

@@ -26,7 +26,7 @@ _TAG = re.compile(r"^step-(\d{8,})$")
 
 
 def step_tag(step: int) -> str:
-    """`step-00000100`: the checkpoint folder (DeepSpeed calls it the tag) of optimizer step `step`."""
+    """Returns `step-00000100`: the checkpoint folder (DeepSpeed calls it the tag) of optimizer step `step`."""
     return f"step-{step:08d}"
 
 
@@ -35,7 +35,7 @@ def is_tag(name: str) -> bool:
 
 
 def tag_step(tag: str) -> int:
-    """The optimizer step of a tag. Raises ValueError for anything that is not one."""
+    """Returns the optimizer step of a tag. Raises ValueError for anything that is not one."""
     match = _TAG.match(tag)
     if match is None:
         raise ValueError(f"{tag!r} is not a checkpoint name; it should look like {step_tag(100)!r}")
@@ -43,7 +43,7 @@ def tag_step(tag: str) -> int:
 
 
 def as_yaml(config: Any) -> str:
-    """A configuration dataclass as the YAML that `--config` reads, in the order of its fields."""
+    """Returns a configuration dataclass as the YAML that `--config` reads, in the order of its fields."""
     text: str = yaml.safe_dump(asdict(config), sort_keys=False)
     return text
 
@@ -112,7 +112,7 @@ class RunDir:
         that exports take along with the tokenizer's). For rank 0, through
         collectives.from_rank_zero where others wait for it. Raises UserError, too, where another script has a run."""
         own = next((script for name, script in _JOBS.items() if hasattr(config, name)), None)
-        if (other := self._written_by()) not in (None, own):
+        if (other := self._writing_script()) not in (None, own):
             raise UserError(f"output_dir={str(self.root)!r} holds what {other} has written; name another folder")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -132,8 +132,8 @@ class RunDir:
                 "name another folder"
             ) from None
 
-    def _written_by(self) -> str | None:
-        """The script that a configuration in this folder is of; None where there is none, or it is not known."""
+    def _writing_script(self) -> str | None:
+        """Returns the script that has written a configuration here; None where there is none, or it is not known."""
         try:
             text = self.config.read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -157,7 +157,7 @@ class RunDir:
         return moved
 
     def complete_tags(self) -> list[str]:
-        """Tags that hold a COMPLETE marker, oldest first. Everything else is the remains of a killed writer."""
+        """Lists the tags that hold a COMPLETE marker, oldest first; the others are what killed writers left."""
         if not self.checkpoints.is_dir():
             return []
         found = [

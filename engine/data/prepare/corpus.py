@@ -23,7 +23,7 @@ from engine.data.prepare.units import UnitSettings, unit_settings
 from engine.data.shards import remove_strays, shard_name
 from engine.errors import UserError
 from engine.hub.tokenizer import load_tokenizer
-from engine.records.flock import Flock, no_locks, try_flock
+from engine.records.flock import Flock, no_locks_text, try_flock
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -143,7 +143,7 @@ def _locked(folder: Path) -> Iterator[None]:
         if lock is Flock.HELD:
             raise UserError(f"output_dir={str(folder)!r}: another prepare_data.py is writing there")
         if lock is Flock.MISSING:
-            print(no_locks(folder, "nothing keeps a second prepare_data.py out: start no other one"))
+            print(no_locks_text(folder, "nothing keeps a second prepare_data.py out: start no other one"))
         yield
 
 

@@ -14,7 +14,7 @@ from engine.mapping import mapping_table
 from engine.models.capture import FULL_FROM
 from engine.models.shape import ModelShape
 from engine.models.teacher import FrozenTeacher
-from engine.records.columns import labelled
+from engine.records.columns import labelled_lines
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -202,7 +202,7 @@ def start(
         ("output", cfg.output_dir),
     ]
     rows += [("warning", text) for text in plan.warnings]
-    return labelled(rows) + "\n"
+    return labelled_lines(rows) + "\n"
 
 
 def closing_table(
@@ -215,4 +215,4 @@ def closing_table(
     for name, value in first.items():
         ratio = f"{last[name] / value:.3f}" if value else "-"
         lines.append(f"{name:<{width}}{value:>12.4g}{last[name]:>12.4g}{ratio:>8}")
-    return "\n".join([*lines, "", labelled(facts)])
+    return "\n".join([*lines, "", labelled_lines(facts)])

@@ -39,7 +39,7 @@ from engine.ranks.agreement import require_agreement
 from engine.ranks.collectives import gathered
 from engine.records.fingerprints import flatten
 from engine.records.run_dir import RunDir
-from engine.records.yardstick import alike, fitness_of
+from engine.records.yardstick import equal_scales, fitness_of
 from engine.train.monitor import Monitor, peak_memory_gib
 from engine.train.portable import copy_files
 from engine.train.trainer import Outcome, Trainer
@@ -126,7 +126,7 @@ class ProxyJob:
                     found[name] = evaluator(model)
         except Stopped:
             return False
-        self.results.yardstick = alike(found["start"].tasks, found["teacher"].tasks, self.plan.counted)
+        self.results.yardstick = equal_scales(found["start"].tasks, found["teacher"].tasks, self.plan.counted)
         self.results.record("run", status="baselines", **{name: scores.tasks for name, scores in found.items()})
         for name, scores in found.items():
             self.results.say(f"{name}  ({listed(scores.tasks)})")
