@@ -17,7 +17,7 @@ from engine.data.batch import Batch, Counts
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
 from engine.data.masking import MaskingTables, mask_tokens
 from engine.data.order import TrainingOrder
-from engine.data.prefetch import prefetched
+from engine.data.prefetch import prefetch
 from engine.data.shard_check import ShardCheck
 from engine.data.shards import AGAIN, SequenceStore
 from engine.data.share import StepShare
@@ -112,7 +112,7 @@ class CorpusLoader:
         """Seconds that the consumer of steps() has waited for data."""
 
     def step(self, step: int) -> StepBatches:
-        """The batches of optimizer step `step` (0-based), at the same cost for every step."""
+        """Returns this rank's batches of optimizer step `step` (from 0), at the same cost for every step."""
         batches = []
         for micro in range(self._share.micro_steps):
             positions = self._positions(step, micro, self._share.rank)
@@ -129,12 +129,13 @@ class CorpusLoader:
         return rows
 
     def sequence_ids(self, step: int, micro: int, rank: int) -> list[int]:
-        """The numbers in the corpus of what `rank` trains on in micro step `micro` of `step`, all counted from 0."""
+        """Returns the numbers in the corpus of what `rank` trains on in micro step `micro` of `step`, all from 0."""
         return [int(row) for row in self._rows(self._positions(step, micro, rank))]
 
     def steps(self, start: int) -> Generator[StepBatches, None, None]:
-        """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
-        with closing(prefetched(self.step, start, name="corpus-loader", waited=self._waited)) as made:
+        """Yields steps start, start + 1, … without end, made ahead by a thread, which ends when the iterator is
+        closed."""
+        with closing(prefetch(self.step, start, name="corpus-loader", on_wait=self._add_wait)) as made:
             while True:
                 try:
                     batches = next(made)
@@ -147,16 +148,16 @@ class CorpusLoader:
                 yield batches
 
     def finish_check(self) -> bool:
-        """Collective. Whether the corpus was found to be whole by now; raises what was found of late."""
+        """Returns whether the corpus is known to be whole by now; raises what was found of late. Collective."""
         return self.check is None or not self.check.agree()
 
-    def _waited(self, seconds: float) -> None:
+    def _add_wait(self, seconds: float) -> None:
         self.wait_s += seconds
 
-    def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        """This rank's share of the held-out sequences: each of them once over all ranks, the same number of batches on
-        every rank, none empty. A batch may have one sequence more than a `batch_size` of 1 says, where the ranks'
-        shares are uneven. Masking is the same at every call."""
+    def held_out_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yields this rank's share of the held-out sequences: each of them once over all ranks, the same number of
+        batches on every rank, none empty. A batch may have one sequence more than a `batch_size` of 1 says, where the
+        ranks' shares are uneven. Masking is the same at every call."""
         count = len(self._evaluation)
         if count == 0:
             return
@@ -166,26 +167,29 @@ class CorpusLoader:
         for chosen in np.array_split(np.arange(rank, count, world), rounds):
             yield self._batch(self._evaluation[chosen], _EVALUATION_SAMPLES + chosen)
 
-    def first(self, sequences: int) -> Iterator[Batch]:
-        """The first sequences that training will see, each once, without masking, the same on every rank whatever the
-        micro batch."""
+    def first_batches(self, sequences: int) -> Iterator[Batch]:
+        """Yields the first sequences that training will see, each once, without masking: the same on every rank
+        whatever the micro batch."""
         sequences = min(sequences, self.order.slots)
         for start in range(0, sequences, _FIRST_AT_ONCE):
             positions = np.arange(start, min(start + _FIRST_AT_ONCE, sequences), dtype=np.int64)
             yield self._batch(self._rows(positions), None)
 
     def _batch(self, rows: Ints, samples: Ints | None) -> Batch:
-        """samples: numbers of the sequences in the stream of random masks; None: no masking."""
+        """Returns the sequences of these numbers as one batch, padded to the longest.
+
+        samples: numbers of the sequences in the stream of random masks; None: no masking.
+        """
         sequences = self._store.rows(rows)
         lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
         length = int(lengths.max())
         if lengths.min() < 1 or length > self.manifest.seq_len:
-            raise self._damage(rows, (lengths < 1) | (lengths > self.manifest.seq_len))
+            raise self._damage_error(rows, (lengths < 1) | (lengths > self.manifest.seq_len))
         ids = np.full((len(sequences), length), self._pad_id, dtype=np.int64)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = sequence
         if ids.min() < 0 or ids.max() >= self.manifest.vocab_size:
-            raise self._damage(rows, np.logical_or(ids < 0, ids >= self.manifest.vocab_size).any(axis=1))
+            raise self._damage_error(rows, np.logical_or(ids < 0, ids >= self.manifest.vocab_size).any(axis=1))
         mask = None if (lengths == length).all() else (np.arange(length) < lengths[:, None]).astype(np.int64)
         labels = None
         if self._tables is not None and samples is not None:
@@ -208,10 +212,10 @@ class CorpusLoader:
             counts=counts,
             lengths=tuple(lengths.tolist()),
         )
-        return batch.pinned() if self._pin_memory else batch
+        return batch.pin_memory() if self._pin_memory else batch
 
-    def _damage(self, rows: Ints, bad: npt.ArrayLike) -> UserError:
-        """bad: which of the rows hold what the tokenizer cannot have given. The model would fail without a name."""
+    def _damage_error(self, rows: Ints, bad: npt.ArrayLike) -> UserError:
+        """Returns the error that names the file. bad: which of the rows hold what the tokenizer cannot have given."""
         row, shards = int(rows[np.asarray(bad)][0]), self.manifest.shards
         shard = int(np.searchsorted(np.cumsum([entry.sequences for entry in shards]), row, side="right"))
         return UserError(
@@ -222,8 +226,8 @@ class CorpusLoader:
 
 
 def held_out_counts(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[int]:
-    """How many sequences at the end of each source are held out: proportional to size * weight (largest remainders),
-    and every source keeps at least one to train on."""
+    """Returns how many sequences at the end of each source are held out: proportional to size * weight (largest
+    remainders), and every source keeps at least one to train on. Raises UserError where there are not enough."""
     most = [max(0, size - 1) for size in sizes]
     if total > sum(most):
         raise UserError(

@@ -28,7 +28,7 @@ FULL_FROM = {"cpu": 0.85, "cuda": 0.95}
 """Share of its positions from which a batch runs with its pads: leaving them out costs copies, and on a CPU shapes that
 change. CPU: measured (docs/benchmarks.md, "Batches without pads"); CUDA: not measured."""
 MOST_ROUNDED_UP = 1 / 16
-"""Of a batch's positions, pads that a CPU keeps (engine/models/unpadding.py)."""
+"""Share of a batch's positions up to which a CPU keeps pads (engine/models/unpadding.py)."""
 REMEDY = (
     "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT (transformers 5.1 or newer) or another "
     "encoder that does"
@@ -36,7 +36,7 @@ REMEDY = (
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The distinct modules that transformers itself records as hidden states, in registration order.
+    """Returns the distinct modules that transformers itself records as hidden states, in registration order.
 
     ALBERT has fewer of them than layers: it calls them several times. Empty when the model declares none.
     """
@@ -182,20 +182,22 @@ def capture(
 def hidden_states(
     model: PreTrainedModel, batch: Batch, layers: frozenset[int], *, unpadded: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """The states of these layers (0: embeddings) in their order, (B, L, D) each; what stands at pads means nothing. The
-    model's head, if it has one, does not run. Arguments as of `capture`."""
+    """Returns the states of these layers (0: embeddings) in their order, (B, L, D) each; what stands at pads means
+    nothing. The model's head, if it has one, does not run. Arguments as of `capture`."""
     base: Any = model.base_model
     return padded_states(capture(base, batch, Wanted(hidden=layers), unpadded=unpadded), layers)
 
 
 def padded_states(features: Features, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
-    """The hidden states of these layers in their order, (B, L, D) each, whether or not the batch ran with its pads."""
+    """Returns the hidden states of these layers in their order, (B, L, D) each, also where the batch ran without
+    pads."""
     states = (features.hidden[layer] for layer in sorted(layers))
     return tuple(x if features.segments is None else features.segments.padded(x, 1) for x in states)
 
 
 def segments_of(batch: Batch) -> Segments | None:
-    """Where the real tokens of a padded batch lie without (most of) its pads; None for a batch that has nearly none."""
+    """Returns where the real tokens of a padded batch lie without (most of) its pads; None for one that has few
+    pads."""
     if batch.attention_mask is None or batch.lengths is None:
         return None
     if max(batch.lengths) != batch.input_ids.shape[1]:  # its heads expect pads that nobody would bring back
@@ -209,7 +211,7 @@ def segments_of(batch: Batch) -> Segments | None:
 
 
 def runs_unpadded(model: PreTrainedModel) -> bool:
-    """Whether the model (after `install`) computes the same without its pads; found out by trying."""
+    """Tells whether the model (after `install`) computes the same without its pads, by trying it."""
     if model.config._attn_implementation not in (IMPLEMENTATIONS["sdpa"], IMPLEMENTATIONS["eager"]):
         return False  # whose mask function is not ours
     lengths, generator = (5, 2, 3), torch.Generator().manual_seed(0)
@@ -217,7 +219,7 @@ def runs_unpadded(model: PreTrainedModel) -> bool:
     ids = torch.randint(low, high, (3, 5), generator=generator).to(model.device)
     real = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
     batch = Batch(ids, real.long(), None, Counts(), lengths=lengths)
-    layers = shape_layers(model)
+    layers = layer_calls(model)
     everything = Wanted(hidden=frozenset(range(layers + 1)), attention=frozenset(range(1, layers + 1)))
     was_training = model.training
     try:
@@ -240,8 +242,8 @@ def runs_unpadded(model: PreTrainedModel) -> bool:
     )
 
 
-def shape_layers(model: PreTrainedModel) -> int:
-    """How often its layers are called in one forward."""
+def layer_calls(model: PreTrainedModel) -> int:
+    """Returns how often a model's layers are called in one forward."""
     layers: int = model.config.num_hidden_layers * getattr(model.config, "inner_group_num", 1)
     return layers
 
@@ -262,13 +264,14 @@ def _mlm_head(
 
 
 def inputs_of(batch: Batch) -> dict[str, torch.Tensor | None]:
-    """The arguments of a transformers model."""
+    """Returns the arguments of a transformers model for a batch."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     return inputs if batch.token_types is None else {**inputs, "token_type_ids": batch.token_types}
 
 
 def task_logits(output: Any) -> torch.Tensor:
-    """(B, labels) of a sequence classifier; (B, L, 2), start and end, of a question answerer."""
+    """Returns the logits of a task model: (B, labels) of a sequence classifier; (B, L, 2), start and end, of a question
+    answerer."""
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
     logits: torch.Tensor = output.logits
@@ -276,7 +279,7 @@ def task_logits(output: Any) -> torch.Tensor:
 
 
 def _check_complete(recorder: Recorder, progress: _Progress) -> None:
-    """A tensor that was asked for and did not come must not become a silent zero in a loss."""
+    """Raises RuntimeError for a tensor that was asked for and did not come: it would be a silent zero in a loss."""
     missing = (progress.wanted.hidden - recorder.features.hidden.keys()) | (
         progress.wanted.attention - recorder.features.query.keys()
     )
@@ -289,7 +292,8 @@ def _check_complete(recorder: Recorder, progress: _Progress) -> None:
 
 @contextmanager
 def _hooks(model: PreTrainedModel, progress: _Progress, batch: Batch) -> Iterator[None]:
-    """Hooks of one forward. They are removed before the backward pass, so recomputed layers are not captured."""
+    """Holds the hooks of one forward. They are removed before the backward pass, so recomputed layers are not
+    captured."""
     wanted, hidden, segments = progress.wanted, progress.features.hidden, progress.features.segments
 
     def keep(output: torch.Tensor) -> None:
@@ -327,8 +331,8 @@ def _hooks(model: PreTrainedModel, progress: _Progress, batch: Batch) -> Iterato
 
 
 def _rows(hidden: torch.Tensor, batch: Batch, progress: _Progress) -> torch.Tensor:
-    """(B, L, D) -> (1, P, D): the positions whose logits are wanted, row-major. MLM heads work position by position,
-    so they need not know that the others are gone."""
+    """Returns (1, P, D) of (B, L, D) or (1, T, D): the positions whose logits are wanted, row-major. MLM heads work
+    position by position, so they need not know that the others are gone."""
     chosen = batch.token_mask if batch.labels is None else batch.labels != UNSCORED_LABEL
     segments = progress.features.segments
     if segments is not None:

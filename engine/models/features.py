@@ -18,7 +18,7 @@ class Features:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     """layer -> (B, L, D)"""
     query: dict[int, torch.Tensor] = field(default_factory=dict)
-    """layer -> (B, H, L, d_head)"""
+    """layer -> (B, H, L, d_head), as are key and value"""
     key: dict[int, torch.Tensor] = field(default_factory=dict)
     value: dict[int, torch.Tensor] = field(default_factory=dict)
     scaling: dict[int, float] = field(default_factory=dict)

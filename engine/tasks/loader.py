@@ -14,7 +14,7 @@ import torch
 from engine.data.batch import Counts, TaskBatch
 from engine.data.loader import StepBatches
 from engine.data.order import TrainingOrder
-from engine.data.prefetch import prefetched
+from engine.data.prefetch import prefetch
 from engine.data.share import StepShare
 from engine.tasks.rows import Encoded
 
@@ -75,21 +75,21 @@ class TaskLoader:
 
     def steps(self, start: int) -> Generator[StepBatches, None, None]:
         """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
-        return prefetched(self.step, start, name="task-loader", waited=self._waited)
+        return prefetch(self.step, start, name="task-loader", on_wait=self._add_wait)
 
-    def first(self, rows: int) -> Iterator[TaskBatch]:
+    def first_batches(self, rows: int) -> Iterator[TaskBatch]:
         """The first rows in the order of training, each once, unsorted, the same on every rank whatever the micro
         batch."""
         rows = min(rows, len(self._encoded))
         for start in range(0, rows, _FIRST_AT_ONCE):
             yield self._batch(self._order.indices(np.arange(start, min(start + _FIRST_AT_ONCE, rows))))
 
-    def _waited(self, seconds: float) -> None:
+    def _add_wait(self, seconds: float) -> None:
         self.wait_s += seconds
 
     def _batch(self, rows: Ints) -> TaskBatch:
         batch = _padded(self._encoded, rows, self._pad_id, self._windows)
-        return batch.pinned() if self._pin_memory else batch
+        return batch.pin_memory() if self._pin_memory else batch
 
     def _bucket_rows(self, number: int) -> Ints:
         """(steps of a bucket, global_batch) row numbers of bucket `number`, in the order of training."""
@@ -136,7 +136,7 @@ def evaluation_batches(
     for together in np.array_split(longest_first, rounds):
         rows = np.array_split(together, world)[rank]
         batch = _padded(encoded, rows, pad_id) if len(rows) else _stand_in(encoded, together[-1:], pad_id)
-        yield batch.pinned() if pin_memory else batch
+        yield batch.pin_memory() if pin_memory else batch
 
 
 def _stand_in(encoded: Encoded, rows: Ints, pad_id: int) -> TaskBatch:

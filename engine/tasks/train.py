@@ -120,7 +120,7 @@ def train_on_task(
     measured = Measured()
     if chosen is None and module.losses is not None and module.losses.looks_at_slice:
         assert teacher is not None
-        rows = loader.first(sequences_of(module.losses.config, task.mean_tokens))
+        rows = loader.first_batches(sequences_of(module.losses.config, task.mean_tokens))
         measured = begin(cast(Learner, module), TeacherSlice(rows, teacher, runtime.device, module.losses.teacher))
     optimizer = choose_optimizer(
         module, recipe.optim, recipe.train, recipe.execution, runtime.device, require_fused=recipe.require_fused

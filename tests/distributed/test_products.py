@@ -75,7 +75,7 @@ def held_out_terms(run: Run, world: TinyWorld) -> dict[str, float]:
     )
     scales = run.records("run")[0]["measured"]["scales"]
     module = DistilModule(student.eval(), projections, plan.losses.scaled(scales))
-    batches = list(loader.evaluation(5))
+    batches = list(loader.held_out_batches(5))
     counts = sum((batch.counts for batch in batches), Counts())
     with torch.no_grad():
         terms = sum(module(batch, teacher(batch), counts)[1] for batch in batches)

@@ -137,7 +137,7 @@ def _already_prepared(
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer a folder. The lock dies with its process, so a killed run leaves none behind."""
+    """Keeps a second writer out of a folder. The lock dies with its process, so a killed run leaves none behind."""
     with (folder / ".lock").open("w") as file:
         lock = try_flock(file)
         if lock is Flock.HELD:
@@ -149,7 +149,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stoppable(folder: Path) -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that the workers are ended too; both say what became of the work."""
+    """Lets SIGTERM unwind like Ctrl-C, so that the workers are ended too; both say what became of the work."""
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` and schedulers send it twice: let the pool close

@@ -155,7 +155,7 @@ class Job:
         """Collective. Of a new student, which then starts from it."""
         if not module.losses.looks_at_slice:
             return Measured()
-        batches = self.loader.first(sequences_of(self.config.loss, self.plan.seq_len))
+        batches = self.loader.first_batches(sequences_of(self.config.loss, self.plan.seq_len))
         return begin(module, TeacherSlice(batches, teacher, self.here.device, self.plan.teacher_shape))
 
     def _tidy(self, chosen: Chosen | None) -> None:
@@ -295,7 +295,7 @@ class HeldOutLosses:
     def __call__(self, step: int) -> bool:
         """The same whatever the ranks and batches. Collective."""
         model, device = self.trainee.model, self.trainee.runtime.device
-        batches = list(self.loader.evaluation(self.trainee.execution.micro_batch_size))
+        batches = list(self.loader.held_out_batches(self.trainee.execution.micro_batch_size))
         if not batches:
             return False
         local = sum((batch.counts for batch in batches), Counts())

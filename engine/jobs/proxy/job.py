@@ -155,7 +155,7 @@ class ProxyJob:
             learning = [genome.plan for genome in genomes if genome.plan is not None]
             on = None
             if teacher is not None and any(plan.losses.looks_at_slice for plan in learning):
-                on = TeacherSlice(loader.first(self._slice), teacher, self.here.device, base.teacher_shape)
+                on = TeacherSlice(loader.first_batches(self._slice), teacher, self.here.device, base.teacher_shape)
             if self._layer_tables is not None:
                 self._layer_tables.begin(base, genomes, loader)
             members = [
@@ -200,7 +200,7 @@ class ProxyJob:
         """Returns the ids that a student of this cohort will meet, each once: in its batches and in its texts.
         Collective."""
         met = [evaluator.tokens]
-        met += [batch.input_ids.flatten() for batch in loader.first(self._slice)]
+        met += [batch.input_ids.flatten() for batch in loader.first_batches(self._slice)]
         for step in range(self.config.proxy.steps):
             met += [micro.input_ids.flatten() for micro in loader.step(step).micro]
         tokens = torch.unique(torch.cat(met))

@@ -21,7 +21,7 @@ from engine.jobs.distill.plan import Plan
 from engine.jobs.proxy.cohort import Member
 from engine.jobs.proxy.plan import Genome
 from engine.losses.measure import EVERY_FIFTH, TeacherSlice, real_rows, sequences_of
-from engine.models.capture import capture, install, shape_layers
+from engine.models.capture import capture, install, layer_calls
 from engine.models.features import Wanted
 from engine.models.moments import Moments, fit
 from engine.ranks.collectives import from_rank_zero
@@ -88,7 +88,7 @@ def layer_table(student: PreTrainedModel, text: Text, device: torch.device) -> L
 def _states(student: PreTrainedModel, batches: Sequence[Batch], device: torch.device) -> list[torch.Tensor]:
     """By layer (n, D), of the real tokens, on the CPU."""
     student.eval().to(device)
-    layers = range(shape_layers(student) + 1)
+    layers = range(layer_calls(student) + 1)
     found: list[list[torch.Tensor]] = [[] for _ in layers]
     for batch in batches:
         features = capture(student, batch.to(device), Wanted(hidden=frozenset(layers)))
@@ -124,7 +124,7 @@ class LayerTables:
             sequences_of(base.config.loss, base.seq_len),
             math.ceil(TOKENS_PER_DIMENSION * base.student_shape.width / base.seq_len),
         )
-        text = divided(TeacherSlice(loader.first(count), teacher, self._here.device))
+        text = divided(TeacherSlice(loader.first_batches(count), teacher, self._here.device))
         width = base.student_shape.width
         self.possible = len(text.fitted) > width and len(text.judging) > 0
         if not self.possible:
