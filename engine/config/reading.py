@@ -189,17 +189,17 @@ def _build_config(
             problems.append(Problem(f"{key} is missing; write --{key} VALUE, or {key} in a file", key=key))
     unreadable = {problem.key.partition(".")[0] for problem in problems if problem.key}
     values: dict[str, dict[str, Any]] = {name: {} for name in ("", *schema.sections)}
-    for key, one in given.items():
+    for key, setting_given in given.items():
         section, _, name = key.rpartition(".")
-        values[section][name] = one.value
-    with collected() as found:
+        values[section][name] = setting_given.value
+    with collected() as refusals:
         sections = {
             name: replace(default, **values[name])
             for name, default in schema.sections.items()
             if name not in unreadable
         }
         config = None if unreadable else config_class(**values[""], **sections)
-    refuse(_sort_by_place([*problems, *(_locate(one, given) for one in found)]))
+    refuse(_sort_by_place([*problems, *(_locate(problem, given) for problem in refusals)]))
     assert config is not None
     return config
 

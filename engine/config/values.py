@@ -128,10 +128,10 @@ class Reader:
         self._add_problems([Problem(f"{what}: {name} is missing; write it") for name in missing], node)
         if len(self.problems) > before:
             return None
-        with collected() as found:
-            made = kind(**given)
-        self._add_problems([Problem(f"{what}: {one.text}") for one in found], node)
-        return made
+        with collected() as refusals:
+            record = kind(**given)
+        self._add_problems([Problem(f"{what}: {problem.text}") for problem in refusals], node)
+        return record
 
 
 def _required(kind: type[Any]) -> list[str]:

@@ -68,14 +68,14 @@ def reading_difference(tokenizer: PreTrainedTokenizerFast, path: str) -> str:
     file, added = Path(path) / "tokenizer.json", Path(path) / "added_tokens.json"
     if added.is_file():
         for word, index in read_json(added, path).items():
-            found = tokenizer.convert_tokens_to_ids(word)
-            if found != index:
-                return f"added_tokens.json gives {word!r} the id {index}, but transformers reads it as {found}"
+            read = tokenizer.convert_tokens_to_ids(word)
+            if read != index:
+                return f"added_tokens.json gives {word!r} the id {index}, but transformers reads it as {read}"
     if file.is_file():
-        plain, made = (_tokens(one) for one in (tokenizers.Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer))
-        if made != plain:
+        plain, read = _tokens(tokenizers.Tokenizer.from_file(str(file))), _tokens(tokenizer.backend_tokenizer)
+        if read != plain:
             return (
-                f"transformers reads {SAMPLE!r} as {made!r}, but its tokenizer.json says {plain!r}; if the file is "
+                f"transformers reads {SAMPLE!r} as {read!r}, but its tokenizer.json says {plain!r}; if the file is "
                 'right, write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json'
             )
     return ""

@@ -42,16 +42,16 @@ def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
     """
     base = model.base_model
     spec = (getattr(base, "_can_record_outputs", None) or {}).get("hidden_states")
-    found: dict[int, nn.Module] = {}
-    for one in spec if isinstance(spec, list) else [spec]:
+    layers: dict[int, nn.Module] = {}
+    for declared in spec if isinstance(spec, list) else [spec]:
         # a class, the end of a name, or an OutputRecorder, which transformers 5.0 keeps in another module than 5.23
-        wanted, name = getattr(one, "target_class", one), getattr(one, "class_name", None)
-        if isinstance(one, str):
-            wanted, name = None, one
+        kind, ending = getattr(declared, "target_class", declared), getattr(declared, "class_name", None)
+        if isinstance(declared, str):
+            kind, ending = None, declared
         for path, module in base.named_modules():
-            if (wanted is not None and isinstance(module, wanted)) or (name is not None and path.endswith(name)):
-                found[id(module)] = module
-    return list(found.values())
+            if (kind is not None and isinstance(module, kind)) or (ending is not None and path.endswith(ending)):
+                layers[id(module)] = module
+    return list(layers.values())
 
 
 def install(model: PreTrainedModel, backend: str) -> None:
@@ -255,11 +255,11 @@ def _only_inputs_of(decoder: nn.Linear | None) -> AbstractContextManager[None]:
 def _mlm_head(
     model: PreTrainedModel, output: Any, decoder: nn.Linear | None, progress: _Progress
 ) -> MlmHead | WholeLogits:
-    made = getattr(output, "logits", None)
-    if made is None:
+    logits = getattr(output, "logits", None)
+    if logits is None:
         raise RuntimeError(f"{type(model).__name__} has no logits: load it with its MLM head")
     # (1, P, D) -> (P, D); an empty selection keeps its place in the graph, so that all parameters get gradients
-    rows = made[0, :0] if progress.no_position else made[0]
+    rows = logits[0, :0] if progress.no_position else logits[0]
     return WholeLogits(rows) if decoder is None else MlmHead(rows, decoder)
 
 

@@ -55,12 +55,12 @@ def windows_of(model: PreTrainedModel) -> tuple[int | None, ...]:
 
 def _window_in_place_of_mask(*, mask_function: Callable[..., torch.Tensor], **_: Any) -> torch.Tensor:
     """Returns the window, (1,) int64, which the model hands on to its layers as it would a mask."""
-    here, zero = torch.tensor(FURTHEST), torch.tensor(0)
+    query, zero = torch.tensor(FURTHEST), torch.tensor(0)
     keys = torch.arange(2 * FURTHEST + 1)
-    seen, seen_later = (mask_function(zero, zero, here + by, keys + by).expand(keys.shape) for by in (0, 7))
+    seen, seen_later = (mask_function(zero, zero, query + shift, keys + shift).expand(keys.shape) for shift in (0, 7))
     if bool(seen.all()):
         return torch.tensor([NO_WINDOW])
     window = (int(seen.sum()) - 1) // 2
-    if not torch.equal(seen, (keys - here).abs() <= window) or not torch.equal(seen, seen_later):
+    if not torch.equal(seen, (keys - query).abs() <= window) or not torch.equal(seen, seen_later):
         raise ValueError("some attend to the left only, or to parts of the text")
     return torch.tensor([window])

@@ -26,7 +26,7 @@ from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.model import load_task_model
 from engine.tasks.module import TaskModule
-from engine.tasks.probe import ProbeFeatures, in_threads, pool, probe_outputs
+from engine.tasks.probe import ProbeFeatures, map_in_threads, pool, probe_outputs
 from engine.tasks.rows import Encoded, Split
 from engine.tasks.train import Recipe, task_train_config, train_on_task
 from engine.train.monitor import Monitor
@@ -182,7 +182,7 @@ def _cross_validated(task: TaskData, rows: ProbeFeatures, folds: int) -> dict[st
         watchdog.beat()
         return outputs
 
-    found = in_threads(held_out, range(folds))
+    found = map_in_threads(held_out, range(folds))
     outputs = np.zeros((len(labels), *found[0].shape[1:]), found[0].dtype)
     for k, values in enumerate(found):
         outputs[(fold == k).numpy()] = values
