@@ -68,9 +68,9 @@ def reading_difference(tokenizer: PreTrainedTokenizerFast, path: str) -> str:
     file, added = Path(path) / "tokenizer.json", Path(path) / "added_tokens.json"
     if added.is_file():
         for word, index in read_json(added, path).items():
-            read = tokenizer.convert_tokens_to_ids(word)
-            if read != index:
-                return f"added_tokens.json gives {word!r} the id {index}, but transformers reads it as {read}"
+            read_id = tokenizer.convert_tokens_to_ids(word)
+            if read_id != index:
+                return f"added_tokens.json gives {word!r} the id {index}, but transformers reads it as {read_id}"
     if file.is_file():
         plain, read = _tokens(tokenizers.Tokenizer.from_file(str(file))), _tokens(tokenizer.backend_tokenizer)
         if read != plain:

@@ -94,8 +94,8 @@ class Kernels:
         return hidden_mse.hidden_mse(inputs)
 
     def vocabulary_losses(self, inputs: MlmLogits) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns weights.kl * KL + weights.cross_entropy * CE of MLM logits, differentiable, and (2,) KL and CE, detached: 0 for
-        the one that has no teacher or no labels."""
+        """Returns weights.kl * KL + weights.cross_entropy * CE of MLM logits, differentiable, and (2,) KL and CE,
+        detached: 0 for the one that has no teacher or no labels."""
         if self.backend == "reference" or isinstance(inputs.student, torch.Tensor):
             return _reference_vocabulary(inputs)
         return vocabulary.vocabulary_losses(inputs)

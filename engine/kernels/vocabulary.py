@@ -119,9 +119,9 @@ def _kl(
 
 
 def vocabulary_losses(inputs: MlmLogits) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns by.kl * reference.logits_kl + by.cross_entropy * reference.mlm_cross_entropy, differentiable in the three
-    tensors of the student's head, and (2,) the two values, detached: 0 for the one that has no teacher or no labels. P
-    may be 0."""
+    """Returns weights.kl * reference.logits_kl + weights.cross_entropy * reference.mlm_cross_entropy, differentiable in
+    the three tensors of the student's head, and (2,) the two values, detached: 0 for the one that has no teacher or no
+    labels. P may be 0."""
     student = inputs.student
     assert isinstance(student, Head)
     total, each = _VocabularyLosses.apply(student.hidden, student.weight, student.bias, inputs)

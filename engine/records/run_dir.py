@@ -122,7 +122,7 @@ class RunDir:
             if tokenizer is not None:
                 try:
                     tokenizer.save_pretrained(self.tokenizer)
-                except Exception as error:  # the Rust library has no other for a full disk
+                except Exception as error:  # until tokenizers > 0.23.3: it has no other for a full disk
                     raise OSError(first_line(error)) from None
             if beside_tokenizer is not None:
                 beside_tokenizer(self.tokenizer)
