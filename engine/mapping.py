@@ -45,11 +45,6 @@ class LayerMapping:
         """The active (student layer, teacher layer) pairs, in student order."""
         return tuple((m, g) for m, g in enumerate(self.genes, start=1) if g != SKIP)
 
-    @property
-    def deepest_teacher_layer(self) -> int:
-        """The last teacher layer that any pair needs; 0 when the mapping is empty."""
-        return max(self.genes)
-
     def __str__(self) -> str:
         return _dashed(self.genes)
 

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
 from engine.errors import UserError
 from engine.records.files import write_whole
 from engine.records.fingerprints import digest

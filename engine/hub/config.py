@@ -11,15 +11,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from engine.errors import UserError
-from engine.hub.files import (
-    WEIGHT_FILES,
-    lookup_arguments,
-    quiet,
-    read_json,
-    require_whole,
-    stored_tensors,
-    unreadable_error,
-)
+from engine.hub.files import WEIGHT_FILES, lookup, quiet, read_json, require_whole, stored_tensors, unreadable
 
 CONFIG = "config.json"
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -60,9 +52,9 @@ def load_config(path: str, key: str) -> PretrainedConfig:
     try:
         with quiet():
             # False and not left out: transformers would ask on stdin whether to run a model's own code
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **lookup_arguments(path))
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **lookup(path))
     except Exception as error:  # transformers raises nearly everything here
-        raise unreadable_error(path, key, "configuration", error) from None
+        raise unreadable(path, key, "configuration", error) from None
     config._attn_implementation = None  # which kernel it was trained with; ours is chosen by the run's own settings
     if getattr(config, "is_heterogeneous", False):
         raise UserError(

@@ -61,12 +61,12 @@ def hub_is_reachable() -> bool:
         return False
 
 
-def lookup_arguments(path: str) -> dict[str, bool]:
+def lookup(path: str) -> dict[str, bool]:
     """Returns arguments for from_pretrained: a folder or the hub's cache alone, where nothing else can be had."""
     return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
-def safety_arguments() -> dict[str, Any]:
+def safety() -> dict[str, Any]:
     """Returns arguments for a model's from_pretrained: no pickle unless it is allowed, and never an object out of
     one."""
     return {"use_safetensors": None if _pickle_allowed else True, "weights_only": True}
@@ -94,7 +94,7 @@ def own_code_error(path: str, key: str, what: str) -> UserError:
     )
 
 
-def unreadable_error(path: str, key: str, what: str, error: Exception) -> UserError:
+def unreadable(path: str, key: str, what: str, error: Exception) -> UserError:
     """Returns the one-line error for what a library raised while it read `what` of a model."""
     reason = first_line(error)
     if "trust_remote_code" in str(error):
@@ -180,9 +180,9 @@ def _find_file(path: str, file_name: str, key: str) -> Path | None:
     if (Path(path) / file_name).is_symlink():
         require_whole(Path(path) / file_name, key)
     try:
-        found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **lookup_arguments(path))
+        found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **lookup(path))
     except Exception as error:
-        raise unreadable_error(path, key, "weights", error) from None
+        raise unreadable(path, key, "weights", error) from None
     return None if found is None else Path(found)
 
 

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from engine.errors import UserError
-from engine.hub.files import lookup_arguments, own_code_error, quiet, read_json, require_whole_files, unreadable_error
+from engine.hub.files import lookup, own_code_error, quiet, read_json, require_whole_files, unreadable
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "*.model")
@@ -39,7 +39,7 @@ def load_tokenizer(path: str, key: str) -> PreTrainedTokenizerFast:
     try:
         with quiet():
             # False and not left out: transformers would ask on stdin whether to run a tokenizer's own code
-            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **lookup_arguments(path))
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **lookup(path))
             if tokenizer.is_fast:
                 tokenizer.backend_tokenizer.encode(SAMPLE)  # raises for a vocabulary without the unknown token
     except Exception as error:  # transformers raises nearly everything here, and tokenizers a bare Exception
@@ -51,7 +51,7 @@ def load_tokenizer(path: str, key: str) -> PreTrainedTokenizerFast:
                 f"{key}={path!r}: tokenizers {tokenizers.__version__} cannot read its tokenizer.json, which a newer "
                 "version wrote (pip install -U tokenizers transformers), or which is damaged"
             ) from None
-        raise unreadable_error(path, key, "tokenizer", error) from None
+        raise unreadable(path, key, "tokenizer", error) from None
     if not tokenizer.is_fast:
         raise _slow_tokenizer_error(path, key, type(tokenizer).__name__)
     # until transformers > 5.23: where there are no files it makes a tokenizer of special tokens alone

@@ -53,9 +53,8 @@ class _VocabularyLosses(torch.autograd.Function):
                 log_s = torch.log_softmax(z_s, dim=-1) if labels is not None or tau == 1.0 else z_s
                 d_logits = None
                 if labels is not None:
-                    value, d_logits = _cross_entropy(
-                        log_s, labels[part], weights.cross_entropy * lift, gradient=needs_gradient
-                    )
+                    weight_ce = weights.cross_entropy * lift
+                    value, d_logits = _cross_entropy(log_s, labels[part], weight_ce, gradient=needs_gradient)
                     sums[1] += value
                 if teacher is not None:
                     if tau != 1.0:

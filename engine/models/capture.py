@@ -17,12 +17,10 @@ from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels.inputs import UNSCORED_LABEL
 from engine.kernels.segments import Segments, segments_of_lengths
-from engine.models.attention import IMPLEMENTATIONS, DeepEnough, Recorder, recording, resolve_backend
+from engine.models.attention import IMPLEMENTATIONS, DeepEnough, Recorder, recording
 from engine.models.features import Features, Wanted
 from engine.models.mlm_head import MlmHead, WholeLogits, check_output_matrix, output_matrix, without_output_matrix
 from engine.models.unpadding import install_packing, packing, without_pads
-
-__all__ = ["capture", "install", "layer_modules", "resolve_backend"]
 
 FULL_FROM = {"cpu": 0.85, "cuda": 0.95}
 """Share of its positions from which a batch runs with its pads: leaving them out costs copies, and on a CPU shapes that

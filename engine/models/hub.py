@@ -25,14 +25,7 @@ from transformers import (
 
 from engine.errors import UserError, first_line
 from engine.hub.config import load_config
-from engine.hub.files import (
-    lookup_arguments,
-    quiet,
-    safety_arguments,
-    stored_tensors,
-    unreadable_error,
-    weights_fingerprint,
-)
+from engine.hub.files import lookup, quiet, safety, stored_tensors, unreadable, weights_fingerprint
 from engine.models.shape import ModelShape
 from engine.models.windows import has_windows, windows_of
 from engine.records.fingerprints import digest
@@ -159,11 +152,9 @@ def load_model(
     stored_tensors(path, key)  # refuses a pickle, and files that are not whole
     try:
         with quiet():
-            model, info = _from_pretrained(
-                path, config, head, dtype=dtype, **lookup_arguments(path), **safety_arguments(), **arguments
-            )
+            model, info = _from_pretrained(path, config, head, dtype=dtype, **lookup(path), **safety(), **arguments)
     except Exception as error:  # of transformers, safetensors, pickle, and of packages that they import late
-        raise unreadable_error(path, key, "weights", error) from None
+        raise unreadable(path, key, "weights", error) from None
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise UserError(
@@ -200,7 +191,7 @@ def compare(path: str, *, key: str, config: PretrainedConfig, head: Head) -> Dif
         with torch.random.fork_rng(devices=[]), quiet():
             _, info = _from_pretrained(None, config, head, state_dict=state)
     except ImportError as error:
-        raise unreadable_error(path, key, "model", error) from None
+        raise unreadable(path, key, "model", error) from None
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(

@@ -164,7 +164,3 @@ class RunDir:
             entry.name for entry in self.checkpoints.iterdir() if is_tag(entry.name) and (entry / COMPLETE).is_file()
         ]
         return sorted(found, key=tag_step)
-
-    def newest_tag(self) -> str | None:
-        tags = self.complete_tags()
-        return tags[-1] if tags else None

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.tasks.load import Split, TaskData
-from engine.tasks.rows import Encoded
+from engine.tasks.load import TaskData
+from engine.tasks.rows import Encoded, Split
 from engine.tasks.specs import TaskSpec
 from engine.tasks.squad import SquadSplit, Windows, encode_squad
 
@@ -61,10 +61,6 @@ def encode_split(
 
 def _flat(rows: list[list[int]], dtype: type[np.signedinteger[Any]]) -> npt.NDArray[Any]:
     return np.fromiter(chain.from_iterable(rows), dtype)
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,6 @@ from engine.tasks.specs import (
     DIAGNOSTIC,
     GLUE_TASKS,
     Columns,
-    Kind,
-    TaskDefaults,
     TaskSpec,
     check_custom_names,
     official_name,
@@ -36,18 +34,6 @@ from engine.tasks.tables import beside
 
 if TYPE_CHECKING:
     from engine.tasks.squad import SquadSplit
-
-__all__ = [
-    "GLUE_TASKS",
-    "Kind",
-    "Split",
-    "TaskData",
-    "TaskDefaults",
-    "TaskSpec",
-    "load_task",
-    "resolve_names",
-    "task_spec",
-]
 
 AnySplit = TypeVar("AnySplit", bound="Split | SquadSplit")
 GLUE_HUB = "nyu-mll/glue"

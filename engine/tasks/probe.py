@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, one_hot
 from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.tasks.load import TaskSpec
+    from engine.tasks.specs import TaskSpec
 
 Outputs = npt.NDArray[np.float64]
 Labels = npt.NDArray[Any]
