@@ -40,8 +40,8 @@ from engine.jobs.execution import attention_backend
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping
-from engine.models.capture import install, runs_unpadded
 from engine.models.hub import shape_of
+from engine.models.install import install, runs_unpadded
 from engine.models.projections import Projections
 from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config

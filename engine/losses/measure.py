@@ -18,8 +18,9 @@ from engine.kernels.inputs import Rows
 from engine.kernels.reference import outside
 from engine.losses.base import Target
 from engine.losses.loss_set import LossSet
-from engine.models.capture import capture, runnable_anywhere
+from engine.models.capture import capture
 from engine.models.features import Features, Wanted
+from engine.models.install import runnable_anywhere
 from engine.models.moments import LinearMap, Moments, fit
 from engine.models.projections import Projections
 from engine.models.shape import ModelShape

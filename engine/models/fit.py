@@ -16,8 +16,8 @@ from engine.data.manifest import Manifest, check_tokenizer
 from engine.errors import UserError
 from engine.hub.config import ignored_settings
 from engine.hub.tokenizer import load_tokenizer, reading_difference
-from engine.models.capture import install
 from engine.models.hub import SavedModel, require_encoder, skeleton
+from engine.models.install import install
 from engine.models.student import new_model
 from engine.models.teacher import truncated_config
 

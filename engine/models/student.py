@@ -14,9 +14,9 @@ from engine.errors import UserError
 from engine.hub.files import quiet
 from engine.mapping import LayerMapping, round_half_up
 from engine.models.apex import require_fused_layer_norm
-from engine.models.capture import install
 from engine.models.hub import Head, SavedModel, init_arguments, load_backbone, model_class, shape_of
 from engine.models.initialise import copy_from_teacher, intermediate_size, resolve_init
+from engine.models.install import install
 from engine.models.shape import ModelShape
 
 DROPOUTS = (

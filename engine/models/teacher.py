@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.data.batch import Batch
-from engine.models.capture import capture, install, layer_modules, runs_unpadded
+from engine.models.capture import capture, layer_modules
 from engine.models.features import Features, Wanted
 from engine.models.frozen_linear import FrozenLinear, can_pack, freeze_linears
 from engine.models.hub import Head, SavedModel, load_backbone, shape_of, skeleton
+from engine.models.install import install, runs_unpadded
 from engine.models.shape import ModelShape, forward_flops_per_token
 
 Shard = Callable[[PreTrainedModel, torch.dtype, torch.device], nn.Module]

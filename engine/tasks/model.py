@@ -14,8 +14,8 @@ from engine.errors import UserError
 from engine.hub.config import load_config
 from engine.hub.files import quiet
 from engine.hub.tokenizer import load_tokenizer
-from engine.models.capture import install
 from engine.models.hub import AUTO_CLASSES, Head, load_model, model_class, require_tensors
+from engine.models.install import install
 from engine.models.student import DROPOUTS
 from engine.tasks.labels import label_meanings
 from engine.tasks.specs import TaskSpec

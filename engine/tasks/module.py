@@ -13,8 +13,9 @@ from engine.config.finetune import TaskLossConfig
 from engine.data.batch import Counts, TaskBatch
 from engine.errors import UserError
 from engine.losses.loss_set import LossSet
-from engine.models.capture import capture, inputs_of, runs_unpadded, segments_of, task_logits
+from engine.models.capture import capture, inputs_of, segments_of, task_logits
 from engine.models.features import Features, Wanted
+from engine.models.install import runs_unpadded
 from engine.models.projections import Projections
 from engine.models.unpadding import packing
 from engine.tasks.specs import Kind

@@ -25,7 +25,7 @@ from engine.data.loader import CorpusLoader
 from engine.data.share import StepShare
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import make_plan
-from engine.models.capture import install
+from engine.models.install import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
 from engine.records.run_dir import RunDir

@@ -13,9 +13,9 @@ from engine.data.shard_check import ShardCheck, share_of_this_host
 from engine.data.share import StepShare
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan
-from engine.models.capture import runs_unpadded
 from engine.models.compact_embedding import keep_tokens
 from engine.models.features import Wanted
+from engine.models.install import runs_unpadded
 from engine.models.projections import Projections
 from engine.models.shape import forward_flops_per_token
 from engine.models.student import build_student

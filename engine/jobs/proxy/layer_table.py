@@ -21,8 +21,9 @@ from engine.jobs.distill.plan import Plan
 from engine.jobs.proxy.cohort import Member
 from engine.jobs.proxy.plan import Genome
 from engine.losses.measure import EVERY_FIFTH, TeacherSlice, real_rows, sequences_of
-from engine.models.capture import capture, install, layer_calls
+from engine.models.capture import capture, layer_calls
 from engine.models.features import Wanted
+from engine.models.install import install
 from engine.models.moments import Moments, fit
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime

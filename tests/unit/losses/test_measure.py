@@ -21,9 +21,10 @@ from engine.losses.loss_set import LossSet
 from engine.losses.measure import TeacherSlice, begin
 from engine.losses.random_layers import RandomLosses
 from engine.mapping import MappingPair, RandomEachStep
-from engine.models.capture import capture, install
+from engine.models.capture import capture
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
+from engine.models.install import install
 from engine.models.projections import Projections
 from engine.models.student import new_model
 

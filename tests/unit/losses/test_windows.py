@@ -18,9 +18,10 @@ from engine.losses.loss_set import LossSet
 from engine.losses.measure import TeacherSlice
 from engine.mapping import parse_mapping
 from engine.models.attention import Recorder
-from engine.models.capture import capture, inputs_of, install, runs_unpadded
+from engine.models.capture import capture, inputs_of
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
+from engine.models.install import install, runs_unpadded
 from engine.models.projections import Projections
 
 LAYERS = (None, 4, 4, None)

@@ -14,8 +14,9 @@ from engine.data.batch import Counts
 from engine.jobs.distill.module import DistilModule
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
-from engine.models.capture import capture, install, layer_modules
+from engine.models.capture import capture, layer_modules
 from engine.models.hub import shape_of
+from engine.models.install import install
 from engine.models.projections import Projections
 
 BACKEND = "aot_eager"

@@ -22,9 +22,10 @@ from engine.kernels.segments import Segments
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
 from engine.models import capture as capture_module
-from engine.models.capture import capture, inputs_of, install, runs_unpadded, segments_of
+from engine.models.capture import capture, inputs_of, segments_of
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
+from engine.models.install import install, runs_unpadded
 from engine.models.projections import Projections
 from engine.models.student import enable_activation_checkpointing
 from engine.models.unpadding import packed_mask, packing, packing_of

@@ -19,8 +19,9 @@ from engine.data.batch import Batch, Counts
 from engine.jobs.proxy import layer_table as module
 from engine.jobs.proxy.layer_table import LayerTables, divided, layer_table
 from engine.losses.measure import TeacherSlice
-from engine.models.capture import capture, install
+from engine.models.capture import capture
 from engine.models.features import Features, Wanted
+from engine.models.install import install
 from engine.models.moments import RIDGE
 from engine.models.student import new_model
 from engine.records.layer_table import layer_text, mean_table
