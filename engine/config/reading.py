@@ -36,7 +36,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
     for source in sources:
         given |= source.read(schema)
         problems += source.problems
-    config = _build_config(config_class, schema, given, problems)
+    config = _build(config_class, schema, given, problems)
     if "--print_config" in asked:
         print(as_yaml(config), end="")
         raise SystemExit(EXIT_DONE)
@@ -179,9 +179,7 @@ def _scalar(word: str) -> yaml.ScalarNode:
     return yaml.ScalarNode(tag=NULL if word == "null" else TEXT, value=word)
 
 
-def _build_config(
-    config_class: type[ConfigT], schema: Schema, given: dict[str, Given], problems: list[Problem]
-) -> ConfigT:
+def _build(config_class: type[ConfigT], schema: Schema, given: dict[str, Given], problems: list[Problem]) -> ConfigT:
     """Returns the configuration. Raises SettingsError for `problems` and those that the classes find themselves: of a
     section whose values could be read, and of the whole if that holds for all of it."""
     for key, setting in schema.settings.items():

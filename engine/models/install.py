@@ -77,16 +77,12 @@ def _switch(model: PreTrainedModel, backend: str) -> None:
 def _probe(model: PreTrainedModel) -> None:
     ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
     was_training = model.training
-    recorder, calls = Recorder(frozenset(), values=False), 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    handles = [layer.register_forward_hook(count) for layer in layer_modules(model)]
+    recorder, outputs = Recorder(frozenset(), values=False), list[Any]()
+    handles = [layer.register_forward_hook(lambda *_: outputs.append(None)) for layer in layer_modules(model)]
     try:
         with recording(recorder):
             model.eval()(input_ids=ids)
+        layers = len(outputs)  # the model runs again below
         check_output_matrix(model, ids)
     except (TypeError, ValueError) as error:
         raise UserError(f"model type {model.config.model_type!r} does not run on token ids alone: {error}") from None
@@ -94,10 +90,10 @@ def _probe(model: PreTrainedModel) -> None:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    if recorder.calls == 0 or recorder.calls != calls:
+    if recorder.calls == 0 or recorder.calls != layers:
         raise UserError(
             f"model type {model.config.model_type!r} made {recorder.calls} calls of the attention interface in "
-            f"{calls} layers, expected one for each; {REMEDY}"
+            f"{layers} layers, expected one for each; {REMEDY}"
         )
     if recorder.causal:
         raise UserError(f"model type {model.config.model_type!r} attends to the left only; {REMEDY}")
