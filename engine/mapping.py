@@ -112,8 +112,8 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
 
 @dataclass(frozen=True)
 class RandomEachStep(LayerMapping):
-    """At each optimizer step M of the N teacher layers are drawn and sorted, and student layer m learns from the m-th
-    (RAIL-KD, Haidar et al. 2021, arXiv 2109.10164).
+    """A mapping for which, at each optimizer step, M of the N teacher layers are drawn and sorted, and student layer m
+    learns from the m-th (RAIL-KD, Haidar et al. 2021, arXiv 2109.10164).
 
     It is the uniform mapping wherever there is no step: held-out losses, and what projections are fitted to.
     """

@@ -130,7 +130,7 @@ Check = Callable[[dict[str, Any]], Iterable[tuple[str, str]]]
 
 
 def load_ds_config(path: Path, *checks: Check) -> dict[str, Any]:
-    """Reads and checks the JSON. checks: find what else is wrong in it; of one name the first problem is said. Raises
+    """Reads and checks the JSON. checks: find what else is wrong in it; of one name the first problem is named. Raises
     SettingsError that names file, lines, keys and remedies."""
     source = str(path)
     if not path.is_file():
@@ -146,9 +146,9 @@ def load_ds_config(path: Path, *checks: Check) -> dict[str, Any]:
     if isinstance(node, yaml.MappingNode):
         walk.check(node, values, "")
         for check in checks:
-            said = {problem.key for problem in walk.problems}
+            named = {problem.key for problem in walk.problems}
             for key, what in check(values):
-                if key not in said:
+                if key not in named:
                     walk.add_problem(key, what)
     else:
         walk.add_problem("", "the top level must be a JSON object")
@@ -174,7 +174,7 @@ def section(values: Any, *names: str) -> dict[str, Any]:
 
 
 class _Walk:
-    """Goes over all of a file, and keeps what is wrong in it."""
+    """A walk over all of a file, and what is wrong in it."""
 
     def __init__(self, source: str) -> None:
         self.problems: list[Problem] = []

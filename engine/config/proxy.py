@@ -110,7 +110,7 @@ class ProxyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyStudentConfig(StudentConfig):
-    """Here `init` has a default, which must not stand in the way of `path`."""
+    """The student of a proxy: its `init` has a default, which must not stand in the way of `path`."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.init == PROXY_INIT:

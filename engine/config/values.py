@@ -33,7 +33,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Reader:
-    """Reads the value of one setting, and keeps what is wrong in it."""
+    """A reader of the value of one setting, and what is wrong in it."""
 
     def __init__(self, key: str, source: str) -> None:
         """source: the file; empty: the command line."""

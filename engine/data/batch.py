@@ -98,7 +98,7 @@ class Batch:
 
     @property
     def token_mask(self) -> torch.Tensor | None:
-        """(B, L) bool, or None when every position is real."""
+        """Mask of the real tokens, (B, L) bool; None when every position is real."""
         return None if self.attention_mask is None else self.attention_mask.bool()
 
     def to(self, device: torch.device) -> Self:

@@ -44,7 +44,7 @@ class StepBatches:
 
 
 class CorpusLoader:
-    """Reads the corpus that launch/prepare_data.py wrote to `path`.
+    """Batches of the corpus that launch/prepare_data.py wrote to `path`.
 
     Step s (0-based) trains on positions s * global_batch … (s + 1) * global_batch - 1 of TrainingOrder, of which this
     rank takes its `share`.

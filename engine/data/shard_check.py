@@ -30,7 +30,7 @@ def share_of_this_host(environ: Mapping[str, str] = os.environ) -> tuple[int, in
 
 
 class ShardCheck:
-    """Reads every parts-th shard, in order, in a thread that starts at once: first the sizes of all of them, then the
+    """A thread that reads every parts-th shard, in order, and starts at once: first the sizes of all of them, then the
     checksums (hashlib lets go of the interpreter's lock). It ends at the first shard that is not as recorded."""
 
     def __init__(self, folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:

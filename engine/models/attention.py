@@ -59,7 +59,7 @@ CHANGE_SCORES = ("softcap", "s_aux", "position_bias")
 
 
 class DeepEnough(Exception):
-    """Leaves a forward pass whose rest nobody needs."""
+    """The end of a forward pass whose rest nobody needs."""
 
 
 @dataclass

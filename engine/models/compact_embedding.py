@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 
 class CompactEmbedding(nn.Embedding):
-    """Takes ids of the whole vocabulary. An id that was not announced raises IndexError on a CPU (on a GPU: a
-    device-side assertion), and never reads another token's row."""
+    """Embeddings of some tokens, which take ids of the whole vocabulary. An id that was not announced raises IndexError
+    on a CPU (on a GPU: a device-side assertion), and never reads another token's row."""
 
     def __init__(self, whole: nn.Embedding, tokens: torch.Tensor) -> None:
         """tokens: (n,) int64 ids, each once; their rows are copied from `whole`."""

@@ -39,7 +39,7 @@ class Features:
 
     @property
     def logits(self) -> torch.Tensor | None:
-        """(P, V)"""
+        """Logits of the positions that were asked for, (P, V)."""
         return None if self.mlm_head is None else self.mlm_head.logits()
 
 

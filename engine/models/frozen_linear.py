@@ -79,7 +79,7 @@ class _Shared:
 
 
 class _Part(nn.Module):
-    """Stands where one of these maps stood."""
+    """The module in the place of one of these maps."""
 
     def __init__(self, shared: _Shared, number: int) -> None:
         super().__init__()

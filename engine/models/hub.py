@@ -162,11 +162,11 @@ def load_model(
                 "be computed; name a checkpoint from before they were"
             )
     if head == "mlm" and not _is_tied(model):
-        _tie_or_say(model)
+        _settle_tie(model)
     return model, Difference.of(info)
 
 
-def _tie_or_say(model: PreTrainedModel) -> None:
+def _settle_tie(model: PreTrainedModel) -> None:
     """Makes the configuration of a model whose file holds two matrices say so; two that are the same are tied."""
     output: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()

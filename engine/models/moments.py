@@ -69,7 +69,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class LinearMap:
-    """y = W x + b"""
+    """A linear map y = W x + b."""
 
     weight: torch.Tensor
     """(D_t, D_s) float64"""

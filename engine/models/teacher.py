@@ -23,7 +23,8 @@ Shard = Callable[[PreTrainedModel, torch.dtype, torch.device], nn.Module]
 
 
 class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard, train or save it with the student
-    """Call it with a batch to get the features that `wanted` names. Create it with `load`."""
+    """A frozen model that is called with a batch and returns the features that `wanted` names. Create it with
+    `load`."""
 
     def __init__(
         self,

@@ -82,7 +82,7 @@ class Stream(Protocol):
 
 
 class RecordWriter:
-    """Writes each record to stdout and appends it to `path`, one `write` each. Rank 0 owns the only one.
+    """The writer of a run's records, to stdout and to `path`, one `write` each. Rank 0 owns the only one.
 
     A record that the disk has no room for leaves no half line. The job goes on; when the file can be written again, a
     record of kind run with status `records_lost` says how many are missing. A `result` is not given up: it is written

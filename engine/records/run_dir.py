@@ -49,7 +49,7 @@ def as_yaml(config: Any) -> str:
 
 
 class Tokenizer(Protocol):
-    """What is needed of one of Hugging Face's."""
+    """The part of a Hugging Face tokenizer that is needed here."""
 
     def save_pretrained(self, save_directory: Path, /) -> Any: ...
 
@@ -88,7 +88,7 @@ class RunDir:
 
     @property
     def model(self) -> Path:
-        """Where a fine-tuning exports to; `student` is a distillation's."""
+        """Folder that a fine-tuning exports to; `student` is a distillation's."""
         return self.root / "model"
 
     def require_no_patterns(self) -> None:

@@ -1,8 +1,9 @@
-"""Each mend of a defect of transformers, tokenizers or torchmetrics is still needed: a test fails when upstream has
-mended it."""
+"""Each mend of a defect of transformers, tokenizers, torchmetrics or zstandard is still needed: a test fails when
+upstream has mended it."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from tiny_tokenizers import bert
 from tokenizers import Tokenizer, models
 from torchmetrics.functional.classification import multiclass_matthews_corrcoef
@@ -102,6 +104,15 @@ def unigram_takes_special_tokens_from_text(_: Path) -> bool:
     return "</s>" in tokenizer.encode("a</s>a", add_special_tokens=False).tokens
 
 
+def a_torn_zstd_file_is_taken_for_a_whole_one(_: Path) -> bool:
+    torn = zstandard.compress(bytes(range(256)) * 1000)[:-9]
+    try:
+        zstandard.ZstdDecompressor().stream_reader(io.BytesIO(torn)).read()
+    except zstandard.ZstdError:
+        return False
+    return True
+
+
 def equal_rankings_have_no_correlation_of_1(_: Path) -> bool:
     values = torch.arange(1.0, 5.0, dtype=torch.float64)
     return float(spearman_corrcoef(values, values)) < 1 - 1e-9
@@ -129,6 +140,7 @@ MENDS: dict[Callable[[Path], bool], str] = {
     an_unknown_part_of_a_tokenizer_has_no_class_of_error: "engine/hub/tokenizer.py:load_tokenizer",
     a_full_disk_has_no_class_of_error: "engine/records/run_dir.py:RunDir.write_settings",
     unigram_takes_special_tokens_from_text: "engine/data/prepare/packing.py:tokenize",
+    a_torn_zstd_file_is_taken_for_a_whole_one: "engine/data/prepare/compression.py:_ZstdStream",
     equal_rankings_have_no_correlation_of_1: "engine/tasks/metrics.py:compute",
     one_label_has_a_matthews_correlation: "engine/tasks/metrics.py:_matthews",
     constants_have_no_correlation: "engine/tasks/metrics.py:_pearson",

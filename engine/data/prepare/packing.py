@@ -173,7 +173,7 @@ def _token_at(encoding: Any, start: int, end: int) -> int | None:
 
 
 class Packer:
-    """Fills sequences of at most `capacity` text tokens (special tokens around them not counted).
+    """Sequences of at most `capacity` text tokens (special tokens around them not counted), filled with documents.
 
     A unit that does not fit opens a new sequence; one longer than a whole sequence is divided: a paragraph into
     sentences, a sentence into token runs. `sequences` collects the finished ones, `dropped` counts those with fewer

@@ -171,7 +171,7 @@ def _named_splits(folder: Path, source: SourceConfig, names: Iterable[PurePath])
     source.refuse_unused(f"{folder}, whose README.md declares no configurations", "name")
     splits: _Splits = {}
     for name in names:
-        splits.setdefault(_told_split(name), []).append(name)
+        splits.setdefault(_split_in_name(name), []).append(name)
     if splits.keys() <= {None}:
         source.refuse_unused(f"{folder}, where no name tells a split", "split")
     if None in splits and "train" not in splits:
@@ -179,7 +179,7 @@ def _named_splits(folder: Path, source: SourceConfig, names: Iterable[PurePath])
     return splits
 
 
-def _told_split(name: PurePath) -> str | None:
+def _split_in_name(name: PurePath) -> str | None:
     """Returns the split that a file is of by the rules of `datasets`: shards in a folder `data` name theirs, then names
     of folders tell it, then the file's own. A whole name may have capitals (Test.csv), which only we take for one."""
     from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS

@@ -44,7 +44,7 @@ _Waiting = dict[Future[_Done], tuple[SourceShards, WorkUnit]]
 
 
 class ShardPool:
-    """Makes the missing shards of all sources, `unit_bytes` of text each.
+    """Worker processes that make the missing shards of all sources, `unit_bytes` of text each.
 
     Memory: (2 * workers + 3) units, and per worker the tokenizer and one unit's tokens.
     """

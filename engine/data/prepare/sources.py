@@ -41,7 +41,7 @@ class Paragraph(NamedTuple):
 
 
 class SourceReader:
-    """Iterates once over the paragraphs of one source.
+    """An iterator over the paragraphs of one source, to be used once.
 
     Memory: one line (at most `max_line_bytes`) plus fixed buffers. Bad input raises UserError naming file and line;
     with `skip_bad` bad lines and empty files are counted in `bad_lines` instead, and the first few kept in
