@@ -168,6 +168,7 @@ def load_model(
 
 def _settle_tie(model: PreTrainedModel) -> None:
     """Makes the configuration of a model whose file holds two matrices say so; two that are the same are tied."""
+    # until transformers > 5.23: it loads both, and lets the configuration say that they are tied
     output: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
     if output is not None and model.config.tie_word_embeddings and torch.equal(output.weight, embeddings.weight):

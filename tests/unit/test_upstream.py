@@ -17,7 +17,7 @@ from tiny_tokenizers import bert
 from tokenizers import Tokenizer, models
 from torchmetrics.functional.classification import multiclass_matthews_corrcoef
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 from transformers.masking_utils import sdpa_mask
 
 pytestmark = pytest.mark.thorough  # what they say changes with a new version alone
@@ -34,18 +34,26 @@ def a_mask_is_read_from_the_device(_: Path) -> bool:
     return False
 
 
-def tiny_bert(**settings: object) -> BertModel:
+def tiny_config(**settings: object) -> BertConfig:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    return BertModel(BertConfig(vocab_size=10, **sizes, **settings))
+    return BertConfig(vocab_size=10, **sizes, **settings)
 
 
 def relative_positions_are_ignored(_: Path) -> bool:
-    names = [name for name, _ in tiny_bert(position_embedding_type="relative_key").named_parameters()]
+    names = [name for name, _ in BertModel(tiny_config(position_embedding_type="relative_key")).named_parameters()]
     return not any("distance" in name for name in names)
 
 
 def pruned_heads_are_ignored(_: Path) -> bool:
-    return tiny_bert(pruned_heads={0: [1]}).encoder.layer[0].attention.self.query.out_features == 8
+    model = BertModel(tiny_config(pruned_heads={0: [1]}))
+    return model.encoder.layer[0].attention.self.query.out_features == 8
+
+
+def two_matrices_are_said_to_be_tied(folder: Path) -> bool:
+    BertForMaskedLM(tiny_config(tie_word_embeddings=False)).save_pretrained(folder)
+    model = BertForMaskedLM.from_pretrained(folder, config=tiny_config(tie_word_embeddings=True))
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model.config.tie_word_embeddings and not is_tied
 
 
 def added_tokens_get_the_next_free_ids(folder: Path) -> bool:
@@ -133,6 +141,7 @@ MENDS: dict[Callable[[Path], bool], str] = {
     a_mask_is_read_from_the_device: "engine/models/attention.py:_without_asking_the_device",
     relative_positions_are_ignored: "engine/hub/config.py:REFUSED",
     pruned_heads_are_ignored: "engine/hub/config.py:REFUSED",
+    two_matrices_are_said_to_be_tied: "engine/models/hub.py:_settle_tie",
     added_tokens_get_the_next_free_ids: "engine/hub/tokenizer.py:reading_difference",
     a_tokenizer_is_made_by_the_rules_of_its_class: "engine/hub/tokenizer.py:reading_difference",
     a_tokenizer_is_made_of_no_files: "engine/hub/tokenizer.py:load_tokenizer",
