@@ -113,7 +113,7 @@ def make_batch(
         spread = torch.linspace(1.0 - 2 * padding, 1.0, sequences).clamp(min=0.05)
         lengths = [max(4, round(length * float(share))) for share in spread]
     mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
-    counts = Counts.of(torch.tensor(lengths).numpy())
+    counts = Counts.from_lengths(torch.tensor(lengths).numpy())
     batch = Batch(ids, mask if padding else None, None, counts, lengths=tuple(lengths))
     return batch.to(device)
 

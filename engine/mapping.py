@@ -119,7 +119,7 @@ class RandomEachStep(LayerMapping):
     """
 
     @classmethod
-    def of_sizes(cls, *, student_layers: int, teacher_layers: int, key: str) -> RandomEachStep:
+    def from_sizes(cls, *, student_layers: int, teacher_layers: int, key: str) -> RandomEachStep:
         """Raises UserError, naming `key`, when there are too few teacher layers to draw from."""
         if student_layers > teacher_layers:
             raise UserError(
@@ -170,11 +170,11 @@ class MappingPair:
         )
 
     @classmethod
-    def of_texts(cls, hidden: str, attention: str | None, *, student_layers: int, teacher_layers: int) -> MappingPair:
+    def from_texts(cls, hidden: str, attention: str | None, *, student_layers: int, teacher_layers: int) -> MappingPair:
         """Reads mapping.hidden and mapping.attention of a configuration, which alone may be random-each-step; no text
         for the attention: the same mapping. Raises UserError naming the key."""
         sizes = {"student_layers": student_layers, "teacher_layers": teacher_layers}
-        read = RandomEachStep.of_sizes if hidden == RANDOM_EACH_STEP else partial(parse_mapping, hidden)
+        read = RandomEachStep.from_sizes if hidden == RANDOM_EACH_STEP else partial(parse_mapping, hidden)
         of_hidden = read(**sizes, key="mapping.hidden")
         if attention is None:
             return cls(of_hidden, of_hidden)

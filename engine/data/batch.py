@@ -30,7 +30,7 @@ class Counts:
     """Window in tokens -> those of `token_pairs` that are no further apart."""
 
     @classmethod
-    def of(cls, lengths: npt.NDArray[np.int64], *, masked: int = 0, windows: Iterable[int] = ()) -> Counts:
+    def from_lengths(cls, lengths: npt.NDArray[np.int64], *, masked: int = 0, windows: Iterable[int] = ()) -> Counts:
         """Returns the counts of one micro batch whose rows have `lengths` (B,) real tokens and are padded to the
         longest.
 

@@ -98,7 +98,7 @@ class CorpusLoader:
         self._evaluation = np.concatenate(
             [np.arange(end - count, end) for end, count in zip(ends, held_out, strict=True)]
         ).astype(np.int64)
-        self._tables = MaskingTables.of(tokenizer) if mlm_probability > 0 else None
+        self._tables = MaskingTables.from_tokenizer(tokenizer) if mlm_probability > 0 else None
         if self._tables is not None and whole_word and self._tables.continuation is None:
             raise UserError(
                 f"data.whole_word_mask=true: the tokenizer {tokenizer.name_or_path!r} does not mark where words begin; "
@@ -202,7 +202,7 @@ class CorpusLoader:
                 tables=self._tables,
                 seed=self._seed,
             )
-        counts = Counts.of(
+        counts = Counts.from_lengths(
             lengths, masked=0 if labels is None else int((labels != UNSCORED_LABEL).sum()), windows=self._windows
         )
         batch = Batch(

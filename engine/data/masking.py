@@ -30,7 +30,7 @@ class MaskingTables:
     """(vocab,) ids that go on with the word of the token before; None when the tokenizer does not mark words."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> MaskingTables:
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> MaskingTables:
         """Reads the tables from a tokenizer. Raises UserError when it has no mask token."""
         if tokenizer.mask_token_id is None:
             raise UserError(

@@ -167,7 +167,7 @@ def student_moments(
                     states = real_rows(features.hidden[layer], batch, features)
                     kept = finite & finite_rows([states], len(states))
                     if bool(kept.any()):
-                        parts[name][judges].append(Moments.of(states[kept], targets[teacher_layer][kept]))
+                        parts[name][judges].append(Moments.from_states(states[kept], targets[teacher_layer][kept]))
     finally:
         student.train(was_training)
     return {

@@ -60,7 +60,7 @@ class Difference:
         return (*self.missing, *self.other_shape)
 
     @classmethod
-    def of(cls, info: dict[str, Any]) -> Difference:
+    def from_loading_info(cls, info: dict[str, Any]) -> Difference:
         """Reads the loading info of transformers."""
         shapes = {
             str(name): f"{name} {tuple(found)} instead of {tuple(own)}" for name, found, own in info["mismatched_keys"]
@@ -163,7 +163,7 @@ def load_model(
             )
     if head == "mlm" and not _is_tied(model):
         _settle_tie(model)
-    return model, Difference.of(info)
+    return model, Difference.from_loading_info(info)
 
 
 def _settle_tie(model: PreTrainedModel) -> None:
@@ -198,7 +198,7 @@ def compare(path: str, *, key: str, config: PretrainedConfig, head: Head) -> Dif
         raise UserError(
             f"{key}={path!r}: no model can be built from its config.json ({why}); correct it, or copy it again"
         ) from None
-    return Difference.of(info)
+    return Difference.from_loading_info(info)
 
 
 def _from_pretrained(path: str | None, config: PretrainedConfig, head: Head, **arguments: Any) -> Any:

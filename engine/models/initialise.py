@@ -86,7 +86,7 @@ class Widths:
     intermediate: int
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Widths:
+    def from_config(cls, config: PretrainedConfig) -> Widths:
         hidden, heads = config.hidden_size, config.num_attention_heads
         return cls(hidden, getattr(config, "embedding_size", hidden), heads, hidden // heads, intermediate_size(config))
 
@@ -104,7 +104,7 @@ class Selection:
     """Which units of each teacher width the student takes. Raises UserError where there is no such choice."""
 
     def __init__(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
-        narrow, wide = Widths.of(student), Widths.of(teacher)
+        narrow, wide = Widths.from_config(student), Widths.from_config(teacher)
         self.same = narrow == wide
         if self.same:
             return

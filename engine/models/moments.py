@@ -29,7 +29,7 @@ class Moments:
     """(D_t,) sum of the squares of Y"""
 
     @classmethod
-    def of(cls, states: torch.Tensor, targets: torch.Tensor) -> Moments:
+    def from_states(cls, states: torch.Tensor, targets: torch.Tensor) -> Moments:
         """Sums up states (n, D_s) and targets (n, D_t), of any dtype and device."""
         x, y = (tensor.detach().to("cpu", torch.float64) for tensor in (states, targets))
         return cls(len(x), x.sum(0), y.sum(0), x.t() @ x, x.t() @ y, y.square().sum(0))
@@ -44,7 +44,7 @@ class Moments:
             self.yy + other.yy,
         )
 
-    def of_targets(self, columns: slice) -> Moments:
+    def select_targets(self, columns: slice) -> Moments:
         """Returns those of the same states and of these columns of Y alone."""
         return replace(self, y=self.y[columns], xy=self.xy[:, columns], yy=self.yy[columns])
 
@@ -76,7 +76,7 @@ class LinearMap:
     bias: torch.Tensor | None
     """(D_t,) float64"""
 
-    def of_targets(self, rows: slice) -> LinearMap:
+    def select_targets(self, rows: slice) -> LinearMap:
         """Returns what it says of these dimensions of y alone."""
         return LinearMap(self.weight[rows], None if self.bias is None else self.bias[rows])
 

@@ -162,7 +162,7 @@ def _padded(encoded: Encoded, rows: Ints, pad_id: int, windows: Iterable[int] = 
         input_ids=laid_out(encoded.ids, pad_id),
         attention_mask=None if real.all() else torch.from_numpy(real.astype(np.int64)),
         labels=None,
-        counts=Counts.of(lengths, windows=windows),
+        counts=Counts.from_lengths(lengths, windows=windows),
         lengths=tuple(lengths.tolist()),
         token_types=None if encoded.types is None else laid_out(encoded.types, 0),
         targets=None if encoded.targets is None else torch.from_numpy(encoded.targets[rows]),

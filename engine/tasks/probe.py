@@ -91,7 +91,7 @@ def logistic_probe(
     assert 0 <= present[0] <= present[-1] < classes, (present, classes)
     if not _finite(train):
         return np.full((len(dev), classes), np.nan)
-    scale = _Scale.of(train)
+    scale = _Scale.from_rows(train)
     weights = _fit_logistic(scale(train), torch.from_numpy(targets), classes=len(present), l2=l2)
     fitted = _apply(scale, weights, dev)
     logits = np.repeat(fitted.min(1, keepdims=True) - 1.0, classes, axis=1)
@@ -110,7 +110,7 @@ def ridge_probe(train: torch.Tensor, targets: Labels, dev: torch.Tensor, *, l2: 
     assert len(train) == len(targets) > 0, (train.shape, targets.shape)
     if not _finite(train):
         return np.full(len(dev), np.nan)
-    scale = _Scale.of(train)
+    scale = _Scale.from_rows(train)
     rows = scale(train)
     wanted = torch.from_numpy(np.asarray(targets, np.float64))
     middle = wanted.mean()
@@ -189,7 +189,7 @@ class _Scale:
     inverse: torch.Tensor
 
     @staticmethod
-    def of(train: torch.Tensor) -> _Scale:
+    def from_rows(train: torch.Tensor) -> _Scale:
         rows = train.double()
         mean = rows.mean(0)
         deviation = (rows - mean).square_().mean(0).sqrt_()  # torch.var_mean over columns is three times slower

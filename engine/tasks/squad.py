@@ -154,7 +154,7 @@ def encode_squad(split: SquadSplit, tokenizer: PreTrainedTokenizerBase, *, seq_l
     room less `doc_stride`; but each text is tokenized once, not once for each of its questions. Targets are those of
     the first gold answer. Raises UserError where windows would not overlap.
     """
-    frame = _Frame.of(tokenizer)
+    frame = _Frame.from_tokenizer(tokenizer)
     texts = {text: i for i, text in enumerate(dict.fromkeys(split.contexts))}
     text_ids, text_offsets = _tokenize(tokenizer, list(texts))
     text_of = np.array([texts[context] for context in split.contexts], np.int64)
@@ -207,7 +207,7 @@ class _Frame:
     """(5,) token types: before, question, between, text, after."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Frame:
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> _Frame:
         if not tokenizer.is_fast:
             raise UserError(f"{tokenizer.name_or_path}: SQuAD needs a fast tokenizer (one with a tokenizer.json)")
         pair = tokenizer("a", "a")

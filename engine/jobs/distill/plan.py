@@ -121,7 +121,7 @@ def make_plan(config: RunConfig) -> Plan:
         tinybert=config.loss.preset == "tinybert",
         precisions=(execution.precision, teacher_dtype(config, execution)),
     )
-    mapping = MappingPair.of_texts(
+    mapping = MappingPair.from_texts(
         config.mapping.hidden,
         config.mapping.attention,
         student_layers=student_shape.layers,

@@ -72,7 +72,7 @@ def _mapped_losses(
     if not mapped.active:
         return None, {}
     student, taught_by = (shape_of(one.config, has_mlm_head=False) for one in (model, teacher))
-    pair = MappingPair.of_texts(
+    pair = MappingPair.from_texts(
         config.mapping.hidden,
         config.mapping.attention,
         student_layers=student.layers,

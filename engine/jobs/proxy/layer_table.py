@@ -80,7 +80,7 @@ def layer_table(student: PreTrainedModel, text: Text, device: torch.device) -> L
         judging = _moments(states, targets, text.judging)
         fitted = fit([_moments(states, targets, text.fitted)], [1.0], bias=True)  # one Gram matrix for all of them
         blocks = [slice(i * width, (i + 1) * width) for i in range(len(layers))]
-        shares = (judging.of_targets(block).explained(fitted.of_targets(block)) for block in blocks)
+        shares = (judging.select_targets(block).explained(fitted.select_targets(block)) for block in blocks)
         table.append([round(share, 4) for share in shares])
     return table
 
@@ -101,7 +101,8 @@ def _states(student: PreTrainedModel, batches: Sequence[Batch], device: torch.de
 def _moments(states: torch.Tensor, targets: Sequence[torch.Tensor], tokens: torch.Tensor) -> Moments:
     """Of one student layer, and of all teacher layers side by side."""
     chunks = tokens.split(AT_ONCE)
-    return reduce(add, (Moments.of(states[rows], torch.cat([y[rows] for y in targets], dim=1)) for rows in chunks))
+    parts = (Moments.from_states(states[rows], torch.cat([y[rows] for y in targets], dim=1)) for rows in chunks)
+    return reduce(add, parts)
 
 
 class LayerTables:

@@ -168,7 +168,7 @@ def test_every_loss_is_that_of_the_padded_batch(
         config, student_width=shape.width, teacher_width=shape.width, layers=losses.projected_layers
     ).to(dtype)
     batch = batch_with_lengths(labels=0.4)
-    counts = Counts.of(np.array(batch.lengths), masked=int(batch.counts.masked))
+    counts = Counts.from_lengths(np.array(batch.lengths), masked=int(batch.counts.masked))
 
     def run(unpadded: bool) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         with torch.no_grad():

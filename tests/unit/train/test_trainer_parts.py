@@ -160,7 +160,7 @@ def test_banner_tables() -> None:
         "student layer      1  2  3  4",
         "teacher layer      ·  5  · 10",
     ]
-    drawn = RandomEachStep.of_sizes(student_layers=4, teacher_layers=12, key="mapping.hidden")
+    drawn = RandomEachStep.from_sizes(student_layers=4, teacher_layers=12, key="mapping.hidden")
     assert mapping_table(drawn, drawn) == [
         "student layer      1  2  3  4",
         "teacher layer      3  6  9 12",

@@ -38,7 +38,7 @@ def batches(count: int = 12) -> list[Batch]:
         mask = batch.attention_mask
         assert mask is not None
         ids = torch.randint(5, VOCAB, mask.shape, generator=generator) * mask + (1 - mask)
-        counts = Counts.of(np.array(batch.lengths))
+        counts = Counts.from_lengths(np.array(batch.lengths))
         found.append(replace(batch, input_ids=ids, counts=counts))
     return found
 
@@ -134,7 +134,7 @@ def test_a_corpus_that_is_too_small_has_no_tables_and_that_is_said(monkeypatch: 
     lengths = few.lengths[:2]
     one = replace(
         few, input_ids=few.input_ids[:2], attention_mask=few.attention_mask[:2], lengths=lengths,
-        counts=Counts.of(np.array(lengths)),
+        counts=Counts.from_lengths(np.array(lengths)),
     )  # fmt: skip
     tables = LayerTables(SimpleNamespace(device=CPU, is_rank_zero=True))  # type: ignore[arg-type]
     tables.begin(base, (), SimpleNamespace(first=lambda count: [one]))  # type: ignore[arg-type]
