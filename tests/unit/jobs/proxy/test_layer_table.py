@@ -137,7 +137,7 @@ def test_a_corpus_that_is_too_small_has_no_tables_and_that_is_said(monkeypatch: 
         counts=Counts.from_lengths(np.array(lengths)),
     )  # fmt: skip
     tables = LayerTables(SimpleNamespace(device=CPU, is_rank_zero=True))  # type: ignore[arg-type]
-    tables.begin(base, (), SimpleNamespace(first=lambda count: [one]))  # type: ignore[arg-type]
+    tables.begin(base, (), SimpleNamespace(first_batches=lambda count: [one]))  # type: ignore[arg-type]
     said: list[str] = []
     tables.introduce(said.append)
     assert [text.strip() for text in said] == [
