@@ -21,8 +21,9 @@ import transformers
 from transformers import BertConfig, BertModel
 
 from engine.data.batch import Batch, Counts
-from engine.models.capture import capture, install
+from engine.models.capture import capture
 from engine.models.features import Wanted
+from engine.models.install import install
 
 BACKENDS = ("sdpa", "eager")
 

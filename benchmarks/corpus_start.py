@@ -31,6 +31,7 @@ from engine.data.loader import CorpusLoader
 from engine.data.manifest import Manifest, ShardEntry, SourceEntry, corpus_hash, load_manifest, tokenizer_sha256
 from engine.data.shard_check import ShardCheck
 from engine.data.shards import id_type, shard_name, write_shard
+from engine.data.share import StepShare
 from engine.hub.tokenizer import load_tokenizer
 
 WORLD, MICRO_BATCH, SEQ_LEN, IN_A_SHARD, STEPS = 64, 32, 128, 7800, 200
@@ -99,14 +100,11 @@ def measure(folder: Path, tokenizer_path: str, rank: int) -> dict[str, float]:
     loader, open_s = timed(
         lambda: CorpusLoader(
             folder,
+            StepShare(WORLD * MICRO_BATCH, MICRO_BATCH, rank=rank, world=WORLD),
             manifest=manifest,
             tokenizer=tokenizer,
             eval_sequences=256,
             seed=0,
-            global_batch=WORLD * MICRO_BATCH,
-            micro_batch=MICRO_BATCH,
-            rank=rank,
-            world=WORLD,
         )
     )
     _, first_s = timed(lambda: loader.step(0))

@@ -177,8 +177,8 @@ def vocabulary_losses(kernels: Kernels) -> Callable[..., torch.Tensor]:
     def loss(*tensors: torch.Tensor) -> torch.Tensor:
         count = len(tensors[0])
         labels = torch.arange(count, device=tensors[0].device) * 7 % VOCABULARY
-        by = Weights(kl=1.0, cross_entropy=1.0, temperature=1.0, count=float(count))
-        total, _ = kernels.vocabulary_losses(MlmLogits(Head(*tensors[:3]), Head(*tensors[3:]), labels, by))
+        weights = Weights(kl=1.0, cross_entropy=1.0, temperature=1.0, count=float(count))
+        total, _ = kernels.vocabulary_losses(MlmLogits(Head(*tensors[:3]), Head(*tensors[3:]), labels, weights))
         return total
 
     return loss

@@ -27,7 +27,7 @@ from transformers import AutoModel
 
 from engine.config.proxy import ProxyJobConfig
 from engine.config.reading import parse_config
-from engine.hub.files import safely
+from engine.hub.files import safety
 from engine.jobs.distill.build import initial_student, open_corpus
 from engine.jobs.distill.plan import make_plan
 from engine.jobs.proxy.plan import run_config
@@ -72,7 +72,7 @@ def main() -> None:
     settings = args.settings or ["--config", "examples/proxy.yaml"]
     plan = make_plan(run_config(parse_config(ProxyJobConfig, ["--genomes", '["uniform"]', *settings], "prior")))
     join_ranks(plan.config.seed)
-    teacher = AutoModel.from_pretrained(plan.config.teacher.path, trust_remote_code=False, **safely())
+    teacher = AutoModel.from_pretrained(plan.config.teacher.path, trust_remote_code=False, **safety())
     student = initial_student(plan, with_mlm_head=False).base_model
     batch = open_corpus(plan).step(0).micro[0]
     ids, mask = batch.input_ids, batch.attention_mask

@@ -40,8 +40,8 @@ from engine.jobs.execution import attention_backend
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping
-from engine.models.capture import install, runs_unpadded
 from engine.models.hub import shape_of
+from engine.models.install import install, runs_unpadded
 from engine.models.projections import Projections
 from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config
@@ -113,7 +113,7 @@ def make_batch(
         spread = torch.linspace(1.0 - 2 * padding, 1.0, sequences).clamp(min=0.05)
         lengths = [max(4, round(length * float(share))) for share in spread]
     mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
-    counts = Counts.of(torch.tensor(lengths).numpy())
+    counts = Counts.from_lengths(torch.tensor(lengths).numpy())
     batch = Batch(ids, mask if padding else None, None, counts, lengths=tuple(lengths))
     return batch.to(device)
 

@@ -12,7 +12,7 @@ from engine.config.distill import RunConfig
 from engine.config.finetune import CustomTaskConfig, FinetuneConfig
 from engine.config.marks import Mark
 from engine.config.proxy import ProxyJobConfig
-from engine.config.schema import documented
+from engine.config.schema import field_docs
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig, SourceConfig
 from engine.hub.config import REFUSED
 from engine.models.fit import CHECKS
@@ -55,7 +55,7 @@ CONTINUED = {Mark.RESULT: "fixed", Mark.EVALUATION: "fixed", Mark.INPUT: "same c
 
 def rows(instance: Any, prefix: str) -> list[str]:
     """One table row per plain field; fields that are sections are left to `script`."""
-    docs, out = documented(type(instance)), []
+    docs, out = field_docs(type(instance)), []
     for f in dataclasses.fields(instance):
         default = getattr(instance, f.name)
         if dataclasses.is_dataclass(default):

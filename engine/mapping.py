@@ -45,11 +45,6 @@ class LayerMapping:
         """The active (student layer, teacher layer) pairs, in student order."""
         return tuple((m, g) for m, g in enumerate(self.genes, start=1) if g != SKIP)
 
-    @property
-    def deepest_teacher_layer(self) -> int:
-        """The last teacher layer that any pair needs; 0 when the mapping is empty."""
-        return max(self.genes)
-
     def __str__(self) -> str:
         return _dashed(self.genes)
 
@@ -117,14 +112,14 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
 
 @dataclass(frozen=True)
 class RandomEachStep(LayerMapping):
-    """At each optimizer step M of the N teacher layers are drawn and sorted, and student layer m learns from the m-th
-    (RAIL-KD, Haidar et al. 2021, arXiv 2109.10164).
+    """A mapping for which, at each optimizer step, M of the N teacher layers are drawn and sorted, and student layer m
+    learns from the m-th (RAIL-KD, Haidar et al. 2021, arXiv 2109.10164).
 
     It is the uniform mapping wherever there is no step: held-out losses, and what projections are fitted to.
     """
 
     @classmethod
-    def of_sizes(cls, *, student_layers: int, teacher_layers: int, key: str) -> RandomEachStep:
+    def from_sizes(cls, *, student_layers: int, teacher_layers: int, key: str) -> RandomEachStep:
         """Raises UserError, naming `key`, when there are too few teacher layers to draw from."""
         if student_layers > teacher_layers:
             raise UserError(
@@ -175,11 +170,11 @@ class MappingPair:
         )
 
     @classmethod
-    def of_texts(cls, hidden: str, attention: str | None, *, student_layers: int, teacher_layers: int) -> MappingPair:
+    def from_texts(cls, hidden: str, attention: str | None, *, student_layers: int, teacher_layers: int) -> MappingPair:
         """Reads mapping.hidden and mapping.attention of a configuration, which alone may be random-each-step; no text
         for the attention: the same mapping. Raises UserError naming the key."""
         sizes = {"student_layers": student_layers, "teacher_layers": teacher_layers}
-        read = RandomEachStep.of_sizes if hidden == RANDOM_EACH_STEP else partial(parse_mapping, hidden)
+        read = RandomEachStep.from_sizes if hidden == RANDOM_EACH_STEP else partial(parse_mapping, hidden)
         of_hidden = read(**sizes, key="mapping.hidden")
         if attention is None:
             return cls(of_hidden, of_hidden)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from engine.records.columns import duration_text, labelled
+from engine.records.columns import duration_text, labelled_lines
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
@@ -46,7 +46,7 @@ def describe_search(
     if s.sampler == "ga":
         operators = f"{s.operators.selection} selection, {s.operators.crossover} crossover"
         rows.insert(3, ("generations", f"of {s.operators.population}: {operators}"))
-    return labelled(rows + [("note", text) for text in notes(config, space, placements)]) + "\n"
+    return labelled_lines(rows + [("note", text) for text in notes(config, space, placements)]) + "\n"
 
 
 def finished(evaluations: Sequence[Evaluation]) -> int:
@@ -102,4 +102,4 @@ def estimate(
             f"{duration_text(confirmation)}",
         ),
     ]
-    return labelled(rows)
+    return labelled_lines(rows)

@@ -57,7 +57,7 @@ NAMES: dict[str, frozenset[str]] = {
         "torch_autocast": "enabled dtype lower_precision_safe_modules",
     }.items()
 }
-"""Of each object that is checked: the names that it may have; "" is the file. `checkpoint` has no more than these:
+"""Names that each checked object may have; "" is the file. `checkpoint` has no more than these:
 other writers (asynchronous ones) would be hashed before they have written."""
 
 _GONE = "DeepSpeed has it no more; remove it"
@@ -126,11 +126,11 @@ OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 """Values that may be "auto", since the run config decides them."""
 
 Check = Callable[[dict[str, Any]], Iterable[tuple[str, str]]]
-"""Of a whole file, whose values may be of any type: yields (dotted name, what is wrong with it)."""
+"""Yields (dotted name, what is wrong with it) for a whole file, whose values may be of any type."""
 
 
 def load_ds_config(path: Path, *checks: Check) -> dict[str, Any]:
-    """Reads and checks the JSON. checks: find what else is wrong in it; of one name the first problem is said. Raises
+    """Reads and checks the JSON. checks: find what else is wrong in it; of one name the first problem is named. Raises
     SettingsError that names file, lines, keys and remedies."""
     source = str(path)
     if not path.is_file():
@@ -144,14 +144,14 @@ def load_ds_config(path: Path, *checks: Check) -> dict[str, Any]:
     walk = _Walk(source)
     node = compose(text, source)
     if isinstance(node, yaml.MappingNode):
-        walk.look_at(node, values, "")
+        walk.check(node, values, "")
         for check in checks:
-            said = {problem.key for problem in walk.problems}
+            named = {problem.key for problem in walk.problems}
             for key, what in check(values):
-                if key not in said:
-                    walk.say(key, what)
+                if key not in named:
+                    walk.add_problem(key, what)
     else:
-        walk.say("", "the top level must be a JSON object")
+        walk.add_problem("", "the top level must be a JSON object")
     refuse(sorted(walk.problems, key=lambda one: one.line))
     return dict(values)
 
@@ -174,18 +174,18 @@ def section(values: Any, *names: str) -> dict[str, Any]:
 
 
 class _Walk:
-    """Goes over all of a file, and keeps what is wrong in it."""
+    """A walk over all of a file, and what is wrong in it."""
 
     def __init__(self, source: str) -> None:
         self.problems: list[Problem] = []
         self._source = source
         self._lines: dict[str, int] = {}
 
-    def say(self, key: str, what: str) -> None:
+    def add_problem(self, key: str, what: str) -> None:
         self.problems.append(Problem(what, key=key, source=self._source, line=self._lines.get(key, 0)))
 
-    def look_at(self, node: yaml.Node, value: Any, key: str) -> None:
-        """key: dotted name of the value; empty: the file."""
+    def check(self, node: yaml.Node, value: Any, key: str) -> None:
+        """Checks a value and all inside of it. key: its dotted name; empty: the file."""
         if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
             entries = Entries(node, self._source, key)
             self.problems += entries.problems
@@ -193,17 +193,17 @@ class _Walk:
                 full = f"{key}.{name}" if key else name
                 self._lines[full] = line_of(name_node)
                 if problem := _wrong_name(name, key):
-                    self.say(full, problem)
+                    self.add_problem(full, problem)
                 else:
-                    self.look_at(inner, value.get(name), full)
+                    self.check(inner, value.get(name), full)
         elif isinstance(node, yaml.SequenceNode) and isinstance(value, list):
             for one, inner_value in zip(node.value, value, strict=True):
-                self.look_at(one, inner_value, key)
+                self.check(one, inner_value, key)
         elif isinstance(value, float) and not math.isfinite(value):
-            self.say(key, f"{key} is no finite number; write one")
+            self.add_problem(key, f"{key} is no finite number; write one")
         is_auto = key in OWNED and value == "auto"
         if key in VALUES and not is_auto and not _is(value, VALUES[key]):
-            self.say(key, f"{key}={json.dumps(value)} must be {VALUES[key]}")
+            self.add_problem(key, f"{key}={json.dumps(value)} must be {VALUES[key]}")
 
 
 def _is(value: Any, kind: str) -> bool:
@@ -211,16 +211,16 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _wrong_name(name: str, place: str) -> str | None:
-    """What is wrong with a name in an object; None: nothing."""
+    """Returns what is wrong with a name in an object; None: nothing."""
     full = f"{place}.{name}" if place else name
     if full in REMEDIES:
         return f"{full}: {REMEDIES[full]}"
     if place not in NAMES or name in NAMES[place]:
         return None
-    return f"unknown key {full!r}; {_meant(name, place)}"
+    return f"unknown key {full!r}; {_likely_name(name, place)}"
 
 
-def _meant(name: str, place: str) -> str:
+def _likely_name(name: str, place: str) -> str:
     homes = [home or "the top level" for home, names in NAMES.items() if name in names]
     if homes:
         return f"it belongs into {' or '.join(homes)}"

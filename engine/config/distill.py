@@ -203,7 +203,10 @@ class LossConfig:
         return {name: getattr(self, name) for name in LOSS_NAMES if getattr(self, name) > 0}
 
     def projection_kind(self, *, same_space: bool) -> str:
-        """same_space: whether the student's states start as the teacher's, of one width and made by copied layers."""
+        """Returns `projection`, or where it is unset the preset's.
+
+        same_space: whether the student's states start as the teacher's, of one width and made by copied layers.
+        """
         if self.projection is not None:
             return self.projection
         return "single" if self.preset == "tinybert" else "identity" if same_space else "shared"
@@ -302,7 +305,7 @@ DECAY_SHARE = 0.2
 
 
 def decay_steps(decay_share: float | None, steps: int) -> int:
-    """Optimizer steps of the decay of warmup_stable_decay, at least 1."""
+    """Returns the optimizer steps of the decay of warmup_stable_decay, at least 1."""
     return max(1, round(decay_share_of(decay_share) * steps))
 
 
@@ -388,7 +391,7 @@ class TrainConfig:
 
     @property
     def decay_steps(self) -> int:
-        """Of warmup_stable_decay."""
+        """Optimizer steps of the decay of warmup_stable_decay."""
         return decay_steps(self.decay_share, self.steps)
 
 

@@ -150,7 +150,7 @@ class TaskConfig(TaskDataConfig):
 
     @property
     def names(self) -> list[str]:
-        """As written, each once: a list, or text with commas."""
+        """Names of the tasks as written, each once: a list, or text with commas."""
         given = self.name.split(",") if isinstance(self.name, str) else self.name
         return list(dict.fromkeys(name.strip() for name in given if name.strip()))
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from engine.config.schema import Schema, Setting, documented
+from engine.config.schema import Schema, Setting, field_docs
 
 NAMES = {bool: "{true,false}", int: "INT", float: "NUMBER", str: "TEXT", dict: "{NAME: …}", Annotated: "PATH"}
 
@@ -24,7 +24,7 @@ def help_text(schema: Schema, description: str) -> str:
     general.add_argument("--print_config", action="store_true", help="Print the resolved file, and stop.")
     groups = {"": parser.add_argument_group("settings")}
     groups |= {name: parser.add_argument_group(name) for name in schema.sections}
-    docs = {owner: documented(owner) for owner in {setting.owner for setting in schema.settings.values()}}
+    docs = {owner: field_docs(owner) for owner in {setting.owner for setting in schema.settings.values()}}
     for key, setting in schema.settings.items():
         section, _, name = key.rpartition(".")
         text = f"{docs[setting.owner][name]} ({_default(setting)})".replace("%", "%%")

@@ -20,7 +20,9 @@ MOST_SLOTS = 1024
 
 
 def parse_hostfile(path: Path) -> dict[str, int]:
-    """host -> number of slots, in the order of the file (DeepSpeed's format: `worker-1 slots=8`, # comments).
+    """Returns the number of slots of each host, in the order of the file.
+
+    The format is DeepSpeed's: lines like `worker-1 slots=8`, and # comments.
 
     Raises SettingsError naming file and lines for what DeepSpeed would refuse, for a host without slots, and for what
     is no host's name.
@@ -63,7 +65,7 @@ def _host(line: str) -> tuple[str, int]:
 
 
 def rank_exports(environ: Mapping[str, str], cwd: Path) -> dict[str, str]:
-    """What DeepSpeed's launcher, started in `cwd`, passes on to other hosts from its .deepspeed_env files.
+    """Returns what DeepSpeed's launcher, started in `cwd`, passes on to other hosts from its .deepspeed_env files.
 
     Raises UserError for a line that would end DeepSpeed with a traceback.
     """

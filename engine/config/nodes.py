@@ -66,23 +66,23 @@ def _is_empty(node: yaml.Node) -> bool:
 
 
 def is_null(node: yaml.Node) -> bool:
-    """Whether it is null, `~` or nothing at all."""
+    """Tells whether a node is null, `~` or nothing at all."""
     return bool(node.tag == NULL)
 
 
 def line_of(node: yaml.Node) -> int:
-    """From 1; 0 for what a command line says."""
+    """Returns the line of a node, from 1; 0 for what a command line says."""
     return node.start_mark.line + 1 if node.start_mark else 0
 
 
 def text_of(node: yaml.ScalarNode) -> str:
-    """The text as it is written. JSON writes what is beyond 16 bits as two escapes, which YAML leaves apart."""
+    """Returns the text as it is written. JSON writes what is beyond 16 bits as two escapes, which YAML leaves apart."""
     text: str = node.value
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def described(node: yaml.Node) -> str:
-    """What stands there, in a few words."""
+def describe_node(node: yaml.Node) -> str:
+    """Returns what stands there, in a few words."""
     if isinstance(node, yaml.MappingNode):
         return "a section"
     if isinstance(node, yaml.SequenceNode):
@@ -114,7 +114,7 @@ class Entries:
             elif isinstance(key, yaml.ScalarNode):
                 self._nodes.setdefault(text_of(key), []).append((key, value))
             else:
-                self._say(f"{described(key)} cannot be the name of a setting", key)
+                self._add_problem(f"{describe_node(key)} cannot be the name of a setting", key)
         self._refuse_repeated()
         for one in merged:
             self._merge(one, within=(*within, node))
@@ -123,7 +123,7 @@ class Entries:
         """Yields name, node of the name, and node of the value."""
         return ((name, *pair) for name, pairs in self._nodes.items() for pair in pairs)
 
-    def _say(self, text: str, node: yaml.Node) -> None:
+    def _add_problem(self, text: str, node: yaml.Node) -> None:
         self.problems.append(Problem(text, source=self._source, line=line_of(node)))
 
     def _refuse_repeated(self) -> None:
@@ -133,11 +133,11 @@ class Entries:
                 times = "twice" if len(pairs) == 2 else f"{len(pairs)} times"
                 lines = [str(line_of(key)) for key, _ in pairs if line_of(key)]
                 where = f", lines {', '.join(lines[:-1])} and {lines[-1]}" if len(set(lines)) > 1 else ""
-                self._say(f"{full} is there {times}{where}; keep one", pairs[-1][0])
+                self._add_problem(f"{full} is there {times}{where}; keep one", pairs[-1][0])
 
     def _merge(self, node: yaml.Node, within: tuple[yaml.MappingNode, ...]) -> None:
         if not isinstance(node, yaml.MappingNode) or node in within:
-            self._say(f"`<<` needs another section, got {described(node)}", node)
+            self._add_problem(f"`<<` needs another section, got {describe_node(node)}", node)
             return
         inherited = Entries(node, self._source, self._what, within)
         self.problems += inherited.problems

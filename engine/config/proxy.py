@@ -110,7 +110,7 @@ class ProxyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyStudentConfig(StudentConfig):
-    """Here `init` has a default, which must not stand in the way of `path`."""
+    """The student of a proxy: its `init` has a default, which must not stand in the way of `path`."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.init == PROXY_INIT:
@@ -144,7 +144,7 @@ class ProxyTrainConfig:
     """Optimizer steps between step records and TensorBoard points."""
 
     def as_train(self, steps: int) -> TrainConfig:
-        """The same as a TrainConfig of `steps` steps, which checks the values."""
+        """Returns the same settings as a TrainConfig of `steps` steps, which checks the values."""
         return TrainConfig(
             steps=steps,
             global_batch=self.global_batch,

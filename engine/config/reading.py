@@ -1,4 +1,4 @@
-"""From command line and files to a configuration: every problem of all of them is found before one is said."""
+"""Configurations from command line and files: every problem of all of them is found before one is said."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import yaml
 
 from engine.config.checks import Problem, SettingsError, collected, refuse
 from engine.config.help import help_text
-from engine.config.nodes import NULL, TEXT, Entries, compose, described, is_null, line_of, read_text
+from engine.config.nodes import NULL, TEXT, Entries, compose, describe_node, is_null, line_of, read_text
 from engine.config.schema import Schema
-from engine.config.values import Reader, expanded
+from engine.config.values import Reader, expand_path
 from engine.errors import EXIT_DONE, UserError
 from engine.records.run_dir import as_yaml
 
@@ -36,7 +36,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: 
     for source in sources:
         given |= source.read(schema)
         problems += source.problems
-    config = _made(config_class, schema, given, problems)
+    config = _build(config_class, schema, given, problems)
     if "--print_config" in asked:
         print(as_yaml(config), end="")
         raise SystemExit(EXIT_DONE)
@@ -81,7 +81,7 @@ class _File:
         try:
             if len(self._words) != 1 or not self._words[0]:
                 raise UserError(f"--config takes one file, got {' '.join(self._words) or 'none'}")
-            self._path = expanded(self._words[0], "--config")
+            self._path = expand_path(self._words[0], "--config")
             self._add_section(self._top(), "", schema, given)
         except SettingsError as error:
             self.problems += error.problems
@@ -89,7 +89,7 @@ class _File:
             self.problems.append(Problem(str(error)))
         return given
 
-    def _say(self, text: str, node: yaml.Node, key: str = "") -> None:
+    def _add_problem(self, text: str, node: yaml.Node, key: str = "") -> None:
         self.problems.append(Problem(text, key=key, source=self._path, line=line_of(node)))
 
     def _top(self) -> yaml.MappingNode:
@@ -100,12 +100,12 @@ class _File:
         if node is None:  # comments alone: every setting has its default
             return yaml.MappingNode(tag="", value=[])
         if not isinstance(node, yaml.MappingNode):
-            text = f"expected settings like `output_dir: runs/first`, got {described(node)}"
+            text = f"expected settings like `output_dir: runs/first`, got {describe_node(node)}"
             raise SettingsError([Problem(text, source=self._path, line=line_of(node))])
         return node
 
     def _add_section(self, node: yaml.MappingNode, above: str, schema: Schema, given: dict[str, Given]) -> None:
-        """above: `section.`, or empty for the whole file."""
+        """Adds the settings of a section to `given`. above: `section.`, or empty for the whole file."""
         entries = Entries(node, self._path, above.removesuffix("."))
         self.problems += entries.problems
         here: set[str] = set()
@@ -115,13 +115,13 @@ class _File:
                 if isinstance(value, yaml.MappingNode):
                     self._add_section(value, f"{key}.", schema, given)
                 elif not is_null(value):  # a section without any setting has its defaults
-                    self._say(
-                        f"{key} is a section: write its settings indented below it, not {described(value)}", value
+                    self._add_problem(
+                        f"{key} is a section: write its settings indented below it, not {describe_node(value)}", value
                     )
             elif key in schema.settings:
                 if key in given and key not in here:
                     lines = f"lines {given[key].line} and {line_of(key_node)}"
-                    self._say(f"{key} is there twice, {lines}; keep one", key_node)
+                    self._add_problem(f"{key} is there twice, {lines}; keep one", key_node)
                 reader = Reader(key, self._path)
                 given[key] = Given(reader.read(value, schema.settings[key].hint, key), self._path, line_of(key_node))
                 self.problems += reader.problems
@@ -129,7 +129,7 @@ class _File:
             else:
                 is_rest = node.flow_style and is_null(value) and not value.value  # of {lr: 0,5}
                 hint = "a value with a comma in it needs quotes" if is_rest else schema.hint(key)
-                self._say(f"unknown setting {key!r}; {hint}", key_node)
+                self._add_problem(f"unknown setting {key!r}; {hint}", key_node)
 
 
 class _Option:
@@ -156,7 +156,10 @@ class _Option:
         return {self._key: Given(value)}
 
     def _node(self, kinds: set[Any]) -> yaml.Node:
-        """kinds: the types that the setting may have. What is no list or dictionary is taken as it is written."""
+        """Returns the words as a node; what is no list or dictionary is taken as it is written.
+
+        kinds: the types that the setting may have.
+        """
         words = self._words or (["true"] if bool in kinds else [])
         if not words:
             raise UserError("a value is missing")
@@ -176,7 +179,7 @@ def _scalar(word: str) -> yaml.ScalarNode:
     return yaml.ScalarNode(tag=NULL if word == "null" else TEXT, value=word)
 
 
-def _made(config_class: type[ConfigT], schema: Schema, given: dict[str, Given], problems: list[Problem]) -> ConfigT:
+def _build(config_class: type[ConfigT], schema: Schema, given: dict[str, Given], problems: list[Problem]) -> ConfigT:
     """Returns the configuration. Raises SettingsError for `problems` and those that the classes find themselves: of a
     section whose values could be read, and of the whole if that holds for all of it."""
     for key, setting in schema.settings.items():
@@ -184,23 +187,23 @@ def _made(config_class: type[ConfigT], schema: Schema, given: dict[str, Given], 
             problems.append(Problem(f"{key} is missing; write --{key} VALUE, or {key} in a file", key=key))
     unreadable = {problem.key.partition(".")[0] for problem in problems if problem.key}
     values: dict[str, dict[str, Any]] = {name: {} for name in ("", *schema.sections)}
-    for key, one in given.items():
+    for key, setting_given in given.items():
         section, _, name = key.rpartition(".")
-        values[section][name] = one.value
-    with collected() as found:
+        values[section][name] = setting_given.value
+    with collected() as refusals:
         sections = {
             name: replace(default, **values[name])
             for name, default in schema.sections.items()
             if name not in unreadable
         }
         config = None if unreadable else config_class(**values[""], **sections)
-    refuse(_in_order([*problems, *(_placed(one, given) for one in found)]))
+    refuse(_sort_by_place([*problems, *(_locate(problem, given) for problem in refusals)]))
     assert config is not None
     return config
 
 
-def _placed(problem: Problem, given: dict[str, Given]) -> Problem:
-    """With file and line of its setting, or of the one that holds it."""
+def _locate(problem: Problem, given: dict[str, Given]) -> Problem:
+    """Returns the problem with file and line of its setting, or of the one that holds it."""
     key = problem.key
     while key and key not in given:
         key = key.rpartition(".")[0]
@@ -208,6 +211,6 @@ def _placed(problem: Problem, given: dict[str, Given]) -> Problem:
     return replace(problem, source=at.source, line=at.line)
 
 
-def _in_order(problems: list[Problem]) -> list[Problem]:
-    """By file and line; what has none, at the end."""
+def _sort_by_place(problems: list[Problem]) -> list[Problem]:
+    """Returns the problems by file and line; those that have none, at the end."""
     return sorted(problems, key=lambda one: (not one.source, one.source, one.line))

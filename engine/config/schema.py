@@ -54,7 +54,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 """Names of Hugging Face's Trainer and configurations: what of it may be called here."""
 
 
-def documented(cls: type[Any]) -> dict[str, str]:
+def field_docs(cls: type[Any]) -> dict[str, str]:
     """Returns field -> the string literal that follows it in the source, of the class or of one that it extends."""
     docs: dict[str, str] = {}
     for one in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
@@ -84,13 +84,13 @@ class Setting:
 
 
 class Schema:
-    """Of one configuration class: sections are its fields that are dataclasses themselves."""
+    """Settings of one configuration class. Its sections are its fields that are dataclasses themselves."""
 
     def __init__(self, config_class: type[Any]) -> None:
         self.sections: dict[str, Any] = {}
         """Name -> the section with all of its defaults."""
         self.settings: dict[str, Setting] = {}
-        """By key, in the order of the source."""
+        """Settings by key, in the order of the source."""
         for name, hint, default in _fields(config_class):
             if dataclasses.is_dataclass(default) and not isinstance(default, type):
                 self.sections[name] = default
@@ -101,14 +101,14 @@ class Schema:
                 self.settings[name] = Setting(name, hint, default, config_class)
 
     def hint(self, unknown: str) -> str:
-        """What somebody may have meant by a name that is no setting."""
+        """Returns what somebody may have meant by a name that is no setting."""
         name = unknown.lower().replace("-", "_")
         above, _, leaf = name.rpartition(".")
         if leaf in self.sections:
             if above:
                 return f"{leaf!r} is a section of the top level: mind the indentation"
-            return f"{leaf!r} is a section: name a setting of it, like {self._first_of(leaf)!r}"
-        if namesakes := self._called(leaf, above) or self._of_others(leaf, above):
+            return f"{leaf!r} is a section: name a setting of it, like {self._first_key(leaf)!r}"
+        if namesakes := self._keys_named(leaf, above) or self._keys_by_other_name(leaf, above):
             return f"did you mean {' or '.join(map(repr, namesakes))}?"
         if name in ELSEWHERE and "deepspeed_config" in self.settings:
             return f"{name!r} belongs into the DeepSpeed JSON that deepspeed_config names"
@@ -119,15 +119,15 @@ class Schema:
         close = difflib.get_close_matches(name, [*self.settings, "print_config"], n=1)
         return f"did you mean {close[0]!r}?" if close else "--help lists every setting"
 
-    def _called(self, leaf: str, above: str) -> list[str]:
-        """The settings of that name: the one of the section `above`, or those of all."""
+    def _keys_named(self, leaf: str, above: str) -> list[str]:
+        """Returns the settings of that name: the one of the section `above`, or those of all."""
         found = [key for key in self.settings if key.rpartition(".")[2] == leaf]
         return [key for key in found if key == f"{above}.{leaf}"] or found
 
-    def _of_others(self, leaf: str, above: str) -> list[str]:
-        return next(filter(None, (self._called(ours, above) for ours in OTHER_NAMES.get(leaf, ()))), [])
+    def _keys_by_other_name(self, leaf: str, above: str) -> list[str]:
+        return next(filter(None, (self._keys_named(ours, above) for ours in OTHER_NAMES.get(leaf, ()))), [])
 
-    def _first_of(self, section: str) -> str:
+    def _first_key(self, section: str) -> str:
         return next(key for key in self.settings if key.startswith(f"{section}."))
 
 

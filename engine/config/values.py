@@ -1,4 +1,4 @@
-"""From what stands in a file, or on a command line, to the value of a setting: its type says how a text is read.
+"""Values of settings, from what stands in a file or on a command line: the type says how a text is read.
 
 So `no`, `12` or `2024-01-01` are text where text is wanted, and `1e-3` is a number where a number is wanted, whatever
 YAML would make of them.
@@ -18,13 +18,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from engine.config.checks import Problem, collected
-from engine.config.nodes import PLAIN_TAGS, Entries, described, is_null, line_of, text_of
+from engine.config.nodes import PLAIN_TAGS, Entries, describe_node, is_null, line_of, text_of
 from engine.errors import UserError
 
 LARGEST = 2**31 - 1
-"""Of whole numbers: counts, seeds, steps."""
+"""Largest whole number: of a count, a seed, a step."""
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-"""As in YAML 1.1."""
+"""Truth values as YAML 1.1 writes them."""
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)", re.ASCII)
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -33,7 +33,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Reader:
-    """Reads the value of one setting, and keeps what is wrong in it."""
+    """A reader of the value of one setting, and what is wrong in it."""
 
     def __init__(self, key: str, source: str) -> None:
         """source: the file; empty: the command line."""
@@ -45,10 +45,10 @@ class Reader:
         try:
             return self._value(node, hint, what)
         except UserError as error:
-            self._keep([Problem(str(error))], node)
+            self._add_problems([Problem(str(error))], node)
             return None
 
-    def _keep(self, problems: Iterable[Problem], node: yaml.Node) -> None:
+    def _add_problems(self, problems: Iterable[Problem], node: yaml.Node) -> None:
         """Adds problems; they are at the node, unless they know better."""
         for one in problems:
             line = one.line or line_of(node)
@@ -73,7 +73,7 @@ class Reader:
         return {bool: _truth, int: _whole, float: _number, str: _text}[hint](node, what)
 
     def _union(self, node: yaml.Node, hints: tuple[Any, ...], what: str) -> Any:
-        """Of null and others; of two others one is a list."""
+        """Reads null or another type; of two others one is a list."""
         others = [hint for hint in hints if hint is not NoneType]
         if len(others) < len(hints) and is_null(node):
             if node.value == "~" and get_origin(others[0]) is Annotated:
@@ -89,33 +89,33 @@ class Reader:
             remedy = (
                 "write [{…}], or begin each entry with a dash"
                 if is_section
-                else f"write [{described(node).strip('[]()')}]"
+                else f"write [{describe_node(node).strip('[]()')}]"
             )
-            raise _unlike(node, what, "a list", remedy)
+            raise _wrong_type(node, what, "a list", remedy)
         if len(node.value) == 1:
             return [self.read(node.value[0], hint, what)]
         return [self.read(one, hint, f"{what}, entry {number}") for number, one in enumerate(node.value, start=1)]
 
     def _dict(self, node: yaml.Node, hints: tuple[Any, ...], what: str) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):
-            raise _unlike(node, what, "names with values, like {name: value}")
+            raise _wrong_type(node, what, "names with values, like {name: value}")
         entries = Entries(node, self._source, what)
-        self._keep(entries.problems, node)
+        self._add_problems(entries.problems, node)
         return {
             self.read(key, hints[0], f"{what}, name"): self.read(value, hints[1], f"{what}.{name}")
             for name, key, value in entries
         }
 
     def _record(self, node: yaml.Node, kind: type[Any], what: str) -> Any:
-        """A dataclass inside of a list or a dictionary."""
+        """Reads a dataclass inside of a list or a dictionary."""
         hints = get_type_hints(kind, include_extras=True)
         if not isinstance(node, yaml.MappingNode):
             needed = _required(kind)
-            example = ", ".join(f"{name}: {described(node) if len(needed) == 1 else '…'}" for name in needed)
-            raise _unlike(node, what, f"a section with {', '.join(hints)}", f"write {{{example}}}")
+            example = ", ".join(f"{name}: {describe_node(node) if len(needed) == 1 else '…'}" for name in needed)
+            raise _wrong_type(node, what, f"a section with {', '.join(hints)}", f"write {{{example}}}")
         before = len(self.problems)
         entries = Entries(node, self._source, what)
-        self._keep(entries.problems, node)
+        self._add_problems(entries.problems, node)
         given: dict[str, Any] = {}
         for name, key, value in entries:
             if name in hints:
@@ -123,15 +123,15 @@ class Reader:
             else:
                 close = difflib.get_close_matches(name.lower(), hints, n=1, cutoff=0.5)
                 remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(hints)}"
-                self._keep([Problem(f"{what}: unknown setting {name!r}; {remedy}")], key)
+                self._add_problems([Problem(f"{what}: unknown setting {name!r}; {remedy}")], key)
         missing = [name for name in _required(kind) if name not in given]
-        self._keep([Problem(f"{what}: {name} is missing; write it") for name in missing], node)
+        self._add_problems([Problem(f"{what}: {name} is missing; write it") for name in missing], node)
         if len(self.problems) > before:
             return None
-        with collected() as found:
-            made = kind(**given)
-        self._keep([Problem(f"{what}: {one.text}") for one in found], node)
-        return made
+        with collected() as refusals:
+            record = kind(**given)
+        self._add_problems([Problem(f"{what}: {problem.text}") for problem in refusals], node)
+        return record
 
 
 def _required(kind: type[Any]) -> list[str]:
@@ -139,7 +139,7 @@ def _required(kind: type[Any]) -> list[str]:
     return [one.name for one in dataclasses.fields(kind) if one.default is one.default_factory is dataclasses.MISSING]
 
 
-def expanded(text: str, what: str) -> str:
+def expand_path(text: str, what: str) -> str:
     """Returns a path with the home folder in the place of `~`. Raises UserError for a URL, and for what only a shell
     would expand."""
     path = os.path.expanduser(text)
@@ -157,22 +157,22 @@ def expanded(text: str, what: str) -> str:
     return path
 
 
-def _unlike(node: yaml.Node, what: str, expected: str, remedy: str = "") -> UserError:
+def _wrong_type(node: yaml.Node, what: str, expected: str, remedy: str = "") -> UserError:
     if is_null(node):
         remedy = "write a value, or remove the setting to have its default"
-    return UserError(f"{what}: expected {expected}, got {described(node)}{'; ' if remedy else ''}{remedy}")
+    return UserError(f"{what}: expected {expected}, got {describe_node(node)}{'; ' if remedy else ''}{remedy}")
 
 
 def _scalar(node: yaml.Node, what: str, expected: str) -> str:
     if isinstance(node, yaml.ScalarNode) and not is_null(node):
         return text_of(node)
-    raise _unlike(node, what, expected)
+    raise _wrong_type(node, what, expected)
 
 
 def _truth(node: yaml.Node, what: str) -> bool:
     text = _scalar(node, what, "true or false").lower()
     if text not in TRUTH:
-        raise _unlike(node, what, "true or false")
+        raise _wrong_type(node, what, "true or false")
     return TRUTH[text]
 
 
@@ -180,9 +180,9 @@ def _whole(node: yaml.Node, what: str) -> int:
     expected = "a whole number"
     text = _scalar(node, what, expected)
     if not _WHOLE.fullmatch(text):
-        raise _unlike(node, what, expected, "write decimal digits, without a leading zero")
+        raise _wrong_type(node, what, expected, "write decimal digits, without a leading zero")
     if len(text) > 30 or abs(int(text)) > LARGEST:
-        raise _unlike(node, what, expected, f"it must not exceed {LARGEST}")
+        raise _wrong_type(node, what, expected, f"it must not exceed {LARGEST}")
     return int(text)
 
 
@@ -190,19 +190,19 @@ def _number(node: yaml.Node, what: str) -> float:
     expected = "a number"
     text = _scalar(node, what, expected)
     if _LEADING_ZERO.match(text):
-        raise _unlike(node, what, expected, "write it without a leading zero")
+        raise _wrong_type(node, what, expected, "write it without a leading zero")
     try:
         value = float(text)
     except ValueError:
-        raise _unlike(node, what, expected, "write it like 0.001 or 1e-3") from None
+        raise _wrong_type(node, what, expected, "write it like 0.001 or 1e-3") from None
     if not math.isfinite(value):
-        raise _unlike(node, what, expected, "it must be finite")
+        raise _wrong_type(node, what, expected, "it must be finite")
     return value
 
 
 def _text(node: yaml.Node, what: str) -> str:
     if isinstance(node, yaml.CollectionNode):
-        raise _unlike(node, what, "text", "write it in quotes if it is one")
+        raise _wrong_type(node, what, "text", "write it in quotes if it is one")
     text = _scalar(node, what, "text")
     if not text.strip():
         raise UserError(f"{what} is empty; write a value, or remove the setting to have its default")
@@ -215,12 +215,12 @@ def _choice(node: yaml.Node, choices: tuple[str, ...], what: str) -> str:
     expected = f"one of {', '.join(map(repr, choices))}"
     text = _scalar(node, what, expected)
     if text not in choices:
-        raise _unlike(node, what, expected)
+        raise _wrong_type(node, what, expected)
     return text
 
 
 def _path(node: yaml.Node, what: str) -> str:
-    """A path, or the name of something on the hub."""
+    """Reads a path, or the name of something on the hub."""
     if is_null(node) and node.value == "~":
         raise UserError(f"{what}: `~` alone is YAML's null; write ~/ for the home folder")
-    return expanded(_text(node, what), what)
+    return expand_path(_text(node, what), what)

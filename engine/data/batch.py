@@ -27,11 +27,15 @@ class Counts:
     masked: float = 0
     """Positions with an MLM label."""
     pairs_within: Mapping[int, float] = field(default_factory=dict)
-    """Window -> those of `token_pairs` that are no further apart than it."""
+    """Window in tokens -> those of `token_pairs` that are no further apart."""
 
     @classmethod
-    def of(cls, lengths: npt.NDArray[np.int64], *, masked: int = 0, windows: Iterable[int] = ()) -> Counts:
-        """Of one micro batch whose rows have `lengths` (B,) real tokens and are padded to the longest."""
+    def from_lengths(cls, lengths: npt.NDArray[np.int64], *, masked: int = 0, windows: Iterable[int] = ()) -> Counts:
+        """Returns the counts of one micro batch whose rows have `lengths` (B,) real tokens and are padded to the
+        longest.
+
+        masked: positions with an MLM label. windows: the windows that `pairs_within` counts, in tokens to each side.
+        """
         positions, longest = len(lengths) * int(lengths.max()), int(lengths.max())
         return cls(
             sequences=len(lengths),
@@ -94,18 +98,18 @@ class Batch:
 
     @property
     def token_mask(self) -> torch.Tensor | None:
-        """(B, L) bool, or None when every position is real."""
+        """Mask of the real tokens, (B, L) bool; None when every position is real."""
         return None if self.attention_mask is None else self.attention_mask.bool()
 
     def to(self, device: torch.device) -> Self:
-        """Copied to `device` without waiting, when the batch is pinned."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Returns the batch on `device`, copied without waiting when it is pinned."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> Self:
-        """In page-locked host memory, from which a GPU copies on its own."""
-        return self._each(torch.Tensor.pin_memory)
+    def pin_memory(self) -> Self:
+        """Returns the batch in page-locked host memory, from which a GPU copies on its own."""
+        return self._map_tensors(torch.Tensor.pin_memory)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+    def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
         return replace(self, **changed)

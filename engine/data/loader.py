@@ -17,9 +17,10 @@ from engine.data.batch import Batch, Counts
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
 from engine.data.masking import MaskingTables, mask_tokens
 from engine.data.order import TrainingOrder
-from engine.data.prefetch import prefetched
+from engine.data.prefetch import prefetch
 from engine.data.shard_check import ShardCheck
 from engine.data.shards import AGAIN, SequenceStore
+from engine.data.share import StepShare
 from engine.errors import UserError
 from engine.kernels.inputs import UNSCORED_LABEL
 
@@ -43,11 +44,10 @@ class StepBatches:
 
 
 class CorpusLoader:
-    """Reads the corpus that launch/prepare_data.py wrote to `path`.
+    """Batches of the corpus that launch/prepare_data.py wrote to `path`.
 
-    Step s (0-based) trains on positions s * global_batch … (s + 1) * global_batch - 1 of TrainingOrder; micro step i
-    of rank r takes micro_batch of them from i * micro_batch * world + r * micro_batch on. So the sequences of a step
-    depend neither on the number of ranks nor on the micro batch.
+    Step s (0-based) trains on positions s * global_batch … (s + 1) * global_batch - 1 of TrainingOrder, of which this
+    rank takes its `share`.
 
     Raises UserError when the corpus is not finished, of another tokenizer or length, or too small; and when a shard is
     used that is missing or torn, or gives what is no sequence. check: of the same corpus; what it finds, and what any
@@ -57,15 +57,12 @@ class CorpusLoader:
     def __init__(
         self,
         path: str | Path,
+        share: StepShare,
         *,
         tokenizer: PreTrainedTokenizerBase,
         seq_len: int | None = None,
         eval_sequences: int,
         seed: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world: int = 1,
         mlm_probability: float = 0.0,
         whole_word: bool = False,
         pin_memory: bool = False,
@@ -82,13 +79,10 @@ class CorpusLoader:
                 f"data.seq_len={seq_len}: {path} was prepared with {self.manifest.seq_len}; prepare it again, or "
                 "unset it"
             )
-        if global_batch % (micro_batch * world):
+        if 0 < eval_sequences < share.world:
             raise UserError(
-                f"train.global_batch={global_batch}: must be a multiple of micro batch {micro_batch} x {world} ranks = "
-                f"{micro_batch * world}"
+                f"data.eval_sequences={eval_sequences}: give 0 or at least one for each of {share.world} ranks"
             )
-        if 0 < eval_sequences < world:
-            raise UserError(f"data.eval_sequences={eval_sequences}: give 0 or at least one for each of {world} ranks")
         self._folder = Path(path)
         self._store = SequenceStore(self._folder, self.manifest)
         sizes = [source.sequences for source in self.manifest.sources]
@@ -104,7 +98,7 @@ class CorpusLoader:
         self._evaluation = np.concatenate(
             [np.arange(end - count, end) for end, count in zip(ends, held_out, strict=True)]
         ).astype(np.int64)
-        self._tables = MaskingTables.of(tokenizer) if mlm_probability > 0 else None
+        self._tables = MaskingTables.from_tokenizer(tokenizer) if mlm_probability > 0 else None
         if self._tables is not None and whole_word and self._tables.continuation is None:
             raise UserError(
                 f"data.whole_word_mask=true: the tokenizer {tokenizer.name_or_path!r} does not mark where words begin; "
@@ -113,22 +107,21 @@ class CorpusLoader:
         self._pin_memory, self._windows = pin_memory, frozenset(windows)
         self._mlm_probability, self._whole_word, self._seed = mlm_probability, whole_word, seed
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
-        self.grad_accum_steps = global_batch // (micro_batch * world)
+        self._share = share
         self.wait_s = 0.0
         """Seconds that the consumer of steps() has waited for data."""
 
     def step(self, step: int) -> StepBatches:
-        """The batches of optimizer step `step` (0-based), at the same cost for every step."""
+        """Returns this rank's batches of optimizer step `step` (from 0), at the same cost for every step."""
         batches = []
-        for micro in range(self.grad_accum_steps):
-            positions = self._positions(step, micro, self._rank)
+        for micro in range(self._share.micro_steps):
+            positions = self._positions(step, micro, self._share.rank)
             batches.append(replace(self._batch(self._rows(positions), positions), step=step))
         return StepBatches(step, batches, sum((batch.counts for batch in batches), Counts()))
 
     def _positions(self, step: int, micro: int, rank: int) -> Ints:
-        first = step * self._global_batch + (micro * self._world + rank) * self._micro_batch
-        return np.arange(first, first + self._micro_batch, dtype=np.int64)
+        part = self._share.part(micro, rank)
+        return step * self._share.global_batch + np.arange(part.start, part.stop, dtype=np.int64)
 
     def _rows(self, positions: Ints) -> Ints:
         numbers = self.order.indices(positions)
@@ -136,12 +129,13 @@ class CorpusLoader:
         return rows
 
     def sequence_ids(self, step: int, micro: int, rank: int) -> list[int]:
-        """The numbers in the corpus of what `rank` trains on in micro step `micro` of `step`, all counted from 0."""
+        """Returns the numbers in the corpus of what `rank` trains on in micro step `micro` of `step`, all from 0."""
         return [int(row) for row in self._rows(self._positions(step, micro, rank))]
 
     def steps(self, start: int) -> Generator[StepBatches, None, None]:
-        """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
-        with closing(prefetched(self.step, start, name="corpus-loader", waited=self._waited)) as made:
+        """Yields steps start, start + 1, … without end, made ahead by a thread, which ends when the iterator is
+        closed."""
+        with closing(prefetch(self.step, start, name="corpus-loader", on_wait=self._add_wait)) as made:
             while True:
                 try:
                     batches = next(made)
@@ -154,44 +148,48 @@ class CorpusLoader:
                 yield batches
 
     def finish_check(self) -> bool:
-        """Collective. Whether the corpus was found to be whole by now; raises what was found of late."""
+        """Returns whether the corpus is known to be whole by now; raises what was found of late. Collective."""
         return self.check is None or not self.check.agree()
 
-    def _waited(self, seconds: float) -> None:
+    def _add_wait(self, seconds: float) -> None:
         self.wait_s += seconds
 
-    def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        """This rank's share of the held-out sequences: each of them once over all ranks, the same number of batches on
-        every rank, none empty. A batch may have one sequence more than a `batch_size` of 1 says, where the ranks'
-        shares are uneven. Masking is the same at every call."""
+    def held_out_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yields this rank's share of the held-out sequences: each of them once over all ranks, the same number of
+        batches on every rank, none empty. A batch may have one sequence more than a `batch_size` of 1 says, where the
+        ranks' shares are uneven. Masking is the same at every call."""
         count = len(self._evaluation)
         if count == 0:
             return
-        smallest, largest = count // self._world, math.ceil(count / self._world)
+        rank, world = self._share.rank, self._share.world
+        smallest, largest = count // world, math.ceil(count / world)
         rounds = min(smallest, math.ceil(largest / batch_size))  # a rank cannot fill more rounds than it has sequences
-        for chosen in np.array_split(np.arange(self._rank, count, self._world), rounds):
+        for chosen in np.array_split(np.arange(rank, count, world), rounds):
             yield self._batch(self._evaluation[chosen], _EVALUATION_SAMPLES + chosen)
 
-    def first(self, sequences: int) -> Iterator[Batch]:
-        """The first sequences that training will see, each once, without masking, the same on every rank whatever the
-        micro batch."""
+    def first_batches(self, sequences: int) -> Iterator[Batch]:
+        """Yields the first sequences that training will see, each once, without masking: the same on every rank
+        whatever the micro batch."""
         sequences = min(sequences, self.order.slots)
         for start in range(0, sequences, _FIRST_AT_ONCE):
             positions = np.arange(start, min(start + _FIRST_AT_ONCE, sequences), dtype=np.int64)
             yield self._batch(self._rows(positions), None)
 
     def _batch(self, rows: Ints, samples: Ints | None) -> Batch:
-        """samples: numbers of the sequences in the stream of random masks; None: no masking."""
+        """Returns the sequences of these numbers as one batch, padded to the longest.
+
+        samples: numbers of the sequences in the stream of random masks; None: no masking.
+        """
         sequences = self._store.rows(rows)
         lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
         length = int(lengths.max())
         if lengths.min() < 1 or length > self.manifest.seq_len:
-            raise self._damage(rows, (lengths < 1) | (lengths > self.manifest.seq_len))
+            raise self._damage_error(rows, (lengths < 1) | (lengths > self.manifest.seq_len))
         ids = np.full((len(sequences), length), self._pad_id, dtype=np.int64)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = sequence
         if ids.min() < 0 or ids.max() >= self.manifest.vocab_size:
-            raise self._damage(rows, np.logical_or(ids < 0, ids >= self.manifest.vocab_size).any(axis=1))
+            raise self._damage_error(rows, np.logical_or(ids < 0, ids >= self.manifest.vocab_size).any(axis=1))
         mask = None if (lengths == length).all() else (np.arange(length) < lengths[:, None]).astype(np.int64)
         labels = None
         if self._tables is not None and samples is not None:
@@ -204,7 +202,7 @@ class CorpusLoader:
                 tables=self._tables,
                 seed=self._seed,
             )
-        counts = Counts.of(
+        counts = Counts.from_lengths(
             lengths, masked=0 if labels is None else int((labels != UNSCORED_LABEL).sum()), windows=self._windows
         )
         batch = Batch(
@@ -214,10 +212,10 @@ class CorpusLoader:
             counts=counts,
             lengths=tuple(lengths.tolist()),
         )
-        return batch.pinned() if self._pin_memory else batch
+        return batch.pin_memory() if self._pin_memory else batch
 
-    def _damage(self, rows: Ints, bad: npt.ArrayLike) -> UserError:
-        """bad: which of the rows hold what the tokenizer cannot have given. The model would fail without a name."""
+    def _damage_error(self, rows: Ints, bad: npt.ArrayLike) -> UserError:
+        """Returns the error that names the file. bad: which of the rows hold what the tokenizer cannot have given."""
         row, shards = int(rows[np.asarray(bad)][0]), self.manifest.shards
         shard = int(np.searchsorted(np.cumsum([entry.sequences for entry in shards]), row, side="right"))
         return UserError(
@@ -228,8 +226,8 @@ class CorpusLoader:
 
 
 def held_out_counts(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[int]:
-    """How many sequences at the end of each source are held out: proportional to size * weight (largest remainders),
-    and every source keeps at least one to train on."""
+    """Returns how many sequences at the end of each source are held out: proportional to size * weight (largest
+    remainders), and every source keeps at least one to train on. Raises UserError where there are not enough."""
     most = [max(0, size - 1) for size in sizes]
     if total > sum(most):
         raise UserError(

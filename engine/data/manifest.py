@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
 from engine.errors import UserError
 from engine.records.files import write_whole
 from engine.records.fingerprints import digest
@@ -27,9 +25,9 @@ class SourceEntry:
     path: str
     weight: float
     sha256: str
-    """Of the bytes that were read (see SourceReader.digest)."""
+    """Hash of the bytes that were read (see SourceReader.digest)."""
     stamp: str
-    """Of options, file sizes and times: whether the source must be read again."""
+    """Hash of options, file sizes and times: another one means that the source must be read again."""
     documents: int
     sequences: int
     tokens: int
@@ -78,7 +76,7 @@ class Manifest:
 
     @property
     def tokens(self) -> int:
-        """Special tokens included."""
+        """Tokens of all sources, special ones included."""
         return sum(source.tokens for source in self.sources)
 
     @property
@@ -141,8 +139,10 @@ def _check_sums(file: Path, manifest: Manifest) -> None:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides how text becomes ids. Truncation and padding are left out: they are settings
-    of a call, which transformers changes on the tokenizer as it goes."""
+    """Returns a hash of everything that decides how text becomes ids; not of truncation and padding, which are settings
+    of a call.
+    """
+    # until transformers > 5.23: a call leaves its truncation and padding on the backend
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)
     state.pop("padding", None)

@@ -25,13 +25,13 @@ class MaskingTables:
     special: Bools
     """(vocab,) ids that are never chosen."""
     ordinary: Ints
-    """All other ids of the vocabulary: what a random token is drawn from."""
+    """(n,) all other ids of the vocabulary: what a random token is drawn from."""
     continuation: Bools | None
     """(vocab,) ids that go on with the word of the token before; None when the tokenizer does not mark words."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> MaskingTables:
-        """Raises UserError when the tokenizer has no mask token."""
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> MaskingTables:
+        """Reads the tables from a tokenizer. Raises UserError when it has no mask token."""
         if tokenizer.mask_token_id is None:
             raise UserError(
                 f"data.mlm_probability: the tokenizer {tokenizer.name_or_path!r} has no mask token; set it to 0, or "

@@ -15,16 +15,16 @@ _ROUNDS = 8
 
 
 def _mix(x: UInts) -> UInts:
-    """The splitmix64 finaliser: a bijection of 64 bits that scatters them."""
+    """Applies the splitmix64 finaliser: a bijection of 64 bits that scatters them."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permute(slots: UInts, keys: UInts, size: int) -> UInts:
-    """A bijection of range(size) for each key, applied elementwise.
+    """Applies a bijection of range(size) for each key, elementwise: (n,) slots and keys -> (n,).
 
-    A Feistel network over the smallest square power of two that holds `size`, walked until the value is in range:
+    It is a Feistel network over the smallest square power of two that holds `size`, walked until the value is in range:
     no table, and on average at most four passes.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
@@ -63,7 +63,8 @@ class TrainingOrder:
         """Positions in one epoch."""
 
     def indices(self, positions: npt.ArrayLike) -> Ints:
-        """The sequence at each position >= 0, numbered through the sources: sizes[0] sequences, then sizes[1] …"""
+        """Returns the sequence at each position >= 0, in the shape of `positions`: numbered through the sources,
+        sizes[0] sequences, then sizes[1] …"""
         shape = np.shape(positions)
         at = np.asarray(positions, dtype=np.int64).reshape(-1)
         epochs = at // self.slots

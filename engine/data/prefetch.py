@@ -13,11 +13,11 @@ T = TypeVar("T")
 _AHEAD = 2
 
 
-def prefetched(
-    make: Callable[[int], T], start: int, *, name: str, waited: Callable[[float], None]
+def prefetch(
+    make: Callable[[int], T], start: int, *, name: str, on_wait: Callable[[float], None]
 ) -> Generator[T, None, None]:
-    """make(start), make(start + 1), … without end, made ahead by one thread called `name`, which ends when the iterator
-    is closed. An error of `make` is raised where its item would have come. `waited` is told the seconds that the
+    """Yields make(start), make(start + 1), … without end, made ahead by one thread called `name`, which ends when the
+    iterator is closed. An error of `make` is raised where its item would have come. `on_wait` gets the seconds that the
     consumer had to wait for each item."""
     ready: queue.Queue[T | BaseException] = queue.Queue(_AHEAD)
     closed = threading.Event()
@@ -27,7 +27,7 @@ def prefetched(
         while True:
             began = time.perf_counter()
             item = ready.get()
-            waited(time.perf_counter() - began)
+            on_wait(time.perf_counter() - began)
             if isinstance(item, BaseException):
                 raise item
             yield item

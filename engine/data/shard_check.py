@@ -1,4 +1,4 @@
-"""Whether the bytes of a corpus are those that its manifest records, found out beside the training."""
+"""Checks beside the training that the bytes of a corpus are those that its manifest records."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from engine.ranks.collectives import gathered, summed
 from engine.ranks.environment import local_size
 
 SETTLE_S = 3.0
-"""A start waits so long for the check: a tenth of what it takes anyway, and at 1 GB/s and rank 3 GB are verified before
-anything else is done. What is left goes on while the job trains, so that no start grows with its corpus."""
+"""Seconds that a start waits for the check: a tenth of what it takes anyway, and at 1 GB/s and rank 3 GB are verified
+before anything else is done. What is left goes on while the job trains, so that no start grows with its corpus."""
 NICE = 10
-"""Of the thread after that: it then uses what the training leaves over."""
+"""Niceness of the thread after that: it then uses what the training leaves over."""
 
 
 def share_of_this_host(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """(part, parts) for ShardCheck. The ranks of a host check every shard once, together; another host may have a copy
-    of its own."""
+    """Returns (part, parts) for ShardCheck. The ranks of a host check every shard once, together; another host may have
+    a copy of its own."""
     part = int(environ.get("LOCAL_RANK", "0"))
     return part, max(local_size(environ) or 1, part + 1)
 
 
 class ShardCheck:
-    """Reads every parts-th shard, in order, in a thread that starts at once: first the sizes of all of them, then the
+    """A thread that reads every parts-th shard, in order, and starts at once: first the sizes of all of them, then the
     checksums (hashlib lets go of the interpreter's lock). It ends at the first shard that is not as recorded."""
 
     def __init__(self, folder: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> None:
@@ -49,16 +49,18 @@ class ShardCheck:
         self.agree()
 
     def before_step(self, met: UserError | None = None) -> None:
-        """Raises what was found meanwhile; every rank calls it before each step, and they tell each other: one that
-        raised alone would let the others fail in the middle of a collective, with a traceback and a code of their own.
-        met: what this rank cannot make the step of; not raised once the check is over."""
+        """Raises what was found meanwhile, on every rank: one that raised alone would let the others fail in the middle
+        of a collective, with a traceback and a code of their own. Every rank calls it before each step.
+
+        met: what keeps this rank from making the step; not raised once the check is over.
+        """
         self._problem = self._problem or met
         if not self._over:
             self._over = not self.agree()
 
     def agree(self) -> bool:
-        """Whether the check is still going on. Raises UserError, naming the file, once a shard was found that is not as
-        recorded. Collective where the ranks have met: all of them raise what one has found."""
+        """Returns whether the check is still going on. Raises UserError, naming the file, once a shard was found that
+        is not as recorded. Collective where the ranks have met: all of them raise what one has found."""
         going_on, found = self._thread.is_alive(), self._problem
         still_on, any_found = summed([going_on, found is not None])
         if any_found:

@@ -21,7 +21,7 @@ from engine.records.files import sync_folder, write_whole
 COLUMN = "input_ids"
 AGAIN = "start python launch/prepare_data.py again with the same settings, it redoes only what is missing"
 MOST_MAPPED = 32_768
-"""Shards that are mapped at once: half of the 65,530 areas that Linux gives a process (vm.max_map_count)."""
+"""Most shards that are mapped at once: half of the 65,530 areas that Linux gives a process (vm.max_map_count)."""
 
 
 def shard_name(index: int) -> str:
@@ -76,7 +76,7 @@ def write_shard(
 
 
 def finished_shard(folder: Path, index: int, key: str) -> ShardInfo | None:
-    """The sidecar of shard `index` if it was made from the same text and settings and its file is there."""
+    """Returns the sidecar of shard `index` if it was made from the same text and settings and its file is there."""
     path = folder / shard_name(index)
     try:
         info = ShardInfo(**json.loads(path.with_suffix(".json").read_bytes()))
@@ -122,7 +122,8 @@ class SequenceStore:
         return int(self._starts[-1])
 
     def rows(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
-        """The token ids of each sequence, as views of the mapped file."""
+        """Returns the (tokens,) ids of each sequence, as views of the mapped file. Raises UserError, naming the shard,
+        for one that is missing or torn."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows = []
         for index, shard in zip(indices, shards, strict=True):

@@ -11,10 +11,11 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from engine.errors import UserError
-from engine.hub.files import WEIGHT_FILES, not_readable, quiet, read_json, require_whole, stored_tensors, where
+from engine.hub.files import WEIGHT_FILES, lookup, quiet, read_json, require_whole, stored_tensors, unreadable
 
 CONFIG = "config.json"
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    # until transformers > 5.23: the first two are ignored without a word
     "position_embedding_type": (
         lambda value: value not in (None, "absolute"),
         "transformers 5 has no relative positions for this model type and would compute absolute ones",
@@ -35,8 +36,10 @@ HARMLESS = frozenset(["architectures", "directionality", "finetuning_task", "gra
 
 
 def load_config(path: str, key: str) -> PretrainedConfig:
-    """The configuration of a model folder or hub model; `key` names the setting in errors. Raises UserError for one
-    that cannot be read, and for settings that change the computation and would be ignored."""
+    """Reads the configuration of a model folder or hub model; `key` names the setting in errors.
+
+    Raises UserError for one that cannot be read, and for settings that change the computation and would be ignored.
+    """
     folder, file = Path(path), Path(path) / CONFIG
     if folder.is_file():
         raise UserError(f"{key}={path!r} is a file; name the folder of the model: {folder.parent}")
@@ -49,9 +52,9 @@ def load_config(path: str, key: str) -> PretrainedConfig:
     try:
         with quiet():
             # False and not left out: transformers would ask on stdin whether to run a model's own code
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **where(path))
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, **lookup(path))
     except Exception as error:  # transformers raises nearly everything here
-        raise not_readable(path, key, "configuration", error) from None
+        raise unreadable(path, key, "configuration", error) from None
     config._attn_implementation = None  # which kernel it was trained with; ours is chosen by the run's own settings
     if getattr(config, "is_heterogeneous", False):
         raise UserError(
@@ -77,7 +80,7 @@ def load_config(path: str, key: str) -> PretrainedConfig:
 
 
 def ignored_settings(config: PretrainedConfig, key: str) -> list[str]:
-    """One sentence about settings of config.json that its class does not know, or nothing."""
+    """Returns a sentence about the settings of config.json that its class does not know, if there are any."""
     known = {*type(config)().to_dict(), *config.attribute_map, *HARMLESS, *REFUSED}
     unknown = [
         name
@@ -101,7 +104,7 @@ def _require_no_adapter(path: str, key: str) -> None:
 
 
 def _model_inside(folder: Path) -> str:
-    """What to name in place of a folder that is no model, but may hold one: a run directory, a hub's cache."""
+    """Returns what to name in place of a folder that is no model, but may hold one: a run directory, a hub's cache."""
     configs = (file for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{CONFIG}"))
     inside = sorted(file.parent for file in configs if b'"model_type"' in file.read_bytes())
     if inside:
@@ -112,7 +115,8 @@ def _model_inside(folder: Path) -> str:
 
 
 def _require_type(path: str, values: dict[str, Any], key: str) -> None:
-    """Suggests the model type that a config.json without one means (TinyBERT's release): its tensors are named so."""
+    """Raises UserError for a config.json without a model type (TinyBERT's release), and suggests that which its tensors
+    are named after."""
     if isinstance(values.get("model_type"), str) or "auto_map" in values:
         return
     owners: Counter[str] = Counter()

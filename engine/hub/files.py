@@ -41,15 +41,16 @@ _pickle_allowed = False
 
 
 def allow_pickle(allowed: bool) -> None:
-    """Whether this process may from now on read weights from pickles (pytorch_model.bin), and then tensors only. A plan
-    sets it from its configuration. One switch of the process: no call that loads something can forget to ask."""
+    """Sets whether this process may read weights from pickles (pytorch_model.bin), and then tensors only. A plan sets
+    it from its configuration. One switch of the process: no call that loads something can forget to ask."""
     global _pickle_allowed
     _pickle_allowed = allowed
 
 
 @cache
 def hub_is_reachable() -> bool:
-    """Asked once, so that a mistyped folder is reported at once: huggingface_hub retries for half a minute."""
+    """Tells whether the hub can be reached. Asks it a single time, before huggingface_hub does, which retries for half
+    a minute: so a mistyped folder is reported at once."""
     if getproxies():
         return True  # only a request can tell
     url = urlsplit(ENDPOINT)
@@ -60,13 +61,14 @@ def hub_is_reachable() -> bool:
         return False
 
 
-def where(path: str) -> dict[str, bool]:
-    """Arguments for from_pretrained: a folder or the hub's cache alone, where nothing else can be had."""
+def lookup(path: str) -> dict[str, bool]:
+    """Returns arguments for from_pretrained: a folder or the hub's cache alone, where nothing else can be had."""
     return {"local_files_only": Path(path).is_dir() or not hub_is_reachable()}
 
 
-def safely() -> dict[str, Any]:
-    """Arguments for a model's from_pretrained: no pickle unless it is allowed, and never an object out of one."""
+def safety() -> dict[str, Any]:
+    """Returns arguments for a model's from_pretrained: no pickle unless it is allowed, and never an object out of
+    one."""
     return {"use_safetensors": None if _pickle_allowed else True, "weights_only": True}
 
 
@@ -84,19 +86,19 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def asks_for_code(path: str, key: str, what: str) -> UserError:
-    """The one line for `what` of a model that only its own code can make."""
+def own_code_error(path: str, key: str, what: str) -> UserError:
+    """Returns the error for `what` of a model that only its own code can make."""
     return UserError(
         f"{key}={path!r}: its {what} asks for Python code that comes with the model (auto_map), and such code is "
         "never run here; name a model whose class is part of transformers"
     )
 
 
-def not_readable(path: str, key: str, what: str, error: Exception) -> UserError:
-    """The one line for what a library raised while it read `what` of a model."""
+def unreadable(path: str, key: str, what: str, error: Exception) -> UserError:
+    """Returns the one-line error for what a library raised while it read `what` of a model."""
     reason = first_line(error)
     if "trust_remote_code" in str(error):
-        return asks_for_code(path, key, what)
+        return own_code_error(path, key, what)
     if isinstance(error, ImportError):
         package = f" (pip install {error.name})" if error.name else ""
         return UserError(f"{key}={path!r}: its {what} needs a package that is not installed{package}: {reason}")
@@ -129,7 +131,7 @@ def require_whole(file: Path, key: str) -> None:
 
 
 def read_json(file: Path, key: str, kind: type = dict) -> Any:
-    """The object (or list: `kind`) in a JSON file. Raises UserError for anything else."""
+    """Returns the object (or list: `kind`) in a JSON file. Raises UserError for anything else."""
     try:
         values = json.loads(file.read_bytes().decode())  # as transformers reads it: no byte order mark, no UTF-16
     except ValueError as error:  # of JSON, and of UTF-8
@@ -150,19 +152,19 @@ def require_whole_files(path: str, key: str, names: tuple[str, ...]) -> None:
 
 
 def weight_file(path: str, key: str) -> Path:
-    """The first of WEIGHT_FILES that the model has, an index with all its shards. Raises UserError for none, for a
-    pickle that is not allowed, and for one that is not whole."""
+    """Returns the first of WEIGHT_FILES that the model has. Raises UserError where it has none, and for a pickle that
+    is not allowed or a file that is not whole."""
     for file_name in WEIGHT_FILES:
-        found = _cached(path, file_name, key)
+        found = _find_file(path, file_name, key)
         if found is not None:
             _require_no_pickle(path, key, file_name)
             require_whole(found, key)
             return found
-    raise UserError(f"{key}={path!r}: found none of {', '.join(WEIGHT_FILES)}; {_weights_instead(Path(path))}")
+    raise UserError(f"{key}={path!r}: found none of {', '.join(WEIGHT_FILES)}; {_likely_weights(Path(path))}")
 
 
-def _weights_instead(folder: Path) -> str:
-    """What a folder has that may be the weights, and what to do with it."""
+def _likely_weights(folder: Path) -> str:
+    """Returns what a folder has that may be the weights, and what to do with it."""
     if (folder / "zero_to_fp32.py").is_file():
         command = f"python {folder}/zero_to_fp32.py --safe_serialization {folder} {folder}"
         return f"its weights are in a checkpoint of DeepSpeed: {command}"
@@ -174,13 +176,13 @@ def _weights_instead(folder: Path) -> str:
     return f"{others[0]} has another format or name; save the model with save_pretrained in PyTorch, as safetensors"
 
 
-def _cached(path: str, file_name: str, key: str) -> Path | None:
+def _find_file(path: str, file_name: str, key: str) -> Path | None:
     if (Path(path) / file_name).is_symlink():
         require_whole(Path(path) / file_name, key)
     try:
-        found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **where(path))
+        found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **lookup(path))
     except Exception as error:
-        raise not_readable(path, key, "weights", error) from None
+        raise unreadable(path, key, "weights", error) from None
     return None if found is None else Path(found)
 
 
@@ -193,7 +195,8 @@ def _require_no_pickle(path: str, key: str, file_name: str) -> None:
 
 
 def weight_files(path: str, key: str) -> list[Path]:
-    """The files that hold the tensors, in the order of their names. Raises UserError when one is missing or torn."""
+    """Returns the files that hold the tensors, in the order of their names. Raises UserError when one is missing or
+    torn."""
     index = weight_file(path, key)
     if not index.name.endswith(".index.json"):
         return [index]
@@ -202,7 +205,7 @@ def weight_files(path: str, key: str) -> list[Path]:
         raise UserError(f"{key}: {index} has no weight_map; copy or download it again")
     files = []
     for name in sorted(set(named.values())):
-        file = _cached(path, name, key)
+        file = _find_file(path, name, key)
         if file is None:
             raise UserError(f"{key}: {index} names {name}, which is not there; copy or download it too")
         require_whole(file, key)
@@ -211,7 +214,8 @@ def weight_files(path: str, key: str) -> list[Path]:
 
 
 def stored_tensors(path: str, key: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint, without reading the tensors. Raises UserError."""
+    """Returns name and shape of every tensor of a checkpoint, without reading the tensors. Raises UserError for files
+    that are missing or torn, or hold something else."""
     stored: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path, key):
         if file.suffix == ".safetensors":
@@ -238,8 +242,8 @@ def stored_tensors(path: str, key: str) -> dict[str, tuple[int, ...]]:
 
 
 def weights_fingerprint(path: str, key: str) -> str:
-    """Tells whether the weights of a model were replaced, without reading them all: sha256 over the size and 64 evenly
-    spaced blocks of 64 KiB of each weight file (first and last block among them)."""
+    """Returns a hash that changes when weights are replaced, without reading them all: sha256 over the size and 64
+    evenly spaced blocks of 64 KiB of each weight file (first and last block among them)."""
     digest = hashlib.sha256()
     for file in weight_files(path, key):
         size = file.stat().st_size

@@ -35,7 +35,7 @@ class _GramMSE(AttentionFunction):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         _, _, q_t, k_t, scale_s, scale_t, *_ = inputs
         mask = inputs.rows.mask
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         kind = widest(q_s, k_s, q_t, k_t)
         B, H, L, d_s = q_s.shape
         most = min(B, max(1, ENTRIES_AT_ONCE[q_s.device.type] // (H * L * (d_s + q_t.shape[-1]))))
@@ -43,18 +43,18 @@ class _GramMSE(AttentionFunction):
         sums, targets, d_queries, d_keys = [], [], [], []
         with exact_products(q_s.device):
             for start in range(0, B, most):
-                at = slice(start, start + most)
-                here = None if pads is None else pads[at]
-                queries = _joined(q_s[at], q_t[at], factor=-scale_t / scale_s, kind=kind, pads=here)
-                keys = _joined(k_s[at], k_t[at], factor=1.0, kind=kind, pads=here)
+                part = slice(start, start + most)
+                part_pads = None if pads is None else pads[part]
+                queries = _joined(q_s[part], q_t[part], factor=-scale_t / scale_s, kind=kind, pads=part_pads)
+                keys = _joined(k_s[part], k_t[part], factor=1.0, kind=kind, pads=part_pads)
                 of_queries, of_keys = (_gram(x, accumulate) for x in (queries, keys))
                 sums.append(_dot(of_queries, of_keys))
                 targets.append(_dot(of_queries[..., d_s:, d_s:], of_keys[..., d_s:, d_s:]))
-                if wanted:
+                if needs_gradient:
                     d_queries.append(queries @ of_keys[..., :d_s].to(kind))
                     d_keys.append(keys @ of_queries[..., :d_s].to(kind))
         factor *= scale_s * scale_s
-        if wanted:
+        if needs_gradient:
             ctx.save_for_backward(torch.cat(d_queries), torch.cat(d_keys))
             ctx.factor, ctx.dtypes = 2.0 * factor, (q_s.dtype, k_s.dtype)
         value, target = ((torch.stack(parts).sum() * factor).to(kind) for parts in (sums, targets))

@@ -94,8 +94,8 @@ class Kernels:
         return hidden_mse.hidden_mse(inputs)
 
     def vocabulary_losses(self, inputs: MlmLogits) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns by.kl * KL + by.cross_entropy * CE of MLM logits, differentiable, and (2,) KL and CE, detached: 0 for
-        the one that has no teacher or no labels."""
+        """Returns weights.kl * KL + weights.cross_entropy * CE of MLM logits, differentiable, and (2,) KL and CE,
+        detached: 0 for the one that has no teacher or no labels."""
         if self.backend == "reference" or isinstance(inputs.student, torch.Tensor):
             return _reference_vocabulary(inputs)
         return vocabulary.vocabulary_losses(inputs)
@@ -131,16 +131,16 @@ def _reference_hidden(inputs: HiddenPairs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _reference_vocabulary(inputs: MlmLogits) -> tuple[torch.Tensor, torch.Tensor]:
-    student, teacher, labels, by = inputs
+    student, teacher, labels, weights = inputs
     everything = slice(None)
     z_s = student.logits(everything) if isinstance(student, Head) else student
     kl = cross_entropy = z_s.sum() * 0.0
     if teacher is not None:
         z_t = teacher.logits(everything) if isinstance(teacher, Head) else teacher
-        kl = reference.logits_kl(z_s, z_t, temperature=by.temperature, count=by.count)
+        kl = reference.logits_kl(z_s, z_t, temperature=weights.temperature, count=weights.count)
     if labels is not None:
-        cross_entropy = reference.mlm_cross_entropy(z_s, labels, count=by.count)
-    return by.kl * kl + by.cross_entropy * cross_entropy, torch.stack([kl, cross_entropy]).detach()
+        cross_entropy = reference.mlm_cross_entropy(z_s, labels, count=weights.count)
+    return weights.kl * kl + weights.cross_entropy * cross_entropy, torch.stack([kl, cross_entropy]).detach()
 
 
 def choose_kernels(

@@ -180,4 +180,4 @@ class MlmLogits(NamedTuple):
     """Other side; None: no KL"""
     labels: torch.Tensor | None
     """Original tokens, (P,) int64; None: no cross-entropy"""
-    by: Weights
+    weights: Weights

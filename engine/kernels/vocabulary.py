@@ -31,12 +31,12 @@ class _VocabularyLosses(torch.autograd.Function):
         bias: torch.Tensor | None,
         inputs: MlmLogits,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        student, teacher, labels, by = inputs
+        student, teacher, labels, weights = inputs
         assert isinstance(student, Head)
         kind = widest(hidden, weight)
-        tau = by.temperature
-        lift = LIFT / max(1.0, by.kl * tau + by.cross_entropy) if weight.dtype == torch.float16 else 1.0
-        wanted = any(ctx.needs_input_grad[:3])
+        tau = weights.temperature
+        lift = LIFT / max(1.0, weights.kl * tau + weights.cross_entropy) if weight.dtype == torch.float16 else 1.0
+        needs_gradient = any(ctx.needs_input_grad[:3])
         device, (hidden_wanted, weight_wanted, bias_wanted) = hidden.device, ctx.needs_input_grad[:3]
         d_hidden = torch.empty(hidden.shape, dtype=kind, device=device) if hidden_wanted else None
         d_bias = torch.zeros(len(weight), dtype=kind, device=device) if bias_wanted else None
@@ -48,36 +48,37 @@ class _VocabularyLosses(torch.autograd.Function):
             d_weight = torch.zeros(weight.shape, dtype=kind, device=device)
         with exact_products(device):
             for start in range(0, len(hidden), most):
-                at = slice(start, start + most)
-                z_s = student.logits(at).to(kind)
+                part = slice(start, start + most)
+                z_s = student.logits(part).to(kind)
                 log_s = torch.log_softmax(z_s, dim=-1) if labels is not None or tau == 1.0 else z_s
                 d_logits = None
                 if labels is not None:
-                    value, d_logits = _cross_entropy(log_s, labels[at], by.cross_entropy * lift, gradient=wanted)
+                    weight_ce = weights.cross_entropy * lift
+                    value, d_logits = _cross_entropy(log_s, labels[part], weight_ce, gradient=needs_gradient)
                     sums[1] += value
                 if teacher is not None:
                     if tau != 1.0:
                         log_s = torch.log_softmax(z_s / tau, dim=-1)
-                    z_t = (teacher.logits(at) if isinstance(teacher, Head) else teacher[at]).to(kind)
-                    value, of_kl = _kl(log_s, z_t, tau, by.kl * lift, gradient=wanted)
+                    z_t = (teacher.logits(part) if isinstance(teacher, Head) else teacher[part]).to(kind)
+                    value, of_kl = _kl(log_s, z_t, tau, weights.kl * lift, gradient=needs_gradient)
                     sums[0] += value
                     d_logits = of_kl if d_logits is None or of_kl is None else d_logits.add_(of_kl)
                 if d_logits is None:
                     continue
                 narrow = d_logits.to(weight.dtype)
                 if d_hidden is not None:
-                    d_hidden[at] = narrow @ weight
+                    d_hidden[part] = narrow @ weight
                 if weight_wanted:
-                    product = product_over_rows(narrow, hidden[at].to(weight.dtype))
+                    product = product_over_rows(narrow, hidden[part].to(weight.dtype))
                     d_weight = product if d_weight is None else d_weight.add_(product)
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
-        factor = 1.0 / normaliser(by.count) if len(hidden) else 0.0
+        factor = 1.0 / normaliser(weights.count) if len(hidden) else 0.0
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.factor, ctx.dtypes = factor / lift, [None if x is None else x.dtype for x in (hidden, weight, bias)]
         each = sums * factor
         ctx.mark_non_differentiable(each)
-        return each[0] * by.kl + each[1] * by.cross_entropy, each
+        return each[0] * weights.kl + each[1] * weights.cross_entropy, each
 
     @staticmethod
     @once_differentiable
@@ -117,9 +118,9 @@ def _kl(
 
 
 def vocabulary_losses(inputs: MlmLogits) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns by.kl * reference.logits_kl + by.cross_entropy * reference.mlm_cross_entropy, differentiable in the three
-    tensors of the student's head, and (2,) the two values, detached: 0 for the one that has no teacher or no labels. P
-    may be 0."""
+    """Returns weights.kl * reference.logits_kl + weights.cross_entropy * reference.mlm_cross_entropy, differentiable in
+    the three tensors of the student's head, and (2,) the two values, detached: 0 for the one that has no teacher or no
+    labels. P may be 0."""
     student = inputs.student
     assert isinstance(student, Head)
     total, each = _VocabularyLosses.apply(student.hidden, student.weight, student.bias, inputs)

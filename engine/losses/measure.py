@@ -18,8 +18,9 @@ from engine.kernels.inputs import Rows
 from engine.kernels.reference import outside
 from engine.losses.base import Target
 from engine.losses.loss_set import LossSet
-from engine.models.capture import capture, runnable_anywhere
+from engine.models.capture import capture
 from engine.models.features import Features, Wanted
+from engine.models.install import runnable_anywhere
 from engine.models.moments import LinearMap, Moments, fit
 from engine.models.projections import Projections
 from engine.models.shape import ModelShape
@@ -166,7 +167,7 @@ def student_moments(
                     states = real_rows(features.hidden[layer], batch, features)
                     kept = finite & finite_rows([states], len(states))
                     if bool(kept.any()):
-                        parts[name][judges].append(Moments.of(states[kept], targets[teacher_layer][kept]))
+                        parts[name][judges].append(Moments.from_states(states[kept], targets[teacher_layer][kept]))
     finally:
         student.train(was_training)
     return {

@@ -66,7 +66,7 @@ class VocabularyLosses(Loss):
         rows = counts.masked if masking else counts.tokens
         student = inputs.mlm_head(self._first, "student", rows)
         teacher = inputs.mlm_head(KL, "teacher", rows)(lambda head: head) if KL in self.shares else None
-        by = Weights(
+        weighting = Weights(
             kl=weights.get(KL, 0.0),
             cross_entropy=weights.get(CROSS_ENTROPY, 0.0),
             temperature=self.setup.config.temperature,
@@ -75,7 +75,7 @@ class VocabularyLosses(Loss):
         labels = self._labels(inputs, int(rows)) if CROSS_ENTROPY in self.shares else None
 
         def losses(head: Head | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return inputs.kernels.vocabulary_losses(MlmLogits(head, teacher, labels, by))
+            return inputs.kernels.vocabulary_losses(MlmLogits(head, teacher, labels, weighting))
 
         total, values = student(losses)
         return Evaluated(total, {name: values[(KL, CROSS_ENTROPY).index(name)] for name in self.shares})

@@ -1,5 +1,5 @@
 """Teacher and student: loading, initialising, running without pads, capturing inner tensors.
 
-Read teacher.py, student.py and capture.py first.
+Read teacher.py, student.py and capture.py first; install.py prepares a model for capture.
 May import errors, mapping, config, hub, ranks, kernels and data.
 """

@@ -1,4 +1,4 @@
-"""Whether NVIDIA Apex can be used. The package `apex` on PyPI is something else; Apex is only built from source."""
+"""NVIDIA Apex, where it can be used. The package `apex` on PyPI is something else; Apex is only built from source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUILD = (
 
 
 def probe_apex() -> tuple[bool, str]:
-    """(usable, reason). Looks for `apex.multi_tensor_apply`, which only NVIDIA's Apex has. Asks no GPU."""
+    """Returns (usable, reason). Looks for `apex.multi_tensor_apply`, which only NVIDIA's Apex has. Asks no GPU."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return False, f"NVIDIA Apex is not installed; {BUILD}"
@@ -36,7 +36,8 @@ def probe_apex() -> tuple[bool, str]:
 
 
 def probe_fused_layer_norm() -> tuple[bool, str]:
-    """(usable, reason) for apex.normalization.FusedLayerNorm, which needs a compiled extension even on a CPU."""
+    """Returns (usable, reason) for apex.normalization.FusedLayerNorm, which needs a compiled extension even on a
+    CPU."""
     usable, reason = probe_apex()
     if usable and importlib.util.find_spec("fused_layer_norm_cuda") is None:
         return False, f"{reason} was built without its CUDA extensions (fused_layer_norm_cuda); {BUILD}"

@@ -38,9 +38,9 @@ except ImportError:  # before PyTorch 2.10
 if varlen_attn is not None and "scale" not in inspect.signature(varlen_attn).parameters:
     varlen_attn = None
 VARLEN_FROM = (8, 0)
-"""CUDA compute capability of its kernels."""
+"""Least CUDA compute capability of its kernels."""
 VARLEN_MULTIPLE, VARLEN_WIDEST = 8, 256
-"""Of head widths; other ones are padded."""
+"""Head widths of its kernels: what they are multiples of (others are padded), and the largest."""
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -59,7 +59,7 @@ CHANGE_SCORES = ("softcap", "s_aux", "position_bias")
 
 
 class DeepEnough(Exception):
-    """Leaves a forward pass whose rest nobody needs."""
+    """The end of a forward pass whose rest nobody needs."""
 
 
 @dataclass
@@ -78,7 +78,10 @@ class Recorder:
     def record(
         self, module: nn.Module, qkv: tuple[torch.Tensor, ...], scaling: float | None, more: Mapping[str, Any]
     ) -> None:
-        """more: what else the model gives to its attention. Raises UserError for what no loss on scores knows of."""
+        """Keeps the tensors of one attention call, (B, H, L, d) each, if its layer is wanted.
+
+        more: what else the model gives to its attention. Raises UserError for what no loss on scores knows of.
+        """
         self.calls += 1
         self.causal |= bool(getattr(module, "is_causal", False))
         if self.calls not in self.layers:
@@ -123,7 +126,8 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scaling Q K^T + mask) V from (B, H, L, d) tensors; returns (B, L, H, d) and the probabilities.
+    """Returns softmax(scaling Q K^T + mask) V of (B, H, L, d) tensors as (B, L, H, d), and the probabilities (B, H, L,
+    L).
 
     transformers scales the L x L scores; scaling Q instead is one pass less over them forward and one backward (a fifth
     of the time of a layer's attention on a CPU at length 128).
@@ -141,8 +145,8 @@ def eager_attention(
 
 @functools.cache
 def _eager_of(model_module: str) -> AttentionFunction:
-    """The eager function of a model's own module where it computes something else (ModernBERT's softmax is in fp32),
-    ours where that is the common one, which transformers copies from BERT into most encoders, or missing."""
+    """Returns the eager function of a model's own module where it computes something else (ModernBERT's softmax is in
+    fp32), ours where that is the common one, which transformers copies from BERT into most encoders, or missing."""
     own: AttentionFunction | None = getattr(sys.modules[model_module], "eager_attention_forward", None)
     common = inspect.getsource(modeling_bert.eager_attention_forward)
     return eager_attention if own is None or inspect.getsource(own) == common else own
@@ -182,8 +186,9 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """(1, H, T, d) -> (1, T, H, d), each sequence attending to itself: with PyTorch's attention for sequences of any
-    length where that runs, else with `function`, for groups of sequences that are padded together."""
+    """Returns (1, T, H, d) of packed (1, H, T, d) queries, keys and values, each sequence attending to itself: by
+    PyTorch's attention for sequences of any length where that runs, else by `function`, for groups of sequences that
+    are padded together."""
     query = qkv[0]
     if dropout == 0.0 and _has_varlen(query):
         return _varlen_attention(qkv, segments, scaling)
@@ -227,8 +232,9 @@ def _varlen_attention(
 
 
 def _without_asking_the_device(mask_function: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
-    """transformers looks whether a mask is all ones, which waits for the device in every forward. A batch without pads
-    comes without a mask here, so a mask that is there is needed."""
+    """Returns a mask function that does not look whether the mask is all ones: a batch without pads comes without a
+    mask here, so one that is there is needed."""
+    # until transformers > 5.23: it looks, and waits for the device in every forward
 
     def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
         if attention_mask is not None:
@@ -266,7 +272,8 @@ def resolve_backend(
     training: bool = True,
     key: str = "attention",
 ) -> Backend:
-    """The backend and why. `auto` follows the measured table in docs/benchmarks.md, section "Attention backend".
+    """Returns the backend and why. `auto` follows the measured table in docs/benchmarks.md, section "Attention
+    backend".
 
     dtype: what the matrices are multiplied in (the autocast type where there is one). training: whether a backward
     pass follows (a teacher has none). Raises UserError (naming `key`) for flash_attention_2 where it cannot run.

@@ -11,117 +11,39 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
-from engine.data.batch import Batch, Counts
-from engine.errors import UserError
+from engine.data.batch import Batch
 from engine.kernels.inputs import UNSCORED_LABEL
 from engine.kernels.segments import Segments, segments_of_lengths
-from engine.models.attention import IMPLEMENTATIONS, DeepEnough, Recorder, recording, resolve_backend
+from engine.models.attention import DeepEnough, Recorder, recording
 from engine.models.features import Features, Wanted
-from engine.models.mlm_head import MlmHead, WholeLogits, check_output_matrix, output_matrix, without_output_matrix
-from engine.models.unpadding import install_packing, packing, without_pads
-
-__all__ = ["capture", "install", "layer_modules", "resolve_backend"]
+from engine.models.mlm_head import MlmHead, WholeLogits, output_matrix, without_output_matrix
+from engine.models.unpadding import packing, without_pads
 
 FULL_FROM = {"cpu": 0.85, "cuda": 0.95}
 """Share of its positions from which a batch runs with its pads: leaving them out costs copies, and on a CPU shapes that
 change. CPU: measured (docs/benchmarks.md, "Batches without pads"); CUDA: not measured."""
 MOST_ROUNDED_UP = 1 / 16
-"""Of a batch's positions, pads that a CPU keeps (engine/models/unpadding.py)."""
-REMEDY = (
-    "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT (transformers 5.1 or newer) or another "
-    "encoder that does"
-)
+"""Share of a batch's positions up to which a CPU keeps pads (engine/models/unpadding.py)."""
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The distinct modules that transformers itself records as hidden states, in registration order.
+    """Returns the distinct modules that transformers itself records as hidden states, in registration order.
 
     ALBERT has fewer of them than layers: it calls them several times. Empty when the model declares none.
     """
     base = model.base_model
     spec = (getattr(base, "_can_record_outputs", None) or {}).get("hidden_states")
-    found: dict[int, nn.Module] = {}
-    for one in spec if isinstance(spec, list) else [spec]:
+    layers: dict[int, nn.Module] = {}
+    for declared in spec if isinstance(spec, list) else [spec]:
         # a class, the end of a name, or an OutputRecorder, which transformers 5.0 keeps in another module than 5.23
-        wanted, name = getattr(one, "target_class", one), getattr(one, "class_name", None)
-        if isinstance(one, str):
-            wanted, name = None, one
+        kind, ending = getattr(declared, "target_class", declared), getattr(declared, "class_name", None)
+        if isinstance(declared, str):
+            kind, ending = None, declared
         for path, module in base.named_modules():
-            if (wanted is not None and isinstance(module, wanted)) or (name is not None and path.endswith(name)):
-                found[id(module)] = module
-    return list(found.values())
-
-
-def install(model: PreTrainedModel, backend: str) -> None:
-    """Switches the model to our attention functions and proves with a forward of 4 tokens that they are called.
-
-    backend: sdpa, eager or flash_attention_2 (see `resolve_backend`). Call it before DeepSpeed shards the model.
-    Raises UserError for a model that cannot be captured.
-    """
-    if backend == "flash_attention_2":  # its kernels refuse the CPU and fp32, in which models are built
-        install(model, "sdpa")
-        _switch(model, backend)
-        return
-    _switch(model, backend)
-    layers = layer_modules(model)
-    if not layers:
-        raise UserError(
-            f"model type {model.config.model_type!r} does not declare its layers (_can_record_outputs); {REMEDY}"
-        )
-    _probe(model)
-    install_packing(layers)
-
-
-@contextmanager
-def runnable_anywhere(model: PreTrainedModel) -> Iterator[None]:
-    """Lets a model run on a CPU and in fp32 whatever backend was installed: flash attention gives way to sdpa."""
-    backend = model.config._attn_implementation
-    if backend != IMPLEMENTATIONS["flash_attention_2"]:
-        yield
-        return
-    _switch(model, "sdpa")
-    try:
-        yield
-    finally:
-        _switch(model, "flash_attention_2")
-
-
-def _switch(model: PreTrainedModel, backend: str) -> None:
-    name, kind = IMPLEMENTATIONS[backend], model.config.model_type
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # it only warns where we raise
-    try:
-        model.set_attn_implementation(name)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"model type {kind!r} does not support attention={backend!r}: {error}") from None
-    finally:
-        hf_logging.set_verbosity(verbosity)
-    if model.config._attn_implementation != name:
-        raise UserError(f"model type {kind!r} does not go through transformers' attention interface; {REMEDY}")
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel) -> None:
-    ids = torch.zeros(1, 4, dtype=torch.long, device=model.device)
-    was_training = model.training
-    recorder, progress = Recorder(frozenset(), values=False), _Progress(Features(), Wanted())
-    try:
-        with recording(recorder), _hooks(model, progress, Batch(ids, None, None, Counts())):
-            model.eval()(input_ids=ids)
-        check_output_matrix(model, ids)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model type {model.config.model_type!r} does not run on token ids alone: {error}") from None
-    finally:
-        model.train(was_training)
-    if recorder.calls == 0 or recorder.calls != progress.layers:
-        raise UserError(
-            f"model type {model.config.model_type!r} made {recorder.calls} calls of the attention interface in "
-            f"{progress.layers} layers, expected one for each; {REMEDY}"
-        )
-    if recorder.causal:
-        raise UserError(f"model type {model.config.model_type!r} attends to the left only; {REMEDY}")
+            if (kind is not None and isinstance(module, kind)) or (ending is not None and path.endswith(ending)):
+                layers[id(module)] = module
+    return list(layers.values())
 
 
 @dataclass
@@ -182,20 +104,22 @@ def capture(
 def hidden_states(
     model: PreTrainedModel, batch: Batch, layers: frozenset[int], *, unpadded: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """The states of these layers (0: embeddings) in their order, (B, L, D) each; what stands at pads means nothing. The
-    model's head, if it has one, does not run. Arguments as of `capture`."""
+    """Returns the states of these layers (0: embeddings) in their order, (B, L, D) each; what stands at pads means
+    nothing. The model's head, if it has one, does not run. Arguments as of `capture`."""
     base: Any = model.base_model
     return padded_states(capture(base, batch, Wanted(hidden=layers), unpadded=unpadded), layers)
 
 
 def padded_states(features: Features, layers: frozenset[int]) -> tuple[torch.Tensor, ...]:
-    """The hidden states of these layers in their order, (B, L, D) each, whether or not the batch ran with its pads."""
+    """Returns the hidden states of these layers in their order, (B, L, D) each, also where the batch ran without
+    pads."""
     states = (features.hidden[layer] for layer in sorted(layers))
     return tuple(x if features.segments is None else features.segments.padded(x, 1) for x in states)
 
 
 def segments_of(batch: Batch) -> Segments | None:
-    """Where the real tokens of a padded batch lie without (most of) its pads; None for a batch that has nearly none."""
+    """Returns where the real tokens of a padded batch lie without (most of) its pads; None for one that has few
+    pads."""
     if batch.attention_mask is None or batch.lengths is None:
         return None
     if max(batch.lengths) != batch.input_ids.shape[1]:  # its heads expect pads that nobody would bring back
@@ -208,40 +132,8 @@ def segments_of(batch: Batch) -> Segments | None:
     return None if full else segments_of_lengths(batch.lengths, rows)
 
 
-def runs_unpadded(model: PreTrainedModel) -> bool:
-    """Whether the model (after `install`) computes the same without its pads; found out by trying."""
-    if model.config._attn_implementation not in (IMPLEMENTATIONS["sdpa"], IMPLEMENTATIONS["eager"]):
-        return False  # whose mask function is not ours
-    lengths, generator = (5, 2, 3), torch.Generator().manual_seed(0)
-    low, high = 5, min(model.config.vocab_size, 1000)
-    ids = torch.randint(low, high, (3, 5), generator=generator).to(model.device)
-    real = torch.arange(5, device=model.device) < torch.tensor(lengths, device=model.device)[:, None]
-    batch = Batch(ids, real.long(), None, Counts(), lengths=lengths)
-    layers = shape_layers(model)
-    everything = Wanted(hidden=frozenset(range(layers + 1)), attention=frozenset(range(1, layers + 1)))
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            padded = capture(model.eval(), batch, everything)
-            packed = capture(model, batch, everything, unpadded=True)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return False
-    finally:
-        model.train(was_training)
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
-
-    def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-        return a.shape == b.shape and bool((a - b).float().norm() <= tolerance * b.float().norm())
-
-    return all(same(packed.hidden[layer][0], state[real]) for layer, state in padded.hidden.items()) and all(
-        same(of_packed[layer][0].transpose(0, 1), of_padded[layer].transpose(1, 2)[real])
-        for of_packed, of_padded in ((packed.query, padded.query), (packed.key, padded.key))
-        for layer in of_padded
-    )
-
-
-def shape_layers(model: PreTrainedModel) -> int:
-    """How often its layers are called in one forward."""
+def layer_calls(model: PreTrainedModel) -> int:
+    """Returns how often a model's layers are called in one forward."""
     layers: int = model.config.num_hidden_layers * getattr(model.config, "inner_group_num", 1)
     return layers
 
@@ -253,22 +145,23 @@ def _only_inputs_of(decoder: nn.Linear | None) -> AbstractContextManager[None]:
 def _mlm_head(
     model: PreTrainedModel, output: Any, decoder: nn.Linear | None, progress: _Progress
 ) -> MlmHead | WholeLogits:
-    made = getattr(output, "logits", None)
-    if made is None:
+    logits = getattr(output, "logits", None)
+    if logits is None:
         raise RuntimeError(f"{type(model).__name__} has no logits: load it with its MLM head")
     # (1, P, D) -> (P, D); an empty selection keeps its place in the graph, so that all parameters get gradients
-    rows = made[0, :0] if progress.no_position else made[0]
+    rows = logits[0, :0] if progress.no_position else logits[0]
     return WholeLogits(rows) if decoder is None else MlmHead(rows, decoder)
 
 
 def inputs_of(batch: Batch) -> dict[str, torch.Tensor | None]:
-    """The arguments of a transformers model."""
+    """Returns the arguments of a transformers model for a batch."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     return inputs if batch.token_types is None else {**inputs, "token_type_ids": batch.token_types}
 
 
 def task_logits(output: Any) -> torch.Tensor:
-    """(B, labels) of a sequence classifier; (B, L, 2), start and end, of a question answerer."""
+    """Returns the logits of a task model: (B, labels) of a sequence classifier; (B, L, 2), start and end, of a question
+    answerer."""
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
     logits: torch.Tensor = output.logits
@@ -276,7 +169,7 @@ def task_logits(output: Any) -> torch.Tensor:
 
 
 def _check_complete(recorder: Recorder, progress: _Progress) -> None:
-    """A tensor that was asked for and did not come must not become a silent zero in a loss."""
+    """Raises RuntimeError for a tensor that was asked for and did not come: it would be a silent zero in a loss."""
     missing = (progress.wanted.hidden - recorder.features.hidden.keys()) | (
         progress.wanted.attention - recorder.features.query.keys()
     )
@@ -289,7 +182,8 @@ def _check_complete(recorder: Recorder, progress: _Progress) -> None:
 
 @contextmanager
 def _hooks(model: PreTrainedModel, progress: _Progress, batch: Batch) -> Iterator[None]:
-    """Hooks of one forward. They are removed before the backward pass, so recomputed layers are not captured."""
+    """Holds the hooks of one forward. They are removed before the backward pass, so recomputed layers are not
+    captured."""
     wanted, hidden, segments = progress.wanted, progress.features.hidden, progress.features.segments
 
     def keep(output: torch.Tensor) -> None:
@@ -327,8 +221,8 @@ def _hooks(model: PreTrainedModel, progress: _Progress, batch: Batch) -> Iterato
 
 
 def _rows(hidden: torch.Tensor, batch: Batch, progress: _Progress) -> torch.Tensor:
-    """(B, L, D) -> (1, P, D): the positions whose logits are wanted, row-major. MLM heads work position by position,
-    so they need not know that the others are gone."""
+    """Returns (1, P, D) of (B, L, D) or (1, T, D): the positions whose logits are wanted, row-major. MLM heads work
+    position by position, so they need not know that the others are gone."""
     chosen = batch.token_mask if batch.labels is None else batch.labels != UNSCORED_LABEL
     segments = progress.features.segments
     if segments is not None:

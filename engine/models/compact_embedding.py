@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 
 class CompactEmbedding(nn.Embedding):
-    """Takes ids of the whole vocabulary. An id that was not announced raises IndexError on a CPU (on a GPU: a
-    device-side assertion), and never reads another token's row."""
+    """Embeddings of some tokens, which take ids of the whole vocabulary. An id that was not announced raises IndexError
+    on a CPU (on a GPU: a device-side assertion), and never reads another token's row."""
 
     def __init__(self, whole: nn.Embedding, tokens: torch.Tensor) -> None:
         """tokens: (n,) int64 ids, each once; their rows are copied from `whole`."""
@@ -37,21 +37,23 @@ class CompactEmbedding(nn.Embedding):
         return F.embedding(row[input], self.weight, self.padding_idx)
 
     def whole(self, rows: torch.Tensor) -> torch.Tensor:
-        """(n, D) rows of the tokens -> (vocabulary, D); the others are as they were."""
+        """Returns the (vocabulary, D) weights with the (n, D) rows of the tokens in them; the others are as they
+        were."""
         full = self._initial.to(rows.dtype, copy=True)
         full[self._tokens] = rows.to(full.device)
         return full
 
 
 def keep_tokens(student: PreTrainedModel, tokens: torch.Tensor) -> None:
-    """Replaces the student's word embeddings. Not for a student with an MLM head, which scores every token."""
+    """Replaces the student's word embeddings by those of `tokens`, (n,) int64 ids. Not for a student with an MLM head,
+    which scores every token."""
     whole = student.get_input_embeddings()
     assert isinstance(whole, nn.Embedding), type(whole)
     student.set_input_embeddings(CompactEmbedding(whole, tokens))
 
 
 def whole_vocabulary(student: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`weights` by name, with a compact embedding's written out again."""
+    """Returns `weights` by name, with those of a compact embedding written out again."""
     full = dict(weights)
     for name, module in student.named_modules():
         if isinstance(module, CompactEmbedding):

@@ -18,7 +18,7 @@ class Features:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     """layer -> (B, L, D)"""
     query: dict[int, torch.Tensor] = field(default_factory=dict)
-    """layer -> (B, H, L, d_head)"""
+    """layer -> (B, H, L, d_head), as are key and value"""
     key: dict[int, torch.Tensor] = field(default_factory=dict)
     value: dict[int, torch.Tensor] = field(default_factory=dict)
     scaling: dict[int, float] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Features:
 
     @property
     def logits(self) -> torch.Tensor | None:
-        """(P, V)"""
+        """Logits of the positions that were asked for, (P, V)."""
         return None if self.mlm_head is None else self.mlm_head.logits()
 
 

@@ -15,9 +15,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from engine.data.manifest import Manifest, check_tokenizer
 from engine.errors import UserError
 from engine.hub.config import ignored_settings
-from engine.hub.tokenizer import load_tokenizer, read_otherwise
-from engine.models.capture import install
+from engine.hub.tokenizer import load_tokenizer, reading_difference
 from engine.models.hub import SavedModel, require_encoder, skeleton
+from engine.models.install import install
 from engine.models.student import new_model
 from engine.models.teacher import truncated_config
 
@@ -37,7 +37,7 @@ class Parts:
     length: int | None = None
     """Tokens of the longest sequence; None: whatever the models take."""
     length_of: str = ""
-    """Says who asks for it."""
+    """Setting that asks for it, with its value, for messages."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Check:
 
 
 def check_fit(parts: Parts, checks: Iterable[Check] | None = None) -> list[str]:
-    """Goes through the table (unset: all of it). Returns the notes for the banner. Raises UserError for the first
+    """Makes the checks (unset: all of the table). Returns the notes for the banner. Raises UserError for the first
     error."""
     notes = []
     for check in CHECKS if checks is None else checks:
@@ -62,8 +62,8 @@ def check_fit(parts: Parts, checks: Iterable[Check] | None = None) -> list[str]:
 
 
 def longest_input(config: PretrainedConfig) -> int | None:
-    """The most tokens that the model has positions for; None: no limit known. Tables of the RoBERTa family begin behind
-    the index of the pad token."""
+    """Returns the most tokens that the model has positions for; None: no limit known. Tables of the RoBERTa family
+    begin behind the index of the pad token."""
     positions: int | None = getattr(config, "max_position_embeddings", None)
     if positions is None or positions < 1:
         return None
@@ -71,7 +71,7 @@ def longest_input(config: PretrainedConfig) -> int | None:
 
 
 def first_position(config: PretrainedConfig) -> int:
-    """The row of the first token in the table of positions: behind the pad token's, where that marks pads."""
+    """Returns the row of the first token in the table of positions: behind the pad token's, where that marks pads."""
     for name, module in skeleton(config, "none").named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -162,7 +162,7 @@ def _length(parts: Parts) -> Iterator[str]:
 
 def _reading(parts: Parts) -> Iterator[str]:
     own = parts.models[0]
-    if difference := read_otherwise(parts.tokenizer, own.path):
+    if difference := reading_difference(parts.tokenizer, own.path):
         yield f"{own}: {difference}"
 
 

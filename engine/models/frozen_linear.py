@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from engine.ranks.allocator import return_freed_memory
 
 TOKENS_HINT = 1024
-"""What the layout is chosen for; others run as fast in it."""
+"""Tokens that the layout is chosen for; other numbers run as fast in it."""
 LONG_FROM, MANY_FROM, ROWS_AT_ONCE = 2048, 1536, 256
 """Products over this many features or more, of fewer rows than that, leave one of two cores idle; cut into rows they do
 not (oneDNN in PyTorch 2.13; 1024 x 3072 x 768: 3.4 ms instead of 5.1)."""
 
 
 def can_pack(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether the layout exists here: bf16 on a CPU that multiplies it natively, with oneDNN."""
+    """Tells whether the layout exists here: bf16 on a CPU that multiplies it natively, with oneDNN."""
     return (
         device.type == "cpu"
         and model.dtype == torch.bfloat16
@@ -79,7 +79,7 @@ class _Shared:
 
 
 class _Part(nn.Module):
-    """Stands where one of these maps stood."""
+    """The module in the place of one of these maps."""
 
     def __init__(self, shared: _Shared, number: int) -> None:
         super().__init__()
@@ -90,7 +90,10 @@ class _Part(nn.Module):
 
 
 def freeze_linears(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[FrozenLinear]:
-    """Replaces the linear maps inside `layers`; which ones share an input is found out with a forward of 4 tokens."""
+    """Replaces the linear maps inside `layers`, those with one input by one product, and returns what they became.
+
+    A forward of 4 tokens shows which ones share an input.
+    """
     inside = {id(m): m for layer in layers for m in layer.modules() if type(m) is nn.Linear}
     parents = {
         id(child): (parent, name)
@@ -114,7 +117,7 @@ def freeze_linears(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[
 
 
 def _by_input(model: PreTrainedModel, linears: Sequence[nn.Linear]) -> list[list[nn.Linear]]:
-    """In the order of their calls; neighbours with the same input together."""
+    """Returns the maps in the order of their calls, neighbours with the same input together."""
     calls: list[tuple[nn.Linear, torch.Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""From a configuration to a model: its class, its sizes, and its weights, which must be those it computes with."""
+"""Models of a configuration: class, sizes, and weights, which must be those that the model computes with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers import (
 
 from engine.errors import UserError, first_line
 from engine.hub.config import load_config
-from engine.hub.files import not_readable, quiet, safely, stored_tensors, weights_fingerprint, where
+from engine.hub.files import lookup, quiet, safety, stored_tensors, unreadable, weights_fingerprint
 from engine.models.shape import ModelShape
 from engine.models.windows import has_windows, windows_of
 from engine.records.fingerprints import digest
@@ -60,8 +60,8 @@ class Difference:
         return (*self.missing, *self.other_shape)
 
     @classmethod
-    def of(cls, info: dict[str, Any]) -> Difference:
-        """From the loading info of transformers."""
+    def from_loading_info(cls, info: dict[str, Any]) -> Difference:
+        """Reads the loading info of transformers."""
         shapes = {
             str(name): f"{name} {tuple(found)} instead of {tuple(own)}" for name, found, own in info["mismatched_keys"]
         }
@@ -80,7 +80,7 @@ class SavedModel:
 
     @classmethod
     def read(cls, key: str, path: str) -> SavedModel:
-        """Reads its config.json. Raises UserError."""
+        """Reads the config.json of the model that setting `key` names. Raises UserError, as `load_config` does."""
         return cls(key, path, load_config(path, key))
 
     def __str__(self) -> str:
@@ -98,8 +98,10 @@ class SavedModel:
 
 
 def shape_of(config: PretrainedConfig, has_mlm_head: bool) -> ModelShape:
-    """The sizes of a model. ALBERT runs `inner_group_num` layers for each that its configuration counts. Raises
-    UserError for one whose layers attend to anything else than all tokens or a window."""
+    """Returns the sizes of a model. ALBERT runs `inner_group_num` layers for each that its configuration counts.
+
+    Raises UserError for one whose layers attend to anything else than all tokens or a window.
+    """
     return ModelShape(
         layers=config.num_hidden_layers * getattr(config, "inner_group_num", 1),
         width=config.hidden_size,
@@ -117,7 +119,7 @@ def _windows_of(settings: str, model_type: str) -> tuple[int | None, ...]:
 
 
 def model_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
-    """The Auto class' choice for this configuration. Raises UserError when there is none."""
+    """Returns the class that the Auto class chooses for this configuration. Raises UserError when there is none."""
     auto, what = AUTO_CLASSES[head]
     try:
         chosen: Any = auto._model_mapping[type(config)]
@@ -128,13 +130,14 @@ def model_class(config: PretrainedConfig, head: Head) -> type[PreTrainedModel]:
 
 
 def init_arguments(config: PretrainedConfig, head: Head) -> dict[str, Any]:
-    """Constructor arguments that leave out an optional pooler: no loss uses it, and it would get no gradient."""
+    """Returns constructor arguments that leave out an optional pooler: no loss uses it, and it would get no
+    gradient."""
     parameters = inspect.signature(model_class(config, head).__init__).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
 
 
 def skeleton(config: PretrainedConfig, head: Head) -> PreTrainedModel:
-    """The model without storage (meta device), to ask it for names and sizes."""
+    """Returns the model without storage (meta device), to ask it for names and sizes."""
     with torch.device("meta"), quiet():
         return model_class(config, head)(config, **init_arguments(config, head))
 
@@ -142,14 +145,16 @@ def skeleton(config: PretrainedConfig, head: Head) -> PreTrainedModel:
 def load_model(
     path: str, *, key: str, config: PretrainedConfig, head: Head, dtype: torch.dtype, **arguments: Any
 ) -> tuple[PreTrainedModel, Difference]:
-    """The model on the CPU, and what its checkpoint lacks or has too much. Raises UserError when it cannot be read, or
-    holds numbers that are not finite."""
+    """Returns the model on the CPU, and what its checkpoint lacks or has too much.
+
+    Raises UserError for a checkpoint that cannot be read, or holds numbers that are not finite.
+    """
     stored_tensors(path, key)  # refuses a pickle, and files that are not whole
     try:
         with quiet():
-            model, info = _from_pretrained(path, config, head, dtype=dtype, **where(path), **safely(), **arguments)
+            model, info = _from_pretrained(path, config, head, dtype=dtype, **lookup(path), **safety(), **arguments)
     except Exception as error:  # of transformers, safetensors, pickle, and of packages that they import late
-        raise not_readable(path, key, "weights", error) from None
+        raise unreadable(path, key, "weights", error) from None
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise UserError(
@@ -157,13 +162,13 @@ def load_model(
                 "be computed; name a checkpoint from before they were"
             )
     if head == "mlm" and not _is_tied(model):
-        _tie_or_say(model)
-    return model, Difference.of(info)
+        _settle_tie(model)
+    return model, Difference.from_loading_info(info)
 
 
-def _tie_or_say(model: PreTrainedModel) -> None:
-    """Makes the configuration right about a file that holds two matrices, whatever it says; two that are the same are
-    tied, as newer versions of transformers do."""
+def _settle_tie(model: PreTrainedModel) -> None:
+    """Makes the configuration of a model whose file holds two matrices say so; two that are the same are tied."""
+    # until transformers > 5.23: it loads both, and lets the configuration say that they are tied
     output: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
     if output is not None and model.config.tie_word_embeddings and torch.equal(output.weight, embeddings.weight):
@@ -173,27 +178,27 @@ def _tie_or_say(model: PreTrainedModel) -> None:
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output matrix is the word embeddings."""
+    """Tells whether the output matrix is the word embeddings."""
     output = model.get_output_embeddings()
     return output is not None and output.weight is model.get_input_embeddings().weight
 
 
 def compare(path: str, *, key: str, config: PretrainedConfig, head: Head) -> Difference:
-    """What the checkpoint of `path` and the model of `config` have not in common, without reading a tensor: tensors
-    that repeat one zero stand for those of the file. Raises UserError when its names cannot be read, or when no model
-    can be built from the configuration."""
+    """Returns what the checkpoint of `path` and the model of `config` have not in common, without reading a tensor:
+    tensors that repeat one zero stand for those of the file. Raises UserError when its names cannot be read, or when no
+    model can be built from the configuration."""
     state = {name: torch.zeros(()).expand(shape) for name, shape in stored_tensors(path, key).items()}
     try:
         with torch.random.fork_rng(devices=[]), quiet():
             _, info = _from_pretrained(None, config, head, state_dict=state)
     except ImportError as error:
-        raise not_readable(path, key, "model", error) from None
+        raise unreadable(path, key, "model", error) from None
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"{key}={path!r}: no model can be built from its config.json ({why}); correct it, or copy it again"
         ) from None
-    return Difference.of(info)
+    return Difference.from_loading_info(info)
 
 
 def _from_pretrained(path: str | None, config: PretrainedConfig, head: Head, **arguments: Any) -> Any:
@@ -209,7 +214,8 @@ def load_backbone(
     head: Head = "none",
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model with its weights on the CPU, without pooler. `config` may ask for fewer layers than the file holds.
+    """Returns the model with its weights on the CPU, without pooler. `config` may ask for fewer layers than the file
+    holds.
 
     Raises UserError when a weight that the model needs is missing from the file or has another shape.
     """
@@ -219,7 +225,7 @@ def load_backbone(
 
 
 def require_tensors(absent: Sequence[str], *, path: str, key: str, head: Head = "none") -> None:
-    """Raises UserError when there are any that the checkpoint lacks, or has in another shape."""
+    """Raises UserError when there are any tensors that the checkpoint lacks, or has in another shape."""
     if absent:
         raise UserError(
             f"{key}={path!r}: {len(absent)} weights are missing from the file or have another shape, "
@@ -274,7 +280,7 @@ def _refuse_wrapper(stored: Iterable[str], endings: Iterable[str], *, path: str,
 
 
 def has_head(path: str, *, key: str, config: PretrainedConfig, head: Head) -> bool:
-    """Whether the checkpoint holds a complete head of this kind."""
+    """Tells whether the checkpoint holds a complete head of this kind."""
     try:
         prefix = f"{model_class(config, head).base_model_prefix}."
     except UserError:

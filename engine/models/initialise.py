@@ -49,7 +49,11 @@ NARROWABLE = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 
 
 def resolve_init(text: str, M: int, N: int, hidden_map: LayerMapping | None) -> tuple[int, ...]:
-    """The teacher layer (1..N) that each of M student layers starts from; 0 = random."""
+    """Returns the teacher layer (1..N) that each of M student layers starts from; 0 = random.
+
+    hidden_map: what `mapping` stands for. Raises UserError, naming student.init, for a text that is none of NAMES and
+    no list of layers.
+    """
     if text == "random":
         return (0,) * M
     if text == "mapping":
@@ -66,7 +70,7 @@ def resolve_init(text: str, M: int, N: int, hidden_map: LayerMapping | None) -> 
 
 
 def evenly_spaced(count: int, out_of: int) -> torch.Tensor:
-    """(count,) int64 indices into `out_of` units."""
+    """Returns (count,) int64 indices into `out_of` units."""
     if out_of % count == 0:
         return torch.arange(count) * (out_of // count)
     # a grid from the first to the last unit, halves up, in integers (floats would round ties by the platform)
@@ -82,13 +86,14 @@ class Widths:
     intermediate: int
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Widths:
+    def from_config(cls, config: PretrainedConfig) -> Widths:
         hidden, heads = config.hidden_size, config.num_attention_heads
         return cls(hidden, getattr(config, "embedding_size", hidden), heads, hidden // heads, intermediate_size(config))
 
 
 def intermediate_size(config: PretrainedConfig) -> int:
-    """Width of the feed-forward layer (DistilBERT calls it hidden_dim)."""
+    """Returns the width of the feed-forward layer (DistilBERT calls it hidden_dim). Raises UserError where it has no
+    name."""
     width = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None)
     if width is None:
         raise UserError(f"model type {config.model_type!r}: its configuration names no width of the feed-forward layer")
@@ -99,7 +104,7 @@ class Selection:
     """Which units of each teacher width the student takes. Raises UserError where there is no such choice."""
 
     def __init__(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
-        narrow, wide = Widths.of(student), Widths.of(teacher)
+        narrow, wide = Widths.from_config(student), Widths.from_config(teacher)
         self.same = narrow == wide
         if self.same:
             return
@@ -131,7 +136,8 @@ class Selection:
         }
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The student's part of the teacher's tensor `name` (as in a state dict)."""
+        """Returns the student's part of the teacher's tensor `name` (as in a state dict): fewer indices in each
+        axis."""
         if self.same:
             return tensor
         module = name.rpartition(".")[0]
@@ -181,7 +187,8 @@ def copy_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, source
 
 
 def _copy_state(student: nn.Module, teacher: nn.Module, origin: dict[str, str | None], select: Selection) -> None:
-    """origin: path of a student layer -> path of the teacher layer it starts from, or None."""
+    """Overwrites the student's tensors. origin: path of a student layer -> path of the teacher layer it starts from, or
+    None."""
     theirs = teacher.state_dict()
     for name, tensor in student.state_dict().items():
         layer = next((path for path in origin if name.startswith(f"{path}.")), None)

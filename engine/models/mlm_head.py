@@ -28,14 +28,15 @@ class MlmHead:
         return len(self.hidden)
 
     def __call__(self, use: Callable[[Head], Result]) -> Result:
-        """Inside a call of the output matrix's module, for whose time ZeRO-3 gathers its weights."""
+        """Returns what `use` makes of the Head, inside a call of the output matrix's module: ZeRO-3 gathers its weights
+        for the time of that call."""
         decoder = self.decoder
         with _forward(decoder, lambda hidden: use(Head(hidden, decoder.weight, decoder.bias))):
             result: Result = decoder(self.hidden)
         return result
 
     def logits(self) -> torch.Tensor:
-        """(P, V)"""
+        """Returns the (P, V) logits."""
         return self(lambda head: head.logits(slice(None)))
 
 
@@ -58,7 +59,7 @@ class WholeLogits:
 
 
 def output_matrix(model: PreTrainedModel) -> nn.Linear | None:
-    """The module that turns hidden states into logits, if it is one matrix, and all that is done to them
+    """Returns the module that turns hidden states into logits, if it is one matrix, and all that is done to them
     (`check_output_matrix`)."""
     decoder = model.get_output_embeddings()
     return decoder if isinstance(decoder, nn.Linear) and getattr(decoder, _IS_ALL, False) else None
@@ -68,8 +69,11 @@ _IS_ALL = "mapdistill_makes_the_logits"
 
 
 def check_output_matrix(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Once, before anything is sharded: whether the matrix applied to its inputs gives what the model gives.
-    (MobileBERT multiplies by the weights itself; others may scale or cap logits.)"""
+    """Notes on the model whether the matrix applied to its inputs gives what the model gives; before anything is
+    sharded.
+
+    MobileBERT multiplies by the weights itself; others may scale or cap logits. ids: (1, L) int64.
+    """
     decoder = model.get_output_embeddings()
     if not isinstance(decoder, nn.Linear):
         return
@@ -84,14 +88,14 @@ def check_output_matrix(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 @contextmanager
 def without_output_matrix(decoder: nn.Linear) -> Iterator[None]:
-    """The model's "logits" are the matrix's inputs."""
+    """Makes the model's "logits" the inputs of the matrix, for the time of the context."""
     with _forward(decoder, lambda hidden: hidden):
         yield
 
 
 @contextmanager
 def _forward(module: nn.Module, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
-    """Another forward for the time of the context; its hooks stay."""
+    """Gives a module another forward for the time of the context; its hooks stay."""
     assert "forward" not in vars(module)
     module.forward = function
     try:

@@ -14,7 +14,7 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class Moments:
-    """Of states X (n, D_s) and targets Y (n, D_t) at the same n tokens; all float64, on the CPU."""
+    """Sums over states X (n, D_s) and targets Y (n, D_t) at the same n tokens; all float64, on the CPU."""
 
     tokens: int
     x: torch.Tensor
@@ -29,8 +29,8 @@ class Moments:
     """(D_t,) sum of the squares of Y"""
 
     @classmethod
-    def of(cls, states: torch.Tensor, targets: torch.Tensor) -> Moments:
-        """states (n, D_s), targets (n, D_t), of any dtype and device."""
+    def from_states(cls, states: torch.Tensor, targets: torch.Tensor) -> Moments:
+        """Sums up states (n, D_s) and targets (n, D_t), of any dtype and device."""
         x, y = (tensor.detach().to("cpu", torch.float64) for tensor in (states, targets))
         return cls(len(x), x.sum(0), y.sum(0), x.t() @ x, x.t() @ y, y.square().sum(0))
 
@@ -44,18 +44,18 @@ class Moments:
             self.yy + other.yy,
         )
 
-    def of_targets(self, columns: slice) -> Moments:
+    def select_targets(self, columns: slice) -> Moments:
         """Returns those of the same states and of these columns of Y alone."""
         return replace(self, y=self.y[columns], xy=self.xy[:, columns], yy=self.yy[columns])
 
     @property
     def variance(self) -> float:
-        """Of Y about its mean, averaged over its dimensions."""
+        """Variance of Y about its mean, averaged over its dimensions."""
         n = self.tokens
         return (float(self.yy.sum()) / n - float((self.y / n).square().sum())) / len(self.y)
 
     def mse(self, fitted: LinearMap) -> float:
-        """Mean over tokens and dimensions of (W x + b - y)^2."""
+        """Returns the mean over tokens and dimensions of (W x + b - y)^2."""
         weight, n = fitted.weight, self.tokens
         bias = torch.zeros_like(self.y) if fitted.bias is None else fitted.bias
         squares = float(((weight @ self.xx) * weight).sum()) + float(self.yy.sum()) + n * float(bias.square().sum())
@@ -63,27 +63,27 @@ class Moments:
         return (squares + 2.0 * products) / (n * len(self.y))
 
     def explained(self, fitted: LinearMap) -> float:
-        """R^2: the share of the targets' variance that the map explains (negative where the mean is better)."""
+        """Returns R^2: the share of the targets' variance that the map explains (negative where the mean is better)."""
         return 1.0 - self.mse(fitted) / self.variance
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """y = W x + b"""
+    """A linear map y = W x + b."""
 
     weight: torch.Tensor
     """(D_t, D_s) float64"""
     bias: torch.Tensor | None
     """(D_t,) float64"""
 
-    def of_targets(self, rows: slice) -> LinearMap:
+    def select_targets(self, rows: slice) -> LinearMap:
         """Returns what it says of these dimensions of y alone."""
         return LinearMap(self.weight[rows], None if self.bias is None else self.bias[rows])
 
 
 def fit(pairs: Sequence[Moments], weights: Sequence[float], *, bias: bool) -> LinearMap:
-    """The one map that minimises sum_p weight_p * MSE_p + lambda |W|^2 (ridge regression, Hoerl and Kennard 1970), by
-    the normal equations in float64. lambda is relative to the states (RIDGE); a bias is not held back."""
+    """Returns the one map that minimises sum_p weight_p * MSE_p + lambda |W|^2 (ridge regression, Hoerl and Kennard
+    1970), by the normal equations in float64. lambda is relative to the states (RIDGE); a bias is not held back."""
     width = len(pairs[0].x)
     shares = [weight / pair.tokens for pair, weight in zip(pairs, weights, strict=True)]
     xx = sum((share * pair.xx for pair, share in zip(pairs, shares, strict=True)), torch.zeros(()))

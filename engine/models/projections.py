@@ -28,7 +28,7 @@ def check_projection(kind: str | None, *, student_width: int, teacher_width: int
 
 
 def linear_name(kind: str, layer: int) -> str:
-    """The name of the linear map that serves hidden state `layer` (0 = embeddings)."""
+    """Returns the name of the linear map that serves hidden state `layer` (0 = embeddings)."""
     if kind == "single":
         return "all"
     if layer == EMBEDDINGS:
@@ -40,7 +40,7 @@ UsesWeights = Callable[[torch.Tensor, torch.Tensor | None], Any]
 
 
 class _Projection(nn.Linear):
-    """Initialised inside the constructor: under ZeRO-3 the weight is sharded as soon as that returns."""
+    """A linear map that is initialised inside its constructor: under ZeRO-3 the weight is sharded when that returns."""
 
     def reset_parameters(self) -> None:
         # Variance 1 / fan-in (LeCun et al. 1998, Efficient BackProp): a hidden state keeps its root mean square
@@ -50,8 +50,8 @@ class _Projection(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: torch.Tensor | UsesWeights) -> Any:
-        """Of a hidden state: its projection. Of a function: what that makes of weight and bias, which ZeRO-3 gathers
-        for the time of this call."""
+        """Returns the (…, D_t) projection of a hidden state (…, D_s); for a function, what that makes of weight and
+        bias, which ZeRO-3 gathers for the time of this call."""
         if callable(hidden) and not isinstance(hidden, torch.Tensor):
             return hidden(self.weight, self.bias)
         # A 16-bit hidden state meets a float32 weight when only the projections keep full precision.
@@ -88,7 +88,7 @@ class Projections(nn.Module):
                 self.linears[name] = _Projection(student_width, teacher_width, bias=config.resolved_projection_bias)
 
     def _linear(self, layer: int) -> nn.Module | None:
-        """The map of hidden state `layer`; None for the identity."""
+        """Returns the map of hidden state `layer`; None for the identity. Raises KeyError for a layer that has none."""
         if layer not in self.layers:
             raise KeyError(f"no projection was made for hidden state {layer}, only for {sorted(self.layers)}")
         return None if self.kind == "identity" else self.linears[linear_name(self.kind, layer)]
@@ -102,7 +102,7 @@ class Projections(nn.Module):
         return any(linear.bias is not None for linear in self.linears.values())
 
     def as_map(self, layer: int) -> LinearMap:
-        """What it computes of hidden state `layer` now, before DeepSpeed shards it."""
+        """Returns the map of hidden state `layer` as it is now, before DeepSpeed shards it."""
         linear = self._linear(layer)
         if linear is None:
             return LinearMap(torch.eye(self._width, dtype=torch.float64), None)
@@ -121,7 +121,7 @@ class Projections(nn.Module):
                 linear.bias.copy_(found.bias)
 
     def sharing(self, layers: Mapping[str, int]) -> list[list[str]]:
-        """The names of hidden states, grouped by the map that they share."""
+        """Returns the names of hidden states, grouped by the map that they share. layers: name -> hidden state."""
         groups: dict[str, list[str]] = {}
         for name, layer in layers.items():
             groups.setdefault("" if self.kind == "identity" else linear_name(self.kind, layer), []).append(name)

@@ -23,18 +23,18 @@ class ModelShape:
     """How many tokens to each side each layer attends to, None: to all; empty: all layers to all."""
 
     def window(self, layer: int) -> int | None:
-        """Returns that of a layer, counted from 1."""
+        """Returns the window of a layer, counted from 1."""
         return self.windows[layer - 1] if self.windows else None
 
 
 def forward_flops_per_token(
     model: PreTrainedModel, shape: ModelShape, seq_len: int, *, head_share: float = 1.0
 ) -> float:
-    """FLOPs of one forward per token at `seq_len` tokens per sequence, an addition and a multiplication counted as two:
-    2 for each weight of a Linear layer (once for each call: ALBERT shares its layers), plus 4 * seq_len * width per
-    layer for Q K^T and the weighted sum of V. Norms, softmax and look-ups are left out; sliding windows count in full.
-    `shape.layers`: the layers that the model runs. head_share: the share of tokens that go through the MLM head.
-    Call it before ZeRO-3 shards the weights: their sizes are 0 afterwards.
+    """Returns the FLOPs of one forward per token at `seq_len` tokens per sequence, an addition and a multiplication
+    counted as two: 2 for each weight of a Linear layer (once for each call: ALBERT shares its layers), plus 4 * seq_len
+    * width per layer for Q K^T and the weighted sum of V. Norms, softmax and look-ups are left out; sliding windows
+    count in full. `shape.layers`: the layers that the model runs. head_share: the share of tokens that go through the
+    MLM head. Call it before ZeRO-3 shards the weights: their sizes are 0 afterwards.
     """
     body = {id(module) for module in model.base_model.modules()}
     modules = layer_modules(model)

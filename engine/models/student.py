@@ -14,16 +14,9 @@ from engine.errors import UserError
 from engine.hub.files import quiet
 from engine.mapping import LayerMapping, round_half_up
 from engine.models.apex import require_fused_layer_norm
-from engine.models.capture import install
-from engine.models.hub import (
-    Head,
-    SavedModel,
-    init_arguments,
-    load_backbone,
-    model_class,
-    shape_of,
-)
+from engine.models.hub import Head, SavedModel, init_arguments, load_backbone, model_class, shape_of
 from engine.models.initialise import copy_from_teacher, intermediate_size, resolve_init
+from engine.models.install import install
 from engine.models.shape import ModelShape
 
 DROPOUTS = (
@@ -73,7 +66,7 @@ def build_student_config(
         values["num_hidden_groups"] = min(values["num_hidden_groups"], layers // inner)
     if values.get("layer_types"):
         types = values["layer_types"]
-        values["layer_types"] = [types[g - 1] for g in like_layers(sources or (0,) * layers, len(types))]
+        values["layer_types"] = [types[g - 1] for g in pattern_layers(sources or (0,) * layers, len(types))]
     values.update({name: cfg.dropout for name in DROPOUTS if name in values})
     with quiet():
         return type(teacher_config).from_dict(values)
@@ -108,8 +101,8 @@ def _check_heads(hidden: int, heads: int, teacher_config: PretrainedConfig) -> N
 
 
 def _attention_widths(values: dict[str, Any], teacher: ModelShape, hidden: int, heads: int) -> dict[str, int]:
-    """What some configurations write out (EuroBERT, Nomic BERT): the width of a head, and the number of key and value
-    heads, of which each serves as many query heads as in the teacher. Raises UserError where that cannot be."""
+    """Returns what some configurations write out (EuroBERT, Nomic BERT): the width of a head, and the number of key and
+    value heads, of which each serves as many query heads as in the teacher. Raises UserError where that cannot be."""
     found = {}
     if values.get("head_dim") == teacher.width // teacher.heads:
         found["head_dim"] = hidden // heads
@@ -124,7 +117,7 @@ def _attention_widths(values: dict[str, Any], teacher: ModelShape, hidden: int, 
     return found
 
 
-def like_layers(sources: tuple[int, ...], teacher_layers: int) -> tuple[int, ...]:
+def pattern_layers(sources: tuple[int, ...], teacher_layers: int) -> tuple[int, ...]:
     """Returns the teacher layer whose kind (sliding or full attention) each student layer has: its source, else that of
     the teacher's pattern from the bottom."""
     return tuple(g or m % teacher_layers + 1 for m, g in enumerate(sources))
@@ -147,7 +140,7 @@ def build_student(
     embeddings). The caller's random state is untouched.
     """
     if given is not None:
-        student = _loaded(given, with_dropout(given.config, cfg.dropout), with_mlm_head, seed)
+        student = _load_given(given, with_dropout(given.config, cfg.dropout), with_mlm_head, seed)
     else:
         init = cfg.init or "random"
         shape = shape_of(teacher.config, has_mlm_head=False)
@@ -166,14 +159,14 @@ def build_student(
 
 
 def new_model(config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTrainedModel:
-    """A model with random weights that depend on the configuration and the seed alone."""
+    """Returns a model with random weights that depend on the configuration and the seed alone."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         head: Head = "mlm" if with_mlm_head else "none"
         return model_class(config, head)(config, **init_arguments(config, head))
 
 
-def _loaded(given: SavedModel, config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTrainedModel:
+def _load_given(given: SavedModel, config: PretrainedConfig, with_mlm_head: bool, seed: int) -> PreTrainedModel:
     if not with_mlm_head or given.has_mlm_head:
         return load_backbone(given.path, key=given.key, config=config, head="mlm" if with_mlm_head else "none")
     student = new_model(config, with_mlm_head, seed)

@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from engine.data.batch import Batch
-from engine.models.capture import capture, install, layer_modules, runs_unpadded
+from engine.models.capture import capture, layer_modules
 from engine.models.features import Features, Wanted
 from engine.models.frozen_linear import FrozenLinear, can_pack, freeze_linears
 from engine.models.hub import Head, SavedModel, load_backbone, shape_of, skeleton
+from engine.models.install import install, runs_unpadded
 from engine.models.shape import ModelShape, forward_flops_per_token
 
 Shard = Callable[[PreTrainedModel, torch.dtype, torch.device], nn.Module]
@@ -22,7 +23,8 @@ Shard = Callable[[PreTrainedModel, torch.dtype, torch.device], nn.Module]
 
 
 class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard, train or save it with the student
-    """Call it with a batch to get the features that `wanted` names. Create it with `load`."""
+    """A frozen model that is called with a batch and returns the features that `wanted` names. Create it with
+    `load`."""
 
     def __init__(
         self,
@@ -35,7 +37,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         unpadded: bool = False,
     ) -> None:
         self.shape: ModelShape = shape_of(full_config, wanted.logits)
-        """Of the whole teacher, however few of its layers are loaded."""
+        """Sizes of the whole teacher, however few of its layers are loaded."""
         self.wanted = wanted
         self.parameters_count = _count(model)
         """Parameters that are loaded (over all ranks)."""
@@ -49,7 +51,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
             shard is None and not wanted.whole and (wanted.deepest < self.shape.layers or within is not None)
         )
         self.layers_run = (wanted.deepest if within is None else within - 1) if self._stop_early else self.layers_loaded
-        """Whole layers; after them it may still compute queries, keys and values."""
+        """Number of whole layers that run; after them it may still compute queries, keys and values."""
         run = replace(self.shape, layers=self.layers_run)
         projections = 6.0 * self.shape.width**2 if self._stop_early and within is not None else 0.0
         # before sharding, which empties the weights
@@ -111,11 +113,12 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
         return self._model.dtype
 
     def flops_per_token(self, seq_len: int, *, head_share: float = 1.0) -> float:
-        """Analytic FLOPs of one forward per token; see `forward_flops_per_token`. Only the layers that run count."""
+        """Returns the analytic FLOPs of one forward per token; see `forward_flops_per_token`. Only the layers that run
+        count."""
         return self._body_flops + head_share * self._head_flops + 4.0 * seq_len * self.shape.width * self.layers_run
 
     def resident_bytes(self) -> int:
-        """Bytes of parameters that this rank holds between forwards."""
+        """Returns the bytes of parameters that this rank holds between forwards."""
         held = (getattr(p, "ds_tensor", None) for p in self._model.parameters())
         shards = sum(t.numel() * t.element_size() for t in held if t is not None and t.numel())
         packed = sum(linear.bytes for linear in self._frozen)
@@ -123,7 +126,7 @@ class FrozenTeacher:  # deliberately not an nn.Module: DeepSpeed must not shard,
 
 
 def truncated_config(config: PretrainedConfig, deepest: int) -> PretrainedConfig:
-    """The configuration of the first `deepest` layers (at least one), so that the others are not even loaded.
+    """Returns the configuration of the first `deepest` layers (at least one): the others are then not even loaded.
 
     The result says `tie_last_hidden_states=False`: its last hidden state is an inner one of the whole model, before
     any final norm. Unchanged where the number of layers decides what a layer is (ALBERT with several groups).

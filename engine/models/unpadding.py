@@ -1,5 +1,5 @@
-"""Runs an encoder's layers without the pads of its batch: their hidden states go before the first layer and come back
-after the last, so that embeddings, positions and heads see padded batches as always.
+"""Forward passes of an encoder's layers without the pads of their batch: hidden states go before the first layer and
+come back after the last, so that embeddings, positions and heads see padded batches as always.
 
 The attention mask is what every layer of every encoder hands on to its attention function, also when a checkpointed
 layer is run again in the backward pass. So a packed forward's mask is a list of the sequences' lengths (a tensor on the
@@ -37,7 +37,7 @@ _active: ContextVar[Packing | None] = ContextVar("mapdistill_packing", default=N
 
 @contextmanager
 def packing(segments: Segments | None, *, pad_at_end: bool) -> Iterator[None]:
-    """Forward passes inside run without pads; None: as they are."""
+    """Makes forward passes inside run without pads; None: as they are."""
     token = _active.set(None if segments is None else Packing(segments, pad_at_end))
     try:
         yield
@@ -46,8 +46,8 @@ def packing(segments: Segments | None, *, pad_at_end: bool) -> Iterator[None]:
 
 
 def packed_mask() -> torch.Tensor | None:
-    """In place of an attention mask, (2 + S,) int64: a mark, the number of rows and S lengths. None outside of
-    `packing`."""
+    """Returns what stands in place of an attention mask, (2 + S,) int64: a mark, the number of rows and S lengths. None
+    outside of `packing`."""
     active = _active.get()
     if active is None:
         return None
@@ -56,7 +56,7 @@ def packed_mask() -> torch.Tensor | None:
 
 
 def packing_of(mask: Any) -> Packing | None:
-    """What `packed_mask` says; None for anything else that a layer is given."""
+    """Reads what `packed_mask` has written; None for anything else that a layer is given."""
     if not isinstance(mask, torch.Tensor) or (mask.dim(), mask.dtype, mask.device.type) != (1, torch.int64, "cpu"):
         return None
     mark, *numbers = mask.tolist() or [0]
@@ -67,12 +67,13 @@ def packing_of(mask: Any) -> Packing | None:
 
 
 def install_packing(layers: list[nn.Module]) -> None:
-    """Once per model; layers: in their order. Nothing changes for forwards outside of `packing`."""
+    """Adds the hooks to a model that has none yet. layers: in their order. Forwards outside of `packing` do not
+    change."""
     layers[0].register_forward_pre_hook(_pack, with_kwargs=True)
     layers[-1].register_forward_hook(_pad, with_kwargs=True)
 
 
-def _find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packing | None:
+def _find_packing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packing | None:
     for value in (*args, *kwargs.values()):
         if (found := packing_of(value)) is not None:
             return found
@@ -80,7 +81,7 @@ def _find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packing | None:
 
 
 def _pack(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    found = _find(args, kwargs)
+    found = _find_packing(args, kwargs)
     if found is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -91,7 +92,7 @@ def _pack(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def _pad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    found = _find(args, kwargs)
+    found = _find_packing(args, kwargs)
     hidden = output[0] if isinstance(output, tuple) else output
     if found is None or not found.pad_at_end or not _is_packed(hidden, found.segments):
         return None
@@ -104,5 +105,5 @@ def _is_packed(hidden: torch.Tensor, segments: Segments) -> bool:
 
 
 def without_pads(hidden: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """(1, T, D), whether or not the pads have come back already. T: segments.rows."""
+    """Returns (1, T, D) hidden states, whether or not the pads have come back already. T: segments.rows."""
     return hidden if _is_packed(hidden, segments) else segments.packed(hidden, 1)

@@ -13,20 +13,22 @@ from engine.errors import UserError, first_line
 
 NAME = "mapdistill_windows"
 FURTHEST = 2**16
-"""Tokens to each side up to which is looked."""
+"""Largest window that is looked for, in tokens to each side."""
 NO_WINDOW = -1
 
 
 def has_windows(config: PretrainedConfig) -> bool:
-    """Whether the configuration speaks of layers that do not attend to all tokens."""
+    """Tells whether the configuration speaks of layers that do not attend to all tokens."""
     kinds = getattr(config, "layer_types", None)
     return bool(set(kinds) - {"full_attention"}) if kinds else getattr(config, "sliding_window", None) is not None
 
 
 @torch.no_grad()
 def windows_of(model: PreTrainedModel) -> tuple[int | None, ...]:
-    """Returns how many tokens to each side every layer attends to, None: to all. Of a model without storage (meta
-    device). Raises UserError for a model whose layers attend to anything else than a window."""
+    """Returns how many tokens to each side every layer attends to, None: to all. The model has no storage (meta
+    device).
+
+    Raises UserError for a model whose layers attend to anything else than a window."""
     found: list[int | None] = []
 
     def attention(
@@ -52,13 +54,13 @@ def windows_of(model: PreTrainedModel) -> tuple[int | None, ...]:
 
 
 def _window_in_place_of_mask(*, mask_function: Callable[..., torch.Tensor], **_: Any) -> torch.Tensor:
-    """(1,) int64, which the model hands on to its layers as it would a mask."""
-    here, zero = torch.tensor(FURTHEST), torch.tensor(0)
+    """Returns the window, (1,) int64, which the model hands on to its layers as it would a mask."""
+    query, zero = torch.tensor(FURTHEST), torch.tensor(0)
     keys = torch.arange(2 * FURTHEST + 1)
-    seen, seen_later = (mask_function(zero, zero, here + by, keys + by).expand(keys.shape) for by in (0, 7))
+    seen, seen_later = (mask_function(zero, zero, query + shift, keys + shift).expand(keys.shape) for shift in (0, 7))
     if bool(seen.all()):
         return torch.tensor([NO_WINDOW])
     window = (int(seen.sum()) - 1) // 2
-    if not torch.equal(seen, (keys - here).abs() <= window) or not torch.equal(seen, seen_later):
+    if not torch.equal(seen, (keys - query).abs() <= window) or not torch.equal(seen, seen_later):
         raise ValueError("some attend to the left only, or to parts of the text")
     return torch.tensor([window])

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch.utils.file_baton import FileBaton
 
 from engine.errors import UserError, first_line
-from engine.records.flock import Flock, no_locks, try_flock
+from engine.records.flock import Flock, no_locks_text, try_flock
 
 FOLDER = "TORCH_EXTENSIONS_DIR"
 SIGNS = ("Error building extension", "Unable to JIT load")
@@ -85,7 +85,7 @@ class _Baton(FileBaton):
         acquired = bool(super().try_acquire())
         if not acquired:
             consequence = f"{lock} is waited for: remove it if no process compiles {lock.parent.name}"
-            print(no_locks(lock.parent, consequence), flush=True)
+            print(no_locks_text(lock.parent, consequence), flush=True)
         return acquired
 
     def release(self) -> None:

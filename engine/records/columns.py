@@ -12,8 +12,8 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def labelled(rows: Sequence[tuple[str, str | Sequence[str]]]) -> str:
-    """Aligned `label  text` lines; a list of texts continues under its first line."""
+def labelled_lines(rows: Sequence[tuple[str, str | Sequence[str]]]) -> str:
+    """Returns aligned `label  text` lines; a list of texts continues under its first line."""
     lines = []
     for label, text in rows:
         texts = [text] if isinstance(text, str) else list(text)
@@ -22,8 +22,8 @@ def labelled(rows: Sequence[tuple[str, str | Sequence[str]]]) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
-    """One line a row, cells two blanks apart and aligned to the right, those of the columns `left` to the left. A row
-    of one cell is a line of its own."""
+    """Returns one line for each row: cells two blanks apart and aligned to the right, those of the columns `left` to
+    the left. A row of one cell is a line of its own."""
     wide = [row for row in rows if len(row) > 1]
     widths = [max(len(row[i]) for row in wide) for i in range(len(wide[0]))] if wide else []
     lines = []

@@ -32,11 +32,11 @@ class EventFile:
         self._folder, self._tell = folder, tell
         self._file: AppendFile | None = None
         self._lost = 0
-        self._head = _framed(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._head = _tfrecord(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
         """What must be in the file before any event."""
         if purge_step is not None:
             restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._head += _framed(event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=restart))
+            self._head += _tfrecord(event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=restart))
 
     def scalars(self, points: Mapping[str, float], step: int, *, when: float | None = None) -> None:
         """Writes all of them as one event. when: seconds since 1970; None: now."""
@@ -79,7 +79,7 @@ class EventFile:
                     f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
                 )
                 self._file = AppendFile(self._folder / name)
-            self._file.append(self._head + _framed(event))
+            self._file.append(self._head + _tfrecord(event))
         except OSError as error:
             if not self._lost:
                 self._tell(f"warning: {self._folder} cannot be written ({error.strerror}); going on without curves")
@@ -112,8 +112,8 @@ def _text(name: str, markdown: str) -> Any:
     )
 
 
-def _framed(event: Any) -> bytes:
-    """TFRecord: length, its checksum, the event, its checksum."""
+def _tfrecord(event: Any) -> bytes:
+    """Returns a TFRecord: length, its checksum, the event, its checksum."""
     data: bytes = event.SerializeToString()
     length = struct.pack("<Q", len(data))
     return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))

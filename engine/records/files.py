@@ -63,7 +63,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class AppendFile:
-    """What does not fit on the disk leaves nothing behind, so that the next piece never follows half of one.
+    """A file that grows by whole pieces: one that the disk has no room for leaves nothing behind.
 
     One process writes; several of these may be open on one file, if one thread uses them all.
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; a dataclass inside is as good as a dictionary."""
+    """Returns {"a.b": 1} for {"a": {"b": 1}}; a dataclass inside is as good as a dictionary."""
     flat: dict[str, Any] = {}
     for key, node in tree.items():
         value = asdict(node) if is_dataclass(node) and not isinstance(node, type) else node

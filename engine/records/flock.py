@@ -13,7 +13,7 @@ class Flock(Enum):
     TAKEN = "taken"
     HELD = "held by another process"
     MISSING = "not known to this file system"
-    """As on Lustre, or NFS without its lock service."""
+    """No locks at all, as on Lustre, or NFS without its lock service."""
 
 
 def try_flock(file: IO[bytes] | IO[str] | int) -> Flock:
@@ -33,6 +33,6 @@ def free(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def no_locks(folder: Path, consequence: str) -> str:
+def no_locks_text(folder: Path, consequence: str) -> str:
     """Returns the line that is said where a file system has no such locks and a job goes on without."""
     return f"{folder}: no file locks there, so {consequence}"

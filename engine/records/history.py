@@ -21,7 +21,7 @@ class History:
 
     @classmethod
     def read(cls, path: Path, until: int) -> History:
-        """Of the steps up to `until`: later ones belong to a future that is run again."""
+        """Reads the records of the steps up to `until`: later ones belong to a future that is run again."""
         history = cls()
         for record in read_records(path) if path.is_file() else ():
             if record["kind"] == "step" and record["step"] <= until:

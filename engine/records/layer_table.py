@@ -23,7 +23,7 @@ def layer_name(layer: int) -> str:
 
 
 def layer_cells(row: Sequence[float | None], layer: int, trained: Collection[tuple[int, int]]) -> list[str]:
-    """Of one student layer: `.83*` where the two layers were compared by a loss, `.83` elsewhere."""
+    """Returns the cells of one student layer: `.83*` where the two layers were compared by a loss, `.83` elsewhere."""
     return [_share(value) + ("*" if (layer, n) in trained else "") for n, value in enumerate(row)]
 
 
@@ -35,7 +35,7 @@ def _share(value: float | None) -> str:
 
 
 def layer_text(table: LayerTable, trained: Collection[tuple[int, int]], *, title: str) -> str:
-    """For a terminal: rows are student layers, columns are teacher layers."""
+    """Returns the table for a terminal: rows are student layers, columns are teacher layers."""
     rows = [[CORNER, *(f"{layer_name(n)} " for n in range(len(table[0])))]]
     for layer, row in enumerate(table):
         cells = layer_cells(row, layer, trained)
@@ -44,7 +44,7 @@ def layer_text(table: LayerTable, trained: Collection[tuple[int, int]], *, title
 
 
 def mean_table(tables: Sequence[LayerTable]) -> LayerTable:
-    """Entry by entry, of tables of one size; None where one of them has none."""
+    """Returns the means of each entry over tables of one size; None where one of them has none."""
     return [[_mean(values) for values in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
 
 

@@ -30,7 +30,7 @@ def look_up(pid: int, *, zombies: bool) -> Process | None:
     return Process(pid, session=int(fields[3]), started=int(fields[19]))
 
 
-def running() -> Iterator[Process]:
+def running_processes() -> Iterator[Process]:
     """Yields all that run, without zombies."""
     for name in os.listdir("/proc"):
         if name.isdigit() and (process := look_up(int(name), zombies=False)) is not None:

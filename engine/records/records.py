@@ -33,14 +33,15 @@ def _finite(value: Any) -> Any:
 
 
 def format_record(kind: str, **fields: Any) -> str:
-    """One line without a newline. Raises ValueError for an unknown kind, TypeError for what JSON cannot hold."""
+    """Returns one line without a newline. Raises ValueError for an unknown kind, TypeError for what JSON cannot
+    hold."""
     if kind not in KINDS:
         raise ValueError(f"unknown record kind {kind!r}; known: {', '.join(KINDS)}")
     return SENTINEL + json.dumps({"v": VERSION, "kind": kind, **_finite(fields)}, allow_nan=False, sort_keys=True)
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """The record in `line`, or None. Works behind any prefix (`host: `, colour codes) and with a glued-on tail;
+    """Returns the record in `line`, or None. Works behind any prefix (`host: `, colour codes) and with a glued-on tail;
     a torn line (the writer died half-way) gives None."""
     _, found, payload = line.partition(SENTINEL)
     if not found:
@@ -55,13 +56,14 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All readable records of a log or a records.jsonl, in order."""
+    """Returns all readable records of a log or a records.jsonl, in order."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         return [record for line in lines if (record := parse_record(line)) is not None]
 
 
 def final_result(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The `result` of the last start, or None while (or because) that has none: an older start's does not count."""
+    """Returns the `result` of the last start, or None while (or because) it has none: an older start's does not
+    count."""
     result: dict[str, Any] | None = None
     for record in records:
         if record["kind"] == "result":
@@ -80,7 +82,7 @@ class Stream(Protocol):
 
 
 class RecordWriter:
-    """Writes each record to stdout and appends it to `path`, one `write` each. Rank 0 owns the only one.
+    """The writer of a run's records, to stdout and to `path`, one `write` each. Rank 0 owns the only one.
 
     A record that the disk has no room for leaves no half line. The job goes on; when the file can be written again, a
     record of kind run with status `records_lost` says how many are missing. A `result` is not given up: it is written

@@ -26,7 +26,7 @@ _TAG = re.compile(r"^step-(\d{8,})$")
 
 
 def step_tag(step: int) -> str:
-    """`step-00000100`: the checkpoint folder (DeepSpeed calls it the tag) of optimizer step `step`."""
+    """Returns `step-00000100`: the checkpoint folder (DeepSpeed calls it the tag) of optimizer step `step`."""
     return f"step-{step:08d}"
 
 
@@ -35,7 +35,7 @@ def is_tag(name: str) -> bool:
 
 
 def tag_step(tag: str) -> int:
-    """The optimizer step of a tag. Raises ValueError for anything that is not one."""
+    """Returns the optimizer step of a tag. Raises ValueError for anything that is not one."""
     match = _TAG.match(tag)
     if match is None:
         raise ValueError(f"{tag!r} is not a checkpoint name; it should look like {step_tag(100)!r}")
@@ -43,13 +43,13 @@ def tag_step(tag: str) -> int:
 
 
 def as_yaml(config: Any) -> str:
-    """A configuration dataclass as the YAML that `--config` reads, in the order of its fields."""
+    """Returns a configuration dataclass as the YAML that `--config` reads, in the order of its fields."""
     text: str = yaml.safe_dump(asdict(config), sort_keys=False)
     return text
 
 
 class Tokenizer(Protocol):
-    """What is needed of one of Hugging Face's."""
+    """The part of a Hugging Face tokenizer that is needed here."""
 
     def save_pretrained(self, save_directory: Path, /) -> Any: ...
 
@@ -88,7 +88,7 @@ class RunDir:
 
     @property
     def model(self) -> Path:
-        """Where a fine-tuning exports to; `student` is a distillation's."""
+        """Folder that a fine-tuning exports to; `student` is a distillation's."""
         return self.root / "model"
 
     def require_no_patterns(self) -> None:
@@ -112,7 +112,7 @@ class RunDir:
         that exports take along with the tokenizer's). For rank 0, through
         collectives.from_rank_zero where others wait for it. Raises UserError, too, where another script has a run."""
         own = next((script for name, script in _JOBS.items() if hasattr(config, name)), None)
-        if (other := self._written_by()) not in (None, own):
+        if (other := self._writing_script()) not in (None, own):
             raise UserError(f"output_dir={str(self.root)!r} holds what {other} has written; name another folder")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class RunDir:
             if tokenizer is not None:
                 try:
                     tokenizer.save_pretrained(self.tokenizer)
-                except Exception as error:  # the Rust library has no other for a full disk
+                except Exception as error:  # until tokenizers > 0.23.3: it has no other for a full disk
                     raise OSError(first_line(error)) from None
             if beside_tokenizer is not None:
                 beside_tokenizer(self.tokenizer)
@@ -132,8 +132,8 @@ class RunDir:
                 "name another folder"
             ) from None
 
-    def _written_by(self) -> str | None:
-        """The script that a configuration in this folder is of; None where there is none, or it is not known."""
+    def _writing_script(self) -> str | None:
+        """Returns the script that has written a configuration here; None where there is none, or it is not known."""
         try:
             text = self.config.read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -157,14 +157,10 @@ class RunDir:
         return moved
 
     def complete_tags(self) -> list[str]:
-        """Tags that hold a COMPLETE marker, oldest first. Everything else is the remains of a killed writer."""
+        """Lists the tags that hold a COMPLETE marker, oldest first; the others are what killed writers left."""
         if not self.checkpoints.is_dir():
             return []
         found = [
             entry.name for entry in self.checkpoints.iterdir() if is_tag(entry.name) and (entry / COMPLETE).is_file()
         ]
         return sorted(found, key=tag_step)
-
-    def newest_tag(self) -> str | None:
-        tags = self.complete_tags()
-        return tags[-1] if tags else None

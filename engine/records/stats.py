@@ -42,10 +42,14 @@ class Signal:
 
 
 def signal_ratio(fitness: Mapping[str, Sequence[float] | Mapping[int, float]]) -> Signal | None:
-    """mapping -> its finite fitness, seed by seed: {seed: fitness}, or a sequence whose i-th value is the i-th seed's.
+    """Compares the variance between mappings with that between the seeds of one mapping.
+
+    fitness: mapping -> its finite fitness, seed by seed: {seed: fitness}, or a sequence whose i-th value is the i-th
+    seed's.
 
     The variance of the mapping means is not corrected for the seed noise in it (subtract chance * within for that): a
-    search also ranks by means that hold this noise. None for fewer than two mappings, or no mapping with two seeds.
+    search also ranks by means that hold this noise. Returns None for fewer than two mappings, or no mapping with two
+    seeds.
     """
     table = {mapping: _by_seed(values) for mapping, values in fitness.items()}
     table = {mapping: values for mapping, values in table.items() if values}
@@ -63,7 +67,7 @@ def signal_ratio(fitness: Mapping[str, Sequence[float] | Mapping[int, float]]) -
     weighted = float(np.dot(counts, np.square(means - every.mean()))) / (len(rows) - 1)
     paired_within = None
     if len({frozenset(values) for values in table.values()}) == 1:
-        paired_within = _left_over(np.array(rows), smallest)
+        paired_within = _residual_variance(np.array(rows), smallest)
     return Signal(
         ratio=between / within if within else None,
         between=between,
@@ -79,7 +83,7 @@ def signal_ratio(fitness: Mapping[str, Sequence[float] | Mapping[int, float]]) -
 
 
 def describe(signal: Signal) -> str:
-    """Two lines for the user: the figures, and what to do about them."""
+    """Returns two lines for the user: the figures, and what to do about them."""
     deviations = f"standard deviation {signal.between**0.5:.4f} between {signal.mappings} mappings"
     if signal.ratio is None:
         advice = "Repeats add nothing: proxy.repeats=1 is enough." if signal.between else "Raise proxy.steps."
@@ -104,20 +108,20 @@ def _by_seed(values: Sequence[float] | Mapping[int, float]) -> dict[int, float]:
 
 
 def _variance(squares: float, freedom: int, smallest: float) -> float:
-    """0.0 where only rounding is left."""
+    """Returns the mean square; 0.0 where only rounding is left of it."""
     variance = squares / freedom
     return variance if variance > smallest else 0.0
 
 
-def _left_over(table: Floats, smallest: float) -> float:
-    """(k, n) -> variance of the residuals of the two-way layout without replication."""
+def _residual_variance(table: Floats, smallest: float) -> float:
+    """Returns the variance of the residuals of a (k, n) table: the two-way layout without replication."""
     k, n = table.shape
     residuals = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
     return _variance(float(np.square(residuals).sum()), (k - 1) * (n - 1), smallest)
 
 
 def mean_ranks(values: npt.NDArray[np.floating]) -> Floats:
-    """(n,) -> (n,) ranks from 1 for the smallest; equal values share the mean of theirs."""
+    """Returns the (n,) ranks of (n,) values, from 1 for the smallest; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     ranks: Floats = (last - (counts - 1) / 2)[inverse]
@@ -125,8 +129,8 @@ def mean_ranks(values: npt.NDArray[np.floating]) -> Floats:
 
 
 def rank_correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float | None:
-    """Spearman's coefficient over the keys that both have; equal values get their mean rank. None for fewer than three
-    such keys, or where one side is constant over them."""
+    """Returns Spearman's coefficient over the keys that both have; equal values get their mean rank. None for fewer
+    than three such keys, or where one side is constant over them."""
     common = sorted(a.keys() & b.keys())
     if len(common) < 3:
         return None

@@ -23,17 +23,17 @@ class Surviving:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._lost(error)
+            self._silence(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            self._lost(error)
+            self._silence(error)
 
-    def _lost(self, error: OSError) -> None:
-        """Without a reader, what is still in buffers goes nowhere, and so does what native code writes."""
+    def _silence(self, error: OSError) -> None:
+        """Leads a stream without a reader to nowhere: its buffers, and what native code writes."""
         if error.errno not in (errno.EPIPE, errno.EIO):
             return
         nothing = os.open(os.devnull, os.O_WRONLY)
@@ -45,8 +45,8 @@ class Surviving:
 
 
 def survive_lost_readers() -> None:
-    """From now on, for this process; and what an output's encoding has no character for is shown by its number. A
-    stream that was closed before the start (`>&-`) leads to nowhere."""
+    """Makes the output of this process outlive its readers; what an encoding has no character for is shown by its
+    number. A stream that was closed before the start (`>&-`) leads to nowhere."""
     if isinstance(sys.stdout, Surviving):
         return
     for number, name in enumerate(("stdin", "stdout", "stderr")):

@@ -18,40 +18,42 @@ SEED_DEVIATIONS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScale:
-    """Of one task."""
+    """The scale that the scores of one task are read on."""
 
     start: float
     """Score of the student as it starts, under the uniform mapping."""
     teacher: float
     """Score of the teacher."""
     weight: float = 1.0
-    """In the mean over tasks; 0: the task is reported and does not count."""
+    """Weight in the mean over tasks; 0: the task is reported and does not count."""
 
-    def closed(self, score: float) -> float:
-        """The share of the gap: 0 as at the start, 1 as good as the teacher."""
+    def closed_share(self, score: float) -> float:
+        """Returns the share of the gap that a score closes: 0 as at the start, 1 as good as the teacher."""
         return (score - self.start) / (self.teacher - self.start)
 
 
 Yardstick = Mapping[str, TaskScale]
-"""By task."""
+"""Task -> its scale."""
 
 
-def counted(yardstick: Yardstick) -> list[str]:
-    """The tasks that decide a fitness."""
+def counting_tasks(yardstick: Yardstick) -> list[str]:
+    """Returns the tasks that decide a fitness."""
     return [task for task, scale in yardstick.items() if scale.weight > 0]
 
 
 def fitness_of(scores: Mapping[str, float], yardstick: Yardstick) -> float:
-    """The weighted mean over the tasks that count of the share of the gap that `scores` close; the mean of the raw
-    scores of all tasks of the yardstick where none counts."""
-    tasks = counted(yardstick)
+    """Returns the weighted mean over the tasks that count of the share of the gap that `scores` close; the mean of the
+    raw scores of all tasks of the yardstick where none counts."""
+    tasks = counting_tasks(yardstick)
     if not tasks:
         return fmean(scores[task] for task in yardstick)
     total = sum(yardstick[task].weight for task in tasks)
-    return sum(yardstick[task].weight * yardstick[task].closed(scores[task]) for task in tasks) / total
+    return sum(yardstick[task].weight * yardstick[task].closed_share(scores[task]) for task in tasks) / total
 
 
-def alike(start: Mapping[str, float], teacher: Mapping[str, float], tasks: Collection[str]) -> dict[str, TaskScale]:
+def equal_scales(
+    start: Mapping[str, float], teacher: Mapping[str, float], tasks: Collection[str]
+) -> dict[str, TaskScale]:
     """Returns the yardstick of one job: every one of `tasks` counts alike if the teacher is better at it than the
     untrained student."""
     return {
@@ -61,8 +63,8 @@ def alike(start: Mapping[str, float], teacher: Mapping[str, float], tasks: Colle
 
 
 def describe_yardstick(yardstick: Yardstick) -> str:
-    """What a fitness is, for the user."""
-    tasks = counted(yardstick)
+    """Returns what a fitness is, for the user."""
+    tasks = counting_tasks(yardstick)
     if not tasks:
         return (
             "the mean of the raw scores, which says little: the teacher is not clearly above the untrained student on "
@@ -79,9 +81,11 @@ def describe_yardstick(yardstick: Yardstick) -> str:
 
 
 def beaten_text(scores: Mapping[str, Mapping[str, float]], yardstick: Yardstick) -> str:
-    """One line that says on which tasks no layer mapping makes a better student than no training at all, or than none
-    (the same steps without any mapped layer). scores: genome -> task -> score; empty text where there is nothing to
-    compare."""
+    """Says on which tasks no layer mapping makes a better student than no training at all, or than the mapping `none`
+    (the same steps without any mapped layer), in one line; an empty text where there is nothing to compare.
+
+    scores: genome -> task -> score.
+    """
     none = next((one for genome, one in scores.items() if is_none(genome)), {})
     mapped = {genome: one for genome, one in scores.items() if not is_none(genome)}
     if not mapped:
@@ -101,13 +105,13 @@ def beaten_text(scores: Mapping[str, Mapping[str, float]], yardstick: Yardstick)
 
 
 def is_none(genome: str) -> bool:
-    """Whether a genome maps no layer at all."""
+    """Tells whether a genome maps no layer at all."""
     return not any(digit in "123456789" for digit in genome)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Of one task, over several mappings with several seeds each."""
+    """How far seeds move the scores of one task, over several mappings with several seeds each."""
 
     deviation: float
     """Standard deviation between seeds of one mapping, pooled over mappings."""
@@ -116,7 +120,8 @@ class Noise:
 
 
 def noise_of(scores: Mapping[str, Mapping[int, float]]) -> Noise:
-    """scores: mapping -> seed -> score; at least two mappings with two seeds."""
+    """Returns the noise in one task's scores. scores: mapping -> seed -> score; at least two mappings with two
+    seeds."""
     signal = signal_ratio(scores)
     assert signal is not None, scores
     between = max(0.0, signal.between - signal.chance * signal.within)
@@ -124,7 +129,7 @@ def noise_of(scores: Mapping[str, Mapping[int, float]]) -> Noise:
     return Noise(math.sqrt(signal.within), between / total if total else 0.0)
 
 
-def weighed(yardstick: Yardstick, noise: Mapping[str, Noise]) -> dict[str, TaskScale]:
+def weighted_scales(yardstick: Yardstick, noise: Mapping[str, Noise]) -> dict[str, TaskScale]:
     """Returns the yardstick of a search: a task counts if its gap is larger than SEED_DEVIATIONS, by its reliability;
     all alike where no such task tells mappings apart."""
     wide = {

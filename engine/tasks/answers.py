@@ -9,7 +9,7 @@ from engine.errors import UserError
 from engine.tasks.squad import Answers, SquadSplit
 
 
-def learnable(split: SquadSplit, source: str, *, leave_out: bool) -> tuple[SquadSplit, list[str]]:
+def learnable_answers(split: SquadSplit, source: str, *, leave_out: bool) -> tuple[SquadSplit, list[str]]:
     """Returns a training split with those answers alone that stand at their answer_start, and remarks.
 
     Questions that have answers but none of them at its place are left out and counted with `leave_out`; otherwise one
@@ -56,7 +56,7 @@ def _problem(context: str, golds: Answers) -> str:
 
 
 def scored_remarks(split: SquadSplit, source: str) -> list[str]:
-    """What is odd about answers that are scored against, which need no position."""
+    """Returns what is odd about answers that are scored against, which need no position."""
     assert split.answers is not None, source
     rows = list(zip(split.contexts, split.answers, strict=True))
     empty = sum(bool(golds) and not any(text for _, text in golds) for _, golds in rows)

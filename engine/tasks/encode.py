@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.tasks.load import Split, TaskData
-from engine.tasks.rows import Encoded
+from engine.tasks.load import TaskData
+from engine.tasks.rows import Encoded, Split
 from engine.tasks.specs import TaskSpec
 from engine.tasks.squad import SquadSplit, Windows, encode_squad
 
@@ -29,9 +29,11 @@ def encode_split(
     seq_len: int,
     targets: npt.NDArray[np.int64] | npt.NDArray[np.float32] | None = None,
 ) -> Encoded:
-    """Texts, or pairs of texts, as token ids with the tokenizer's special tokens, at most seq_len of them: of a pair
-    that is too long, the longer text loses tokens first. Token types come with tokenizers whose models take them.
-    `targets` is passed on as it is."""
+    """Returns n texts, or pairs of texts, as token ids with the tokenizer's special tokens, at most seq_len of them.
+
+    A pair that is too long loses tokens of its longer text first. Token types come with tokenizers whose models take
+    them. targets: (n,), passed on as they are.
+    """
     assert second is None or len(second) == len(first), (len(first), len(second or ()))
     assert targets is None or len(targets) == len(first), (len(first), len(targets))
     typed = "token_type_ids" in tokenizer.model_input_names
@@ -61,10 +63,6 @@ def _flat(rows: list[list[int]], dtype: type[np.signedinteger[Any]]) -> npt.NDAr
     return np.fromiter(chain.from_iterable(rows), dtype)
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 @dataclass(frozen=True)
 class EncodedTask:
     spec: TaskSpec
@@ -77,7 +75,7 @@ class EncodedTask:
     pad_id: int
 
     def rows(self, split: str) -> Encoded:
-        """The token ids of a dev or test split."""
+        """Returns the token ids of a dev or test split."""
         part = self.parts[split]
         return part.encoded if isinstance(part, Windows) else part
 
@@ -90,7 +88,8 @@ class EncodedTask:
 def encode_task(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, doc_stride: int = 128
 ) -> EncodedTask:
-    """Raises UserError where windows of a span task would not overlap. The tokenizer must have a pad token."""
+    """Encodes all splits. Raises UserError where windows of a span task would not overlap. The tokenizer must have a
+    pad token."""
     parts: dict[str, Encoded | Windows] = {}
     for name, split in data.splits.items():
         if isinstance(split, SquadSplit):

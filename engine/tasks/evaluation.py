@@ -23,7 +23,8 @@ from engine.train import failures
 from engine.train.trainee import Trainee
 
 Outputs = npt.NDArray[Any] | dict[str, str]
-"""Of a split in the order of its rows: (n, labels) logits or (n, 1) predictions; question id -> answer of a span."""
+"""Outputs for a split, in the order of its rows: (n, labels) logits or (n, 1) predictions; question id -> answer of
+a span task."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ class TaskEvaluation:
     patience: int | None = None
     """Evaluations without a better score after which it is enough; None: never."""
     best: Best = field(default_factory=Best)
-    """With patience the best evaluation, else the last one."""
+    """The best evaluation with patience, else the last one."""
     bad: int = 0
     """Evaluations since the best one."""
 
@@ -68,18 +69,19 @@ class TaskEvaluation:
         return epochs_now > epochs_before
 
     def state(self) -> dict[str, Any]:
-        """`best_step` tells the Checkpointer which checkpoint to keep."""
+        """Returns what a checkpoint keeps; `best_step` says to the Checkpointer which checkpoint must stay."""
         kept = {"score": self.best.score, "step": self.best.step, "metrics": self.best.metrics, "bad": self.bad}
         return {"evaluation": kept, "best_step": self.best.step if self.patience is not None else None}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """From what a checkpoint holds of `state`."""
+        """Continues from the `state` that a checkpoint holds."""
         kept = state["evaluation"]
         self.best = Best(kept["score"], kept["step"], dict(kept["metrics"]))
         self.bad = kept["bad"]
 
     def __call__(self, step: int) -> bool:
-        """Scores the dev splits. With patience: whether they are the best so far (the checkpoint is then kept)."""
+        """Scores the dev splits. Returns with patience whether they are the best so far (the checkpoint is then
+        kept)."""
         trainee = self.trainee
         measured = score_dev(trainee.model, self.task, runtime=trainee.runtime, batch_size=self.batch_size)
         if measured is None:
@@ -95,7 +97,7 @@ class TaskEvaluation:
         return better and self.patience is not None
 
     def _diverged(self, step: int) -> None:
-        """Outputs that are not finite have no score."""
+        """Ends the trainee: outputs that are not finite have no score."""
         if self.trainee.check_weights(step):  # says so itself when they are the reason
             self.trainee.diverged = True
             self.trainee.monitor.report(failures.outputs_not_finite(step))
@@ -147,7 +149,7 @@ def _metrics(task: EncodedTask, name: str, outputs: Outputs) -> dict[str, float]
 
 
 def predict_split(model: Any, task: EncodedTask, name: str, *, runtime: Runtime, batch_size: int) -> Outputs | None:
-    """The outputs of a dev or test split on every rank; None where one of them is not finite. Collective.
+    """Returns the outputs for a dev or test split on every rank; None where one of them is not finite. Collective.
 
     model: TaskModule, or the DeepSpeedModel around one; left in train mode. batch_size: rows per rank and forward.
     """
@@ -166,7 +168,7 @@ def predict_split(model: Any, task: EncodedTask, name: str, *, runtime: Runtime,
 def _outputs(
     model: Any, task: EncodedTask, name: str, runtime: Runtime, batch_size: int
 ) -> list[npt.NDArray[np.float32]]:
-    """Logits of each row: (labels,), or (L, 2) of the real tokens of a span's window."""
+    """Returns the logits of each row: (labels,), or (L, 2) of the real tokens of a span's window."""
     encoded = task.rows(name)
     spans, lengths = task.spec.kind == "span", encoded.lengths
     batches = evaluation_batches(

@@ -28,9 +28,9 @@ def read_rows(
     names = {role: name for role, name in roles.items() if name is not None}
     table = open_table(path, wanted=list(names.values()), headerless=headerless)
     header = table.header
-    at = {role: _find(path, table, name, columns, role) for role, name in names.items()}
+    at = {role: _column_index(path, table, name, columns, role) for role, name in names.items()}
     ids = (one for name in columns.ids for one in header if one.casefold() == name)  # Id, ID
-    ids_at = next((_find(path, table, name, columns, "id") for name in ids), None)
+    ids_at = next((_column_index(path, table, name, columns, "id") for name in ids), None)
     again = [name.casefold() for name in header]
     lines: list[int] = []
     values: dict[str, list[Any]] = {role: [] for role in at}
@@ -111,15 +111,15 @@ def _notes(
     return tuple(notes)
 
 
-def _find(path: Path, table: Table, name: str, columns: Columns, role: str) -> int:
+def _column_index(path: Path, table: Table, name: str, columns: Columns, role: str) -> int:
     header = table.header
     if header.count(name) > 1:
         raise UserError(f"{path}: two columns are named {name!r}; rename one")
     if name in header:
         return header.index(name)
-    others = {columns.first, columns.second, columns.label}
-    near = difflib.get_close_matches(name, [one for one in header if one not in others], n=1)
-    there = ", ".join(repr(one[:40]) for one in header[:20]) or "none"
+    used = {columns.first, columns.second, columns.label}
+    near = difflib.get_close_matches(name, [column for column in header if column not in used], n=1)
+    shown = ", ".join(repr(column[:40]) for column in header[:20]) or "none"
     if columns.setting is None:
         remedy = "give the file of the official download"
     elif near:
@@ -128,7 +128,7 @@ def _find(path: Path, table: Table, name: str, columns: Columns, role: str) -> i
         remedy = f"set {columns.setting}.{role} to one of them, or give a file that has it"
     else:
         remedy = f"set {columns.setting}.{role} to one of them, or add a header line if the file has none"
-    raise UserError(f"{path}: no column {name!r} (its columns: {there}); {remedy}")
+    raise UserError(f"{path}: no column {name!r} (its columns: {shown}); {remedy}")
 
 
 def _wrong_width(path: Path, line: int, found: int, header: list[str]) -> UserError:

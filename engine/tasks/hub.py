@@ -20,7 +20,8 @@ _SHARDS = "*-[0-9]*-of-[0-9]*.parquet"
 
 
 def hub_splits(path: str, config: str | None) -> Splits:
-    """All splits of a hub data set by the hub's names. When the hub cannot be reached, what was loaded before counts.
+    """Returns all splits of a hub data set by the hub's names. When the hub cannot be reached, what was loaded before
+    counts.
 
     Raises UserError that names task.data_dir as the remedy.
     """
@@ -42,12 +43,12 @@ def hub_splits(path: str, config: str | None) -> Splits:
 
 
 def holds_splits(folder: Path) -> bool:
-    """Whether all splits of a data set lie in this folder, as save_to_disk or the hub's repository has them."""
+    """Tells whether all splits of a data set lie in this folder, as save_to_disk or the hub's repository has them."""
     return is_saved_dataset(folder) or any(folder.glob(_SHARDS))
 
 
 def saved_splits(folder: Path) -> Splits:
-    """All splits of such a folder, by the hub's names."""
+    """Returns all splits of such a folder, by the hub's names. Raises UserError for one that cannot be read."""
     import datasets
 
     try:
@@ -73,7 +74,7 @@ def _cloned_splits(folder: Path) -> DatasetDict:
 
 
 def hub_split_name(name: str) -> str:
-    """The hub's name of our split: dev_matched is validation_matched there."""
+    """Returns the hub's name of our split: dev_matched is validation_matched there."""
     return name.replace("dev", "validation")
 
 
@@ -88,39 +89,40 @@ def find_split(splits: Splits, name: str, source: str) -> Dataset:
 
 
 def hub_rows(data: Dataset, source: str, columns: Columns, *, spec: TaskSpec, labelled: bool) -> Rows:
-    """The rows of one split, as read_rows gives those of a file: classes by name, not by index. Unless `labelled`,
-    labels are not read. Raises UserError.
+    """Returns the rows of one split, as read_rows gives those of a file: classes by name, not by index.
+
+    Unless `labelled`, labels are not read. Raises UserError for columns or classes that are not the hub's.
     """
-    wanted = [columns.first, columns.second, columns.label if labelled else None]
-    names = [name for name in wanted if name is not None]
+    texts_and_label = [columns.first, columns.second, columns.label if labelled else None]
+    names = [name for name in texts_and_label if name is not None]
     for name in names:
         if name not in data.column_names:
-            there = ", ".join(map(repr, data.column_names))
-            raise UserError(f"{source}: no column {name!r} (its columns: {there}); save the hub's data set unchanged")
+            known = ", ".join(map(repr, data.column_names))
+            raise UserError(f"{source}: no column {name!r} (its columns: {known}); save the hub's data set unchanged")
     if len(data) == 0:
         raise UserError(f"{source}: has no rows; save the hub's data set unchanged")
     ids = next((name for name in columns.ids if name in data.column_names), None)
     values = data.select_columns([*dict.fromkeys([*names, *([ids] if ids else [])])]).to_dict()
-    for name in filter(None, wanted[:2]):
+    for name in filter(None, texts_and_label[:2]):
         for row, value in enumerate(values[name], start=1):
             if not isinstance(value, str):
                 raise UserError(f"{source}:{row}: {name!r} is {value!r}, not text; save the hub's data set unchanged")
-    given = values[columns.label] if labelled else None
-    if given is not None and spec.labels:
-        given = _named(given, data.features[columns.label], source, spec)
+    labels = values[columns.label] if labelled else None
+    if labels is not None and spec.labels:
+        labels = _label_names(labels, data.features[columns.label], source, spec)
     return Rows(
         source=source,
         lines=range(1, len(data) + 1),
         first=values[columns.first],
         second=None if columns.second is None else values[columns.second],
-        labels=given,
+        labels=labels,
         ids=[str(value) for value in (values[ids] if ids else range(len(data)))],
     )
 
 
-def _named(given: list[Any], feature: Any, source: str, spec: TaskSpec) -> list[Any]:
-    """Label names instead of indices, of which a copy may have another order; what is no index stays, and is reported
-    as an unknown label."""
+def _label_names(given: list[Any], feature: Any, source: str, spec: TaskSpec) -> list[Any]:
+    """Returns label names instead of indices, of which a copy may have another order; what is no index stays, and is
+    reported as an unknown label."""
     names: Any = getattr(feature, "names", None)
     by_index = spec.labels if names is None else label_meanings(names, spec)
     if by_index is None:

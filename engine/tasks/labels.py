@@ -27,7 +27,7 @@ UNLABELLED = frozenset(
 """What people and tools write where there is no gold label, in any case; they write dashes and question marks, too."""
 
 
-def with_gold_labels(rows: Rows, spec: TaskSpec, *, leave_out: bool, setting: str | None) -> Rows:
+def gold_rows(rows: Rows, spec: TaskSpec, *, leave_out: bool, setting: str | None) -> Rows:
     """Returns the rows that have a gold label. A label that the task names is one, whatever it looks like.
 
     leave_out: leave out and count the others. Otherwise one of them raises UserError. setting: section of a custom
@@ -38,7 +38,7 @@ def with_gold_labels(rows: Rows, spec: TaskSpec, *, leave_out: bool, setting: st
     without = [row for row, value in enumerate(rows.labels) if not _is_gold(value, spec, named)]
     if not without:
         return rows
-    written = _counted(repr(rows.labels[row]) for row in without)
+    written = _frequency_text(repr(rows.labels[row]) for row in without)
     found = f"{len(without):,} of {len(rows):,} rows have no gold label ({written})"
     remedy = ""
     if setting is not None and spec.kind == "classification":
@@ -64,7 +64,7 @@ def _is_gold(value: Any, spec: TaskSpec, named: frozenset[str]) -> bool:
     return bool(text.strip("-–—_?. ")) and text.casefold() not in UNLABELLED
 
 
-def labels_in(rows: Rows, setting: str) -> tuple[str, ...]:
+def occurring_labels(rows: Rows, setting: str) -> tuple[str, ...]:
     """Returns the labels that occur, sorted: as numbers where all are whole numbers, else as text. Raises UserError
     where they cannot be those of a classification, or where two of them may be one."""
     assert rows.labels is not None, rows.source
@@ -175,15 +175,15 @@ def _numbers(rows: Rows, spec: TaskSpec) -> npt.NDArray[np.float32]:
 
 
 def _number(value: Any) -> float:
-    """nan for what is not a number."""
+    """Reads a number; nan for what is none."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def _counted(values: Any) -> str:
-    """The most frequent values with their counts, at most five."""
+def _frequency_text(values: Any) -> str:
+    """Returns the most frequent values with their counts, at most five."""
     counts = Counter(values).most_common()
     more = f", {len(counts) - 5} others" if len(counts) > 5 else ""
     return ", ".join(f"{value} {count:,}" for value, count in counts[:5]) + more

@@ -17,37 +17,23 @@ from engine.data.prepare.formats import is_saved_dataset
 from engine.errors import UserError
 from engine.tasks.files import read_rows
 from engine.tasks.hub import find_split, holds_splits, hub_rows, hub_split_name, hub_splits, saved_splits
-from engine.tasks.labels import labels_in, to_split, with_gold_labels
+from engine.tasks.labels import gold_rows, occurring_labels, to_split
 from engine.tasks.remarks import remarks, shared_texts
 from engine.tasks.rows import Rows, Split
 from engine.tasks.specs import (
     DIAGNOSTIC,
     GLUE_TASKS,
     Columns,
-    Kind,
-    TaskDefaults,
     TaskSpec,
     check_custom_names,
     official_name,
-    plain,
+    plain_name,
     task_spec,
 )
 from engine.tasks.tables import beside
 
 if TYPE_CHECKING:
     from engine.tasks.squad import SquadSplit
-
-__all__ = [
-    "GLUE_TASKS",
-    "Kind",
-    "Split",
-    "TaskData",
-    "TaskDefaults",
-    "TaskSpec",
-    "load_task",
-    "resolve_names",
-    "task_spec",
-]
 
 AnySplit = TypeVar("AnySplit", bound="Split | SquadSplit")
 GLUE_HUB = "nyu-mll/glue"
@@ -63,19 +49,23 @@ class TaskData:
     spec: TaskSpec
     splits: dict[str, Split | SquadSplit]
     sha256: str
-    """Over the train and dev rows, after task.train_rows and task.dev_rows: the same for two runs that see the same."""
+    """Hash of the train and dev rows, after task.train_rows and task.dev_rows: the same for two runs that see the
+    same."""
     warnings: tuple[str, ...] = ()
     """What was left out of the files, and what else of them a person should know, for the banner."""
 
 
 def resolve_names(names: Sequence[str], config: TaskDataConfig) -> tuple[list[str], list[str]]:
-    """The tasks to run by official spelling, each once and in the order of `names`; and the GLUE tasks that `glue`
-    stands for but that task.data_dir has no folder of. A task that is named itself is never left out."""
+    """Returns the tasks to run by official spelling, each once and in the order of `names`; and the GLUE tasks that
+    `glue` stands for but that task.data_dir has no folder of. A task that is named itself is never left out.
+
+    Raises UserError for a name that is no task.
+    """
     check_custom_names(config)
     chosen: dict[str, None] = {}
     absent: list[str] = []
     for name in names:
-        if plain(name) != "glue":
+        if plain_name(name) != "glue":
             chosen[task_spec(name, config).name] = None
             continue
         there = [
@@ -135,13 +125,13 @@ def _root(config: TaskDataConfig) -> Path:
 
 
 def _task_folder(name: str, root: Path) -> Path | None:
-    """The task's folder, in any spelling of its name; the official spelling goes first. One SQuAD folder may hold the
-    files of both versions."""
+    """Returns the task's folder, in any spelling of its name; the official spelling goes first. One SQuAD folder may
+    hold the files of both versions."""
     if (root / name).is_dir():
         return root / name
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     own = [path for path in folders if official_name(path.name) == name]
-    shared = [path for path in folders if name in _SQUAD_FILES and plain(path.name) == "squad"]
+    shared = [path for path in folders if name in _SQUAD_FILES and plain_name(path.name) == "squad"]
     return next(iter(own + shared), None)
 
 
@@ -157,13 +147,13 @@ def _existing_folder(name: str, config: TaskDataConfig) -> Path:
 def _with_labels(
     spec: TaskSpec, rows: dict[str, Rows], config: TaskDataConfig
 ) -> tuple[TaskSpec, dict[str, Split | SquadSplit], list[str]]:
-    """The final description of the task, the splits with their labels, and remarks."""
+    """Returns the final description of the task, the splits with their labels, and remarks."""
     setting = f"task.custom.{spec.name}" if spec.name in config.custom else None
     leave_out = config.unlabelled == "leave_out"
     for name in ("train", *spec.dev_splits):
-        rows[name] = with_gold_labels(rows[name], spec, leave_out=leave_out, setting=setting)
+        rows[name] = gold_rows(rows[name], spec, leave_out=leave_out, setting=setting)
     if setting is not None and spec.kind == "classification" and not spec.labels:
-        spec = replace(spec, labels=labels_in(rows["train"], setting))
+        spec = replace(spec, labels=occurring_labels(rows["train"], setting))
     splits = {name: to_split(name, found, spec) for name, found in rows.items()}
     return spec, dict(splits), remarks(spec, rows, splits)
 
@@ -212,7 +202,7 @@ def _hub_rows(spec: TaskSpec, names: Sequence[str], folder: Path | None) -> dict
 
 
 def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> tuple[dict[str, Split | SquadSplit], list[str]]:
-    from engine.tasks.answers import learnable, scored_remarks
+    from engine.tasks.answers import learnable_answers, scored_remarks
 
     folder = None if config.data_dir is None else _existing_folder(spec.name, config)
     parts = _saved_squad(spec, folder) if folder is None or holds_splits(folder) else _squad_files(spec, folder)
@@ -222,7 +212,7 @@ def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> tuple[dict[str, Split
         if split.answers is None:
             raise UserError(f"{source}: the {split.name} split has no answers; give the official file")
         if split.name == "train":
-            split, remarks = learnable(split, source, leave_out=config.unlabelled == "leave_out")
+            split, remarks = learnable_answers(split, source, leave_out=config.unlabelled == "leave_out")
         else:
             remarks = scored_remarks(split, source)
         found[split.name] = split
@@ -231,7 +221,7 @@ def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> tuple[dict[str, Split
 
 
 def _squad_files(spec: TaskSpec, folder: Path) -> Iterator[tuple[str, SquadSplit]]:
-    """File and content of each split."""
+    """Yields file and content of each split."""
     from engine.tasks.squad import read_squad
 
     for name in ("train", *spec.dev_splits):
@@ -240,7 +230,7 @@ def _squad_files(spec: TaskSpec, folder: Path) -> Iterator[tuple[str, SquadSplit
 
 
 def _saved_squad(spec: TaskSpec, folder: Path | None) -> Iterator[tuple[str, SquadSplit]]:
-    """Place and content of each split, from the hub without a folder."""
+    """Yields place and content of each split, from the hub without a folder."""
     from engine.tasks.squad import squad_from_rows
 
     source = _SQUAD_HUB[spec.name] if folder is None else str(folder)
@@ -277,7 +267,7 @@ def _custom_rows(spec: TaskSpec, config: TaskDataConfig, *, test: bool) -> dict[
 
 
 def _take(split: AnySplit, rows: npt.NDArray[np.int64]) -> AnySplit:
-    """These rows of every field that has one value per row."""
+    """Returns a split with these rows alone: of every field that has one value per row."""
     changed: dict[str, Any] = {}
     for field in fields(split):
         value = getattr(split, field.name)

@@ -14,7 +14,8 @@ import torch
 from engine.data.batch import Counts, TaskBatch
 from engine.data.loader import StepBatches
 from engine.data.order import TrainingOrder
-from engine.data.prefetch import prefetched
+from engine.data.prefetch import prefetch
+from engine.data.share import StepShare
 from engine.tasks.rows import Encoded
 
 Ints = npt.NDArray[np.int64]
@@ -27,98 +28,93 @@ _BUCKETS = (
 
 
 class TaskLoader:
-    """Training batches. The rows come in the order of TrainingOrder: each once per epoch, and a batch may hold the end
-    of one epoch and the beginning of the next. Of this order, a bucket of consecutive rows (at most 50 global
-    batches, and at most about one epoch) is sorted by length and cut into global batches, which are shuffled within the
-    bucket.
+    """Training batches of a task.
+
+    The rows come in the order of TrainingOrder: each once per epoch, and a batch may hold the end of one epoch and the
+    beginning of the next. A bucket of consecutive rows (at most 50 global batches, and at most about one epoch) is
+    sorted by length and cut into global batches, which are shuffled within the bucket.
 
     The order is a pure function of (rows, seed, global_batch, step). Step s is one global batch, from short rows to
-    long ones; micro step i of rank r takes micro_batch of them from (i * world + r) * micro_batch on. So the rows of a
-    step depend neither on the number of ranks nor on the micro batch. A split smaller than a global batch shows a row
-    several times in a step.
+    long ones, of which this rank takes its `share`. A split smaller than a global batch shows a row several times in a
+    step.
     """
 
     def __init__(
         self,
         encoded: Encoded,
+        share: StepShare,
         *,
         pad_id: int,
         seed: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world: int = 1,
         pin_memory: bool = False,
         windows: Iterable[int] = (),
     ) -> None:
-        """windows: within which pairs of tokens are counted."""
+        """windows: tokens to each side within which pairs of tokens are counted."""
         assert len(encoded) > 0, "no rows"
-        assert global_batch % (micro_batch * world) == 0, (global_batch, micro_batch, world)  # ds_config.py sees to it
-        assert 0 <= rank < world, (rank, world)
-        self._encoded, self._lengths = encoded, encoded.lengths
+        self._encoded, self._lengths, self._share = encoded, encoded.lengths, share
         self._windows = frozenset(windows)
         self._order = TrainingOrder([len(encoded)], [1.0], seed)
         self._seed, self._pad_id, self._pin_memory = seed, pad_id, pin_memory
-        self._global_batch, self._micro_batch, self._rank, self._world = global_batch, micro_batch, rank, world
-        self.grad_accum_steps = global_batch // (micro_batch * world)
-        self._bucket_steps = _bucket_steps(len(encoded) / global_batch)
+        self._bucket_steps = _bucket_steps(len(encoded) / share.global_batch)
         self._bucket: tuple[int, Ints] | None = None
         self.wait_s = 0.0
         """Seconds that the consumer of steps() has waited for data."""
 
     def step(self, step: int) -> StepBatches:
-        """This rank's share of optimizer step `step` (0-based), as TaskBatch micro batches; at the same cost for every
+        """Returns this rank's TaskBatch micro batches of optimizer step `step` (from 0); at the same cost for every
         step, apart from sorting its bucket."""
-        batches = [self._batch(self._rows(step, micro, self._rank)) for micro in range(self.grad_accum_steps)]
+        batches = [self._batch(self._rows(step, micro, self._share.rank)) for micro in range(self._share.micro_steps)]
         return StepBatches(step, [*batches], sum((batch.counts for batch in batches), Counts()))
 
     def _rows(self, step: int, micro: int, rank: int) -> Ints:
         number, within = divmod(step, self._bucket_steps)
-        first = (micro * self._world + rank) * self._micro_batch
-        return self._bucket_rows(number)[within][first : first + self._micro_batch]
+        return self._bucket_rows(number)[within][self._share.part(micro, rank)]
 
     def sequence_ids(self, step: int, micro: int, rank: int) -> list[int]:
-        """The row numbers of what `rank` trains on in micro step `micro` of `step`, all counted from 0."""
+        """Returns the numbers of the rows that `rank` trains on in micro step `micro` of `step`, all from 0."""
         return [int(row) for row in self._rows(step, micro, rank)]
 
     def steps(self, start: int) -> Generator[StepBatches, None, None]:
-        """Steps start, start + 1, … without end, made ahead by one thread, which ends when the iterator is closed."""
-        return prefetched(self.step, start, name="task-loader", waited=self._waited)
+        """Yields steps start, start + 1, … without end, made ahead by a thread, which ends when the iterator is
+        closed."""
+        return prefetch(self.step, start, name="task-loader", on_wait=self._add_wait)
 
-    def first(self, rows: int) -> Iterator[TaskBatch]:
-        """The first rows in the order of training, each once, unsorted, the same on every rank whatever the micro
-        batch."""
+    def first_batches(self, rows: int) -> Iterator[TaskBatch]:
+        """Yields the first rows in the order of training, each once, unsorted: the same on every rank whatever the
+        micro batch."""
         rows = min(rows, len(self._encoded))
         for start in range(0, rows, _FIRST_AT_ONCE):
             yield self._batch(self._order.indices(np.arange(start, min(start + _FIRST_AT_ONCE, rows))))
 
-    def _waited(self, seconds: float) -> None:
+    def _add_wait(self, seconds: float) -> None:
         self.wait_s += seconds
 
     def _batch(self, rows: Ints) -> TaskBatch:
         batch = _padded(self._encoded, rows, self._pad_id, self._windows)
-        return batch.pinned() if self._pin_memory else batch
+        return batch.pin_memory() if self._pin_memory else batch
 
     def _bucket_rows(self, number: int) -> Ints:
-        """(steps of a bucket, global_batch) row numbers of bucket `number`, in the order of training."""
+        """Returns the (steps of a bucket, global_batch) row numbers of bucket `number`, in the order of training."""
         bucket = self._bucket  # read once: the thread of steps() may change it meanwhile
         if bucket is None or bucket[0] != number:
-            size = self._bucket_steps * self._global_batch
+            size = self._bucket_steps * self._share.global_batch
             rows = self._order.indices(np.arange(number * size, (number + 1) * size))
-            rows = rows[np.argsort(self._lengths[rows], kind="stable")].reshape(self._bucket_steps, self._global_batch)
+            rows = rows[np.argsort(self._lengths[rows], kind="stable")].reshape(
+                self._bucket_steps, self._share.global_batch
+            )
             order = np.random.default_rng([self._seed, number]).permutation(self._bucket_steps)
             self._bucket = bucket = (number, rows[order])
         return bucket[1]
 
 
 def steps_for(rows: int, *, epochs: float, global_batch: int) -> int:
-    """Optimizer steps in which at least `epochs` epochs are seen; at least 1."""
+    """Returns the optimizer steps in which at least `epochs` epochs are seen; at least 1."""
     return max(1, math.ceil(Fraction(str(epochs)) * rows / global_batch))  # exact: as floats, 1.1 * 400 is above 440
 
 
 def _bucket_steps(epoch_steps: float) -> int:
-    """Steps of a bucket, of which a whole number makes nearly one epoch: training stops after whole epochs, and of a
-    bucket that is cut short there, rows of the last epoch would be missing."""
+    """Returns the steps of a bucket, so that a whole number of buckets makes nearly one epoch: training stops after
+    whole epochs, and where a bucket is cut short, rows of the last epoch would be missing."""
     fewest = max(_BUCKETS, math.ceil(epoch_steps / _BUCKET))
     sizes = [(count, max(1, round(epoch_steps / count))) for count in range(fewest, fewest + _BUCKETS)]
     return min(sizes, key=lambda size: abs(size[0] * size[1] - epoch_steps))[1]
@@ -127,8 +123,8 @@ def _bucket_steps(epoch_steps: float) -> int:
 def evaluation_batches(
     encoded: Encoded, *, pad_id: int, batch_size: int, rank: int, world: int, pin_memory: bool = False
 ) -> Iterator[TaskBatch]:
-    """This rank's share of all rows: each row once over all ranks, `batch.rows` says which; at most batch_size rows in
-    a batch, all of about the same length, the longest first (a lack of memory shows at once).
+    """Yields this rank's share of all rows: each row once over all ranks, `batch.rows` says which; at most batch_size
+    rows in a batch, all of about the same length, the longest first (a lack of memory shows at once).
 
     Every rank gets the same number of batches, for collectives within the model's forward. Where there are fewer rows
     left than ranks, the last ranks get a stand-in: a batch of one row of the split, with the row number -1 and counts
@@ -142,7 +138,7 @@ def evaluation_batches(
     for together in np.array_split(longest_first, rounds):
         rows = np.array_split(together, world)[rank]
         batch = _padded(encoded, rows, pad_id) if len(rows) else _stand_in(encoded, together[-1:], pad_id)
-        yield batch.pinned() if pin_memory else batch
+        yield batch.pin_memory() if pin_memory else batch
 
 
 def _stand_in(encoded: Encoded, rows: Ints, pad_id: int) -> TaskBatch:
@@ -150,7 +146,7 @@ def _stand_in(encoded: Encoded, rows: Ints, pad_id: int) -> TaskBatch:
 
 
 def _padded(encoded: Encoded, rows: Ints, pad_id: int, windows: Iterable[int] = ()) -> TaskBatch:
-    """The rows, padded to the longest of them."""
+    """Returns the rows as one batch, padded to the longest of them. windows: as for TaskLoader."""
     starts = encoded.starts[rows]
     lengths = encoded.starts[rows + 1] - starts
     length = int(lengths.max())
@@ -166,7 +162,7 @@ def _padded(encoded: Encoded, rows: Ints, pad_id: int, windows: Iterable[int] = 
         input_ids=laid_out(encoded.ids, pad_id),
         attention_mask=None if real.all() else torch.from_numpy(real.astype(np.int64)),
         labels=None,
-        counts=Counts.of(lengths, windows=windows),
+        counts=Counts.from_lengths(lengths, windows=windows),
         lengths=tuple(lengths.tolist()),
         token_types=None if encoded.types is None else laid_out(encoded.types, 0),
         targets=None if encoded.targets is None else torch.from_numpy(encoded.targets[rows]),

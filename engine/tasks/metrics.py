@@ -17,7 +17,7 @@ CLASS_METRICS = ("accuracy", "f1", "matthews")
 
 
 def compute(name: str, predictions: Predictions, targets: Predictions, *, labels: int | None = None) -> float:
-    """One metric over n >= 1 rows, computed in float64; never nan.
+    """Returns one metric over n >= 1 rows, computed in float64; never nan.
 
     accuracy, f1, matthews: (n,) label indices. `labels` is how many there can be; unset: as many as occur, at least
     two. f1 of two labels is that of label 1; of more, the mean over the labels that occur in predictions or targets.
@@ -35,12 +35,12 @@ def compute(name: str, predictions: Predictions, targets: Predictions, *, labels
     if name == "pearson":
         return _pearson(predictions, targets)
     assert name == "spearman", name
-    # torchmetrics' own spearman_corrcoef ranks in 32 bits (65,536 equal values overflow) and adds an epsilon.
+    # until torchmetrics > 1.9: its spearman_corrcoef adds an epsilon, so that equal rankings are not 1
     return _pearson(mean_ranks(predictions), mean_ranks(targets))
 
 
 def score_task(spec: TaskSpec, outputs: Predictions, targets: Predictions) -> dict[str, float]:
-    """Each metric of a classification or regression by name, in [0, 1] or [-1, 1].
+    """Returns each metric of a classification or regression by name, in [0, 1] or [-1, 1].
 
     `outputs`: (n, labels) logits, or (n,) or (n, 1) predictions of a regression. Where any of them is not finite, the
     model has diverged, and every metric is 0.0.
@@ -55,16 +55,19 @@ def score_task(spec: TaskSpec, outputs: Predictions, targets: Predictions) -> di
 
 
 def task_score(spec: TaskSpec, metrics: Mapping[str, float]) -> float:
-    """The one number of a split: the mean of the task's metrics, and f1 alone for SQuAD."""
+    """Returns the one number of a split: the mean of the task's metrics, and f1 alone for SQuAD."""
     if spec.kind == "span":
         return metrics["f1"]
     return math.fsum(metrics[name] for name in spec.metrics) / len(spec.metrics)
 
 
 def glue_average(scores: Mapping[str, float]) -> dict[str, float]:
-    """`glue`: mean score of the GLUE tasks among `scores` (by official spelling) but WNLI, which is left out by custom:
-    its dev split contradicts its training rows. `glue_without_cola`: CoLA left out as well, as some papers on small
-    students do. A key is absent when no task is left for it."""
+    """Returns means over the GLUE tasks among `scores` (by official spelling).
+
+    `glue`: all but WNLI, which is left out by custom: its dev split contradicts its training rows.
+    `glue_without_cola`: without CoLA as well, as in some papers on small students. A key is absent when no task is
+    left for it.
+    """
     counted = {name: scores[name] for name in GLUE_TASKS if name in scores and name != "WNLI"}
     others = {name: score for name, score in counted.items() if name != "CoLA"}
     means = {"glue": counted, "glue_without_cola": others}
@@ -72,7 +75,7 @@ def glue_average(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def _confusion(predictions: Predictions, targets: Predictions, labels: int | None) -> list[list[int]]:
-    """Rows by target, columns by prediction; Python integers, whose products cannot overflow."""
+    """Returns counts, rows by target, columns by prediction; Python integers, whose products cannot overflow."""
     import torch
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
@@ -93,7 +96,8 @@ def _f1(confusion: list[list[int]]) -> float:
 
 
 def _matthews(confusion: list[list[int]]) -> float:
-    """Gorodkin's form for any number of labels. torchmetrics' own gives 1.0 where there is one label only."""
+    """Computes Gorodkin's form for any number of labels."""
+    # until torchmetrics > 1.9: its own gives 1.0 where there is one label only
     total, correct = sum(map(sum, confusion)), sum(row[i] for i, row in enumerate(confusion))
     by_target = [sum(row) for row in confusion]
     by_prediction = [sum(column) for column in zip(*confusion, strict=True)]
@@ -107,6 +111,7 @@ def _pearson(predictions: Predictions, targets: Predictions) -> float:
     from torchmetrics.functional.regression import pearson_corrcoef
 
     given, wanted = (np.asarray(values, np.float64) for values in (predictions, targets))
-    if np.ptp(given) == 0 or np.ptp(wanted) == 0:  # torchmetrics: nan and a warning, or noise of rounding
+    # until torchmetrics > 1.9: nan and a warning, or noise of rounding
+    if np.ptp(given) == 0 or np.ptp(wanted) == 0:
         return 0.0
     return float(pearson_corrcoef(torch.as_tensor(given), torch.as_tensor(wanted)))

@@ -14,14 +14,8 @@ from engine.errors import UserError
 from engine.hub.config import load_config
 from engine.hub.files import quiet
 from engine.hub.tokenizer import load_tokenizer
-from engine.models.capture import install
-from engine.models.hub import (
-    AUTO_CLASSES,
-    Head,
-    load_model,
-    model_class,
-    require_tensors,
-)
+from engine.models.hub import AUTO_CLASSES, Head, load_model, model_class, require_tensors
+from engine.models.install import install
 from engine.models.student import DROPOUTS
 from engine.tasks.labels import label_meanings
 from engine.tasks.specs import TaskSpec
@@ -33,7 +27,7 @@ if TYPE_CHECKING:
 HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "qa_dropout")
 """The names that encoders give to the dropout of a task head."""
 INSIDE = ("student", "model")
-"""Where a run directory keeps its model: of launch/distill.py, of launch/finetune.py."""
+"""Folders in which run directories keep their model: of launch/distill.py, of launch/finetune.py."""
 
 
 def head_of(spec: TaskSpec) -> Head:
@@ -41,7 +35,8 @@ def head_of(spec: TaskSpec) -> Head:
 
 
 def model_folder(path: str, *, key: str) -> str:
-    """`path`, or the model inside it when it is a run directory. Raises UserError for one without a model yet."""
+    """Returns `path`, or the model inside it when it is a run directory. Raises UserError for one without a model
+    yet."""
     folder = Path(path)
     if not folder.is_dir() or (folder / "config.json").is_file():
         return path
@@ -57,8 +52,8 @@ def model_folder(path: str, *, key: str) -> str:
 
 
 def task_tokenizer(path: str, key: str, *configs: PretrainedConfig) -> tuple[PreTrainedTokenizerFast, str]:
-    """The tokenizer of a model, without token types when one of the models (`configs`) takes none; and a warning, or
-    nothing. Raises UserError for one without a pad token."""
+    """Returns the tokenizer of a model, without token types when one of the models (`configs`) takes none; and a
+    warning, or nothing. Raises UserError for one without a pad token."""
     tokenizer = load_tokenizer(path, key)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}={path!r}: its tokenizer has no pad token; add pad_token to tokenizer_config.json")
@@ -93,13 +88,14 @@ def output_names(config: PretrainedConfig) -> tuple[str, ...]:
 
 
 def has_numbered_outputs(config: PretrainedConfig) -> bool:
-    """Whether the names of the outputs tell nothing: LABEL_0, LABEL_1 …, as transformers makes them up, or 0, 1 …"""
+    """Tells whether the names of the outputs mean nothing: LABEL_0, LABEL_1 …, as transformers makes them up, or 0,
+    1 …"""
     names = enumerate(map(spelling, output_names(config)))
     return all(name in (f"label_{index}", str(index)) for index, name in names)
 
 
 def was_saved_with_head(config: PretrainedConfig, spec: TaskSpec) -> bool:
-    """Whether the model was saved with a head for tasks of this kind."""
+    """Tells whether the model was saved with a head for tasks of this kind."""
     return model_class(config, head_of(spec)).__name__ in (config.architectures or ())
 
 
@@ -164,7 +160,7 @@ def load_task_model(
     head_required: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The model with a head for the task, on the CPU, in train mode and ready for `capture`.
+    """Returns the model with a head for the task, on the CPU, in train mode and ready for `capture`.
 
     path: model folder, run directory or hub name; `key` names its setting in errors. Every weight of the encoder must
     be there. A pooler that is not, and the head unless it was saved for the same labels, start from `seed` alone; the
@@ -197,12 +193,12 @@ def load_task_model(
 
 
 def _in_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight belongs to the head or the pooler, which a fine-tuning may start anew."""
+    """Tells whether a weight belongs to the head or the pooler, which a fine-tuning may start anew."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def _with_new_head(model: PreTrainedModel, absent: list[str], seed: int) -> PreTrainedModel:
-    """The same encoder with a head from the seed: the head in the file tells other labels apart."""
+    """Returns the same encoder with a head from the seed: the head in the file tells other labels apart."""
     torch.manual_seed(seed)
     with quiet():
         fresh = type(model)(model.config)

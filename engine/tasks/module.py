@@ -13,15 +13,17 @@ from engine.config.finetune import TaskLossConfig
 from engine.data.batch import Counts, TaskBatch
 from engine.errors import UserError
 from engine.losses.loss_set import LossSet
-from engine.models.capture import capture, inputs_of, runs_unpadded, segments_of, task_logits
+from engine.models.capture import capture, inputs_of, segments_of, task_logits
 from engine.models.features import Features, Wanted
+from engine.models.install import runs_unpadded
 from engine.models.projections import Projections
 from engine.models.unpadding import packing
 from engine.tasks.specs import Kind
 
 
 class TaskModule(nn.Module):
-    """Submodules are named as DistilModule's, so that checkpoints and exports work alike."""
+    """A student with its task head and its losses. Submodules are named as DistilModule's, so that checkpoints and
+    exports work alike."""
 
     def __init__(
         self,
@@ -56,8 +58,8 @@ class TaskModule(nn.Module):
     def forward(
         self, batch: TaskBatch, teacher: Features | None = None, per_micro: Counts | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """The total (scalar, differentiable) and the value of every term (T,), in its scale, detached, both fp32,
-        normalised by `per_micro` as in DistilModule.forward. Without `per_micro`: the fp32 task logits alone ((B,
+        """Returns the total (scalar, differentiable) and the value of every term (T,), in its scale, detached, both
+        fp32, normalised by `per_micro` as in DistilModule.forward. Without `per_micro`: the fp32 task logits alone ((B,
         labels), (B, 1) of a regression, (B, L, 2) of a span, where padded tokens may have any value)."""
         if per_micro is None:
             return self._logits(batch)
@@ -98,43 +100,44 @@ class TaskModule(nn.Module):
             return task_logits(self.student(**inputs_of(batch), return_dict=True)).float()
 
 
-def wanted_of_teacher(loss: TaskLossConfig, losses: LossSet | None) -> Wanted:
-    """What a TaskModule with these losses needs of the teacher."""
+def teacher_wanted(loss: TaskLossConfig, losses: LossSet | None) -> Wanted:
+    """Returns what a TaskModule with these losses needs of the teacher."""
     mapped = Wanted() if losses is None else losses.wanted_teacher
     return mapped | Wanted(task_logits=loss.logits > 0)
 
 
 def labels_loss(logits: torch.Tensor, batch: TaskBatch, kind: Kind) -> torch.Tensor:
-    """Summed over the rows: cross-entropy of the labels, mean of the cross-entropies of both ends of a span over the
-    real tokens, or squared error of a regression."""
+    """Returns the task's own loss, summed over the rows (scalar): cross-entropy of the labels, mean of the
+    cross-entropies of both ends of a span over the real tokens, or squared error of a regression. logits: as
+    TaskModule.forward's."""
     assert batch.targets is not None, "training rows have labels"
     if kind == "regression":
         return F.mse_loss(logits.squeeze(-1), batch.targets.to(logits.dtype), reduction="sum")
     if kind == "classification":
         return F.cross_entropy(logits, batch.targets, reduction="sum")
-    ends = _by_end(logits, batch)
+    ends = _end_logits(logits, batch)
     return F.cross_entropy(ends, batch.targets.flatten(), reduction="sum") / 2
 
 
 def logits_loss(
     student: torch.Tensor, teacher: torch.Tensor, batch: TaskBatch, kind: Kind, temperature: float
 ) -> torch.Tensor:
-    """Summed over the rows: KL(teacher || student) of the softmax at the temperature T, times T squared (Hinton et al.
-    2015: so that its gradient does not shrink with T); of a span the mean over both ends; of a regression the squared
-    error."""
+    """Returns KL(teacher || student) of the softmax at the temperature T, times T squared (Hinton et al. 2015: so that
+    its gradient does not shrink with T), summed over the rows (scalar); of a span the mean over both ends; of a
+    regression the squared error."""
     if kind == "regression":
         return F.mse_loss(student, teacher, reduction="sum")
     ends = 1
     if kind == "span":
-        student, teacher, ends = _by_end(student, batch), _by_end(teacher, batch), 2
+        student, teacher, ends = _end_logits(student, batch), _end_logits(teacher, batch), 2
     log_s = F.log_softmax(student / temperature, dim=-1)
     log_t = F.log_softmax(teacher / temperature, dim=-1)
     gap = (log_t - log_s).masked_fill(torch.isinf(log_t), 0.0)  # pads: both are -inf, and weigh nothing
     return (log_t.exp() * gap).sum() * temperature**2 / ends
 
 
-def _by_end(logits: torch.Tensor, batch: TaskBatch) -> torch.Tensor:
-    """(B, L, 2) -> (2 B, L): start and end of each row, -inf at pads."""
+def _end_logits(logits: torch.Tensor, batch: TaskBatch) -> torch.Tensor:
+    """Returns (2 B, L) of (B, L, 2): start and end of each row, -inf at pads."""
     mask = batch.token_mask
     if mask is not None:
         logits = logits.masked_fill(~mask[:, :, None], -torch.inf)

@@ -1,4 +1,4 @@
-"""From a model's outputs to answers and files: decoding and metrics of SQuAD, its predictions, GLUE's submission."""
+"""Answers and files of a model's outputs: decoding and metrics of SQuAD, its predictions, GLUE's submission."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def decode(
     n_best: int = 20,
     max_answer_tokens: int = 30,
 ) -> dict[str, str]:
-    """The answer's text by question id, as Hugging Face's run_qa.py chooses it.
+    """Returns the answer's text by question id, as Hugging Face's run_qa.py chooses it.
 
     A span's score is the sum of its two logits; the best one over all windows wins, among the `n_best` first and last
     tokens of each window. With `v2` the answer is "" (none) where the least score of CLS over the windows is higher.
@@ -53,7 +53,7 @@ def decode(
 def _best_span(
     start: Floats, end: Floats, offsets: npt.NDArray[np.int32], *, n_best: int, max_tokens: int
 ) -> tuple[float, int, int]:
-    """Score, first and last token of the best span of the text; -inf when there is none."""
+    """Returns score, first and last token of the best span of the text; -inf when there is none."""
     first, last = _largest(start, n_best)[:, None], _largest(end, n_best)[None]
     # The last comparison is false where `last` is not of the text, or no character is between the two.
     allowed = (last >= first) & (last < first + max_tokens)
@@ -68,9 +68,9 @@ def _largest(values: Floats, count: int) -> npt.NDArray[np.intp]:
 
 
 def squad_metrics(split: SquadSplit, predictions: Mapping[str, str]) -> dict[str, float]:
-    """exact_match and f1 in [0, 1], as the official script counts them: the best over a question's gold answers, of
-    which empty ones do not count; "" is right for an unanswerable one. Every question of the labelled `split` has a
-    prediction."""
+    """Returns exact_match and f1 in [0, 1], as the official script counts them: the best over a question's gold
+    answers, of which empty ones do not count; "" is right for an unanswerable one. Every question of the labelled
+    `split` has a prediction."""
     from torchmetrics.functional.text import squad
 
     assert split.answers is not None, f"{split.name} is unlabelled"
@@ -83,7 +83,7 @@ def squad_metrics(split: SquadSplit, predictions: Mapping[str, str]) -> dict[str
 
 
 def write_predictions(path: Path, predictions: Mapping[str, str]) -> None:
-    """The file that the official evaluation reads: one JSON object, question id -> text. Makes the folder."""
+    """Writes the file that the official evaluation reads: one JSON object, question id -> text. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(predictions), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

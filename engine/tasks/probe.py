@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, one_hot
 from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.tasks.load import TaskSpec
+    from engine.tasks.specs import TaskSpec
 
 Outputs = npt.NDArray[np.float64]
 Labels = npt.NDArray[Any]
@@ -27,8 +27,9 @@ GRADIENT_TOLERANCE = 1e-8
 """Largest entry of the preconditioned gradient at which the logistic regression counts as solved: with default_l2,
 logits are then within about 1e-6 of the optimum (measured against scikit-learn on SST-2, CoLA and MRPC)."""
 MOST_ITERATIONS = 100
-"""7 to 19 were needed on real features with default_l2. Rows that a plane separates, with l2 below about 1e-3, need
-more: the logits then stop short of the optimum (by 1e-2 of 27 at l2 = 1e-4, by 2 of 35 at 1e-5)."""
+"""Iterations of LBFGS at most. 7 to 19 were needed on real features with default_l2. Rows that a plane separates, with
+l2 below about 1e-3, need more: the logits then stop short of the optimum (by 1e-2 of 27 at l2 = 1e-4, by 2 of 35 at
+1e-5)."""
 DEV_CHUNK = 4096
 """Dev rows that are held in float64 at a time."""
 
@@ -44,9 +45,12 @@ class ProbeFeatures:
 
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, L, D) of any float dtype -> (B, D) float32: the mean over the real tokens of each row. 0 for a row without
-    any. attention_mask: (B, L), 1 = real; None: all are. What stands at padded positions does not matter, not even
-    nan."""
+    """Returns the (B, D) float32 means over the real tokens of (B, L, D) states of any float dtype; 0 for a row without
+    any.
+
+    attention_mask: (B, L), 1 = real; None: all are. What stands at padded positions does not matter, not even
+    nan.
+    """
     if attention_mask is None:
         return hidden.mean(1, dtype=torch.float32)
     real = attention_mask.bool()
@@ -55,28 +59,28 @@ def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Ten
 
 
 def pair_features(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(n, D) twice -> (n, 2D) float32: |u - v| and u * v of the rows u, v scaled to length 1."""
+    """Returns (n, 2D) float32 of two (n, D): |u - v| and u * v of the rows u, v scaled to length 1."""
     u, v = (normalize(rows.double(), dim=1).float() for rows in (first, second))
     return torch.cat([(u - v).abs(), u * v], 1)
 
 
 def cosine(first: torch.Tensor, second: torch.Tensor) -> Outputs:
-    """(n, D) twice -> (n,) cosine of each pair of rows; 0 where one of them is 0."""
+    """Returns the (n,) cosines of the rows of two (n, D); 0 where one of a pair is 0."""
     return (normalize(first.double(), dim=1) * normalize(second.double(), dim=1)).sum(1).numpy()
 
 
 def default_l2(features: torch.Tensor) -> float:
-    """D / n for (n, D) training features: weights with prior variance 1 / D, so that a logit (or a standardised target)
-    has prior variance of about 1 however wide the student is."""
+    """Returns D / n for (n, D) training features: weights with prior variance 1 / D, so that a logit (or a standardised
+    target) has prior variance of about 1 however wide the student is."""
     return features.shape[1] / len(features)
 
 
 def logistic_probe(
     train: torch.Tensor, labels: Labels, dev: torch.Tensor, *, classes: int, l2: float
 ) -> npt.NDArray[np.float64]:
-    """(n, D) features, (n,) label indices below `classes`, (m, D) features -> (m, classes) logits.
+    """Returns the (m, classes) logits of (m, D) dev features, fitted to (n, D) features and (n,) label indices.
 
-    Multinomial logistic regression on features with mean 0 and variance 1 over the training rows: the least
+    It is a multinomial logistic regression on features with mean 0 and variance 1 over the training rows: the least
     mean cross-entropy + l2 / 2 * (sum of squared weights), intercepts free (scikit-learn's C = 1 / (l2 * n); for two
     classes 2 / (l2 * n), since it has one weight vector there and we have two). A class without a training row is
     never the largest logit. All logits are nan when a training feature is not finite.
@@ -87,7 +91,7 @@ def logistic_probe(
     assert 0 <= present[0] <= present[-1] < classes, (present, classes)
     if not _finite(train):
         return np.full((len(dev), classes), np.nan)
-    scale = _Scale.of(train)
+    scale = _Scale.from_rows(train)
     weights = _fit_logistic(scale(train), torch.from_numpy(targets), classes=len(present), l2=l2)
     fitted = _apply(scale, weights, dev)
     logits = np.repeat(fitted.min(1, keepdims=True) - 1.0, classes, axis=1)
@@ -96,9 +100,9 @@ def logistic_probe(
 
 
 def ridge_probe(train: torch.Tensor, targets: Labels, dev: torch.Tensor, *, l2: float) -> Outputs:
-    """(n, D) features, (n,) numbers, (m, D) features -> (m,) predictions.
+    """Returns the (m,) predictions of (m, D) dev features, fitted to (n, D) features and (n,) numbers.
 
-    Least squares on features with mean 0 and variance 1 over the training rows: the least mean squared error
+    It is least squares on features with mean 0 and variance 1 over the training rows: the least mean squared error
     + l2 * (sum of squared weights), intercept free (scikit-learn's Ridge: alpha = l2 * n). All predictions are nan when
     a training feature is not finite.
     """
@@ -106,7 +110,7 @@ def ridge_probe(train: torch.Tensor, targets: Labels, dev: torch.Tensor, *, l2: 
     assert len(train) == len(targets) > 0, (train.shape, targets.shape)
     if not _finite(train):
         return np.full(len(dev), np.nan)
-    scale = _Scale.of(train)
+    scale = _Scale.from_rows(train)
     rows = scale(train)
     wanted = torch.from_numpy(np.asarray(targets, np.float64))
     middle = wanted.mean()
@@ -118,8 +122,8 @@ def ridge_probe(train: torch.Tensor, targets: Labels, dev: torch.Tensor, *, l2: 
 def probe_outputs(
     spec: TaskSpec, train: ProbeFeatures | None, train_labels: Labels | None, dev: dict[str, ProbeFeatures]
 ) -> dict[str, Outputs]:
-    """Outputs of each dev split as engine.tasks.metrics.score_task takes them: cosine for similarity tasks, where
-    `train` and `train_labels` are not read; (m, labels) logits of a classification; predictions of another
+    """Returns the outputs of each dev split as engine.tasks.metrics.score_task takes them: cosine for similarity tasks,
+    where `train` and `train_labels` are not read; (m, labels) logits of a classification; predictions of another
     regression. Pairs are seen as pair_features. Where a student's features are not finite, neither are its outputs.
 
     Raises UserError for a span task.
@@ -146,7 +150,8 @@ def probe_outputs(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The same sums for any number of threads; and many short parallel loops wait long where cores are shared."""
+    """Makes torch use one thread: the same sums for any number of cores, and many short parallel loops wait long where
+    cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -155,8 +160,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def in_threads(fit: Callable[[int], Outputs], numbers: Sequence[int]) -> list[Outputs]:
-    """`fit` of each number, as many at once as torch has threads; each with one thread, so always the same sums."""
+def map_in_threads(fit: Callable[[int], Outputs], numbers: Sequence[int]) -> list[Outputs]:
+    """Returns `fit` of each number, as many at once as torch has threads; each with one thread, so always the same
+    sums."""
     workers = torch.get_num_threads()
     with _one_thread(), ThreadPoolExecutor(workers) as pool:  # a new thread takes over the setting
         return list(pool.map(fit, numbers))
@@ -183,7 +189,7 @@ class _Scale:
     inverse: torch.Tensor
 
     @staticmethod
-    def of(train: torch.Tensor) -> _Scale:
+    def from_rows(train: torch.Tensor) -> _Scale:
         rows = train.double()
         mean = rows.mean(0)
         deviation = (rows - mean).square_().mean(0).sqrt_()  # torch.var_mean over columns is three times slower
@@ -192,18 +198,18 @@ class _Scale:
         return _Scale(mean, torch.where(constant, 0.0, 1.0 / deviation))
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, D) float64."""
+        """Returns the (n, D) features scaled, float64."""
         return (features.double() - self.mean).mul_(self.inverse)
 
 
 def _apply(scale: _Scale, weights: torch.Tensor, features: torch.Tensor) -> Outputs:
-    """(m, D) features -> (m, K) outputs of (D + 1, K) weights, the intercept in the last row."""
+    """Returns the (m, K) outputs of (m, D) features and (D + 1, K) weights, the intercept in the last row."""
     chunks = [scale(chunk) @ weights[:-1] + weights[-1] for chunk in features.split(DEV_CHUNK)]
     return torch.cat(chunks).numpy()
 
 
 def _factor(rows: torch.Tensor, *, share: float, l2: float) -> torch.Tensor:
-    """Lower Cholesky factor of share * rows^T rows / n + l2 * identity."""
+    """Returns the lower Cholesky factor (D, D) of share * rows^T rows / n + l2 * identity."""
     gram = rows.T @ rows
     gram *= share / len(rows)
     gram.diagonal().add_(l2)
@@ -211,10 +217,10 @@ def _factor(rows: torch.Tensor, *, share: float, l2: float) -> torch.Tensor:
 
 
 def _fit_logistic(rows: torch.Tensor, targets: torch.Tensor, *, classes: int, l2: float) -> torch.Tensor:
-    """(n, D) standardised rows, (n,) classes -> (D + 1, classes) weights, the intercept in the last row.
+    """Returns the (D + 1, classes) weights of (n, D) standardised rows and (n,) classes, the intercept in the last row.
 
-    LBFGS on L^T W, where L L^T is the Hessian at W = 0: at most a few dozen passes over the rows instead of hundreds,
-    since the features of small students are nearly collinear.
+    It runs LBFGS on L^T W, where L L^T is the Hessian at W = 0: at most a few dozen passes over the rows instead of
+    hundreds, since the features of small students are nearly collinear.
     """
     wanted = one_hot(targets, classes).double()
     lower = _factor(rows, share=1.0 / classes, l2=l2)

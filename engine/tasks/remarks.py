@@ -17,7 +17,7 @@ _NOTHING = frozenset({"nan", "none", "null", "na", "n/a", "<na>"})
 
 
 def remarks(spec: TaskSpec, rows: Mapping[str, Rows], splits: Mapping[str, Split]) -> list[str]:
-    """Returns them all. `rows`: the same splits as they are written, with notes on their files."""
+    """Returns all remarks. `rows`: the same splits as they are written, with notes on their files."""
     found: list[str] = []
     for name, split in splits.items():
         about = (*_rows_remarks(rows[name]), *_labels_remarks(spec, split))

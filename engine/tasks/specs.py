@@ -73,7 +73,7 @@ class TaskSpec:
     name: str
     kind: Kind
     labels: tuple[str, ...]
-    """By index, as the files write them; () for regressions and spans."""
+    """Labels by index, as the files write them; () for regressions and spans."""
     metrics: tuple[str, ...]
     """Names in engine.tasks.metrics; the score is their mean (SQuAD: f1)."""
     dev_splits: tuple[str, ...] = ("dev",)
@@ -86,7 +86,7 @@ class TaskSpec:
     similarity: bool = False
     """A regression of how alike two texts are, which a cosine can score without training."""
     glue: bool = False
-    """Counts in the GLUE average."""
+    """Whether it counts in the GLUE average."""
     layout: Layout | None = None
     """None for SQuAD and custom tasks."""
     submission: tuple[str, ...] = ()
@@ -213,16 +213,16 @@ _SQUAD_SPELLINGS = {"squad": "SQuAD-v1.1", "squadv1": "SQuAD-v1.1", "squad11": "
 )
 
 
-def plain(name: str) -> str:
-    """How names are compared: without case and punctuation."""
+def plain_name(name: str) -> str:
+    """Returns a name as names are compared: without case and punctuation."""
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
-_SPELLINGS = {plain(name): name for name in BUILT_IN} | _SQUAD_SPELLINGS
+_SPELLINGS = {plain_name(name): name for name in BUILT_IN} | _SQUAD_SPELLINGS
 
 
 def task_spec(name: str, config: TaskDataConfig) -> TaskSpec:
-    """The task of this name in any spelling. Raises UserError with the nearest name when there is none.
+    """Returns the task of this name in any spelling. Raises UserError with the nearest name when there is none.
 
     A custom classification without `labels` has none here: load_task finds them in its training rows, and the spec of
     its result is the final one.
@@ -230,10 +230,10 @@ def task_spec(name: str, config: TaskDataConfig) -> TaskSpec:
     check_custom_names(config)
     if name in config.custom:
         return _custom_spec(name, config.custom[name])
-    key = plain(name)
+    key = plain_name(name)
     if key in _SPELLINGS:
         return BUILT_IN[_SPELLINGS[key]]
-    custom = {plain(own): own for own in config.custom}
+    custom = {plain_name(own): own for own in config.custom}
     if key in custom:
         return _custom_spec(custom[key], config.custom[custom[key]])
     spellings = {"glue": "glue"} | _SPELLINGS | custom
@@ -246,8 +246,8 @@ def task_spec(name: str, config: TaskDataConfig) -> TaskSpec:
 
 
 def official_name(folder: str) -> str | None:
-    """The built-in task that a folder's name means."""
-    return _SPELLINGS.get(plain(folder))
+    """Returns the built-in task that a folder's name means; None: none."""
+    return _SPELLINGS.get(plain_name(folder))
 
 
 def check_custom_names(config: TaskDataConfig) -> None:
@@ -256,9 +256,11 @@ def check_custom_names(config: TaskDataConfig) -> None:
     for name in config.custom:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"task.custom.{name}: names a file; use letters, digits, -, _ and . only, a letter first")
-        if plain(name) in seen:
-            raise UserError(f"task.custom.{name}: is also how {seen[plain(name)]!r} is spelled; choose another name")
-        seen[plain(name)] = name
+        if plain_name(name) in seen:
+            raise UserError(
+                f"task.custom.{name}: is also how {seen[plain_name(name)]!r} is spelled; choose another name"
+            )
+        seen[plain_name(name)] = name
 
 
 def _custom_spec(name: str, custom: CustomTaskConfig) -> TaskSpec:

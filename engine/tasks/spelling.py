@@ -9,7 +9,7 @@ from typing import Any
 
 
 def is_label(label: str) -> bool:
-    """Whether prediction files can hold it."""
+    """Tells whether prediction files can hold a label."""
     return "\t" not in label and len(label.splitlines()) == 1 and label == label.strip()
 
 

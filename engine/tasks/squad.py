@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_QUESTION_TOKENS = 64
-"""Longer questions are cut, as in BERT's run_squad.py."""
+"""Tokens to which longer questions are cut, as in BERT's run_squad.py."""
 CLS = 0
 """Position of the [CLS] token in every window: the span of "no answer"."""
 _BATCH = 1000
@@ -58,7 +58,7 @@ class Windows:
 
 
 def read_squad(path: Path, *, name: str, v2: bool) -> SquadSplit:
-    """One of the official JSON files; `v2` says which version the task wants.
+    """Reads one of the official JSON files; `v2` says which version the task wants.
 
     Answers are as they are written, wherever they stand. Raises UserError for a file that cannot be read, and one of
     another layout or the other version.
@@ -83,7 +83,8 @@ def read_squad(path: Path, *, name: str, v2: bool) -> SquadSplit:
 
 
 def squad_from_rows(rows: Iterable[Mapping[str, Any]], name: str) -> SquadSplit:
-    """The hub's rows: id, question, context, and answers with the lists text and answer_start (absent: unlabelled)."""
+    """Reads the hub's rows: id, question, context, and answers with the lists text and answer_start (absent:
+    unlabelled). Raises UserError, naming the row, for others."""
     return _collect(_hub_rows(rows, name), place=name, name=name)
 
 
@@ -115,7 +116,7 @@ def _hub_rows(rows: Iterable[Mapping[str, Any]], place: str) -> Iterator[Row]:
 
 
 def _answer(start: Any, text: Any) -> tuple[int, str]:
-    """Without a position, -1: scoring needs none."""
+    """Returns an answer's position, -1 where it has none (scoring needs none), and text."""
     return -1 if start is None else int(start), "" if text is None else str(text)
 
 
@@ -146,13 +147,14 @@ def _collect(rows: Iterator[Row], *, place: str, name: str) -> SquadSplit:
 
 
 def encode_squad(split: SquadSplit, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, doc_stride: int) -> Windows:
-    """`split` as windows of at most `seq_len` tokens; two neighbours of one text start `doc_stride` tokens apart.
+    """Returns `split` as windows of at most `seq_len` tokens; two neighbours of one text start `doc_stride` tokens
+    apart.
 
     The same windows as the tokenizer's own truncation="only_second" gives with an overlap (its `stride`) of the text's
     room less `doc_stride`; but each text is tokenized once, not once for each of its questions. Targets are those of
     the first gold answer. Raises UserError where windows would not overlap.
     """
-    frame = _Frame.of(tokenizer)
+    frame = _Frame.from_tokenizer(tokenizer)
     texts = {text: i for i, text in enumerate(dict.fromkeys(split.contexts))}
     text_ids, text_offsets = _tokenize(tokenizer, list(texts))
     text_of = np.array([texts[context] for context in split.contexts], np.int64)
@@ -205,7 +207,7 @@ class _Frame:
     """(5,) token types: before, question, between, text, after."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Frame:
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> _Frame:
         if not tokenizer.is_fast:
             raise UserError(f"{tokenizer.name_or_path}: SQuAD needs a fast tokenizer (one with a tokenizer.json)")
         pair = tokenizer("a", "a")
@@ -230,7 +232,7 @@ class _Frame:
         return len(self.before) + len(self.between) + len(self.after)
 
     def sizes(self, question: Ints, text: Ints) -> Ints:
-        """(n, 5) tokens of each piece of n windows, whose questions and texts have so many."""
+        """Returns the (n, 5) tokens of each piece of n windows. question, text: (n,) tokens of these two."""
         before, between, after = (np.full_like(question, len(part)) for part in (self.before, self.between, self.after))
         return np.stack([before, question, between, text, after], axis=1)
 
@@ -254,7 +256,8 @@ def _check_room(split: SquadSplit, room: Ints, lengths: Ints, *, seq_len: int, d
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> tuple[list[npt.NDArray[np.int32]], list[npt.NDArray[np.int32]]]:
-    """Per text (L,) ids without special tokens, and (L, 2) first and past-the-last character of each token."""
+    """Returns for each text (L,) ids without special tokens, and (L, 2) first and past-the-last character of each
+    token."""
     ids: list[npt.NDArray[np.int32]] = []
     offsets: list[npt.NDArray[np.int32]] = []
     for at in range(0, len(texts), _BATCH):
@@ -268,7 +271,8 @@ def _tokenize(
 
 
 def _token_span(offsets: npt.NDArray[np.int32], answer: tuple[int, str]) -> tuple[int, int]:
-    """First and last token that hold a character of the answer; (-1, -1) when none does (only dropped characters)."""
+    """Returns the first and last token that hold a character of the answer; (-1, -1) when none does (only dropped
+    characters)."""
     start, text = answer
     # Several tokens may stand for one character (bytes of an emoji): the first and the last of them are taken.
     first = int(np.searchsorted(offsets[:, 1], start, side="right"))

@@ -253,5 +253,5 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
 
 
 def _class_name(value: Any, names: list[str] | None) -> Any:
-    """-1, which is no class, stays."""
+    """Returns the name of a class; -1, which is no class, stays."""
     return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 from yaml import YAMLError
 
-from engine.hub.files import read_json, require_whole, where
+from engine.hub.files import lookup, read_json, require_whole
 from engine.models.fit import longest_input
 
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "backend", "is_local", "local_files_only", "tokenizer_file")
@@ -110,6 +110,6 @@ def _file_of(model: str, name: str) -> Path | None:
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-        **where(model),
+        **lookup(model),
     )
     return None if path is None else Path(path)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.config.nodes import read_text
 from engine.errors import UserError
-from engine.records.processes import boot_id, look_up, running
+from engine.records.processes import boot_id, look_up, running_processes
 from ga.config import Launcher
 from ga.jobs.slots import Placement
 
@@ -184,7 +184,7 @@ class Job:
         """
         if self._process.returncode is not None:
             return 0  # stopped before
-        ended = _end(lambda: [p.pid for p in running() if p.session == self.session.id], grace_s)
+        ended = _end(lambda: [p.pid for p in running_processes() if p.session == self.session.id], grace_s)
         self._code = self._process.wait()
         return ended
 
@@ -208,7 +208,7 @@ def end_lost_job(job_dir: Path, *, grace_s: float = 0.0) -> int:
     session = Session.read(job_dir)
     if session is not None:
         return kill_session(session, grace_s=grace_s)
-    return _end(lambda: [p.pid for p in running() if _marked(p.pid, str(job_dir))], grace_s)
+    return _end(lambda: [p.pid for p in running_processes() if _marked(p.pid, str(job_dir))], grace_s)
 
 
 def _left_of(session: Session) -> list[int]:
@@ -217,7 +217,7 @@ def _left_of(session: Session) -> list[int]:
         return []
     return [
         process.pid
-        for process in running()
+        for process in running_processes()
         if process.session == session.id
         and process.started >= session.started
         and _marked(process.pid, session.job_dir)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.mapping import MappingPair
-from engine.records.yardstick import NOT_A_RESULT, beaten_text, counted, describe_yardstick, is_none
+from engine.records.yardstick import NOT_A_RESULT, beaten_text, counting_tasks, describe_yardstick, is_none
 from ga.report.confirmation import Confirmed, verdict, winner
 from ga.report.confirmation_sections import by_task, confirmation, which_layers
 from ga.report.facts import Facts
@@ -85,7 +85,7 @@ def _warning(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
     scores = {one.genome: one.scores for one in ranked(evaluations) if not is_none(one.genome)}
     said = beaten_text(scores | ({"0": none} if none else {}), scales)
     warning = f"**{said}.**" if said.startswith(NOT_A_RESULT) else ""
-    if scales and not counted(scales):
+    if scales and not counting_tasks(scales):
         warning = f"**{NOT_A_RESULT}: fitness is {describe_yardstick(scales)}.** {warning}".strip()
     return warning
 

@@ -14,7 +14,7 @@ from optuna import Study
 from optuna.trial import TrialState
 
 from engine.mapping import MappingPair
-from engine.records.yardstick import Noise, TaskScale, Yardstick, fitness_of, is_none, noise_of, weighed
+from engine.records.yardstick import Noise, TaskScale, Yardstick, fitness_of, is_none, noise_of, weighted_scales
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.study.evaluations import BASELINES, SECONDS, SEED, Evaluation, evaluation
@@ -104,7 +104,7 @@ def measured(study: Study, seeds: Container[int]) -> Measured | None:
     noise: dict[str, Noise] = {}
     if len(mapped) > 1 and any(len(seeds) > 1 for seeds in mapped.values()):
         noise = {task: noise_of({genome: scores[task][genome] for genome in mapped}) for task in scales}
-        scales = weighed(scales, noise)
+        scales = weighted_scales(scales, noise)
     none = next((genome for genome in scores[next(iter(scales))] if is_none(genome)), None)
     return Measured(
         scales=scales,

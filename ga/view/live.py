@@ -10,7 +10,7 @@ from typing import IO, Any
 from optuna import Study
 from tqdm import tqdm
 
-from engine.records.flock import Flock, no_locks, try_flock
+from engine.records.flock import Flock, no_locks_text, try_flock
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.evolution.sampler import parameter_names
@@ -77,7 +77,7 @@ class LiveView:
                 return False
             if lock is Flock.MISSING:
                 self.say(
-                    no_locks(
+                    no_locks_text(
                         self._config.root, f"nothing keeps a second writer of {TENSORBOARD} out: start no other one"
                     )
                 )

@@ -12,7 +12,7 @@ from statistics import fmean
 from optuna import Study
 
 from engine.mapping import MappingPair
-from engine.records.columns import columns, duration_text, labelled
+from engine.records.columns import columns, duration_text, labelled_lines
 from ga.evolution.genome import Genes
 from ga.evolution.operators import diversity
 from ga.jobs.outcome import Outcome
@@ -123,7 +123,7 @@ def status_text(study: Study, storage: str, *, trials: int) -> str:
     for one in running:
         by_job.setdefault(one.job or "starting", []).append(one.genome)
     rows.append(("running", [f"{job}: {' '.join(names)}" for job, names in by_job.items()] or "nothing"))
-    return labelled(rows) + "\n\n" + best_table(evaluations, SHOWN)
+    return labelled_lines(rows) + "\n\n" + best_table(evaluations, SHOWN)
 
 
 def best_table(evaluations: Sequence[Evaluation], shown: int) -> str:

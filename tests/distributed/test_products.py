@@ -22,9 +22,10 @@ from engine.config.distill import RunConfig
 from engine.config.reading import parse_config
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
+from engine.data.share import StepShare
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import make_plan
-from engine.models.capture import install
+from engine.models.install import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
 from engine.records.run_dir import RunDir
@@ -67,15 +68,14 @@ def held_out_terms(run: Run, world: TinyWorld) -> dict[str, float]:
     )
     loader = CorpusLoader(
         world.corpus,
+        StepShare(8, 8),
         tokenizer=plan.tokenizer,
         eval_sequences=20,
         seed=0,
-        global_batch=8,
-        micro_batch=8,
     )
     scales = run.records("run")[0]["measured"]["scales"]
     module = DistilModule(student.eval(), projections, plan.losses.scaled(scales))
-    batches = list(loader.evaluation(5))
+    batches = list(loader.held_out_batches(5))
     counts = sum((batch.counts for batch in batches), Counts())
     with torch.no_grad():
         terms = sum(module(batch, teacher(batch), counts)[1] for batch in batches)

@@ -72,7 +72,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_complete_checkpoint(make_run, fin
         assert process.returncode == 4, output[-3000:]
         last = stopped.steps()[-1]["step"]
         assert last < 120
-        assert stopped.run_dir.newest_tag() == step_tag(last)
+        assert stopped.run_dir.complete_tags()[-1] == step_tag(last)
         assert stopped.records("run")[-1]["status"] == "preempted"
         assert not stopped.records("result")
         assert not stopped.run_dir.student.exists()

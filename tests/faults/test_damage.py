@@ -190,7 +190,7 @@ def test_a_full_disk_at_a_checkpoint_stops_or_goes_on(make_run) -> None:
             output = end(run, process)
         assert "training goes on" in output
         assert_checkpoints_whole(run)
-        newest = run.run_dir.newest_tag()
+        newest = run.run_dir.complete_tags()[-1]
     assert int(newest[5:]) > int(tags[-1][5:]), "it has written checkpoints again"
 
 

@@ -133,7 +133,7 @@ def test_vocabulary_losses_equal_the_reference(
     student, teacher = head(26), head(60)
     labels = torch.randint(0, V, (P,), generator=make)
     labels[::5] = UNSCORED_LABEL
-    by = Weights(kl=0.7, cross_entropy=0.2, temperature=2.0, count=P)
+    weights = Weights(kl=0.7, cross_entropy=0.2, temperature=2.0, count=P)
 
     def leaves(kind: torch.dtype) -> list[torch.Tensor]:
         return [x.to(kind, copy=True).requires_grad_() for x in student[: 3 if biased else 2]]
@@ -143,7 +143,7 @@ def test_vocabulary_losses_equal_the_reference(
     z_t = torch.nn.functional.linear(*(x.double() for x in teacher))
     kl = reference.logits_kl(z_s, z_t, temperature=2.0, count=P) if which != "cross-entropy" else z_s.sum() * 0
     ce = reference.mlm_cross_entropy(z_s, labels, count=P) if which != "kl" else z_s.sum() * 0
-    ((by.kl * kl + by.cross_entropy * ce) * UPSTREAM).backward()
+    ((weights.kl * kl + weights.cross_entropy * ce) * UPSTREAM).backward()
 
     got = leaves(dtype)
     of_teacher: Any = z_t.to(dtype) if whole_logits else Head(*teacher)
@@ -152,7 +152,7 @@ def test_vocabulary_losses_equal_the_reference(
             Head(got[0], got[1], got[2] if biased else None),
             teacher=None if which == "cross-entropy" else of_teacher,
             labels=None if which == "kl" else labels,
-            by=by,
+            weights=weights,
         )
     )
     (total * UPSTREAM).backward()
@@ -196,8 +196,8 @@ def test_sums_over_many_rows_do_not_leave_the_range_of_float16() -> None:
     weight = torch.randn(V, 8, generator=make).half().requires_grad_()
     labels = torch.full((P,), 3)
     head = Head(hidden, weight, None)
-    by = Weights(kl=0.0, cross_entropy=20.0, temperature=1.0, count=P)
-    vocabulary.vocabulary_losses(MlmLogits(head, None, labels, by))[0].backward()
+    weights = Weights(kl=0.0, cross_entropy=20.0, temperature=1.0, count=P)
+    vocabulary.vocabulary_losses(MlmLogits(head, None, labels, weights))[0].backward()
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     (20.0 * reference.mlm_cross_entropy(exact[0] @ exact[1].mT, labels, count=P)).backward()
     for leaf, want in zip((hidden, weight), exact, strict=True):

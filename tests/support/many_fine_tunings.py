@@ -17,7 +17,7 @@ from engine.tasks.encode import encode_task
 from engine.tasks.load import load_task
 from engine.tasks.model import load_task_model, task_tokenizer
 from engine.tasks.module import TaskModule
-from engine.tasks.train import task_train_config, train_on_task
+from engine.tasks.train import Recipe, task_train_config, train_on_task
 from engine.train.monitor import Monitor
 
 
@@ -38,10 +38,8 @@ def train_many(data_dir: str, model: str, ds_config: str, seeds: str) -> int:
             active=False, tensorboard=Path("none"), records=Path("none"), steps=train.steps, flops_per_token=1.0,
             device=runtime.device, config_text="",
         )  # fmt: skip
-        found = train_on_task(
-            module=module, task=task, train=train, optim=OptimConfig(), execution=execution, runtime=runtime,
-            stop=stop, seed=seed, monitor=monitor,
-        )  # fmt: skip
+        recipe = Recipe(train=train, optim=OptimConfig(), execution=execution, seed=seed)
+        found = train_on_task(module, task, recipe, runtime=runtime, stop=stop, monitor=monitor)
         weight = student.classifier.weight
         held = getattr(weight, "ds_tensor", weight).detach().double()
         results.append([found.score, found.step, held.sum().item(), held.square().sum().item()])

@@ -9,7 +9,8 @@ import pytest
 
 from engine.config.finetune import TaskDataConfig
 from engine.errors import UserError
-from engine.tasks.load import Split, TaskData
+from engine.tasks.load import TaskData
+from engine.tasks.rows import Split
 
 
 def config_of(folder: Path | None, **settings: object) -> TaskDataConfig:

@@ -28,7 +28,7 @@ _LARGEST_WINDOW = 1 << 31  # what --long=31 packs, the most that zstd can unpack
 
 
 class CountedFile(io.RawIOBase):
-    """Passes a raw file's bytes on and shows each block to `seen`."""
+    """A raw file whose bytes are passed on, each block also to `seen`."""
 
     def __init__(self, raw: io.RawIOBase | BinaryIO, seen: Callable[[memoryview | bytes], None]) -> None:
         self._raw = cast(io.RawIOBase, raw)
@@ -44,7 +44,9 @@ class CountedFile(io.RawIOBase):
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompresses zstd frames. zstandard's own stream_reader takes a torn file for a complete one."""
+    """The bytes of zstd frames, decompressed."""
+
+    # until zstandard > 0.25: its own stream_reader takes a torn file for a complete one
 
     _CHUNK = 8192  # small: one block of 4 bytes may unpack to 128 KiB
 

@@ -1,4 +1,4 @@
-"""What a file holds, told by its first bytes, and by its name where these do not say."""
+"""What a file holds, by its first bytes, and by its name where these do not say."""
 
 from __future__ import annotations
 
@@ -145,11 +145,11 @@ def look(path: Path, field: str) -> Contents:
     newline: Literal["\n", None] = None if b"\r" in head and b"\n" not in head else "\n"
     if newline is None:
         head = head.replace(b"\r", b"\n")
-    told = _told(head, path, field, compressed=compression is not None)
-    return replace(told, compression=compression, window=window, newline=newline)
+    contents = _contents_of(head, path, field, compressed=compression is not None)
+    return replace(contents, compression=compression, window=window, newline=newline)
 
 
-def _told(head: bytes, path: Path, field: str, *, compressed: bool) -> Contents:
+def _contents_of(head: bytes, path: Path, field: str, *, compressed: bool) -> Contents:
     named = named_kind(path)
     if not head.strip() and len(head) < _HEAD:
         return Contents("aside", "is empty: remove it, or give the right file")

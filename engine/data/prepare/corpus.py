@@ -23,7 +23,7 @@ from engine.data.prepare.units import UnitSettings, unit_settings
 from engine.data.shards import remove_strays, shard_name
 from engine.errors import UserError
 from engine.hub.tokenizer import load_tokenizer
-from engine.records.flock import Flock, no_locks, try_flock
+from engine.records.flock import Flock, no_locks_text, try_flock
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -137,19 +137,19 @@ def _already_prepared(
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer a folder. The lock dies with its process, so a killed run leaves none behind."""
+    """Keeps a second writer out of a folder. The lock dies with its process, so a killed run leaves none behind."""
     with (folder / ".lock").open("w") as file:
         lock = try_flock(file)
         if lock is Flock.HELD:
             raise UserError(f"output_dir={str(folder)!r}: another prepare_data.py is writing there")
         if lock is Flock.MISSING:
-            print(no_locks(folder, "nothing keeps a second prepare_data.py out: start no other one"))
+            print(no_locks_text(folder, "nothing keeps a second prepare_data.py out: start no other one"))
         yield
 
 
 @contextlib.contextmanager
 def _stoppable(folder: Path) -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that the workers are ended too; both say what became of the work."""
+    """Lets SIGTERM unwind like Ctrl-C, so that the workers are ended too; both say what became of the work."""
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` and schedulers send it twice: let the pool close

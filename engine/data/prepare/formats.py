@@ -120,7 +120,7 @@ def _opened_parquet(path: Path, column: str) -> Iterator[Any]:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets` wrote this folder (save_to_disk)."""
+    """Tells whether `datasets` wrote this folder (save_to_disk)."""
     return os.path.isdir(folder) and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 

@@ -1,5 +1,5 @@
-"""From text to packed token sequences: sentences, token units, special tokens. No torch and no transformers here:
-every worker process imports this."""
+"""Packed token sequences of text: sentences, token units, special tokens. No torch and no transformers here: every
+worker process imports this."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _BATCH = 1 << 18
 
 
 def sentence_starts(text: str) -> list[int]:
-    """Where the sentences after the first one start. A new one starts behind an end mark when an opening quote or
-    bracket, a digit, or a letter that is not lower case follows. Abbreviations ("Dr. Who") are cut too."""
+    """Returns where the sentences after the first one start. A new one starts behind an end mark when an opening quote
+    or bracket, a digit, or a letter that is not lower case follows. Abbreviations ("Dr. Who") are cut too."""
     return [
         start
         for match in _END.finditer(text)
@@ -100,11 +100,13 @@ def special_tokens(
 
 
 def tokenize(backend: Any, documents: Sequence[Sequence[str]], special: SpecialTokens) -> Iterator[list[list[Tokens]]]:
-    """Ids without special tokens, as sentences in paragraphs in documents. A paragraph is tokenised as a whole (in
-    blocks, when it is very long) and its ids are then divided, so that they are those of the running text.
+    """Yields each document as paragraphs of sentences of (n,) int32 ids, without special tokens.
 
-    A reserved id becomes the unknown token: a Unigram model takes "</s>" in a text for its piece of that name, even
-    where special tokens are switched off."""
+    A paragraph is tokenised as a whole (in blocks, when it is very long) and its ids are then divided, so that they
+    are those of the running text. A reserved id becomes the unknown token.
+    """
+    # until tokenizers > 0.23.3: a Unigram model takes "</s>" in a text for its piece of that name, whatever
+    # encode_special_tokens says
     reserved = np.zeros(max(special.reserved, default=0) + 1, dtype=bool)
     reserved[list(special.reserved)] = True
 
@@ -124,7 +126,8 @@ def tokenize(backend: Any, documents: Sequence[Sequence[str]], special: SpecialT
 
 
 def _encoded_blocks(backend: Any, documents: Sequence[Sequence[str]]) -> Iterator[tuple[int, int, Block, Any]]:
-    """(document, paragraph, block, encoding), encoded _BATCH characters at a time however large a document is."""
+    """Yields (document, paragraph, block, encoding), encoded _BATCH characters at a time however large a document
+    is."""
     waiting: list[tuple[int, int, Block]] = []
     size = 0
 
@@ -161,7 +164,7 @@ def _sentences(encoded: Iterable[tuple[Block, Tokens, Any]]) -> list[Tokens]:
 
 
 def _token_at(encoding: Any, start: int, end: int) -> int | None:
-    """The token of the character at `start`, or of one of the next few: normalisation may have removed it."""
+    """Returns the token of the character at `start`, or of one of the next few: normalisation may have removed it."""
     for position in range(start, min(start + 8, end)):
         token: int | None = encoding.char_to_token(position)
         if token is not None:
@@ -170,7 +173,7 @@ def _token_at(encoding: Any, start: int, end: int) -> int | None:
 
 
 class Packer:
-    """Fills sequences of at most `capacity` text tokens (special tokens around them not counted).
+    """Sequences of at most `capacity` text tokens (special tokens around them not counted), filled with documents.
 
     A unit that does not fit opens a new sequence; one longer than a whole sequence is divided: a paragraph into
     sentences, a sentence into token runs. `sequences` collects the finished ones, `dropped` counts those with fewer

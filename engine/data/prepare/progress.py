@@ -37,7 +37,7 @@ class PoolUsage:
     seconds: float = 0.0
     main_peak_bytes: int = 0
     worker_peak_bytes: dict[int, int] = field(default_factory=dict)
-    """By process id."""
+    """Process id -> bytes."""
 
 
 class TextProgress:

@@ -56,32 +56,32 @@ def select_folder(folder: Path, source: SourceConfig) -> Selection:
 
     Raises UserError where there are none, and for a file that claims by its name to hold text and does not.
     """
-    found = Selection()
-    names = _data_files(folder, found)
+    selection = Selection()
+    names = _data_files(folder, selection)
     splits = _declared_splits(folder, source.name, names) or _named_splits(folder, source, names)
     if names and source.wanted_split not in splits:
-        told = ", ".join(sorted(filter(None, splits)))
-        raise UserError(f"{folder}: no split {source.wanted_split!r} (splits: {told}); set the source's `split`")
+        known = ", ".join(sorted(filter(None, splits)))
+        raise UserError(f"{folder}: no split {source.wanted_split!r} (splits: {known}); set the source's `split`")
     chosen = splits.pop(source.wanted_split, [])
-    for split, others in splits.items():
-        if others:
-            found.left_out[f"of split {split!r}" if split else "of no split"] += map(str, others)
-    seen: set[tuple[int, int]] = set()
+    for split, files in splits.items():
+        if files:
+            selection.left_out[f"of split {split!r}" if split else "of no split"] += map(str, files)
+    inodes: set[tuple[int, int]] = set()
     for name in sorted(chosen, key=PurePath.as_posix):
         stat = (folder / name).stat()
-        if (stat.st_dev, stat.st_ino) in seen:
-            found.left_out["links to files that are read already"].append(str(name))
+        if (stat.st_dev, stat.st_ino) in inodes:
+            selection.left_out["links to files that are read already"].append(str(name))
         else:
-            _add(folder / name, str(name), source, found)
-        seen.add((stat.st_dev, stat.st_ino))
-    if not found.files:
-        left_out = "; ".join(found.left_out_lines()) or "it is empty"
+            _add(folder / name, str(name), source, selection)
+        inodes.add((stat.st_dev, stat.st_ino))
+    if not selection.files:
+        left_out = "; ".join(selection.left_out_lines()) or "it is empty"
         endings = ", ".join([*KINDS, *COMPRESSIONS])
         raise UserError(
             f"{folder}: no file in this folder holds text ({left_out}); known endings are {endings}; "
             "a file of another one is read where a source names it"
         )
-    return _checked(found, folder, source)
+    return _checked(selection, folder, source)
 
 
 def _checked(found: Selection, place: Path, source: SourceConfig) -> Selection:
@@ -171,7 +171,7 @@ def _named_splits(folder: Path, source: SourceConfig, names: Iterable[PurePath])
     source.refuse_unused(f"{folder}, whose README.md declares no configurations", "name")
     splits: _Splits = {}
     for name in names:
-        splits.setdefault(_told_split(name), []).append(name)
+        splits.setdefault(_split_in_name(name), []).append(name)
     if splits.keys() <= {None}:
         source.refuse_unused(f"{folder}, where no name tells a split", "split")
     if None in splits and "train" not in splits:
@@ -179,7 +179,7 @@ def _named_splits(folder: Path, source: SourceConfig, names: Iterable[PurePath])
     return splits
 
 
-def _told_split(name: PurePath) -> str | None:
+def _split_in_name(name: PurePath) -> str | None:
     """Returns the split that a file is of by the rules of `datasets`: shards in a folder `data` name theirs, then names
     of folders tell it, then the file's own. A whole name may have capitals (Test.csv), which only we take for one."""
     from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS

@@ -44,7 +44,7 @@ _Waiting = dict[Future[_Done], tuple[SourceShards, WorkUnit]]
 
 
 class ShardPool:
-    """Makes the missing shards of all sources, `unit_bytes` of text each.
+    """Worker processes that make the missing shards of all sources, `unit_bytes` of text each.
 
     Memory: (2 * workers + 3) units, and per worker the tokenizer and one unit's tokens.
     """
@@ -125,8 +125,9 @@ class ShardPool:
 
 
 def _unblock(pool: ProcessPoolExecutor) -> None:
-    """For a pool whose workers are dead. Before Python 3.11.5 (Debian 12 has 3.11.2) its shutdown waits for ever for a
-    thread that writes a unit of text into a pipe that nobody reads (github.com/python/cpython/issues/94777)."""
+    """Lets a pool whose workers are dead shut down."""
+    # until Python >= 3.11.5 (Debian 12 has 3.11.2): the shutdown waits for ever for a thread that writes a unit of text
+    # into a pipe that nobody reads (github.com/python/cpython/issues/94777)
     if sys.version_info < (3, 11, 5):
         reader: Any = pool._call_queue._reader  # type: ignore[attr-defined]
         reader.close()  # the last reader: the write fails, and the thread ends
@@ -151,7 +152,7 @@ def _start_worker(tokenizer_json: str, folder: str, settings: UnitSettings) -> N
 
 
 def _die_with_parent() -> None:
-    """A main process that was SIGKILLed cannot end its workers."""
+    """Ends this worker with its main process, which could not do so where it was SIGKILLed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -176,7 +177,8 @@ def _work(unit: WorkUnit) -> _Done:
 
 
 def _peak_bytes() -> int:
-    """Largest resident memory of this process. VmHWM, because ru_maxrss of a spawned process includes its parent's."""
+    """Returns the largest resident memory of this process. VmHWM, because ru_maxrss of a spawned process includes its
+    parent's."""
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
         for line in status:
             if line.startswith("VmHWM:"):

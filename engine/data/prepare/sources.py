@@ -41,7 +41,7 @@ class Paragraph(NamedTuple):
 
 
 class SourceReader:
-    """Iterates once over the paragraphs of one source.
+    """An iterator over the paragraphs of one source, to be used once.
 
     Memory: one line (at most `max_line_bytes`) plus fixed buffers. Bad input raises UserError naming file and line;
     with `skip_bad` bad lines and empty files are counted in `bad_lines` instead, and the first few kept in
@@ -67,14 +67,14 @@ class SourceReader:
         self._stream = self._counted()
 
     def stamp(self) -> str:
-        """Changes when the source's options, or the name, size or time of one of its files, change."""
+        """Returns a hash of the source's options, and of the names, sizes and times of its files."""
         options = {k: v for k, v in asdict(self.source).items() if k != "weight"}
         files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in self._stats]
         return hashlib.sha256(json.dumps([options, files]).encode()).hexdigest()
 
     def digest(self) -> str:
-        """Hash of what was read, valid after the iteration: of the files' bytes (one after another); of the
-        fingerprint of a data set on disk; of the texts of a hub data set."""
+        """Returns a hash of what was read, valid after the iteration: of the files' bytes (one after another), the
+        fingerprint of a data set on disk, or the texts of a hub data set."""
         return self._digest.hexdigest()
 
     def beginning(self) -> str:
@@ -227,7 +227,7 @@ class SourceReader:
             yield from self._document(f"{self.source.path}:row {number}", value)
 
     def _document(self, place: str, text: Any) -> Iterator[Paragraph]:
-        """One document held in one string: each of its lines is a paragraph."""
+        """Yields the paragraphs of a document that is one string: each of its lines."""
         column = self.source.column
         if not isinstance(text, str):
             kind = "null" if text is None else type(text).__name__

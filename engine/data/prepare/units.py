@@ -56,7 +56,7 @@ class UnitSettings:
         return self.seq_len - len(self.special.prefix) - len(self.special.suffix)
 
     def key(self, unit: WorkUnit) -> str:
-        """Identifies the shard that `unit` becomes."""
+        """Returns the hash that identifies the shard that `unit` becomes."""
         head = json.dumps([asdict(self), unit.index], sort_keys=True).encode()
         return hashlib.sha256(head + b"\n" + unit.text).hexdigest()
 
@@ -83,8 +83,8 @@ def unit_settings(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def plain_tokenizer(tokenizer_json: str) -> Any:
-    """The tokenizer without what its file may switch on: truncation and padding (all-MiniLM has both), and reading
-    "[SEP]" in a text as the special token."""
+    """Returns the tokenizer without what its file may switch on: truncation and padding (all-MiniLM has both), and
+    reading "[SEP]" in a text as the special token."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer_json)

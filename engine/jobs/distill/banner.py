@@ -12,7 +12,7 @@ from engine.losses.measure import Measured
 from engine.mapping import mapping_table
 from engine.models.capture import FULL_FROM
 from engine.models.teacher import FrozenTeacher
-from engine.records.columns import labelled
+from engine.records.columns import labelled_lines
 from engine.train.optim import ChosenOptimizer, parameters_of
 
 
@@ -91,7 +91,7 @@ def describe_run(
         ("output", cfg.output_dir),
     ]
     rows += [("warning", text) for text in plan.warnings]
-    return labelled(rows) + "\n"
+    return labelled_lines(rows) + "\n"
 
 
 def _teacher_lines(plan: Plan, teacher: FrozenTeacher) -> list[str]:
@@ -136,4 +136,4 @@ def closing_table(
     for name, value in first.items():
         ratio = f"{last[name] / value:.3f}" if value else "-"
         lines.append(f"{name:<{width}}{value:>12.4g}{last[name]:>12.4g}{ratio:>8}")
-    return "\n".join([*lines, "", labelled(facts)])
+    return "\n".join([*lines, "", labelled_lines(facts)])

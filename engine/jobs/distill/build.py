@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from engine.data.loader import CorpusLoader
 from engine.data.shard_check import ShardCheck, share_of_this_host
+from engine.data.share import StepShare
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan
-from engine.models.capture import runs_unpadded
 from engine.models.compact_embedding import keep_tokens
 from engine.models.features import Wanted
+from engine.models.install import runs_unpadded
 from engine.models.projections import Projections
 from engine.models.shape import forward_flops_per_token
 from engine.models.student import build_student
@@ -43,15 +44,17 @@ def open_corpus(plan: Plan, check: ShardCheck | None = None) -> CorpusLoader:
         check.settle()
     return CorpusLoader(
         folder,
+        StepShare(
+            config.train.global_batch,
+            plan.execution.micro_batch_size,
+            rank=launcher_rank(),
+            world=plan.execution.world_size,
+        ),
         manifest=plan.manifest,
         check=check,
         seq_len=plan.seq_len,
         eval_sequences=config.data.eval_sequences,
         seed=config.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=plan.execution.micro_batch_size,
-        rank=launcher_rank(),
-        world=plan.execution.world_size,
         mlm_probability=config.data.mlm_probability,
         whole_word=config.data.whole_word_mask,
         tokenizer=plan.tokenizer,

@@ -169,7 +169,7 @@ class Job:
         Collective."""
         if not module.losses.looks_at_slice:
             return Measured()
-        batches = self.loader.first(sequences_of(self.config.loss, self.plan.seq_len))
+        batches = self.loader.first_batches(sequences_of(self.config.loss, self.plan.seq_len))
         return begin(module, TeacherSlice(batches, teacher, self.runtime.device, self.plan.teacher_shape))
 
     def _tidy(self, chosen: Chosen | None) -> None:
@@ -312,7 +312,7 @@ class HeldOutLosses:
     def __call__(self, step: int) -> bool:
         """Shows and records the held-out losses, which are the same whatever the ranks and batches. Collective."""
         model, device = self.trainee.model, self.trainee.runtime.device
-        batches = list(self.loader.evaluation(self.trainee.execution.micro_batch_size))
+        batches = list(self.loader.held_out_batches(self.trainee.execution.micro_batch_size))
         if not batches:
             return False
         local = sum((batch.counts for batch in batches), Counts())

@@ -26,7 +26,7 @@ from engine.models.fit import Parts, check_fit
 from engine.models.hub import SavedModel, model_hashes, shape_of
 from engine.models.initialise import resolve_init
 from engine.models.shape import ModelShape
-from engine.models.student import build_student_config, like_layers, with_dropout
+from engine.models.student import build_student_config, pattern_layers, with_dropout
 from engine.train.portable import license_of, public_name, sentence_modules
 
 
@@ -119,7 +119,7 @@ def make_plan(config: RunConfig) -> Plan:
         tinybert=config.loss.preset == "tinybert",
         precisions=(execution.precision, dtype),
     )
-    mapping = MappingPair.of_texts(
+    mapping = MappingPair.from_texts(
         config.mapping.hidden,
         config.mapping.attention,
         student_layers=student_shape.layers,
@@ -180,7 +180,7 @@ def mapped_losses(
     models."""
     if config.student.path is None:
         sources = resolve_init(config.student.init or "random", student.layers, teacher.layers, mapping.hidden)
-        same = like_layers(sources, teacher.layers)
+        same = pattern_layers(sources, teacher.layers)
         student = replace(student, windows=tuple(teacher.window(layer) for layer in same))
     return build_losses(
         config.loss,

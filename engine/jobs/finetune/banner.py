@@ -9,7 +9,7 @@ from engine.jobs.execution import versions
 from engine.jobs.finetune.plan import FinetunePlan, PlannedTask
 from engine.mapping import mapping_table
 from engine.models import hub
-from engine.records.columns import labelled
+from engine.records.columns import labelled_lines
 from engine.tasks.rows import Split
 from engine.train.optim import parameters_of
 
@@ -57,7 +57,7 @@ def describe_job(plan: FinetunePlan, *, optimizer: str, device: str, finished: i
         ("output", config.output_dir),
     ]
     rows += [("warning", text) for text in plan.warnings]
-    return labelled(rows) + "\n"
+    return labelled_lines(rows) + "\n"
 
 
 def _task_lines(plan: FinetunePlan, task: PlannedTask) -> list[str]:

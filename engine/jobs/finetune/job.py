@@ -30,7 +30,7 @@ from engine.records.run_dir import RunDir, as_yaml
 from engine.tasks.encode import EncodedTask, encode_task
 from engine.tasks.evaluation import constant_score, predict_split, score_dev
 from engine.tasks.model import head_problem, load_task_model
-from engine.tasks.module import TaskModule, wanted_of_teacher
+from engine.tasks.module import TaskModule, teacher_wanted
 from engine.tasks.predictions import write_predictions, write_submission
 from engine.train.monitor import Monitor, open_records
 from engine.train.optim import build_optimizer
@@ -154,7 +154,7 @@ class FinetuneJob:
             dtype=getattr(torch, planned.dtype),
         )
         self._score_teacher(task, encoded, model.to(self.runtime.device))  # type: ignore[arg-type]
-        wanted = wanted_of_teacher(self.config.loss, planned.losses)
+        wanted = teacher_wanted(self.config.loss, planned.losses)
         return FrozenTeacher(
             model,
             wanted=wanted,

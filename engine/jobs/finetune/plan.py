@@ -118,18 +118,13 @@ class FinetunePlan:
     def train_config(self, unit: Unit, rows: int) -> TrainConfig:
         """Returns steps, batch and schedule of a fine-tuning. rows: number of training rows, or windows of a span
         task."""
-        task, train = self.config.task, self.config.train
         return task_train_config(
             rows,
             epochs=unit.at.epochs,
             lr=unit.at.lr,
             batch=unit.at.batch,
-            warmup_share=task.warmup_share,
-            schedule=train.schedule,
-            decay_share=train.decay_share,
-            grad_clip=train.grad_clip,
-            log_every=train.log_every,
-            save_every=train.save_every,
+            warmup_share=self.config.task.warmup_share,
+            settings=self.config.train,
         )
 
     def unit_config(self, unit: Unit) -> FinetuneConfig:
@@ -200,7 +195,7 @@ def _executions(config: FinetuneConfig, names: list[str]) -> dict[int, Execution
     executions: dict[int, Execution] = {}
     for name in names:
         for at in _points(name, config.task):
-            train = task_train_config(1, epochs=1, lr=at.lr, batch=at.batch, grad_clip=config.train.grad_clip)
+            train = task_train_config(1, epochs=1, lr=at.lr, batch=at.batch, settings=config.train)
             try:
                 executions[at.batch] = plan_execution(config.deepspeed_config, train, config.optim)
             except UserError as error:

@@ -74,7 +74,7 @@ def _mapped_losses(
     if not mapped.active:
         return None, {}
     shapes = [shape_of(saved.config, has_mlm_head=False) for saved in (model, teacher)]
-    pair = MappingPair.of_texts(
+    pair = MappingPair.from_texts(
         config.mapping.hidden,
         config.mapping.attention,
         student_layers=shapes[0].layers,

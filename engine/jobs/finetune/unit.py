@@ -27,7 +27,7 @@ from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.tasks.encode import EncodedTask
 from engine.tasks.model import head_of, load_task_model
 from engine.tasks.module import TaskModule
-from engine.tasks.train import TaskResult, train_on_task
+from engine.tasks.train import Checkpoints, Recipe, TaskResult, train_on_task
 from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.checkpoint_storage import SharedFolder
 from engine.train.export import export_checkpoint
@@ -176,22 +176,24 @@ class UnitRun:
         checkpointer.export.update(self._description(module))
         monitor.write_record("run", status="started", step=0, resumed_from=self.tag, steps=train.steps, **self._facts())
         try:
-            result = train_on_task(
-                module=module,
-                task=task,
+            recipe = Recipe(
                 train=train,
                 optim=plan.config.optim,
                 execution=self.execution,
+                seed=unit.seed,
+                eval_every=plan.config.task.eval_every,
+                patience=plan.config.task.patience,
+                require_fused=plan.config.require_fused,
+            )
+            result = train_on_task(
+                module,
+                task,
+                recipe,
                 runtime=self.runtime,
                 stop=self.stop,
-                seed=unit.seed,
                 monitor=monitor,
-                checkpointer=checkpointer,
-                chosen=self.chosen,
+                checkpoints=Checkpoints(checkpointer, self.chosen),
                 teacher=teacher,
-                patience=plan.config.task.patience,
-                eval_every=plan.config.task.eval_every,
-                require_fused=plan.config.require_fused,
             )
             monitor.end_progress()
             if result.outcome is Outcome.PREEMPTED:

@@ -145,7 +145,7 @@ class Cohort:
         plans = [genome.plan for genome in self.genomes if genome.plan is not None]
         if self.teacher is None or not any(plan.losses.looks_at_slice for plan in plans):
             return None
-        batches = self.loader.first(sequences_of(self.base.config.loss, self.base.seq_len))
+        batches = self.loader.first_batches(sequences_of(self.base.config.loss, self.base.seq_len))
         return TeacherSlice(batches, self.teacher, self.runtime.device, self.base.teacher_shape)
 
     def build_members(self) -> list[Member]:
@@ -191,7 +191,7 @@ def tokens_met(base: Plan, loader: CorpusLoader, in_texts: torch.Tensor) -> torc
     """Returns the ids that a student will meet, each once (n,): in its batches, in what its losses are measured on, and
     `in_texts`, where it is scored. Collective."""
     ids = [in_texts]
-    ids += [batch.input_ids.flatten() for batch in loader.first(sequences_of(base.config.loss, base.seq_len))]
+    ids += [batch.input_ids.flatten() for batch in loader.first_batches(sequences_of(base.config.loss, base.seq_len))]
     for step in range(base.config.train.steps):
         ids += [micro.input_ids.flatten() for micro in loader.step(step).micro]
     tokens = torch.unique(torch.cat(ids))

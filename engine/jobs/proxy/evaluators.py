@@ -26,9 +26,9 @@ from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.model import load_task_model
 from engine.tasks.module import TaskModule
-from engine.tasks.probe import ProbeFeatures, in_threads, pool, probe_outputs
+from engine.tasks.probe import ProbeFeatures, map_in_threads, pool, probe_outputs
 from engine.tasks.rows import Encoded, Split
-from engine.tasks.train import task_train_config, train_on_task
+from engine.tasks.train import Recipe, task_train_config, train_on_task
 from engine.train.monitor import Monitor
 from engine.train.trainer import Outcome
 
@@ -187,7 +187,7 @@ def _cross_validated(task: TaskData, rows: ProbeFeatures, folds: int) -> dict[st
         watchdog.beat()
         return outputs
 
-    by_fold = in_threads(held_out, range(folds))
+    by_fold = map_in_threads(held_out, range(folds))
     outputs = np.zeros((len(labels), *by_fold[0].shape[1:]), by_fold[0].dtype)
     for k, values in enumerate(by_fold):
         outputs[(fold == k).numpy()] = values
@@ -241,16 +241,12 @@ class FinetuneEvaluator:
             backend=self._plan.base.student_attention.name,
         )
         result = train_on_task(
-            module=TaskModule(model, kind=task.spec.kind, unpadded=config.kernels.unpadded),
-            task=task,
-            train=train,
-            optim=config.optim,
-            execution=execution,
+            TaskModule(model, kind=task.spec.kind, unpadded=config.kernels.unpadded),
+            task,
+            Recipe(train=train, optim=config.optim, execution=execution, seed=seed, eval_every=train.steps),
             runtime=self._runtime,
             stop=self._stop,
-            seed=seed,
             monitor=Monitor.silent(RunDir(Path(config.output_dir)), steps=train.steps, device=self._runtime.device),
-            eval_every=train.steps,
         )
         if result.outcome is Outcome.PREEMPTED:
             raise Stopped

@@ -36,7 +36,7 @@ from engine.ranks.agreement import require_agreement
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.fingerprints import flatten
 from engine.records.run_dir import RunDir
-from engine.records.yardstick import alike, fitness_of
+from engine.records.yardstick import equal_scales, fitness_of
 from engine.train.monitor import Monitor, peak_memory_gib
 from engine.train.portable import copy_files
 from engine.train.trainer import Outcome, Trainer
@@ -124,7 +124,7 @@ class ProxyJob:
                     scores[name] = evaluator(model)
         except Stopped:
             return False
-        self.results.yardstick = alike(scores["start"].tasks, scores["teacher"].tasks, self.plan.counted)
+        self.results.yardstick = equal_scales(scores["start"].tasks, scores["teacher"].tasks, self.plan.counted)
         self.results.record("run", status="baselines", **{name: of.tasks for name, of in scores.items()})
         for name, of in scores.items():
             self.results.say(f"{name}  ({listed(of.tasks)})")

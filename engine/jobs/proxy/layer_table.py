@@ -18,8 +18,9 @@ from engine.data.batch import Batch
 from engine.jobs.distill.build import initial_student, load_teacher
 from engine.jobs.proxy.cohort import Cohort, Member
 from engine.losses.measure import EVERY_FIFTH, TeacherSlice, real_rows, sequences_of
-from engine.models.capture import capture, install, shape_layers
+from engine.models.capture import capture, layer_calls
 from engine.models.features import Wanted
+from engine.models.install import install
 from engine.models.moments import Moments, fit
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime
@@ -78,7 +79,7 @@ def layer_table(student: PreTrainedModel, text: Text, device: torch.device) -> L
         judging = _moments(states, targets, text.judging)
         fitted = fit([_moments(states, targets, text.fitted)], [1.0], bias=True)  # one Gram matrix for all of them
         blocks = [slice(i * width, (i + 1) * width) for i in range(len(layers))]
-        shares = (judging.of_targets(block).explained(fitted.of_targets(block)) for block in blocks)
+        shares = (judging.select_targets(block).explained(fitted.select_targets(block)) for block in blocks)
         table.append([round(share, 4) for share in shares])
     return table
 
@@ -87,7 +88,7 @@ def layer_table(student: PreTrainedModel, text: Text, device: torch.device) -> L
 def _states(student: PreTrainedModel, batches: Sequence[Batch], device: torch.device) -> list[torch.Tensor]:
     """Returns the student's hidden states of the real tokens, (n, D) for each layer, on the CPU."""
     student.eval().to(device)
-    layers = range(shape_layers(student) + 1)
+    layers = range(layer_calls(student) + 1)
     states: list[list[torch.Tensor]] = [[] for _ in layers]
     for batch in batches:
         features = capture(student, batch.to(device), Wanted(hidden=frozenset(layers)))
@@ -99,7 +100,8 @@ def _states(student: PreTrainedModel, batches: Sequence[Batch], device: torch.de
 def _moments(states: torch.Tensor, targets: Sequence[torch.Tensor], tokens: torch.Tensor) -> Moments:
     """Returns the moments of one student layer and of all teacher layers side by side, over these tokens."""
     chunks = tokens.split(AT_ONCE)
-    return reduce(add, (Moments.of(states[rows], torch.cat([y[rows] for y in targets], dim=1)) for rows in chunks))
+    parts = (Moments.from_states(states[rows], torch.cat([y[rows] for y in targets], dim=1)) for rows in chunks)
+    return reduce(add, parts)
 
 
 class LayerTables:
@@ -124,7 +126,7 @@ class LayerTables:
             sequences_of(base.config.loss, base.seq_len),
             math.ceil(TOKENS_PER_DIMENSION * base.student_shape.width / base.seq_len),
         )
-        text = divide(TeacherSlice(cohort.loader.first(count), teacher, self._runtime.device))
+        text = divide(TeacherSlice(cohort.loader.first_batches(count), teacher, self._runtime.device))
         width = base.student_shape.width
         self._possible = len(text.fitted) > width and len(text.judging) > 0
         if not self._possible:

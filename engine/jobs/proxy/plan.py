@@ -25,7 +25,8 @@ from engine.models.hub import model_hashes
 from engine.ranks.hosts.agent import COMPARED, code_hash
 from engine.ranks.runtime import has_fast_bf16, uses_gpu
 from engine.records.fingerprints import digest
-from engine.tasks.load import TaskData, load_task, resolve_names, task_spec
+from engine.tasks.load import TaskData, load_task, resolve_names
+from engine.tasks.specs import task_spec
 
 PACKAGES = (*COMPARED, "torchmetrics")
 

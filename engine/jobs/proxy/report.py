@@ -10,10 +10,10 @@ from typing import Any
 
 from engine.jobs.proxy.plan import ProxyPlan
 from engine.ranks.runtime import Runtime
-from engine.records.columns import columns, labelled
+from engine.records.columns import columns, labelled_lines
 from engine.records.records import read_records
 from engine.records.stats import Signal, describe, signal_ratio
-from engine.records.yardstick import Yardstick, beaten_text, counted, describe_yardstick
+from engine.records.yardstick import Yardstick, beaten_text, counting_tasks, describe_yardstick
 
 MEASURED_FIRST = "share of the gap from the untrained student to the teacher, which are scored first; none runs, too"
 Result = dict[str, Any]
@@ -63,7 +63,7 @@ def fitness_table(
     """
     by_genome = _by_genome(results)
     order = sorted(by_genome, key=lambda genome: -fmean(r["fitness"] for r in by_genome[genome]))
-    counting = counted(yardstick) or list(yardstick)
+    counting = counting_tasks(yardstick) or list(yardstick)
     heads = ["genome", "", *(task if task in counting else f"({task})" for task in tasks), "fitness", "seeds"]
     rows = [heads]
     for genome in order:
@@ -74,7 +74,7 @@ def fitness_table(
         rows.append([genome, given if given != genome else "", *cells, fitness, str(len(group))])
     for name in ("start", "teacher") if results else ():
         cells = [f"{getattr(yardstick[task], name):.4f}" if task in yardstick else "" for task in tasks]
-        rows.append([name, "", *cells, f"{float(name == 'teacher'):.4f}" if counted(yardstick) else "", ""])
+        rows.append([name, "", *cells, f"{float(name == 'teacher'):.4f}" if counting_tasks(yardstick) else "", ""])
     rows += [[text] for text in failed]
     return columns(rows, left=(0, 1))
 
@@ -157,4 +157,4 @@ def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], know
         ("output", config.output_dir),
     ]
     rows += [("warning", text) for text in plan.warnings]
-    return labelled(rows) + "\n"
+    return labelled_lines(rows) + "\n"

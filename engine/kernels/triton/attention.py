@@ -208,7 +208,7 @@ def launch(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns (2,) float32 sums over all scores (in the window) of D^2 and (A_t / scale_s)^2, D = (A_s - A_t) /
     scale_s, and [D K_s, D^T Q_s] if `gradient`, in the inputs' bfloat16 or in float32."""
-    inputs, layout = contiguous_rows(inputs), Layout.of(inputs)
+    inputs, layout = contiguous_rows(inputs), Layout.from_inputs(inputs)
     q_s, k_s, q_t, k_t, *scales = inputs[:6]
     masked, window, width_t = layout.mask is not None, inputs.window, q_t.shape[-1]
     grads = empty_gradients([q_s, k_s]) if gradient else []

@@ -48,7 +48,7 @@ class Layout(NamedTuple):
     packed: bool
 
     @classmethod
-    def of(cls, inputs: Attention) -> Layout:
+    def from_inputs(cls, inputs: Attention) -> Layout:
         (sequences, _, length, _), device = inputs.q_s.shape, inputs.q_s.device
         mask, segments = inputs.rows
         if segments is not None:

@@ -194,7 +194,7 @@ def _by_keys(
 def launch(inputs: Attention, *, gradient: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns the float32 sum of KL over rows, and [dS K_s, dS^T Q_s] if `gradient`, in the inputs' bfloat16 or in
     float32."""
-    inputs, layout = contiguous_rows(inputs), Layout.of(inputs)
+    inputs, layout = contiguous_rows(inputs), Layout.from_inputs(inputs)
     q_s, k_s, q_t, k_t, *scales = inputs[:6]
     sides = q_s, k_s, q_t, k_t
     windows = inputs.window_s, inputs.window

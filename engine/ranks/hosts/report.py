@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.ranks.hosts.link import HostError
-from engine.records.columns import labelled
+from engine.records.columns import labelled_lines
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -88,7 +88,7 @@ def table(report: Report) -> str:
         missing = shlex.join(f"{name}={value}" for name, value in report.settings.items())
         rows.append(("settings", f"missing in .deepspeed_env, but set for this all-reduce: {missing}"))
     rows.append(("verdict", f"{'ready' if report.ok else 'NOT ready'} ({report.seconds:.1f} s)"))
-    return "\n".join([*lines, labelled(rows)])
+    return "\n".join([*lines, labelled_lines(rows)])
 
 
 def _facts_line(verdict: Verdict) -> str:

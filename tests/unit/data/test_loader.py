@@ -19,6 +19,7 @@ from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader, held_out_counts
 from engine.data.manifest import load_manifest
 from engine.data.prepare.corpus import prepare
+from engine.data.share import StepShare
 from engine.errors import UserError
 
 EVAL = 13
@@ -54,9 +55,14 @@ def rows(home) -> list[tuple[int, ...]]:
 
 @pytest.fixture
 def make(home, tokenizer):
-    def build(**options) -> CorpusLoader:
-        defaults = {"eval_sequences": EVAL, "seed": 7, "global_batch": 8, "micro_batch": 8, "tokenizer": tokenizer}
-        return CorpusLoader(options.pop("path", home / "corpus"), **{**defaults, **options})
+    def build(path: Path = home / "corpus", **options) -> CorpusLoader:
+        share = StepShare(
+            options.pop("global_batch", 8),
+            options.pop("micro_batch", 8),
+            rank=options.pop("rank", 0),
+            world=options.pop("world", 1),
+        )
+        return CorpusLoader(path, share, **{"eval_sequences": EVAL, "seed": 7, "tokenizer": tokenizer, **options})
 
     return build
 
@@ -82,8 +88,8 @@ def test_rows_are_the_sequences_of_the_shards(make, rows, home):
     assert set(seen) <= train
     one_epoch = seen[: loader.order.slots]
     assert len(set(one_epoch)) == len(one_epoch)
-    assert {s for b in loader.evaluation(4) for s in sequences(b)} == set(want)
-    assert sum(len(sequences(b)) for b in loader.evaluation(4)) == EVAL
+    assert {s for b in loader.held_out_batches(4) for s in sequences(b)} == set(want)
+    assert sum(len(sequences(b)) for b in loader.held_out_batches(4)) == EVAL
 
 
 def test_a_step_does_not_depend_on_ranks_or_micro_batch(make):
@@ -102,7 +108,7 @@ def test_a_step_does_not_depend_on_ranks_or_micro_batch(make):
 def test_batches_know_their_step_and_others_have_none(make):
     loader = make(rank=1, world=2, micro_batch=2)
     assert [batch.to(torch.device("cpu")).step for batch in loader.step(70).micro] == [70, 70]
-    assert {batch.step for batch in (*loader.evaluation(4), *loader.first(3))} == {None}
+    assert {batch.step for batch in (*loader.held_out_batches(4), *loader.first_batches(3))} == {None}
 
 
 def test_masking_does_not_depend_on_ranks_or_micro_batch_either(make):
@@ -124,7 +130,7 @@ def test_masking_does_not_depend_on_ranks_or_micro_batch_either(make):
 
 def test_masks_change_with_the_epoch_but_not_between_evaluations(make):
     loader = make(mlm_probability=0.3)
-    a, b = ([batch.input_ids for batch in loader.evaluation(4)] for _ in range(2))
+    a, b = ([batch.input_ids for batch in loader.held_out_batches(4)] for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     first = make(mlm_probability=0.3, global_batch=1, micro_batch=1)
     order, slots = first.order, first.order.slots
@@ -139,7 +145,7 @@ def test_evaluation_masks_do_not_depend_on_ranks_or_batch_size(make):
         found = {}
         for rank in range(world):
             loader = make(mlm_probability=0.3, rank=rank, world=world, micro_batch=1)
-            for batch in loader.evaluation(batch_size):
+            for batch in loader.held_out_batches(batch_size):
                 for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
                     original = torch.where(labels >= 0, labels, ids)
                     found[tuple(original[original != 0].tolist())] = tuple(ids[ids != 0].tolist())
@@ -187,19 +193,19 @@ def test_without_padding_there_is_no_mask(make):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_evaluation_shares(make, count, world, batch_size):
     loaders = [make(eval_sequences=count, rank=r, world=world, micro_batch=1) for r in range(world)]
-    parts = [list(loader.evaluation(batch_size)) for loader in loaders]
+    parts = [list(loader.held_out_batches(batch_size)) for loader in loaders]
     assert len({len(part) for part in parts}) == 1
     sizes = [len(batch.input_ids) for part in parts for batch in part]
     assert min(sizes) >= 1
     assert max(sizes) <= max(2, batch_size)
     got = sorted(s for part in parts for batch in part for s in sequences(batch))
-    whole = sorted(s for batch in make(eval_sequences=count).evaluation(64) for s in sequences(batch))
+    whole = sorted(s for batch in make(eval_sequences=count).held_out_batches(64) for s in sequences(batch))
     assert got == whole
     assert len(got) == count
 
 
 def test_no_evaluation(make):
-    assert list(make(eval_sequences=0).evaluation(4)) == []
+    assert list(make(eval_sequences=0).held_out_batches(4)) == []
 
 
 def test_steps_is_step_ahead_of_time_and_its_thread_ends(make):
@@ -270,7 +276,7 @@ def test_damage_that_is_no_sequence_names_the_shard(home, make, rows, tmp_path, 
     with pytest.raises(UserError, match=said):
         list(takewhile(lambda batches: batches.step < 1000, loader.steps(0)))
     with pytest.raises(UserError, match=said):
-        list(make(path=path, eval_sequences=len(rows) - 2).evaluation(4))
+        list(make(path=path, eval_sequences=len(rows) - 2).held_out_batches(4))
 
 
 def test_opening_reads_no_shard(home, make, tmp_path):
@@ -313,14 +319,13 @@ def test_a_shard_with_other_sequences_than_the_manifest_says(home, make, tmp_pat
     (path / "manifest.json").write_text(text.replace(f'"sequences": {count}', f'"sequences": {count + 1}'))
     loader = make(path=path)
     with pytest.raises(UserError, match=rf"{count} sequences, the manifest says {count + 1}"):
-        next(loader.evaluation(EVAL))
+        next(loader.held_out_batches(EVAL))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"seq_len": 128}, r"data\.seq_len=128: .*prepared with 40"),
-        ({"global_batch": 12}, r"train\.global_batch=12: must be a multiple of micro batch 8 x 1 ranks"),
         ({"eval_sequences": 10**6}, r"data\.eval_sequences=1000000: .*hold out at most"),
         ({"eval_sequences": 2, "world": 4, "micro_batch": 2}, r"data\.eval_sequences=2: .*4 ranks"),
     ],

@@ -26,7 +26,7 @@ def mask(ids, attention, tables, **options):
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_shares_and_labels(family, whole_word):
     tokenizer = FAMILIES[family]()
-    tables = MaskingTables.of(tokenizer)
+    tables = MaskingTables.from_tokenizer(tokenizer)
     ids, attention = batch(tokenizer, rows=600)
     before = ids.copy()
     masked, labels = mask(ids, attention, tables, whole_word=whole_word)
@@ -45,7 +45,7 @@ def test_shares_and_labels(family, whole_word):
 
 
 def test_a_row_depends_on_its_sample_id_and_seed_only():
-    tables = MaskingTables.of(bert())
+    tables = MaskingTables.from_tokenizer(bert())
     ids, attention = batch(bert(), rows=8)
     args = {"probability": 0.3, "whole_word": True, "tables": tables}
     whole = mask_tokens(ids, attention, np.arange(8), seed=1, **args)
@@ -64,7 +64,7 @@ def test_a_row_depends_on_its_sample_id_and_seed_only():
 def test_whole_words_are_chosen_together(family, marker):
     tokenizer = FAMILIES[family]()
     ids, attention = batch(tokenizer)
-    _, labels = mask(ids, attention, MaskingTables.of(tokenizer), whole_word=True)
+    _, labels = mask(ids, attention, MaskingTables.from_tokenizer(tokenizer), whole_word=True)
     several = 0
     for row, row_labels in zip(ids, labels, strict=True):
         tokens = tokenizer.convert_ids_to_tokens(row.tolist())
@@ -82,18 +82,18 @@ def test_single_token_masking_does_split_words():
     """The counterpart of the test above: without the option a word can be chosen in part."""
     tokenizer = bert()
     ids, attention = batch(tokenizer)
-    _, labels = mask(ids, attention, MaskingTables.of(tokenizer))
-    continuation = MaskingTables.of(tokenizer).continuation[ids[:, 1:]]
+    _, labels = mask(ids, attention, MaskingTables.from_tokenizer(tokenizer))
+    continuation = MaskingTables.from_tokenizer(tokenizer).continuation[ids[:, 1:]]
     assert (((labels[:, 1:] == UNSCORED_LABEL) != (labels[:, :-1] == UNSCORED_LABEL)) & continuation).any()
 
 
 def test_at_least_one_and_never_a_special_token():
     tokenizer = bert()
     ids = np.array([[tokenizer.cls_token_id, 20, 21, tokenizer.sep_token_id]] * 50)
-    _, labels = mask(ids, None, MaskingTables.of(tokenizer), probability=1e-9)
+    _, labels = mask(ids, None, MaskingTables.from_tokenizer(tokenizer), probability=1e-9)
     assert ((labels != UNSCORED_LABEL).sum(axis=1) == 1).all()
     only_special = np.array([[tokenizer.cls_token_id, tokenizer.sep_token_id]])
-    masked, labels = mask(only_special, None, MaskingTables.of(tokenizer), probability=0.9)
+    masked, labels = mask(only_special, None, MaskingTables.from_tokenizer(tokenizer), probability=0.9)
     assert (masked == only_special).all()
     assert (labels == UNSCORED_LABEL).all()
 
@@ -101,7 +101,7 @@ def test_at_least_one_and_never_a_special_token():
 def test_the_rest_of_a_cut_word_is_a_word_of_its_own():
     """A sequence may begin inside a word: what follows a special token is not joined to the next word."""
     tokenizer = bert()
-    tables = MaskingTables.of(tokenizer)
+    tables = MaskingTables.from_tokenizer(tokenizer)
     rest = int(np.flatnonzero(tables.continuation)[0])
     word = int(tables.ordinary[~tables.continuation[tables.ordinary]][0])
     ids = np.array([[tokenizer.cls_token_id, rest, word, tokenizer.sep_token_id]] * 50)
@@ -112,12 +112,14 @@ def test_the_rest_of_a_cut_word_is_a_word_of_its_own():
 def test_a_tokenizer_without_mask_token():
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(UserError, match=r"data\.mlm_probability: .*no mask token"):
-        MaskingTables.of(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
+        MaskingTables.from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
 
 
 def test_whole_words_need_a_tokenizer_that_marks_them():
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "[MASK]": 2}, unk_token="[UNK]"))
-    tables = MaskingTables.of(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="[MASK]"))
+    tables = MaskingTables.from_tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="[MASK]")
+    )
     assert tables.continuation is None
     with pytest.raises(UserError, match=r"data\.whole_word_mask"):
         mask(np.zeros((1, 3), dtype=np.int64), None, tables, whole_word=True)

@@ -190,19 +190,17 @@ from transformers import AutoTokenizer
 from engine.data.loader import CorpusLoader
 from engine.data.manifest import load_manifest
 from engine.data.shard_check import ShardCheck
+from engine.data.share import StepShare
 from engine.errors import UserError
 
 rank, corpus, tokenizer, store = int(sys.argv[1]), *sys.argv[2:]
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 loader = CorpusLoader(
     corpus,
+    StepShare(2, 1, rank=rank, world=2),
     tokenizer=AutoTokenizer.from_pretrained(tokenizer),
     eval_sequences=0,
     seed=0,
-    global_batch=2,
-    micro_batch=1,
-    rank=rank,
-    world=2,
     check=ShardCheck(Path(corpus), load_manifest(corpus), part=rank, parts=2),
 )
 try:

@@ -11,7 +11,7 @@ import pytest
 from tiny_world import save_tiny_teacher
 
 from engine.errors import UserError
-from engine.hub.tokenizer import load_tokenizer, read_otherwise
+from engine.hub.tokenizer import load_tokenizer, reading_difference
 
 
 @pytest.fixture
@@ -84,9 +84,9 @@ def test_a_file_of_a_newer_version(folder: Path) -> None:
 
 
 def test_what_transformers_makes_of_the_files_is_compared_with_them(folder: Path) -> None:
-    assert read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder)) == ""
+    assert reading_difference(load_tokenizer(str(folder), "tokenizer"), str(folder)) == ""
     (folder / "added_tokens.json").write_text('{"[E1]": 76, "[E2]": 90}')
-    said = read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder))
+    said = reading_difference(load_tokenizer(str(folder), "tokenizer"), str(folder))
     assert said == "added_tokens.json gives '[E2]' the id 90, but transformers reads it as 77"
     (folder / "added_tokens.json").unlink()
 
@@ -96,9 +96,9 @@ def test_a_class_that_reads_a_tokenizer_otherwise_is_said(folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder), "tokenizer")
     if tokenizer.tokenize("the") == ["the"]:
         pytest.skip("this version of transformers takes tokenizer.json as it is")
-    assert "but its tokenizer.json says '[CLS] the [UNK]" in read_otherwise(tokenizer, str(folder))
+    assert "but its tokenizer.json says '[CLS] the [UNK]" in reading_difference(tokenizer, str(folder))
     change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # as it advises
-    assert read_otherwise(load_tokenizer(str(folder), "tokenizer"), str(folder)) == ""
+    assert reading_difference(load_tokenizer(str(folder), "tokenizer"), str(folder)) == ""
 
 
 def test_a_sentencepiece_model_names_the_package_that_reads_it(folder: Path) -> None:

@@ -32,7 +32,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 STUDENT = ModelShape(layers=4, width=12, heads=4, vocab=31, has_mlm_head=True)
 TEACHER = ModelShape(layers=12, width=20, heads=4, vocab=31, has_mlm_head=True)
-RANDOM = RandomEachStep.of_sizes(student_layers=4, teacher_layers=12, key="mapping.hidden")
+RANDOM = RandomEachStep.from_sizes(student_layers=4, teacher_layers=12, key="mapping.hidden")
 OFF = dict.fromkeys(LOSS_NAMES, 0.0)
 EVERYTHING = {
     "hidden": 1.0, "attention": 0.5, "embedding": 2.0, "attention_probs": 0.7, "relation": 1.5, "cosine": 0.3,

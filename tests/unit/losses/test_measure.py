@@ -21,9 +21,10 @@ from engine.losses.loss_set import LossSet
 from engine.losses.measure import TeacherSlice, begin
 from engine.losses.random_layers import RandomLosses
 from engine.mapping import MappingPair, RandomEachStep
-from engine.models.capture import capture, install
+from engine.models.capture import capture
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
+from engine.models.install import install
 from engine.models.projections import Projections
 from engine.models.student import new_model
 
@@ -39,7 +40,7 @@ def batches(count: int, **settings: Any) -> list[Batch]:
         ids = (batch.input_ids * (3 * i + 1)) % 40 + 5
         mask = batch.attention_mask
         lengths = tuple(np.full(4, 11) if mask is None else mask.sum(1).numpy())
-        counts = Counts.of(np.array(lengths))
+        counts = Counts.from_lengths(np.array(lengths))
         found.append(replace(batch, input_ids=ids, counts=counts, lengths=tuple(map(int, lengths))))
     return found
 
@@ -70,7 +71,7 @@ def learner(width: int = 24, mapping: str = MAPPING, layers: int = 4, **loss: An
     models: dict[str, Any] = {
         "student": shape_of(config, False), "teacher": shape_of(tiny_config("bert"), False), "mlm_probability": 0.0,
     }  # fmt: skip
-    maps = MappingPair.of_texts(mapping, None, student_layers=layers, teacher_layers=4).hidden
+    maps = MappingPair.from_texts(mapping, None, student_layers=layers, teacher_layers=4).hidden
     settings = LossConfig(**loss), MappingConfig(hidden=mapping)
     if isinstance(maps, RandomEachStep):
         losses: LossSet = RandomLosses(*settings, layers=maps, seed=0, **models)
@@ -129,7 +130,7 @@ def test_what_is_not_finite_is_left_out(teacher: PreTrainedModel) -> None:
         input_ids=bad.input_ids[1:],
         attention_mask=bad.attention_mask[1:],
         lengths=(bad.lengths or ())[1:],
-        counts=Counts.of(np.array((bad.lengths or ())[1:])),
+        counts=Counts.from_lengths(np.array((bad.lengths or ())[1:])),
     )
     found, want = TeacherSlice(on, overflows, CPU), TeacherSlice([on[0], rest, on[2]], run, CPU)
     assert (found.tokens, found.left_out) == (want.tokens, (bad.lengths or ())[0])

@@ -18,9 +18,10 @@ from engine.losses.loss_set import LossSet
 from engine.losses.measure import TeacherSlice
 from engine.mapping import parse_mapping
 from engine.models.attention import Recorder
-from engine.models.capture import capture, inputs_of, install, runs_unpadded
+from engine.models.capture import capture, inputs_of
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
+from engine.models.install import install, runs_unpadded
 from engine.models.projections import Projections
 
 LAYERS = (None, 4, 4, None)
@@ -39,7 +40,7 @@ def models() -> tuple[PreTrainedModel, PreTrainedModel]:
 def long_batch(*, padded: bool) -> Batch:
     batch = make_batch(length=LENGTH, padded=padded)
     lengths = (LENGTH,) * 3 if batch.attention_mask is None else tuple(batch.attention_mask.sum(1).tolist())
-    return replace(batch, lengths=lengths, counts=Counts.of(np.array(lengths), windows=(4,)))
+    return replace(batch, lengths=lengths, counts=Counts.from_lengths(np.array(lengths), windows=(4,)))
 
 
 def own_attention(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -131,8 +132,8 @@ def test_pairs_within_a_window_are_counted() -> None:
     lengths = np.array([1, 4, 9])
     for window in (0, 2, 8, 50):
         want = sum(abs(i - j) <= window for n in lengths for i in range(n) for j in range(n))
-        assert Counts.of(lengths, windows=(window,)).pairs(window) == want
-    counts = Counts.of(lengths, windows=(8, 2)) + Counts()
+        assert Counts.from_lengths(lengths, windows=(window,)).pairs(window) == want
+    counts = Counts.from_lengths(lengths, windows=(8, 2)) + Counts()
     doubled = (counts + counts).scaled(0.5)
     assert doubled == counts
     assert counts.with_values(counts.as_list()) == counts

@@ -14,8 +14,9 @@ from engine.data.batch import Counts
 from engine.jobs.distill.module import DistilModule
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
-from engine.models.capture import capture, install, layer_modules
+from engine.models.capture import capture, layer_modules
 from engine.models.hub import shape_of
+from engine.models.install import install
 from engine.models.projections import Projections
 
 BACKEND = "aot_eager"
@@ -47,7 +48,7 @@ def test_losses_and_gradients_of_a_compiled_student(backend: str, what: str, unp
     width = shapes[0].width
     projections = Projections(loss, student_width=width, teacher_width=width, layers=losses.projected_layers)
     batch = batch_with_lengths()
-    counts = Counts.of(np.array(batch.lengths))
+    counts = Counts.from_lengths(np.array(batch.lengths))
     with torch.no_grad():
         targets = capture(teacher, batch, losses.wanted_teacher, unpadded=unpadded)
 

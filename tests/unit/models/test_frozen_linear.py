@@ -9,10 +9,11 @@ import torch
 from tiny_encoders import make_batch, save_tiny, tiny_model
 from torch import nn
 
-from engine.models.capture import install, layer_modules
+from engine.models.capture import layer_modules
 from engine.models.features import Wanted
 from engine.models.frozen_linear import FrozenLinear, _Part, can_pack, freeze_linears
 from engine.models.hub import SavedModel
+from engine.models.install import install
 from engine.models.teacher import FrozenTeacher
 
 CPU = torch.device("cpu")

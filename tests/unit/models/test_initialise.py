@@ -13,10 +13,11 @@ from transformers import AlbertConfig, PreTrainedModel
 from engine.config.distill import StudentConfig
 from engine.errors import UserError
 from engine.mapping import LayerMapping
-from engine.models.capture import capture, install, layer_modules
+from engine.models.capture import capture, layer_modules
 from engine.models.features import Wanted
 from engine.models.hub import SavedModel
 from engine.models.initialise import NARROWABLE, copy_from_teacher, evenly_spaced, resolve_init
+from engine.models.install import install
 from engine.models.student import build_student, build_student_config, new_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

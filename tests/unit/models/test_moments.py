@@ -22,8 +22,8 @@ def states(n: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_sums_of_parts_are_those_of_the_whole() -> None:
     x, y = states()
-    whole = Moments.of(x, y)
-    parts = Moments.of(x[:100], y[:100]) + Moments.of(x[100:], y[100:])
+    whole = Moments.from_states(x, y)
+    parts = Moments.from_states(x[:100], y[:100]) + Moments.from_states(x[100:], y[100:])
     assert parts.tokens == whole.tokens == 300
     for name in ("x", "y", "xx", "xy"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
@@ -33,9 +33,9 @@ def test_sums_of_parts_are_those_of_the_whole() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_error_and_explained_share_are_those_of_the_states_themselves(bias: bool) -> None:
     x, y = states()
-    found = fit([Moments.of(x, y)], [1.0], bias=bias)
+    found = fit([Moments.from_states(x, y)], [1.0], bias=bias)
     other_x, other_y = states(seed=1)
-    other = Moments.of(other_x, other_y)
+    other = Moments.from_states(other_x, other_y)
     predicted = other_x @ found.weight.t() + (0.0 if found.bias is None else found.bias)
     assert other.mse(found) == pytest.approx(float((predicted - other_y).square().mean()))
     share = r2_score(other_y.numpy(), predicted.numpy(), multioutput="variance_weighted")
@@ -47,7 +47,7 @@ def test_error_and_explained_share_are_those_of_the_states_themselves(bias: bool
 def test_the_map_is_that_of_scikit_learns_ridge(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments_module, "RIDGE", 0.1)
     x, y = states()
-    found = fit([Moments.of(x, y)], [1.0], bias=bias)
+    found = fit([Moments.from_states(x, y)], [1.0], bias=bias)
     alpha = 0.1 * float(x.square().sum(0).mean())
     want = Ridge(alpha=alpha, fit_intercept=bias).fit(x.numpy(), y.numpy())
     np.testing.assert_allclose(found.weight.numpy(), want.coef_, rtol=1e-9)
@@ -59,7 +59,7 @@ def test_the_map_is_that_of_scikit_learns_ridge(bias: bool, monkeypatch: pytest.
 def test_a_shared_map_weighs_each_pair_by_its_weight_and_not_by_its_tokens() -> None:
     x, y = states()
     other_x, other_y = states(40, seed=2)
-    pairs, weights = [Moments.of(x, y), Moments.of(other_x, 3.0 * other_y)], [2.0, 0.5]
+    pairs, weights = [Moments.from_states(x, y), Moments.from_states(other_x, 3.0 * other_y)], [2.0, 0.5]
     found = fit(pairs, weights, bias=False)
 
     def loss(weight: torch.Tensor) -> float:

@@ -23,10 +23,11 @@ from transformers import AutoConfig, AutoModel, ModernBertConfig, PretrainedConf
 from engine.config.distill import StudentConfig
 from engine.errors import UserError
 from engine.mapping import LayerMapping
-from engine.models.capture import capture, install, layer_modules
+from engine.models.capture import capture, layer_modules
 from engine.models.features import Wanted
 from engine.models.hub import SavedModel, shape_of
 from engine.models.initialise import intermediate_size
+from engine.models.install import install
 from engine.models.student import DROPOUTS, build_student, build_student_config, new_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

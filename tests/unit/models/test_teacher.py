@@ -12,9 +12,10 @@ from transformers import AlbertConfig, AutoModelForMaskedLM, BertModel, Pretrain
 from engine.errors import UserError
 from engine.hub.config import load_config
 from engine.hub.tokenizer import load_tokenizer
-from engine.models.capture import capture, install, layer_modules
+from engine.models.capture import capture, layer_modules
 from engine.models.features import Features, Wanted
 from engine.models.hub import SavedModel, has_head, load_backbone, shape_of
+from engine.models.install import install
 from engine.models.student import new_model
 from engine.models.teacher import FrozenTeacher, truncated_config
 

@@ -22,9 +22,10 @@ from engine.kernels.segments import Segments
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
 from engine.models import capture as capture_module
-from engine.models.capture import capture, inputs_of, install, runs_unpadded, segments_of
+from engine.models.capture import capture, inputs_of, segments_of
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
+from engine.models.install import install, runs_unpadded
 from engine.models.projections import Projections
 from engine.models.student import enable_activation_checkpointing
 from engine.models.unpadding import packed_mask, packing, packing_of
@@ -167,7 +168,7 @@ def test_every_loss_is_that_of_the_padded_batch(
         config, student_width=shape.width, teacher_width=shape.width, layers=losses.projected_layers
     ).to(dtype)
     batch = batch_with_lengths(labels=0.4)
-    counts = Counts.of(np.array(batch.lengths), masked=int(batch.counts.masked))
+    counts = Counts.from_lengths(np.array(batch.lengths), masked=int(batch.counts.masked))
 
     def run(unpadded: bool) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         with torch.no_grad():

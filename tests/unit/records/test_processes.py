@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 from engine.ranks import guard
-from engine.records.processes import look_up, running, start_ticks
+from engine.records.processes import look_up, running_processes, start_ticks
 
 
 def test_the_guard_which_imports_nothing_of_ours_says_the_same() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert guard.start_ticks(child.pid) == str(start_ticks(child.pid))
-    assert child.pid in {process.pid for process in running()}
+    assert child.pid in {process.pid for process in running_processes()}
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert look_up(child.pid, zombies=True) is not None

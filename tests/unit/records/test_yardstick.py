@@ -11,14 +11,14 @@ from engine.records.yardstick import (
     NOT_A_RESULT,
     Noise,
     TaskScale,
-    alike,
     beaten_text,
-    counted,
+    counting_tasks,
     describe_yardstick,
+    equal_scales,
     fitness_of,
     is_none,
     noise_of,
-    weighed,
+    weighted_scales,
 )
 
 SCALES = {
@@ -37,8 +37,8 @@ def test_a_fitness_is_the_weighted_share_of_the_gaps() -> None:
 
 
 def test_where_no_task_counts_it_is_the_mean_of_the_yardsticks_scores() -> None:
-    idle = alike({"a": 0.5, "b": 0.6}, {"a": 0.4, "b": 0.6}, ["a", "b"])
-    assert counted(idle) == []
+    idle = equal_scales({"a": 0.5, "b": 0.6}, {"a": 0.4, "b": 0.6}, ["a", "b"])
+    assert counting_tasks(idle) == []
     assert fitness_of({"a": 0.2, "b": 0.4, "c": 9.0}, idle) == pytest.approx(0.3)
     assert "says little" in describe_yardstick(idle)
 
@@ -71,11 +71,15 @@ def test_reliability_is_the_share_of_variance_that_mappings_make() -> None:
 def test_a_task_counts_by_its_reliability_if_its_gap_is_wide() -> None:
     scales = {task: TaskScale(start=0.5, teacher=teacher) for task, teacher in {"a": 0.6, "b": 0.6, "c": 0.6}.items()}
     noise = {"a": Noise(0.01, 0.9), "b": Noise(0.04, 0.9), "c": Noise(0.02, 0.3)}
-    assert {task: scale.weight for task, scale in weighed(scales, noise).items()} == {"a": 0.9, "b": 0.0, "c": 0.3}
+    assert {task: scale.weight for task, scale in weighted_scales(scales, noise).items()} == {
+        "a": 0.9,
+        "b": 0.0,
+        "c": 0.3,
+    }
     useless = {task: Noise(0.01, 0.0) for task in scales}
-    assert {scale.weight for scale in weighed(scales, useless).values()} == {1.0}
+    assert {scale.weight for scale in weighted_scales(scales, useless).values()} == {1.0}
     below = {**scales, "a": TaskScale(start=0.5, teacher=0.4, weight=0.0)}
-    assert weighed(below, noise)["a"].weight == 0.0
+    assert weighted_scales(below, noise)["a"].weight == 0.0
 
 
 def test_the_first_line_names_every_task_that_no_mapping_wins() -> None:

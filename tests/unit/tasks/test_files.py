@@ -15,7 +15,8 @@ from task_checks import check_error, rows_of
 
 from engine.config.finetune import CustomTaskConfig, TaskDataConfig
 from engine.errors import UserError
-from engine.tasks.load import load_task, task_spec
+from engine.tasks.load import load_task
+from engine.tasks.specs import task_spec
 
 
 def custom(folder: Path, train: str, dev: str = "", suffix: str = "csv", test: str | None = None, **settings: object):  # type: ignore[no-untyped-def]

@@ -17,7 +17,8 @@ from task_checks import check_error, config_of, rows_of
 
 from engine.config.finetune import TaskDataConfig
 from engine.tasks.labels import label_meanings
-from engine.tasks.load import GLUE_TASKS, TaskData, load_task
+from engine.tasks.load import TaskData, load_task
+from engine.tasks.specs import GLUE_TASKS
 
 HUB_NAMES = {
     "CoLA": ("sentence",),

@@ -14,7 +14,8 @@ from task_checks import check_error, config_of, rows_of
 from tiny_world import WORDS
 
 from engine.config.finetune import CustomTaskConfig, TaskDataConfig
-from engine.tasks.load import GLUE_TASKS, HELD_OUT, hold_out, load_task, resolve_names, task_spec
+from engine.tasks.load import HELD_OUT, hold_out, load_task, resolve_names
+from engine.tasks.specs import GLUE_TASKS, task_spec
 
 GLUE = Path(os.environ.get("MAPDISTILL_GLUE", ROOT.parent / "shared/data/glue"))
 OFFICIAL_ROWS = {

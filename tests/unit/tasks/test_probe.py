@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from engine.config.finetune import TaskDataConfig
 from engine.errors import UserError
-from engine.tasks.load import TaskSpec, load_task, task_spec
+from engine.tasks.load import load_task
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.probe import (
     ProbeFeatures,
@@ -27,6 +27,7 @@ from engine.tasks.probe import (
     probe_outputs,
     ridge_probe,
 )
+from engine.tasks.specs import TaskSpec, task_spec
 
 GLUE = Path(os.environ.get("MAPDISTILL_GLUE", ROOT.parent / "shared/data/glue"))
 MINILM = ROOT / "models/all-MiniLM-L6-v2"

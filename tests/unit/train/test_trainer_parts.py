@@ -18,6 +18,7 @@ from engine.config.distill import RunConfig, TrainConfig
 from engine.config.reading import parse_config
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
+from engine.data.share import StepShare
 from engine.jobs.distill.banner import closing_table
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import make_plan
@@ -90,9 +91,7 @@ def test_a_micro_step_reads_nothing_back_to_the_host(
     student = build_student(plan.config.student, plan.teacher, None, plan.hidden_map, False, 0, backend)
     projections = Projections(plan.config.loss, student_width=32, teacher_width=32, layers=plan.losses.projected_layers)
     module = DistilModule(student, projections, plan.losses, unpadded=unpadded)
-    loader = CorpusLoader(
-        tiny_world.corpus, tokenizer=plan.tokenizer, eval_sequences=8, seed=0, global_batch=8, micro_batch=8
-    )
+    loader = CorpusLoader(tiny_world.corpus, StepShare(8, 8), tokenizer=plan.tokenizer, eval_sequences=8, seed=0)
     inputs = loader.step(0)
     assert inputs.micro[0].attention_mask is not None
     window = LossWindow(len(plan.losses.term_names) + len(plan.losses.observed_names), CPU, length=1)
@@ -137,7 +136,7 @@ def test_banner_tables() -> None:
         "student layer      1  2  3  4",
         "teacher layer      ·  5  · 10",
     ]
-    drawn = RandomEachStep.of_sizes(student_layers=4, teacher_layers=12, key="mapping.hidden")
+    drawn = RandomEachStep.from_sizes(student_layers=4, teacher_layers=12, key="mapping.hidden")
     assert mapping_table(drawn, drawn) == [
         "student layer      1  2  3  4",
         "teacher layer      3  6  9 12",

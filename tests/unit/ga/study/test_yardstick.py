@@ -8,7 +8,7 @@ import optuna
 import pytest
 
 from engine.config.reading import parse_config
-from engine.records.yardstick import counted
+from engine.records.yardstick import counting_tasks
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.study.evaluations import BASELINES, GENOME, SCORES, SEED
@@ -37,7 +37,7 @@ def scores(noise: float = 0.01) -> dict[tuple[str, int], dict[str, float]]:
 def test_a_noisy_task_does_not_count_and_none_is_kept() -> None:
     found = measured(study_of(scores()), range(2))
     assert found is not None
-    assert counted(found.scales) == ["SST-2"]
+    assert counting_tasks(found.scales) == ["SST-2"]
     assert found.scales["SST-2"].weight == pytest.approx(found.noise["SST-2"].reliability)
     assert found.noise["STS-B"].deviation == pytest.approx(0.3 * 2**-0.5)
     assert found.none == {"SST-2": pytest.approx(0.55), "STS-B": pytest.approx(0.6)}

@@ -19,8 +19,9 @@ from engine.data.batch import Batch, Counts
 from engine.jobs.proxy import layer_table as module
 from engine.jobs.proxy.layer_table import LayerTables, divide, layer_table
 from engine.losses.measure import TeacherSlice
-from engine.models.capture import capture, install
+from engine.models.capture import capture
 from engine.models.features import Features, Wanted
+from engine.models.install import install
 from engine.models.moments import RIDGE
 from engine.models.student import new_model
 from engine.records.layer_table import layer_text, mean_table
@@ -37,7 +38,7 @@ def batches(count: int = 12) -> list[Batch]:
         mask = batch.attention_mask
         assert mask is not None
         ids = torch.randint(5, VOCAB, mask.shape, generator=generator) * mask + (1 - mask)
-        counts = Counts.of(np.array(batch.lengths))
+        counts = Counts.from_lengths(np.array(batch.lengths))
         found.append(replace(batch, input_ids=ids, counts=counts))
     return found
 
@@ -133,10 +134,10 @@ def test_a_corpus_that_is_too_small_has_no_tables_and_that_is_said(monkeypatch: 
     lengths = few.lengths[:2]
     one = replace(
         few, input_ids=few.input_ids[:2], attention_mask=few.attention_mask[:2], lengths=lengths,
-        counts=Counts.of(np.array(lengths)),
+        counts=Counts.from_lengths(np.array(lengths)),
     )  # fmt: skip
     tables = LayerTables(SimpleNamespace(device=CPU, is_rank_zero=True))  # type: ignore[arg-type]
-    loader = SimpleNamespace(first=lambda count: [one])
+    loader = SimpleNamespace(first_batches=lambda count: [one])
     tables.begin(SimpleNamespace(base=base, genomes=(), loader=loader))  # type: ignore[arg-type]
     said: list[str] = []
     tables.introduce(said.append)
