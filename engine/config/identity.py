@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from engine.config.distill import RunConfig
@@ -17,7 +18,12 @@ FREE = frozenset(
 """Settings that may change; checkpoints of earlier versions hold their values, too."""
 
 
-def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Returns `key: saved -> current` for everything that decides what is computed and differs."""
+def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Returns what decides what is computed and differs, in order."""
     keys = sorted((saved.keys() | current.keys()) - FREE)
-    return [f"{k}: {saved.get(k)!r} -> {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
+    return [key for key in keys if saved.get(key) != current.get(key)]
+
+
+def describe_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Returns `key: saved -> current` for each of the `changed_keys`."""
+    return [f"{key}: {saved.get(key)!r} -> {current.get(key)!r}" for key in changed_keys(saved, current)]

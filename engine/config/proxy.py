@@ -77,6 +77,11 @@ class ProxyConfig:
     """Size that the cache may grow to for one teacher and what the losses look at; what does not fit is computed each
     time."""
 
+    save_every: int = how(0)
+    """Optimizer steps between checkpoints of each student, for jobs that train long: the same command then continues;
+    0: none. With train.schedule=warmup_stable_decay the one from before the decay is kept, and a later start with more
+    `steps` goes on from there. A student then has the whole vocabulary, which costs memory and time."""
+
     keep_students: bool = how(False)
     """Write each distilled student to `students/`."""
 
@@ -98,6 +103,7 @@ class ProxyConfig:
                 scale.teacher,
                 f"the teacher must be above the start, {scale.start}, in a task that counts; give it weight 0",
             )
+        require(self.save_every >= 0, "proxy.save_every", self.save_every, "must be >= 0")
         for name in ("epochs", "lr", "teacher_cache_gib"):
             require(getattr(self, name) > 0, f"proxy.{name}", getattr(self, name), "must be > 0")
         for step in self.report_at:
@@ -143,7 +149,7 @@ class ProxyTrainConfig:
     log_every: int = how(20)
     """Optimizer steps between step records and TensorBoard points."""
 
-    def as_train(self, steps: int) -> TrainConfig:
+    def as_train(self, steps: int, *, save_every: int = 0) -> TrainConfig:
         """Returns the same settings as a TrainConfig of `steps` steps, which checks the values."""
         return TrainConfig(
             steps=steps,
@@ -155,7 +161,7 @@ class ProxyTrainConfig:
             grad_clip=self.grad_clip,
             log_every=min(self.log_every, steps),
             eval_every=0,
-            save_every=0,
+            save_every=save_every,
         )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.records.records import read_records
@@ -20,10 +22,13 @@ class History:
     """The last held-out losses: step, total, terms."""
 
     @classmethod
-    def read(cls, path: Path, until: int) -> History:
-        """Reads the records of the steps up to `until`: later ones belong to a future that is run again."""
+    def read(cls, path: Path, until: int, labels: Mapping[str, Any] = MappingProxyType({})) -> History:
+        """Reads the records of the steps up to `until`: later ones belong to a future that is run again. labels: fields
+        that tell the records of this model from those of others."""
         history = cls()
         for record in read_records(path) if path.is_file() else ():
+            if any(record.get(name) != value for name, value in labels.items()):
+                continue
             if record["kind"] == "step" and record["step"] <= until:
                 history.add(record)
         return history

@@ -69,9 +69,9 @@ class TaskEvaluation:
         return epochs_now > epochs_before
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps; `best_step` says to the Checkpointer which checkpoint must stay."""
+        """Returns what a checkpoint keeps; `keep_step` says to the Checkpointer which checkpoint must stay."""
         kept = {"score": self.best.score, "step": self.best.step, "metrics": self.best.metrics, "bad": self.bad}
-        return {"evaluation": kept, "best_step": self.best.step if self.patience is not None else None}
+        return {"evaluation": kept, "keep_step": self.best.step if self.patience is not None else None}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from the `state` that a checkpoint holds."""

@@ -142,6 +142,7 @@ def train_on_task(
             monitor=monitor,
             sequence_ids=loader.sequence_ids,
             checkpointer=None if checkpoints is None else checkpoints.checkpointer,
+            kept={"measured": asdict(measured)},
         )
         evaluation = _evaluation(trainee, task, recipe)
         if chosen is not None:
@@ -156,7 +157,6 @@ def train_on_task(
             loader=loader,
             evaluation=evaluation,
             step=state["step"],
-            kept={"measured": asdict(measured)},
         )
         return _result(trainer.run(), trainer.step, evaluation, optimizer)
     finally:

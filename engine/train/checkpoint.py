@@ -7,13 +7,13 @@ import collections
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.config.deepspeed import Execution
-from engine.config.identity import changed_keys
+from engine.config.identity import changed_keys, describe_changes
 from engine.errors import UserError
 from engine.ranks.agreement import require_agreement
 from engine.ranks.collectives import gathered
@@ -31,6 +31,7 @@ from engine.train.checkpoint_files import (
 )
 from engine.train.checkpoint_storage import Storage, Written
 from engine.train.deepspeed_engine import DeepSpeedModel
+from engine.train.schedule import SETTINGS, same_rates
 
 EXPORT_FILE = "export.json"
 """Inside a checkpoint: what launch/export.py needs to rebuild the student without the training world."""
@@ -48,7 +49,7 @@ class Chosen:
     conversion: universal.Conversion | None
     """Conversion that it needs when it was written with other ranks or another ZeRO stage."""
     notes: tuple[str, ...]
-    """Lines about newer ones that are damaged."""
+    """Lines about newer ones: what is wrong with them."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Checkpointer:
                 known = ", ".join(tags) or "none"
                 raise UserError(f"resume={resume!r}: no complete checkpoint of that name; complete ones: {known}")
             tags = [resume]
+        tags, notes = self._before_another_schedule(tags, markers)
         damaged: dict[str, str] = {}
         for tag in reversed(tags):
             sound = next((marker for marker in markers[tag].values() if marker and is_sound(marker)), None)
@@ -97,7 +99,7 @@ class Checkpointer:
             problems = self._problems(tag, markers[tag])
             if not problems:
                 self.storage.require_own_shards(tag, markers[tag])
-                notes = [
+                notes += [
                     note + (self._set_aside(bad) if set_aside and None not in markers[bad].values() else "")
                     for bad, note in damaged.items()
                 ]
@@ -150,14 +152,37 @@ class Checkpointer:
             problems = [self.storage.where + problem for problem in problems_of(folder, files, part=part, parts=parts)]
         return [problem for of_rank in gathered(problems) for problem in of_rank]
 
+    def _has_changed(self, tag: str, saved: Mapping[str, Any]) -> bool:
+        """Returns whether what was computed up to a checkpoint is not what this run computes up to there. saved: its
+        identity."""
+        changes = changed_keys(saved, self.identity)
+        if not changes or not set(changes) <= SETTINGS.keys():
+            return bool(changes)
+        return not same_rates(saved, self.identity, tag_step(tag))
+
+    def _before_another_schedule(
+        self, tags: Sequence[str], markers: Mapping[str, Mapping[str, dict[str, Any] | None]]
+    ) -> tuple[list[str], list[str]]:
+        """Returns the checkpoints from before the schedule was changed, and a line that names the others. Returns all
+        of them when nothing was changed, or when there are none from before."""
+        fitting = [
+            tag
+            for tag in tags
+            if not any(m and is_sound(m) and self._has_changed(tag, m["identity"]) for m in markers[tag].values())
+        ]
+        if len(fitting) in (0, len(tags)):
+            return list(tags), []
+        others = [tag for tag in tags if tag not in fitting]
+        return fitting, [f"{', '.join(others)}: of another schedule of the learning rate"]
+
     def _check(self, tag: str, saved: dict[str, Any]) -> universal.Conversion | None:
         """Returns the conversion that a checkpoint needs, if any. saved: its marker. Raises UserError for a checkpoint
         of another run, and for one that cannot be converted."""
-        changes = changed_keys(saved["identity"], self.identity)
-        if changes:
+        if self._has_changed(tag, saved["identity"]):
+            changes = "; ".join(describe_changes(saved["identity"], self.identity))
             raise UserError(
                 f"cannot continue {tag} in {self.run_dir.root}: the run was changed in what it computes "
-                f"({'; '.join(changes)}). Restore these values, or name another output_dir"
+                f"({changes}). Restore these values, or name another output_dir"
             )
         conversion = universal.plan_conversion(tag, saved=saved, execution=self.execution)
         if conversion is not None:
@@ -194,7 +219,7 @@ class Checkpointer:
     def save(self, model: DeepSpeedModel, step: int, state: dict[str, Any]) -> Path:
         """Writes every rank's shards; COMPLETE, with the hash of every file, comes last. Collective.
 
-        Returns the checkpoint's folder. state: what `load` gives back. `state["best_step"]`, if there, names a
+        Returns the checkpoint's folder. state: what `load` gives back. `state["keep_step"]`, if there, names a
         checkpoint that is kept as well. Raises CheckpointFailed on every rank when any could not write.
         """
         tag = step_tag(step)
@@ -216,7 +241,7 @@ class Checkpointer:
         if self.storage.is_keeper:
             self._write_latest(tag)
             for old in self.run_dir.complete_tags()[: -self.keep]:
-                if tag_step(old) != state.get("best_step"):
+                if tag_step(old) != state.get("keep_step"):
                     remove_checkpoint(self.run_dir.checkpoints / old)
         return folder
 

@@ -15,7 +15,7 @@ from engine.config.deepspeed import Execution
 from engine.config.distill import TrainConfig
 from engine.ranks.allocator import return_freed_memory
 from engine.train.checkpoint_files import CheckedFiles
-from engine.train.optim import build_schedule
+from engine.train.schedule import build_schedule
 
 PERSISTENT_NUMEL = 10_000
 """ZeRO-3 keeps parameters of a frozen model up to this size (biases, norms) whole on each rank: gathering them costs

@@ -113,7 +113,7 @@ class Monitor:
         self._speedometer.begin()
         if not self._active:
             return
-        self.history = History.read(self._records_path, until=step)
+        self.history = History.read(self._records_path, until=step, labels=self._labels)
         # a resumed run overwrites the points that a killed one wrote past its last checkpoint
         self._curves = EventFile(self._tensorboard_dir, purge_step=step + 1 if step else None, tell=self.say)
         texts = {"config": f"```yaml\n{self._config_text}\n```", "how speed/tflops is counted": TFLOPS_NOTE}

@@ -1,20 +1,13 @@
-"""Optimizer and schedule: the fastest that the machine has, and a plain statement of which one that is."""
+"""The optimizer: the fastest that the machine has, and a plain statement of which one that is."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-    get_wsd_schedule,
-)
 
 from engine.config.deepspeed import Execution
 from engine.config.distill import OptimConfig, TrainConfig
@@ -139,22 +132,6 @@ def _apex(name: str, groups: list[dict[str, Any]], settings: dict[str, Any]) -> 
         return ChosenOptimizer(FusedAdam(groups, adam_w_mode=True, **settings), "NVIDIA Apex FusedAdam (AdamW)", "")
     # max_grad_norm: DeepSpeed has clipped already
     return ChosenOptimizer(FusedLAMB(groups, max_grad_norm=1e9, **settings), "NVIDIA Apex FusedLAMB", "")
-
-
-def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Returns the schedule of the learning rate over optimizer steps, never micro steps (DeepSpeed steps it once per
-    optimizer step)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the optimizer has not stepped yet, and torch says so
-        if config.schedule == "linear":
-            return get_linear_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-        if config.schedule == "cosine":
-            return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-        if config.schedule == "warmup_stable_decay":
-            return get_wsd_schedule(
-                optimizer, config.warmup_steps, config.decay_steps, config.steps, decay_type="linear"
-            )
-        return get_constant_schedule_with_warmup(optimizer, config.warmup_steps)
 
 
 def choose_optimizer(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -63,13 +64,14 @@ class Trainee:
         monitor: Monitor,
         sequence_ids: SequenceIds,
         checkpointer: Checkpointer | None = None,
+        kept: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Takes a model whose forward(batch, teacher features, per_micro) returns the total (scalar, differentiable)
         and the values of `terms` (T,), normalised as DistilModule.forward says; without a checkpointer, `save` does
-        nothing."""
+        nothing. kept: state that every checkpoint holds beside that of training."""
         self.model, self.terms = model, terms
         self.execution, self.runtime = execution, runtime
-        self.monitor, self.checkpointer = monitor, checkpointer
+        self.monitor, self.checkpointer, self._kept = monitor, checkpointer, kept
         self.diverged = False
         """Whether its losses or weights were not finite more often than train.skip_bad_steps allows."""
         self.stopped = False
@@ -170,7 +172,7 @@ class Trainee:
         if self.checkpointer is None or not self.check_weights(step):
             return
         try:
-            folder = self.checkpointer.save(self.model, step, state)
+            folder = self.checkpointer.save(self.model, step, {**self._kept, **state})
         except CheckpointFailed as error:
             goes_on = self.checkpointer.on_error == "continue" and not needed
             self.monitor.report(failures.checkpoint_failed(step, str(error), goes_on=goes_on))

@@ -4,9 +4,9 @@ one, a proxy cohort several. No host synchronisation between log steps."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
@@ -92,8 +92,6 @@ class Trainer:
     evaluation: Evaluation | None = None
     step: int = 0
     """Last step that is done, from 1; 0 before the first."""
-    kept: Mapping[str, Any] = field(default_factory=dict)
-    """State that every checkpoint holds beside that of training."""
 
     def __post_init__(self) -> None:
         self._meter = IntervalMeter(self.runtime.device)
@@ -187,7 +185,7 @@ class Trainer:
     def save(self, *, needed: bool) -> None:
         """Writes a checkpoint of every model. needed: there will be no later one in this start. Collective. Raises
         RunFailure as Trainee.save does."""
-        state = {**self.kept, **({} if self.evaluation is None else self.evaluation.state())}
+        state = {} if self.evaluation is None else self.evaluation.state()
         with self._pause():
             for trainee in self.live:
                 watchdog.beat()

@@ -148,6 +148,7 @@ class Job:
             monitor=monitor,
             sequence_ids=self.loader.sequence_ids,
             checkpointer=self.checkpointer,
+            kept={"measured": asdict(measured)},
         )
         return Trainer(
             train=train,
@@ -161,7 +162,6 @@ class Job:
                 trainee, teacher, self.loader, every=train.eval_every, names=plan.losses.held_out_names
             ),
             step=step,
-            kept={"measured": asdict(measured)},
         )
 
     def _measure(self, module: DistilModule, teacher: FrozenTeacher) -> Measured:

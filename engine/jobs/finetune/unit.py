@@ -11,7 +11,7 @@ import torch
 from tensorboard.plugins.hparams import api_pb2
 from torch import nn
 
-from engine.config.identity import changed_keys
+from engine.config.identity import describe_changes
 from engine.errors import UserError
 from engine.jobs.finetune.plan import FinetunePlan, Unit, unit_identity
 from engine.jobs.finetune.scores import UnitScore
@@ -69,7 +69,7 @@ def _earlier_result(plan: FinetunePlan, unit: Unit, checkpointer: Checkpointer) 
     result = final_result(records)
     if result is None:
         return None
-    changes = changed_keys(result["identity"], checkpointer.identity)
+    changes = describe_changes(result["identity"], checkpointer.identity)
     if changes:
         raise UserError(
             f"{unit.folder} holds a fine-tuning that was computed differently ({'; '.join(changes)}). Restore these "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from engine.data.batch import Batch
 from engine.data.loader import CorpusLoader
 from engine.jobs.distill.build import build_module, flops_per_token, initial_student
 from engine.jobs.distill.plan import Plan, describe_for_export
+from engine.jobs.proxy.checkpoints import Start, StudentCheckpoints
 from engine.jobs.proxy.evaluators import Scores
 from engine.jobs.proxy.plan import Genome
 from engine.jobs.proxy.teacher_cache import AnyTeacher
-from engine.losses.measure import TeacherSlice, begin, sequences_of
+from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.models.capture import hidden_states
 from engine.models.compact_embedding import whole_vocabulary
 from engine.ranks.collectives import gathered
@@ -131,19 +132,22 @@ class Cohort:
 
     base: Plan
     """Plan of what does not depend on the genome, with the cohort's seed."""
-    genomes: Sequence[Genome]
+    start: Start
+    """Genomes of the students, and where they continue."""
     teacher: AnyTeacher | None
     """Teacher, whose passes they share; None when none of them learns."""
     loader: CorpusLoader
-    tokens: torch.Tensor
-    """(n,) int64 ids that a student will meet, each once."""
+    tokens: torch.Tensor | None
+    """(n,) int64 ids that a student will meet, each once; None: it has the whole vocabulary."""
     runtime: Runtime
     run_dir: RunDir
+    checkpoints: StudentCheckpoints | None
+    """Checkpoints of the students, where they have any."""
 
     def _measure_slice(self) -> TeacherSlice | None:
-        """Returns what losses are measured on; None where no loss looks at it. Collective."""
-        plans = [genome.plan for genome in self.genomes if genome.plan is not None]
-        if self.teacher is None or not any(plan.losses.looks_at_slice for plan in plans):
+        """Returns what losses of new students are measured on; None where no loss looks at it. Collective."""
+        plans = [genome.plan for genome in self.start.genomes if genome.plan is not None]
+        if self.teacher is None or self.start.step or not any(plan.losses.looks_at_slice for plan in plans):
             return None
         batches = self.loader.first_batches(sequences_of(self.base.config.loss, self.base.seq_len))
         return TeacherSlice(batches, self.teacher, self.runtime.device, self.base.teacher_shape)
@@ -151,7 +155,7 @@ class Cohort:
     def build_members(self) -> list[Member]:
         """Returns the members, before their first step. Collective."""
         teacher_slice = self._measure_slice()
-        return [self._build(genome, teacher_slice) for genome in self.genomes]
+        return [self._build(genome, teacher_slice) for genome in self.start.genomes]
 
     def _build(self, genome: Genome, teacher_slice: TeacherSlice | None) -> Member:
         config, device = replace((genome.plan or self.base).config, seed=self.base.config.seed), self.runtime.device
@@ -161,30 +165,39 @@ class Cohort:
             nn.Module.to(untrained, device=device, dtype=getattr(torch, plan.execution.precision))
             return Member(genome, plan, untrained, self.run_dir.tokenizer, trainee=None)
         module, chosen = build_module(plan, device, tokens=self.tokens)
-        if teacher_slice is not None:
-            begin(module, teacher_slice)
+        measured = Measured() if teacher_slice is None else begin(module, teacher_slice)
         monitor = Monitor(
             active=self.runtime.is_rank_zero,
             tensorboard=self.run_dir.tensorboard / f"{genome.mapping.file_name}-seed{config.seed}",
             records=self.run_dir.records,
             steps=config.train.steps,
-            flops_per_token=flops_per_token(plan, self.teacher, module, share_of_teacher=1.0 / len(self.genomes)),
+            flops_per_token=flops_per_token(plan, self.teacher, module, share_of_teacher=1.0 / len(self.start.genomes)),
             device=device,
             config_text=as_yaml(config),
             labels={"genome": genome.key, "seed": config.seed},
             part_of_a_job=True,
             name=genome.key,
         )
+        model = DeepSpeedModel(module, chosen.optimizer, config.train, plan.execution)
+        checkpointer = None if self.checkpoints is None else self.checkpoints.checkpointer(genome, plan)
+        reports: dict[int, Scores] = {}
+        if checkpointer is not None and genome.key in self.start.chosen:
+            state = checkpointer.load(model, self.start.chosen[genome.key])
+            measured = Measured(**state["measured"])
+            module.losses = plan.losses.scaled(measured.scales)
+            reports = {step: Scores(**of) for step, of in state["reports"].get(genome.key, {}).items()}
         trainee = Trainee(
-            DeepSpeedModel(module, chosen.optimizer, config.train, plan.execution),
+            model,
             train=config.train,
             terms=plan.losses,
             execution=plan.execution,
             runtime=self.runtime,
             monitor=monitor,
             sequence_ids=self.loader.sequence_ids,
+            checkpointer=checkpointer,
+            kept={"measured": asdict(measured)},
         )
-        return Member(genome, plan, module.student, self.run_dir.tokenizer, trainee)
+        return Member(genome, plan, module.student, self.run_dir.tokenizer, trainee, reports)
 
 
 def tokens_met(base: Plan, loader: CorpusLoader, in_texts: torch.Tensor) -> torch.Tensor:
@@ -207,19 +220,25 @@ class IntermediateScores:
     steps: frozenset[int]
     stop_below: Mapping[int, float]
     score: Callable[[Member], Scores]
+    keep_step: int | None = None
+    """Step whose checkpoints are kept; None: there is none."""
     enough: bool = False
 
     def due(self, step: int, *, last: bool) -> bool:
-        """Returns whether to score after `step`."""
-        return step in self.steps
+        """Returns whether to score after `step`, or to keep its checkpoint."""
+        return step in self.steps or step == self.keep_step
 
     def state(self) -> dict[str, Any]:
-        """Returns nothing: a proxy job writes no checkpoints."""
-        return {}
+        """Returns the intermediate scores of all students, and which checkpoint to keep."""
+        reports = {
+            member.genome.key: {step: asdict(scores) for step, scores in member.reports.items()}
+            for member in self.members
+        }
+        return {"reports": reports, "keep_step": self.keep_step}
 
     def __call__(self, step: int) -> bool:
-        """Scores the students; returns False, since there are no checkpoints. Collective."""
-        for member in self.members:
+        """Scores the students at a step that reports; returns whether its checkpoint is to be kept. Collective."""
+        for member in self.members if step in self.steps else ():
             trainee = member.trainee
             # losses are looked at on log steps only, and no score may come from weights that are not finite
             if trainee is None or trainee.diverged or trainee.stopped or not trainee.check_weights(step):
@@ -230,4 +249,4 @@ class IntermediateScores:
             if scores.fitness < self.stop_below.get(step, -math.inf):
                 trainee.stopped = True
                 member.stopped_at = step
-        return False
+        return step == self.keep_step

@@ -23,6 +23,7 @@ from engine.data.shard_check import ShardCheck
 from engine.errors import EXIT_DONE, EXIT_PREEMPTED
 from engine.jobs.distill.build import load_teacher, open_corpus
 from engine.jobs.proxy.baselines import baselines
+from engine.jobs.proxy.checkpoints import Start, StudentCheckpoints
 from engine.jobs.proxy.clock import PhaseClock
 from engine.jobs.proxy.cohort import Cohort, IntermediateScores, Member, tokens_met
 from engine.jobs.proxy.evaluators import Evaluator, Scores, Stopped, build_evaluator
@@ -77,6 +78,7 @@ class ProxyJob:
         self._shard_check: ShardCheck | None = None
         """Check of the corpus, which all cohorts read."""
         self._layer_tables = LayerTables(runtime) if self.config.proxy.layer_table else None
+        self._checkpoints = StudentCheckpoints(plan, run_dir, runtime) if self.config.proxy.save_every else None
 
     def run(self) -> int:
         """Runs what is missing and prints the table; returns the exit code. Collective."""
@@ -108,9 +110,10 @@ class ProxyJob:
             teacher = self._load_teacher({genome.key: genome for group in missing.values() for genome in group})
         self.clock.share()
         for seed, genomes in missing.items():
-            self.clock.begin_cohort()
-            if genomes and not self._run_cohort(genomes, seed, teacher, evaluator):
-                return False
+            for start in self._divide(genomes, seed):
+                self.clock.begin_cohort()
+                if not self._run_cohort(start, seed, teacher, evaluator):
+                    return False
         if isinstance(teacher, CachedTeacher):
             teacher.close()
         return True
@@ -140,12 +143,18 @@ class ProxyJob:
             return load_teacher(self.plan.base, functools.reduce(operator.or_, wanted), self.runtime.device)
         return open_cached_teacher(self.config, self.plan.base, self.runtime, say=self.results.say)
 
-    def _run_cohort(
-        self, genomes: Sequence[Genome], seed: int, teacher: AnyTeacher | None, evaluator: Evaluator
-    ) -> bool:
+    def _divide(self, genomes: Sequence[Genome], seed: int) -> list[Start]:
+        """Returns the genomes that are trained side by side, group by group. Collective."""
+        if not genomes:
+            return []
+        return [Start(genomes)] if self._checkpoints is None else self._checkpoints.divide(genomes, seed)
+
+    def _run_cohort(self, start: Start, seed: int, teacher: AnyTeacher | None, evaluator: Evaluator) -> bool:
         """Distils the genomes side by side, scores and records each; returns False when told to stop. Collective."""
         with self.clock.phase("load"):
-            cohort = self._open_cohort(genomes, seed, teacher, evaluator)
+            cohort = self._open_cohort(start, seed, teacher, evaluator)
+            if start.step:
+                self.results.say(f"{', '.join(start.chosen)}, seed {seed}: continued after step {start.step}")
             if self._layer_tables is not None:
                 self._layer_tables.begin(cohort)
             members = cohort.build_members()
@@ -167,17 +176,16 @@ class ProxyJob:
             members.clear()
             gc.collect()  # engines hold themselves in cycles of hooks
 
-    def _open_cohort(
-        self, genomes: Sequence[Genome], seed: int, teacher: AnyTeacher | None, evaluator: Evaluator
-    ) -> Cohort:
+    def _open_cohort(self, start: Start, seed: int, teacher: AnyTeacher | None, evaluator: Evaluator) -> Cohort:
         base = replace(self.plan.base, config=replace(self.plan.base.config, seed=seed))
         loader = open_corpus(base, self._shard_check)
         self._shard_check = loader.check
-        tokens = tokens_met(base, loader, evaluator.tokens)
+        tokens = None if self._checkpoints is not None else tokens_met(base, loader, evaluator.tokens)
         if isinstance(teacher, CachedTeacher):
-            batches = (micro for step in range(self.config.proxy.steps) for micro in loader.step(step).micro)
+            steps = range(start.step, self.config.proxy.steps)
+            batches = (micro for step in steps for micro in loader.step(step).micro)
             teacher.expect(batches, ranks=self.runtime.world_size)
-        return Cohort(base, genomes, teacher, loader, tokens, self.runtime, self.run_dir)
+        return Cohort(base, start, teacher, loader, tokens, self.runtime, self.run_dir, self._checkpoints)
 
     def _train(self, cohort: Cohort, members: Sequence[Member], score: Callable[[Member], Scores]) -> bool:
         """Trains the members that learn; returns False when told to stop. Collective."""
@@ -193,7 +201,14 @@ class ProxyJob:
             trainees=trainees,
             teacher=cohort.teacher,
             loader=cohort.loader,
-            evaluation=IntermediateScores(members, frozenset(proxy.report_at), proxy.stop_below, score),
+            evaluation=IntermediateScores(
+                members,
+                frozenset(proxy.report_at),
+                proxy.stop_below,
+                score,
+                None if self._checkpoints is None else self._checkpoints.keep_step,
+            ),
+            step=cohort.start.step,
         )
         with self.clock.phase("train"):
             return trainer.run() is not Outcome.PREEMPTED
@@ -252,5 +267,7 @@ class ProxyJob:
             watchdog.beat()
             wall["layers"] = time.perf_counter() - start
         self.results.add({**result, "wall_s": wall})
+        if self._checkpoints is not None and trainee is not None and trainee.checkpointer is not None:
+            self._checkpoints.finish(trainee.checkpointer)
         if self._layer_tables is not None and result["layers"]:
             self.results.say(f"\n{self._layer_tables.text_of(member, result['layers'])}\n")

@@ -146,7 +146,7 @@ class LayerTables:
         if cohort.base.config.student.init == "mapping":
             plans = {
                 f"{genome.key} before training": replace(cohort.base, mapping=genome.mapping)
-                for genome in cohort.genomes
+                for genome in cohort.start.genomes
             }
         tables = []
         for title, plan in plans.items():

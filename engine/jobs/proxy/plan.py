@@ -133,7 +133,7 @@ def run_config(config: ProxyJobConfig) -> RunConfig:
         loss=config.loss,
         data=config.data,
         optim=config.optim,
-        train=config.train.as_train(config.proxy.steps),
+        train=config.train.as_train(config.proxy.steps, save_every=config.proxy.save_every),
         kernels=config.kernels,
     )
 

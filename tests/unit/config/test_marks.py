@@ -11,7 +11,7 @@ from launching import ROOT
 
 from engine.config.distill import LossConfig, RunConfig
 from engine.config.finetune import FinetuneConfig
-from engine.config.identity import FREE, changed_keys
+from engine.config.identity import FREE, describe_changes
 from engine.config.marks import FIXED, Mark, how, marked_fields, result, settings, teacher_settings
 from engine.config.proxy import ProxyJobConfig
 from engine.config.tools import PrepareConfig
@@ -86,8 +86,8 @@ def flatten_keys(config: Any) -> set[str]:
 def test_only_what_decides_a_result_is_compared() -> None:
     saved = {"loss.hidden": 1.0, "train.log_every": 10, "train.lr": 1e-3}  # as earlier versions saved it
     now = {"loss.hidden": 2.0, "train.lr": 1e-3, "new": None}
-    assert changed_keys(saved, now) == ["loss.hidden: 1.0 -> 2.0"]
-    assert changed_keys({"student.layers": 3}, {}) == ["student.layers: 3 -> None"]
+    assert describe_changes(saved, now) == ["loss.hidden: 1.0 -> 2.0"]
+    assert describe_changes({"student.layers": 3}, {}) == ["student.layers: 3 -> None"]
     assert "train.log_every" in FREE
     assert "seed" not in FREE
 

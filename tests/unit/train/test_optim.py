@@ -14,7 +14,8 @@ from engine.config.deepspeed_file import FOLDER
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.config.finetune import FineTrainConfig
 from engine.errors import UserError
-from engine.train.optim import Lamb, build_optimizer, build_schedule, parameter_groups
+from engine.train.optim import Lamb, build_optimizer, parameter_groups
+from engine.train.schedule import build_schedule
 
 
 def lamb_by_the_paper(w, grads, lr, betas, eps, decay):

@@ -13,7 +13,7 @@ from squad_sample import write_squad_sample
 from tiny_world import TinyWorld
 
 from engine.config.finetune import FinetuneConfig
-from engine.config.identity import changed_keys
+from engine.config.identity import describe_changes
 from engine.config.reading import parse_config
 from engine.errors import UserError
 from engine.jobs.finetune.plan import FinetunePlan, make_finetune_plan, unit_identity
@@ -187,7 +187,7 @@ def identity_of(plan: FinetunePlan, *, teacher: Any = None) -> dict[str, Any]:
 )
 def test_identity_holds_what_is_computed_and_nothing_else(plan_of, argv: list[str], changed: list[str]) -> None:
     before, after = identity_of(plan_of("--task.name", "RTE")), identity_of(plan_of("--task.name", "RTE", *argv))
-    assert [line.partition(":")[0] for line in changed_keys(before, after)] == changed
+    assert [line.partition(":")[0] for line in describe_changes(before, after)] == changed
 
 
 def test_a_grid_point_is_the_same_fine_tuning_as_its_values_alone(plan_of) -> None:
@@ -208,7 +208,7 @@ def test_replaced_weights_change_the_identity(plan_of, tiny_world: TinyWorld, tm
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     after = identity_of(plan_of("--task.name", "RTE", "--model.path", str(copy)))
-    assert [line.partition(":")[0] for line in changed_keys(before, after)] == ["model.weights_sha256"]
+    assert [line.partition(":")[0] for line in describe_changes(before, after)] == ["model.weights_sha256"]
 
 
 def test_a_task_teacher_is_checked_before_it_is_loaded(plan_of, tuned: Path, tiny_world: TinyWorld) -> None:
@@ -282,7 +282,7 @@ def test_early_stopping_survives_a_checkpoint() -> None:
     second = evaluation(patience=2)
     second.restore(first.state())
     assert (second.best, second.bad, second.enough) == (first.best, 1, False)
-    assert first.state()["best_step"] == 5
+    assert first.state()["keep_step"] == 5
     second.bad = 2
     assert second.enough
-    assert evaluation().state()["best_step"] is None
+    assert evaluation().state()["keep_step"] is None
