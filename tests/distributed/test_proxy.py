@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compare import assert_same_bits
 from in_process import refuse_run
-from launching import ROOT, Launcher, Run, write_ds_config
+from launching import ROOT, Launcher, Run, kill_session, write_ds_config
 from odd_name import ODD_NAME
 from safetensors.torch import load_file
 from searching import YARDSTICK
 from tiny_world import TinyWorld
 
 from engine.records.records import parse_record
+from engine.records.run_dir import COMPLETE, tag_step
 from ga.jobs.outcome import Outcome, read_job
 
 MakeProxy = Callable[..., Run]
@@ -287,3 +292,50 @@ def test_a_dry_run_says_what_a_search_must_know(make_proxy: MakeProxy, cohort: R
     assert planned[0]["sequences"] > 100
     assert not run.output_dir.exists()
     assert {r["fingerprint"] for r in cohort.records("result")} == {planned[0]["fingerprint"]}
+
+
+LADDER = {
+    "train__schedule": "warmup_stable_decay",
+    "train__decay_share": 0.5,
+    "proxy__save_every": 100,
+    "proxy__report_at": [1],
+}
+
+
+def test_a_longer_proxy_goes_on_from_before_the_decay_of_a_shorter_one(make_proxy: MakeProxy) -> None:
+    """Bit by bit what it computes in one go; a student without a checkpoint begins anew, in a cohort of its own."""
+    whole = make_proxy("whole", "2-4", "0-3", proxy__steps=8, **LADDER)
+    whole.finish()
+    short = make_proxy("ladder", "2-4", "0-3", proxy__steps=4, **LADDER)
+    short.finish()
+    assert {path.name for path in short.output_dir.glob("cohorts/*/checkpoints/step-*")} == {"step-00000002"}
+    shutil.rmtree(short.output_dir / "cohorts" / "0-3-seed0")
+    longer = make_proxy("ladder", "2-4", "0-3", proxy__steps=8, **LADDER)
+    assert "\n2-4, seed 0: continued after step 2\n" in longer.finish()
+    expected = results(whole)
+    for key, result in results(longer).items():
+        assert result["cohort"] == 1
+        for field in ("scores", "metrics", "losses", "total", "reports", "steps", "fingerprint"):
+            assert result[field] == expected[key][field], (key, field)
+        assert_same_bits(weights(longer, f"{key[0]}-seed0"), weights(whole, f"{key[0]}-seed0"))
+
+
+def test_a_long_cohort_that_is_stopped_goes_on(make_proxy: MakeProxy) -> None:
+    run = make_proxy("stopped", "2-4", "0-3", proxy__steps=5000, train__log_every=1, **LADDER)
+    process = run.start()
+    try:
+        run.wait_for_step(3, process)
+        os.kill(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=200)
+    finally:
+        kill_session(process)
+    assert process.returncode == 4, output[-3000:]
+    (tag,) = {path.name for path in run.output_dir.glob("cohorts/*/checkpoints/step-*") if (path / COMPLETE).is_file()}
+    again = run.start()
+    try:
+        run.wait_for_step(tag_step(tag) + 1, again)
+    finally:
+        kill_session(again)
+    assert f"2-4, 0-3, seed 0: continued after step {tag_step(tag)}" in again.communicate()[0]
+    refused = make_proxy("stopped", "2-4", proxy__steps=5000, **{**LADDER, "train__lr": 2e-3})
+    assert "train.lr: 0.001 -> 0.002" in refused.finish(expect=2)

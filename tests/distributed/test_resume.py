@@ -121,6 +121,21 @@ def test_a_changed_what_is_refused_and_a_changed_how_is_not(finished_run, tmp_pa
     assert run.records("result")[-1]["step"] == 6
 
 
+def test_a_run_with_a_plateau_is_made_longer_from_before_its_decay(make_run) -> None:
+    """Bit by bit what it computes in one go; what it had computed beyond is set aside."""
+    plateau = {"micro": 8, "train__schedule": "warmup_stable_decay", "train__decay_share": 0.5, "train__save_every": 1}
+    whole = make_run("whole", train__steps=8, **plateau)
+    whole.finish()
+    run = make_run("longer", train__steps=4, train__keep=9, **plateau)
+    run.finish()
+    output = run.finish("--train.steps", "8")
+    assert "step-00000004: of another schedule of the learning rate" in output
+    assert "continues from step-00000003" in output  # the decay begins with the full rate
+    assert run.curve() == whole.curve()
+    assert_same_bits(run.student(), whole.student())
+    assert (run.run_dir.checkpoints / "superseded-step-00000004").is_dir()
+
+
 def test_unfinished_checkpoints_are_removed_and_never_used(finished_run, tmp_path) -> None:
     run = finished_run(**ONE_RANK).copied(tmp_path / "run")
     (run.run_dir.checkpoints / step_tag(6) / COMPLETE).unlink()
