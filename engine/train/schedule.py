@@ -43,10 +43,10 @@ def learning_rates(config: TrainConfig, steps: int) -> list[float]:
 
 
 def same_rates(saved: Mapping[str, Any], current: Mapping[str, Any], steps: int) -> bool:
-    """Returns whether two runs had the same learning rates in their first `steps` optimizer steps, by their identities
-    (engine/train/checkpoint.py)."""
+    """Returns whether two runs have the same learning rates in their first `steps` optimizer steps and in the one
+    after, whose rate a checkpoint holds already, by their identities (engine/train/checkpoint.py)."""
     first, second = (
         TrainConfig(**{name: identity[key] for key, name in SETTINGS.items() if key in identity})
         for identity in (saved, current)
     )
-    return steps <= second.steps and learning_rates(first, steps) == learning_rates(second, steps)
+    return steps <= second.steps and learning_rates(first, steps + 1) == learning_rates(second, steps + 1)

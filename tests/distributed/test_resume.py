@@ -129,8 +129,8 @@ def test_a_run_with_a_plateau_is_made_longer_from_before_its_decay(make_run) -> 
     run = make_run("longer", train__steps=4, train__keep=9, **plateau)
     run.finish()
     output = run.finish("--train.steps", "8")
-    assert "step-00000004: of another schedule of the learning rate" in output
-    assert "continues from step-00000003" in output  # the decay begins with the full rate
+    assert "step-00000003, step-00000004: of another schedule of the learning rate" in output
+    assert "continues from step-00000002" in output
     assert run.curve() == whole.curve()
     assert_same_bits(run.student(), whole.student())
     assert (run.run_dir.checkpoints / "superseded-step-00000004").is_dir()
