@@ -433,6 +433,10 @@ class RunConfig:
     seed: int = evaluation(0)
     """Seed of weights, data order, masking and dropout."""
 
+    accept_changes: bool = how(False)
+    """Continue although steps, batch, learning rate, weights of losses or the corpus have been changed since the
+    checkpoint: from there on the run computes something else, and its records and model card say so."""
+
     resume: str = how("auto")
     """auto: continue from the newest complete checkpoint; never: start anew (refused when there are checkpoints);
     or the name of one, like step-00000100."""

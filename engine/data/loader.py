@@ -108,6 +108,8 @@ class CorpusLoader:
         self._mlm_probability, self._whole_word, self._seed = mlm_probability, whole_word, seed
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._share = share
+        self._origin = 0, 0
+        """A step, and the position in the order of sequences that it begins at."""
         self.wait_s = 0.0
         """Seconds that the consumer of steps() has waited for data."""
 
@@ -119,9 +121,15 @@ class CorpusLoader:
             batches.append(replace(self._batch(self._rows(positions), positions), step=step))
         return StepBatches(step, batches, sum((batch.counts for batch in batches), Counts()))
 
+    def start_at(self, step: int, position: int) -> None:
+        """Makes `step` (from 0) begin at a position in the order of sequences, for a run whose batch was another."""
+        self._origin = step, position
+
     def _positions(self, step: int, micro: int, rank: int) -> Ints:
+        origin, position = self._origin
         part = self._share.part(micro, rank)
-        return step * self._share.global_batch + np.arange(part.start, part.stop, dtype=np.int64)
+        first = position + (step - origin) * self._share.global_batch
+        return first + np.arange(part.start, part.stop, dtype=np.int64)
 
     def _rows(self, positions: Ints) -> Ints:
         numbers = self.order.indices(positions)

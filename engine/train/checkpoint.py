@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.deepspeed import Execution
-from engine.config.identity import changed_keys, describe_changes
+from engine.config.identity import changed_keys, describe_changes, fixed_keys
 from engine.errors import UserError
 from engine.ranks.agreement import require_agreement
 from engine.ranks.collectives import gathered
@@ -50,6 +50,10 @@ class Chosen:
     """Conversion that it needs when it was written with other ranks or another ZeRO stage."""
     notes: tuple[str, ...]
     """Lines about newer ones: what is wrong with them."""
+    changes: tuple[str, ...] = ()
+    """`key: saved -> current` of what the run was changed in, and what it goes on with."""
+    global_batch: int | None = None
+    """Sequences of an optimizer step up to there; None in a fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Checkpointer:
     """Contents of EXPORT_FILE."""
     on_error: str = "stop"
     """stop or continue, as checkpoint.on_error."""
+    accept_changes: bool = False
+    """Whether to continue what was changed in what it computes, as far as that can be."""
 
     def choose(self, resume: str, *, set_aside: bool = True) -> Chosen | None:
         """Returns the newest checkpoint whose files are what its marker says, or None for a fresh start. Renames
@@ -95,7 +101,8 @@ class Checkpointer:
         damaged: dict[str, str] = {}
         for tag in reversed(tags):
             sound = next((marker for marker in markers[tag].values() if marker and is_sound(marker)), None)
-            conversion = None if sound is None else self._check(tag, sound)
+            changes = () if sound is None else self._accepted_changes(tag, sound["identity"])
+            conversion = None if sound is None else self._conversion(tag, sound)
             problems = self._problems(tag, markers[tag])
             if not problems:
                 self.storage.require_own_shards(tag, markers[tag])
@@ -103,7 +110,8 @@ class Checkpointer:
                     note + (self._set_aside(bad) if set_aside and None not in markers[bad].values() else "")
                     for bad, note in damaged.items()
                 ]
-                return Chosen(tag, conversion, tuple(notes))
+                batch = None if sound is None else sound["identity"].get("train.global_batch")
+                return Chosen(tag, conversion, tuple(notes), changes, batch)
             shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
             damaged[tag] = f"{tag} is damaged: {shown}"
         if damaged:
@@ -160,11 +168,34 @@ class Checkpointer:
             return bool(changes)
         return not same_rates(saved, self.identity, tag_step(tag))
 
+    def _accepted_changes(self, tag: str, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns `key: saved -> current` of what the run was changed in, and may go on with. saved: the identity of a
+        checkpoint. Raises UserError for what it may not."""
+        if not self._has_changed(tag, saved):
+            return ()
+        changes, fixed = describe_changes(saved, self.identity), fixed_keys(saved, self.identity)
+        remedy = "Restore these values, or name another output_dir"
+        if not fixed and not self.accept_changes:
+            remedy += "; or write accept_changes=true, and the run goes on with them from here"
+        if fixed or not self.accept_changes:
+            raise UserError(
+                f"cannot continue {tag} in {self.run_dir.root}: the run was changed in what it computes "
+                f"({'; '.join(changes)}). {remedy}"
+            )
+        if self.identity["train.steps"] <= tag_step(tag):
+            raise UserError(
+                f"train.steps={self.identity['train.steps']}: {tag} of {self.run_dir.root} is done already, so nothing "
+                "is left to do with what was changed; write more steps"
+            )
+        return tuple(changes)
+
     def _before_another_schedule(
         self, tags: Sequence[str], markers: Mapping[str, Mapping[str, dict[str, Any] | None]]
     ) -> tuple[list[str], list[str]]:
         """Returns the checkpoints from before the schedule was changed, and a line that names the others. Returns all
         of them when nothing was changed, or when there are none from before."""
+        if self.accept_changes:
+            return list(tags), []
         fitting = [
             tag
             for tag in tags
@@ -175,15 +206,9 @@ class Checkpointer:
         others = [tag for tag in tags if tag not in fitting]
         return fitting, [f"{', '.join(others)}: of another schedule of the learning rate"]
 
-    def _check(self, tag: str, saved: dict[str, Any]) -> universal.Conversion | None:
-        """Returns the conversion that a checkpoint needs, if any. saved: its marker. Raises UserError for a checkpoint
-        of another run, and for one that cannot be converted."""
-        if self._has_changed(tag, saved["identity"]):
-            changes = "; ".join(describe_changes(saved["identity"], self.identity))
-            raise UserError(
-                f"cannot continue {tag} in {self.run_dir.root}: the run was changed in what it computes "
-                f"({changes}). Restore these values, or name another output_dir"
-            )
+    def _conversion(self, tag: str, saved: Mapping[str, Any]) -> universal.Conversion | None:
+        """Returns the conversion that a checkpoint needs, if any. saved: its marker. Raises UserError for one that
+        cannot be converted."""
         conversion = universal.plan_conversion(tag, saved=saved, execution=self.execution)
         if conversion is not None:
             self.storage.require_convertible(tag)

@@ -144,6 +144,14 @@ class DeepSpeedModel:
         path, client_state = self.ds_engine.load_checkpoint(str(checkpoints), tag=tag)
         return None if path is None else dict(client_state)
 
+    def take_rates(self, train: TrainConfig) -> None:
+        """Makes the steps after a checkpoint follow the schedule of `train`, where that was written under another."""
+        schedule = self.ds_engine.lr_scheduler
+        schedule.base_lrs = [train.lr for _ in schedule.base_lrs]
+        for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = train.lr, train.lr * share(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
     def release(self) -> None:
         """Ends the engine so that its memory can be used again."""
         from deepspeed.runtime.zero import parameter_offload

@@ -56,11 +56,24 @@ def distill(config: RunConfig) -> int:
             keep=config.train.keep,
             storage=storage_of(config.checkpoint.storage, runtime),
             on_error=config.checkpoint.on_error,
+            accept_changes=config.accept_changes,
         )
         chosen = checkpointer.choose(config.resume, set_aside=not config.dry_run)
         code = Job(plan, run_dir, checkpointer, runtime, loader, lock).run(chosen)
         torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
         return code
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A step after which a run went on with other settings (accept_changes)."""
+
+    step: int
+    """Optimizer steps that were done."""
+    position: int
+    """Sequences that they took from the order of the corpus."""
+    changes: list[str]
+    """`key: before -> since`, for each setting."""
 
 
 class Job:
@@ -84,6 +97,7 @@ class Job:
         )
         self.lock = lock
         self.config = plan.config
+        self.turns: list[Turn] = []
 
     def run(self, chosen: Chosen | None) -> int:
         """Trains from the checkpoint `chosen`, or anew, to the end; returns the exit code. Collective."""
@@ -106,6 +120,10 @@ class Job:
             state = self.checkpointer.load(model, chosen)
             step, measured = state["step"], Measured(**state["measured"])
             module.losses = plan.losses.scaled(measured.scales)
+            self.turns = [Turn(**turn) for turn in state.get("turns", ())]  # older checkpoints have none
+            if chosen.changes:
+                model.take_rates(config.train)
+            self._turn(chosen, step)
         assert measured is not None
         trainer = self._build_trainer(model, teacher, monitor, step, measured)
         monitor.write_record(
@@ -116,6 +134,7 @@ class Job:
             **self._facts(),
             steps=config.train.steps,
             measured=asdict(measured),
+            turns=[asdict(turn) for turn in self.turns],
         )
         try:
             outcome = trainer.run()
@@ -125,6 +144,18 @@ class Job:
         finally:
             monitor.close()
         return outcome.exit_code
+
+    def _turn(self, chosen: Chosen, step: int) -> None:
+        """Notes what a run goes on with that it did not begin with, and where it is in the corpus."""
+        if chosen.changes:
+            assert chosen.global_batch is not None
+            last = self.turns[-1] if self.turns else Turn(0, 0, [])
+            position = last.position + (step - last.step) * chosen.global_batch
+            self.turns.append(Turn(step, position, list(chosen.changes)))
+        if self.turns:
+            self.loader.start_at(self.turns[-1].step, self.turns[-1].position)
+            lines = [f"{'; '.join(turn.changes)}, from step {turn.step} on" for turn in self.turns]
+            self.checkpointer.export["card"]["changed on the way"] = "; ".join(lines)
 
     def _write_settings(self) -> None:
         plan = self.plan
@@ -148,7 +179,7 @@ class Job:
             monitor=monitor,
             sequence_ids=self.loader.sequence_ids,
             checkpointer=self.checkpointer,
-            kept={"measured": asdict(measured)},
+            kept={"measured": asdict(measured), "turns": [asdict(turn) for turn in self.turns]},
         )
         return Trainer(
             train=train,
@@ -199,6 +230,7 @@ class Job:
         start = "fresh"
         if chosen is not None:
             start = f"continues from {chosen.tag}" + (f", {chosen.conversion}" if chosen.conversion else "")
+            start += f", from here on with {'; '.join(chosen.changes)}" if chosen.changes else ""
         return banner.describe_run(
             self.plan,
             teacher=teacher,
