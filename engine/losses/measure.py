@@ -216,7 +216,7 @@ def _measure(module: Learner, on: TeacherSlice) -> tuple[Measured, dict[int, Lin
     for names in projections.sharing(layers):
         judging = {name: found[name][1] for name in names}
         weights = [1.0 / judging[name].variance if config.scales else 1.0 for name in names]
-        if config.fits_projections and projections.linears:
+        if config.fits_projections and projections.linears and not projections.was_trained(layers[names[0]]):
             bias = projections.has_bias
             trial = fit([found[name][0] for name in names], weights, bias=bias)
             whole = fit([found[name][0] + found[name][1] for name in names], weights, bias=bias)

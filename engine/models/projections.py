@@ -14,6 +14,8 @@ from engine.kernels.choice import Kernels
 from engine.kernels.inputs import HiddenPairs
 from engine.models.moments import LinearMap
 
+PROJECTIONS_FILE = "projections.safetensors"
+"""Name of the file beside an exported student that has them."""
 EMBEDDINGS = 0
 """Index of the embedding output among the hidden states."""
 
@@ -80,6 +82,8 @@ class Projections(nn.Module):
         check_projection(self.kind, student_width=student_width, teacher_width=teacher_width)
         self.layers = frozenset(layers)
         self.linears = nn.ModuleDict()
+        self.trained: frozenset[str] = frozenset()
+        """Names of the maps that were trained before."""
         if self.kind == "identity":
             return
         for layer in sorted(self.layers):
@@ -119,6 +123,26 @@ class Projections(nn.Module):
             linear.weight.copy_(found.weight)
             if found.bias is not None:
                 linear.bias.copy_(found.bias)
+
+    @torch.no_grad()
+    def take(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Overwrites the maps that `state`, the state of other projections, has in the same shape; before DeepSpeed
+        shards them."""
+        own = self.state_dict()
+        fits = {
+            name
+            for name in self.linears
+            if (keys := [key for key in own if key.startswith(f"linears.{name}.")])
+            and all(key in state and state[key].shape == own[key].shape for key in keys)
+        }
+        for key, tensor in own.items():
+            if key.split(".")[1] in fits:
+                tensor.copy_(state[key])
+        self.trained = frozenset(fits)
+
+    def was_trained(self, layer: int) -> bool:
+        """Returns whether the map of hidden state `layer` was trained before."""
+        return self.kind != "identity" and linear_name(self.kind, layer) in self.trained
 
     def sharing(self, layers: Mapping[str, int]) -> list[list[str]]:
         """Returns the names of hidden states, grouped by the map that they share. layers: name -> hidden state."""

@@ -19,6 +19,7 @@ from engine.hub.files import quiet
 from engine.hub.tokenizer import load_tokenizer
 from engine.models.fit import CHECKS, EACH_AND_TOKENIZER, Parts, check_fit
 from engine.models.hub import SavedModel, init_arguments, model_class
+from engine.models.projections import PROJECTIONS_FILE
 from engine.records.files import replaced
 from engine.records.run_dir import COMPLETE, RunDir
 from engine.train.checkpoint import EXPORT_FILE
@@ -29,8 +30,6 @@ from engine.train.portable import make_portable
 CARD_TAG = "- mapdistill"
 TASK_HEADS = {"classification": "AutoModelForSequenceClassification", "span": "AutoModelForQuestionAnswering"}
 """Heads of fine-tuned models, and the class that loads them."""
-PROJECTIONS_FILE = "projections.safetensors"
-"""Name of the file beside the student with the training-only linear maps to the teacher's width."""
 
 
 def export_run(config: ExportConfig) -> Path:

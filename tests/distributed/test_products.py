@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import assert_same_bits
 from in_process import only_error, refuse, refuse_run, succeed
 from launching import Launcher, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -168,6 +169,19 @@ def test_tensorboard_has_every_promised_number_by_optimizer_step(finished_run: F
     assert sum(shares) == pytest.approx(1.0, abs=1e-5)
     assert "config/text_summary" in events.Tags()["tensors"]
     assert len(list(run.run_dir.tensorboard.glob("events*"))) == 1, "one writer"
+
+
+def test_a_student_that_starts_from_an_export_has_its_projections(
+    make_run: MakeRun, finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    first = finished_run(**EVALUATED).copied(tmp_path / "first")
+    shape = {"student__layers": "null", "student__hidden_size": "null", "student__init": "null"}
+    run = make_run("again", student__path=first.run_dir.student, train__lr=1e-30, train__steps=2, **shape)
+    file = first.run_dir.student / "projections.safetensors"
+    assert f"projections taken from {file}: embedding, layers\n" in run.finish()
+    assert_same_bits(run.projections(), first.projections())
+    file.write_bytes(file.read_bytes()[:100])
+    assert f"{file} is cut" in refuse_run(make_run("torn", student__path=first.run_dir.student, **shape))
 
 
 def test_dry_run_prints_the_banner_and_writes_nothing(make_run: MakeRun) -> None:

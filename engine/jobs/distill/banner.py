@@ -11,6 +11,7 @@ from engine.jobs.execution import compute_device, versions
 from engine.losses.measure import Measured
 from engine.mapping import mapping_table
 from engine.models.capture import FULL_FROM
+from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
 from engine.records.columns import labelled_lines
 from engine.train.optim import ChosenOptimizer, parameters_of
@@ -29,15 +30,22 @@ def describe_pads(plan: Plan, *, teacher: bool, student: bool) -> str:
     return f"{who} without pads in batches that are less than {FULL_FROM[compute_device().type]:.0%} full"
 
 
-def describe_start(plan: Plan, measured: Measured | None) -> list[str]:
+def describe_start(plan: Plan, projections: Projections, measured: Measured | None) -> list[str]:
     """Returns what the projections start as, and by what terms are divided. measured: None where a checkpoint has
     it."""
     loss, pairs = plan.config.loss, plan.losses.state_pairs
     if measured is None:
         return ["projections and scales as the checkpoint has them"]
     lines = []
+    trained = projections.trained
+    if plan.trained_projections is not None:
+        others = [name for name in projections.linears if name not in trained]
+        lines.append(f"projections taken from {plan.trained_projections}: {', '.join(sorted(trained)) or 'none'}")
+        if others:
+            lines[-1] += f"; {', '.join(others)}: of another name or shape there"
     if pairs:
         kind = "fitted" if loss.fits_projections else "random"
+        kind = "these" if trained and trained == frozenset(projections.linears) else kind
         what = "the identity explains" if plan.projection == "identity" else f"{kind} projections explain"
         shares = ", ".join(f"{pair} {share:.1%}" for pair, share in measured.explained.items())
         basis = f"{measured.tokens:,} tokens"
@@ -74,7 +82,7 @@ def describe_run(
             [
                 ", ".join(f"{name} {weight:g}" for name, weight in cfg.loss.active.items())
                 + f"; preset {cfg.loss.preset}, projection {plan.projection}",
-                *describe_start(plan, measured),
+                *describe_start(plan, module.projections, measured),
             ],
         ),
         (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from engine.data.loader import CorpusLoader
@@ -113,6 +114,8 @@ def build_module(
         teacher_width=plan.teacher_shape.width,
         layers=plan.losses.projected_layers,
     )
+    if plan.trained_projections is not None:
+        projections.take(load_file(plan.trained_projections))
     module = DistilModule(student, projections, plan.losses, unpadded=plan.unpadded and runs_unpadded(student))
     optimizer = choose_optimizer(
         module, config.optim, config.train, plan.execution, device, require_fused=config.require_fused

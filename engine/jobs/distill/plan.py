@@ -13,7 +13,7 @@ from engine.config.distill import MappingConfig, RunConfig
 from engine.config.marks import FIXED, settings
 from engine.data.manifest import Manifest, corpus_hash, load_manifest
 from engine.errors import UserError
-from engine.hub.files import allow_pickle
+from engine.hub.files import allow_pickle, require_whole
 from engine.hub.tokenizer import load_tokenizer
 from engine.jobs.execution import attention_backend, compute_device, plan_execution
 from engine.kernels.choice import Kernels, choose_kernels
@@ -25,6 +25,7 @@ from engine.models.attention import Backend
 from engine.models.fit import Parts, check_fit
 from engine.models.hub import SavedModel, model_hashes, shape_of
 from engine.models.initialise import resolve_init
+from engine.models.projections import PROJECTIONS_FILE
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config, pattern_layers, with_dropout
 from engine.train.portable import license_of, public_name, sentence_modules
@@ -87,6 +88,14 @@ class Plan:
         return self.config.loss.projection_kind(same_space=self.same_space)
 
     @property
+    def trained_projections(self) -> Path | None:
+        """File of projections that an export, which student.path names, has beside its weights"""
+        if self.given_student is None or self.projection == "identity":
+            return None
+        file = Path(self.given_student.path) / PROJECTIONS_FILE
+        return file if file.exists() else None
+
+    @property
     def mlm_head(self) -> bool:
         """Whether the student has a head that predicts tokens"""
         return self.losses.wanted_student.logits
@@ -126,7 +135,7 @@ def make_plan(config: RunConfig) -> Plan:
         teacher_layers=teacher_shape.layers,
     )
     losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels)
-    return Plan(
+    plan = Plan(
         config=config,
         execution=execution,
         manifest=manifest,
@@ -149,6 +158,9 @@ def make_plan(config: RunConfig) -> Plan:
         beside_tokenizer=sentence_modules(config.teacher.path, "teacher.path"),
         warnings=(*notes, *losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
     )
+    if plan.trained_projections is not None:
+        require_whole(plan.trained_projections, "student.path")
+    return plan
 
 
 def _read_manifest(config: RunConfig) -> Manifest:

@@ -55,6 +55,17 @@ def test_each_layer_goes_through_its_own_linear(kind):
         assert torch.allclose(projections(layer, hidden), want, atol=ATOL_FLOAT32)
 
 
+def test_it_takes_what_fits_of_other_projections():
+    trained = make((0, 1, 3), projection="per_layer", seed=1)
+    state = {**trained.state_dict(), "linears.layer_3.weight": torch.zeros(20, 13)}
+    projections, untouched = (make((0, 2, 3), projection="per_layer") for _ in range(2))
+    projections.take(state)
+    assert torch.equal(projections.linears["embedding"].weight, trained.linears["embedding"].weight)
+    for name in ("layer_2", "layer_3"):
+        assert torch.equal(projections.linears[name].weight, untouched.linears[name].weight)
+    assert [projections.was_trained(layer) for layer in (0, 2, 3)] == [True, False, False]
+
+
 def test_presets_fix_kind_and_bias():
     clean, tinybert = make((0, 1)), make((0, 1), preset="tinybert", student=20)
     assert clean.kind == "shared"
