@@ -206,7 +206,7 @@ class Checkpointer:
         others = [tag for tag in tags if tag not in fitting]
         return fitting, [f"{', '.join(others)}: of another schedule of the learning rate"]
 
-    def _conversion(self, tag: str, saved: Mapping[str, Any]) -> universal.Conversion | None:
+    def _conversion(self, tag: str, saved: dict[str, Any]) -> universal.Conversion | None:
         """Returns the conversion that a checkpoint needs, if any. saved: its marker. Raises UserError for one that
         cannot be converted."""
         conversion = universal.plan_conversion(tag, saved=saved, execution=self.execution)
