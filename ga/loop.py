@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 from typing import TypeVar
 
 from engine.config.proxy import ProxyConfig
-from engine.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, UserError, first_line
+from engine.errors import UserError, first_line
 from ga.config import SearchConfig
 from ga.jobs.launcher import LOG
 from ga.jobs.outcome import JobReport, Outcome
@@ -241,7 +241,3 @@ class StopSignals:
     @property
     def requested(self) -> bool:
         return self._first is not None
-
-    @property
-    def exit_code(self) -> int:
-        return EXIT_INTERRUPTED if self._first == signal.SIGINT else EXIT_PREEMPTED

@@ -14,7 +14,7 @@ import optuna
 from optuna import Study
 
 from engine.config.proxy import ProxyConfig
-from engine.errors import EXIT_CRASH, EXIT_DONE, UserError
+from engine.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, UserError
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick, describe_yardstick
 from ga.config import STUDY_FILE, SearchConfig
@@ -75,7 +75,7 @@ def search(config: SearchConfig) -> int:
     with StopSignals(pool) as stop:
         facts = ask_proxy(pool, config, stop=lambda: stop.requested)
         if facts is None:
-            return stop.exit_code
+            return EXIT_PREEMPTED
         space = search_space(config, student_layers=facts.student_layers, teacher_layers=facts.teacher_layers)
         check_budget(config, space)
         storage = open_storage(config.storage)
@@ -126,7 +126,7 @@ class Search:
                 (self._rehearse if self.config.dry_run else self._search)(source, drivers, view)
         except Interrupted:
             print("stopped; the same command goes on", file=sys.stderr, flush=True)
-            return self.stop.exit_code
+            return EXIT_PREEMPTED
         except GivenUp as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return EXIT_CRASH

@@ -37,7 +37,7 @@ _EXPORTS = {
 }
 _LAST_STEP_OF_SRUN = 0xFFFFFFF0
 """slurm.h, SLURM_MAX_NORMAL_STEP_ID: ids above it are of the batch script, of salloc's shell, and the like."""
-_PORTS = range(20_000, 32_000)
+PORTS = range(20_000, 32_000)
 """Ports below those that Linux hands out by itself."""
 
 
@@ -141,7 +141,7 @@ def _of_srun(environ: Mapping[str, str]) -> dict[str, str]:
         # The same for all ranks of this step, and another for the steps and jobs beside it. 31: prime to the number of
         # ports, so that neighbouring jobs of up to 31 steps each do not meet.
         number = 31 * int(environ["SLURM_JOB_ID"]) + int(step)
-        known["MASTER_PORT"] = str(_PORTS[number % len(_PORTS)])
+        known["MASTER_PORT"] = str(PORTS[number % len(PORTS)])
     return known
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
 import socket
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,10 +16,14 @@ from types import FrameType
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
+from engine.errors import UserError, first_line
 from engine.ranks import allocator, environment, extension_builds, rendezvous, threads, watchdog
 from engine.ranks.collectives import summed
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+DEFAULT_PORT = "29500"
+"""Of DeepSpeed's launcher, and of what else starts ranks of PyTorch."""
+_STDERR = 2
 
 
 def has_fast_bf16() -> bool:
@@ -86,10 +92,37 @@ class Runtime:
         return f"{text}; other jobs keep {self.cores_of_others:.1f} of {len(os.sched_getaffinity(0))} cores busy"
 
 
-def _use_free_port() -> None:
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+        return int(probe.getsockname()[1])
+
+
+def _choose_port(local_size: int) -> None:
+    """Sets MASTER_PORT where nobody has: to a free one for a single rank, and for the ranks of one host, to which
+    DeepSpeed's launcher gives the same port as to every other job of the machine, to one by the launcher's pid."""
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    is_default = os.environ["MASTER_PORT"] == DEFAULT_PORT and launcher_world_size() == local_size
+    if is_default and watchdog.launchers() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        os.environ["MASTER_PORT"] = str(environment.PORTS[watchdog.launchers()[0].pid % len(environment.PORTS)])
+
+
+@contextlib.contextmanager
+def _explain_meeting() -> Iterator[None]:
+    """Turns an error of ranks that do not find each other into one line."""
+    try:
+        yield
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} is taken, by another job on this machine perhaps; name a free one, "
+                f"e.g. deepspeed --master_port {_free_port()}"
+            ) from None
+        raise UserError(
+            f"rank {os.environ['RANK']} could not meet the others at {where}: {first_line(error)}"
+        ) from None
 
 
 def _unlink_shared_buffers(local_rank: int) -> None:
@@ -112,13 +145,12 @@ def join_ranks(seed: int) -> Runtime:
     environment.complete(os.environ)
     name_accelerator()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        _use_free_port()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_SIZE", "1")):
         os.environ.setdefault(name, value)
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = environment.local_size(os.environ) or 1
     watchdog.start_guard()
+    _choose_port(local_size)
     on_gpu = uses_gpu()
     if not on_gpu:
         allocator.keep_freed_memory()
@@ -145,7 +177,7 @@ def join_ranks(seed: int) -> Runtime:
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=COLLECTIVE_TIMEOUT,
         )
-    with extension_builds.explain_failures():
+    with extension_builds.explain_failures(), _explain_meeting():
         deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     if not on_gpu:
         _unlink_shared_buffers(local_rank)
@@ -168,15 +200,23 @@ def seed_micro_step(seed: int, step: int, micro: int, rank: int) -> None:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGUSR1; the loop finishes its step, writes a checkpoint and leaves."""
+    """Remembers Ctrl-C, SIGTERM and SIGUSR1; the loop finishes its step, writes a checkpoint and leaves. A second
+    Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a job in the background of a script
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        if self.signal is None:  # the launcher, which gets the same Ctrl-C, sends SIGTERM after it
+            self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if launcher_rank() == 0:
+                with contextlib.suppress(OSError):  # it would be raised wherever training is just now
+                    os.write(_STDERR, b"\nstopping after this step; Ctrl-C once more ends at once\n")
 
     @property
     def requested(self) -> bool:

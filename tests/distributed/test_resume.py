@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,6 +18,7 @@ from compare import assert_same_bits
 from launching import kill_session
 from safetensors.torch import load_file, save_file
 
+from engine.ranks.runtime import DEFAULT_PORT
 from engine.records.records import parse_record
 from engine.records.run_dir import COMPLETE, step_tag
 from engine.train.checkpoint_files import load_full_state
@@ -61,7 +65,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_complete_checkpoint(make_run, fin
     """Stopped twice, by either signal, and continued: the same bits as a run that nobody stopped."""
     whole, stopped = finished_run(**LONG), make_run("stopped", **LONG)
     last = 0
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         process = stopped.start()
         try:
             stopped.wait_for_step(last + 3, process)
@@ -81,6 +85,17 @@ def test_a_signal_to_one_rank_stops_all_with_a_complete_checkpoint(make_run, fin
     assert_same_bits(whole.student(), stopped.student())
 
 
+@pytest.fixture
+def default_port_taken() -> Iterator[None]:
+    """Another job has the port that the launcher gives to every job."""
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # another one may really have it
+            other.bind(("", int(DEFAULT_PORT)))
+            other.listen()
+        yield
+
+
+@pytest.mark.usefixtures("default_port_taken")
 def test_preempted_and_continued_through_the_real_launcher(make_run, finished_run) -> None:
     """What a scheduler does: the launcher passes SIGTERM on and waits for its ranks, which leave a complete checkpoint.
     Continued, the run has the same bits as one that nobody stopped."""

@@ -136,13 +136,18 @@ def test_preempted_at_random_moments(make_run, signum: int) -> None:
         assert assert_checkpoints_whole(run)[-1] == f"step-{last['step']:08d}"
 
 
-def test_the_next_start_waits_for_the_ranks_of_a_killed_launcher(make_run) -> None:
-    """Started again at once: they are still writing their checkpoint, and it goes on from that."""
+@pytest.mark.parametrize("fault", ["Ctrl-C", pytest.param("launcher killed", marks=pytest.mark.thorough)])
+def test_the_next_start_waits_for_ranks_without_a_launcher(make_run, fault: str) -> None:
+    """Started again at once: they are still writing their checkpoint, and it goes on from that. Ctrl-C goes to every
+    process of the terminal; `deepspeed` dies of it."""
     run = make_run("run", launcher="real", **{**ENDLESS, "train__save_every": 0})
     process = start_again(run)
     try:
         run.wait_for_step(5, process)
-        send(process.pid, signal.SIGKILL)
+        if fault == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            send(process.pid, signal.SIGKILL)
         again = replace(run, launcher="forked").start()
         try:
             until = time.monotonic() + 120
@@ -155,7 +160,8 @@ def test_the_next_start_waits_for_the_ranks_of_a_killed_launcher(make_run) -> No
             again.communicate()
     finally:
         output = end(run, process)
-    assert "is gone; its rank" in output
+    assert ("Ctrl-C once more ends at once" if fault == "Ctrl-C" else "is gone; its rank") in output
     started = [record for record in run.records("run") if record["status"] == "started"]
     preempted = [record for record in run.records("run") if record["status"] == "preempted"]
     assert started[1]["step"] == preempted[0]["step"] >= 5
+    assert f"saved step {preempted[0]['step']}; the same command continues" in output

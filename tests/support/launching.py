@@ -131,7 +131,7 @@ def command(script: list[str], ranks: int = 1, launcher: Launcher = "forked") ->
     if launcher == "none" or (launcher == "forked" and ranks == 1):
         return [sys.executable, *script]
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
-    return [deepspeed, "--num_accelerators", str(ranks), "--master_port", str(free_port()), *script]
+    return [deepspeed, "--num_accelerators", str(ranks), *script]
 
 
 def start(script: list[str], ranks: int = 1, launcher: Launcher = "forked", output: IO[str] | None = None) -> Started:

@@ -21,7 +21,7 @@ from engine.data.prepare.shard_pool import ShardPool, SourceShards
 from engine.data.prepare.sources import SourceReader
 from engine.data.prepare.units import UnitSettings, unit_settings
 from engine.data.shards import remove_strays, shard_name
-from engine.errors import UserError
+from engine.errors import EXIT_PREEMPTED, UserError
 from engine.hub.tokenizer import load_tokenizer
 from engine.records.flock import Flock, no_locks_text, try_flock
 
@@ -149,11 +149,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stoppable(folder: Path) -> Iterator[None]:
-    """Lets SIGTERM unwind like Ctrl-C, so that the workers are ended too; both say what became of the work."""
+    """Lets SIGTERM unwind like Ctrl-C, so that the workers are ended too; both end with the code of a job that can be
+    continued."""
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` and schedulers send it twice: let the pool close
-        raise SystemExit(128 + number)
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -161,8 +162,8 @@ def _stoppable(folder: Path) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        print(f"{folder}: stopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        raise
+    except KeyboardInterrupt:
+        print(f"{folder}: stopped; finished shards are kept, the same command continues", file=sys.stderr)
+        raise SystemExit(EXIT_PREEMPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -270,7 +270,7 @@ class Job:
         monitor.end_progress()
         if outcome is Outcome.PREEMPTED:
             monitor.write_record("run", status="preempted", step=trainer.step, signal=trainer.stop.signal)
-            monitor.say(f"stopped by a signal after step {trainer.step}; the same command continues from there")
+            monitor.say(f"saved step {trainer.step}; the same command continues")
             return
         history = monitor.history
         if not history.steps:  # records.jsonl was removed from a finished run

@@ -77,7 +77,7 @@ class FinetuneJob:
             if not self._run_task(task):
                 if records is not None:
                     records.write("run", status="preempted", signal=self.stop.signal)
-                self._say("stopped by a signal; the same command continues from there")
+                self._say("stopped; the same command continues")
                 return Outcome.PREEMPTED
             score = self._choose(task)
             if score is None:
