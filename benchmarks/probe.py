@@ -22,7 +22,7 @@ from engine.config.finetune import TaskDataConfig
 from engine.data.batch import Batch
 from engine.jobs.proxy.evaluators import ProbeEvaluator
 from engine.models.capture import inputs_of
-from engine.ranks import runtime
+from engine.ranks.runtime import join_ranks
 from engine.tasks.load import load_task
 
 FOLDS = 5
@@ -63,13 +63,13 @@ def main() -> None:
     parser.add_argument("--train_rows", type=int, default=2000)
     parser.add_argument("--task_dir", default="data/glue")
     args = parser.parse_args()
-    here = runtime.start(0)
+    runtime = join_ranks(0)
     tokenizer = AutoTokenizer.from_pretrained(args.models[0])
     data = [load_task(name, TaskDataConfig(data_dir=args.task_dir, train_rows=args.train_rows)) for name in args.tasks]
 
     def evaluator(*, every_layer: bool) -> ProbeEvaluator:
         tasks = [replace(task, spec=replace(task.spec, every_layer=every_layer)) for task in data]
-        return ProbeEvaluator(tasks, tokenizer, longest=128, folds=FOLDS, runtime=here)
+        return ProbeEvaluator(tasks, tokenizer, longest=128, folds=FOLDS, runtime=runtime)
 
     columns = {"last layer": evaluator(every_layer=False), "all layers": evaluator(every_layer=True)}
     print(header("model", "task", *columns))

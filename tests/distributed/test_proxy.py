@@ -325,7 +325,7 @@ def test_a_long_cohort_that_is_stopped_goes_on(make_proxy: MakeProxy) -> None:
     process = run.start()
     try:
         run.wait_for_step(3, process)
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=200)
     finally:
         kill_session(process)
