@@ -38,8 +38,8 @@ import numpy.typing as npt
 import optuna
 
 from ga.evolution.genome import Genes, Space
-from ga.evolution.operators import PRESETS, Settings, unseen
-from ga.evolution.sampler import GeneticSampler, GenomeSampler, RandomGenomeSampler, parameters_of, suggested_genes
+from ga.evolution.operators import PRESETS, Settings, draw_unseen
+from ga.evolution.sampler import GeneticSampler, GenomeSampler, RandomGenomeSampler, gene_parameters, suggest_genes
 from ga.report.drawing import new_figure, save
 from ga.study.sources import REPEATS_IN_A_ROW
 
@@ -153,14 +153,14 @@ def search(fitness: Fitness, sampler: optuna.samplers.BaseSampler, *, noise: flo
     rng = np.random.default_rng([seed, 1])
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for genes in fitness.space.seeds(()) if not isinstance(sampler, GenomeSampler) else ():
-        study.enqueue_trial(parameters_of(fitness.space, genes))  # every search starts from the same heuristics
+        study.enqueue_trial(gene_parameters(fitness.space, genes))  # every search starts from the same heuristics
     measured: dict[Genes, float] = {}
     repeats = 0
     while len(measured) < budget:  # as the driver does: what is known already costs nothing
         if repeats == REPEATS_IN_A_ROW:
-            study.enqueue_trial(parameters_of(fitness.space, unseen(fitness.space, set(measured), rng)))
+            study.enqueue_trial(gene_parameters(fitness.space, draw_unseen(fitness.space, set(measured), rng)))
         trial = study.ask()
-        genes = suggested_genes(fitness.space, trial)
+        genes = suggest_genes(fitness.space, trial)
         repeats = repeats + 1 if genes in measured else 0
         if genes not in measured:
             measured[genes] = fitness(genes) + noise * float(rng.normal())

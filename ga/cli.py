@@ -12,7 +12,7 @@ from engine.errors import UserError
 from ga.config import SearchConfig
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""What writing may raise without naming the file."""
+"""Error numbers that writing may raise without naming the file."""
 
 
 def search_main(argv: Sequence[str] | None = None) -> int:

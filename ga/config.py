@@ -195,6 +195,6 @@ class SearchConfig(ProxySettings):
         return self.search.study or self.root.resolve().name
 
     def job(self, **changes: object) -> ProxyJobConfig:
-        """The configuration of one of its jobs."""
+        """Returns the configuration of one of its jobs, with `changes` in place of what all jobs share."""
         shared = {one.name: getattr(self, one.name) for one in fields(ProxySettings)}
         return ProxyJobConfig(**{**shared, "dry_run": False, **changes})

@@ -24,7 +24,7 @@ def describe_search(
 ) -> str:
     """Returns the banner."""
     s, proxy = config.search, config.proxy
-    done = finished(evaluations)
+    done = count_finished(evaluations)
     rows: list[tuple[str, str | list[str]]] = [
         ("search", f"{config.study}: {s.sampler}, seed {s.seed}"),
         ("space", space.describe()),
@@ -49,7 +49,7 @@ def describe_search(
     return labelled_lines(rows + [("note", text) for text in notes(config, space, placements)]) + "\n"
 
 
-def finished(evaluations: Sequence[Evaluation]) -> int:
+def count_finished(evaluations: Sequence[Evaluation]) -> int:
     """Returns how much of the budget is spent."""
     return sum(one.counts and one.outcome != RUNNING for one in evaluations)
 
@@ -86,7 +86,7 @@ def estimate(
     s, slots = config.search, len(placements)
     first = [one for one in paid if one.job == paid[0].job]
     each = fmean(one.seconds or 0.0 for one in paid)
-    left = s.trials - finished(read_history(source.study))
+    left = s.trials - count_finished(read_history(source.study))
     batch = max(1, source.batch(source.study.get_trials(deepcopy=False)))
     size = min(s.cohort, math.ceil(batch / slots))
     rounds = math.ceil(math.ceil(batch / size) / slots)  # of a generation; the other samplers have one

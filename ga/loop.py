@@ -31,9 +31,9 @@ from ga.study.storage import transient
 
 POLL_S = 0.2
 ASK_AGAIN_S = 3.0
-"""Between questions for work while other drivers have what there is."""
+"""Seconds between questions for work while other drivers have what there is."""
 OUTAGE_S = 600.0
-"""How long the storage may not answer before the driver gives up."""
+"""Seconds that the storage may not answer before the driver gives up."""
 
 Answer = TypeVar("Answer")
 
@@ -73,9 +73,9 @@ class Loop:
     proxy: Callable[[], ProxyConfig]
     """Settings of the next job."""
     changed: Callable[[], object]
-    """Called after jobs have finished, and every few seconds. May raise GivenUp."""
+    """Callback after jobs have finished, and every few seconds. May raise GivenUp."""
     folders: Path
-    """Jobs get folders in it, named after the first of their trials."""
+    """Folder of the job folders, which are named after the first of their trials."""
     only_first: bool = False
     """Whether the first job ends it; one that did not fit into memory is none."""
 
@@ -86,24 +86,25 @@ class Loop:
         self._ask_at = 0.0
 
     def run(self) -> None:
-        """Raises Interrupted, GivenUp, and UserError when a job does not accept its configuration."""
+        """Runs jobs until the ledger is over. Raises Interrupted, GivenUp, and UserError when a job does not accept
+        its configuration."""
         try:
             while not self.stop():
-                self.patiently(self.drivers.beat)
+                self.ask_patiently(self.drivers.beat)
                 if self._finish_jobs() or time.monotonic() >= self._ask_at:
-                    self.patiently(self.changed)
+                    self.ask_patiently(self.changed)
                     if self.only_first and self._has_settled:
                         return
                     self._start_jobs()
                     self._ask_at = time.monotonic() + ASK_AGAIN_S
-                    if not self.pool.running and self.patiently(self.ledger.is_over):
+                    if not self.pool.running and self.ask_patiently(self.ledger.is_over):
                         return
                 time.sleep(POLL_S)
             raise Interrupted
         finally:
             self._end_jobs()
 
-    def patiently(self, call: Callable[[], Answer]) -> Answer:
+    def ask_patiently(self, call: Callable[[], Answer]) -> Answer:
         """Asks a storage that does not answer again for a while: jobs go on meanwhile."""
         since, said = time.monotonic(), False
         while True:
@@ -130,9 +131,9 @@ class Loop:
         for placement in self.pool.free:
             if self.only_first and self.pool.running:
                 break
-            share = math.ceil(self.patiently(self.ledger.batch) / self.patiently(self.drivers.all_placements))
+            share = math.ceil(self.ask_patiently(self.ledger.batch) / self.ask_patiently(self.drivers.all_placements))
             limit = max(1, min(self.cohort, share))
-            claims = self.patiently(functools.partial(self.ledger.claim, limit))
+            claims = self.ask_patiently(functools.partial(self.ledger.claim, limit))
             if not claims:
                 break
             self._start_job(placement, claims)
@@ -143,44 +144,46 @@ class Loop:
             output_dir=str(folder.resolve()),
             genomes=[claim.genome for claim in claims],
             seed=claims[0].seed,
-            proxy=self.patiently(self.proxy),
+            proxy=self.ask_patiently(self.proxy),
         )
         try:
-            self.patiently(lambda: self.ledger.begin(claims, folder))
+            self.ask_patiently(lambda: self.ledger.begin(claims, folder))
             self.pool.start(placement, job)
         except (UserError, OSError):
-            self.patiently(lambda: self.ledger.release(claims))
+            self.ask_patiently(lambda: self.ledger.release(claims))
             raise
         self._claims[folder.resolve()] = claims
 
     def _new_folder(self, number: int) -> Path:
-        """trials/00012, or trials/00012-2 where a job of that trial was lost."""
+        """Returns the folder of a new job: trials/00012, or trials/00012-2 where a job of that trial was lost."""
         names = (f"{number:05d}" + (f"-{start}" if start > 1 else "") for start in itertools.count(1))
         return next(folder for name in names if not (folder := self.folders / name).exists())
 
     def _finish_jobs(self) -> bool:
-        """Whether any job has ended."""
+        """Settles the jobs that have ended; returns whether there was any."""
         any_ended = False
         for running, report in self.pool.finished():
             any_ended = True
-            self.patiently(self.drivers.beat)
+            self.ask_patiently(self.drivers.beat)
             claims = self._claims.pop(running.folder)
             if Outcome.BAD_CONFIGURATION in report.outcomes.values():
                 self._give_back(running, claims, report)
                 raise UserError(f"{report.message} (a job said so: {running.folder / LOG})")
             again = self._too_many_for_memory(claims, report)
-            self.patiently(functools.partial(self.ledger.release, again))
+            self.ask_patiently(functools.partial(self.ledger.release, again))
             self._settle(running, [claim for claim in claims if claim not in again], report)
         return any_ended
 
     def _settle(self, running: Running, claims: Sequence[Claim], report: JobReport) -> None:
         self._has_settled = self._has_settled or bool(claims)
-        self.patiently(lambda: self.ledger.finish(claims, report, seconds=running.seconds, cohort=len(running.genomes)))
+        self.ask_patiently(
+            lambda: self.ledger.finish(claims, report, seconds=running.seconds, cohort=len(running.genomes))
+        )
         if any(report.outcomes[claim.genome] not in (Outcome.OK, Outcome.STOPPED) for claim in claims):
             self.say(f"{running.folder}: {report.message}")
 
     def _too_many_for_memory(self, claims: Sequence[Claim], report: JobReport) -> list[Claim]:
-        """Those to try again in a smaller cohort: it was not any of them alone that did not fit."""
+        """Returns the claims to try again in a smaller cohort: it was not any of them alone that did not fit."""
         short = [claim for claim in claims if report.outcomes[claim.genome] is Outcome.OUT_OF_MEMORY]
         if not short or len(claims) == 1:
             return []
@@ -189,14 +192,14 @@ class Loop:
         return short
 
     def _give_back(self, running: Running, claims: Sequence[Claim], report: JobReport) -> None:
-        """After a job that was ended in the middle: results count, the rest is open. Tries once: the next driver reads
-        the folder anyway."""
+        """Settles a job that was ended in the middle: results count, the rest is open. Tries once: the next driver
+        reads the folder anyway."""
         done = [claim for claim in claims if report.outcomes[claim.genome] in (Outcome.OK, Outcome.STOPPED)]
         self.ledger.finish(done, report, seconds=running.seconds, cohort=len(running.genomes))
         self.ledger.release([claim for claim in claims if claim not in done])
 
     def _end_jobs(self) -> None:
-        """All of them, before the storage is asked for anything."""
+        """Ends all jobs, before the storage is asked for anything."""
         for running, report in self.pool.end_all():
             try:
                 self._give_back(running, self._claims.pop(running.folder), report)

@@ -21,7 +21,7 @@ _GIVEN = "fixed_params"
 """Optuna's mark on a trial whose parameters were given by enqueue_trial."""
 
 
-def cached(storage: RDBStorage) -> BaseStorage:
+def share_storage(storage: RDBStorage) -> BaseStorage:
     """Returns what create_study and load_study make of a storage, to be shared by all studies in it."""
     return optuna.storages.get_storage(storage)
 
@@ -61,7 +61,7 @@ def trial_now(study: Study, trial_id: int) -> FrozenTrial:
     return study._storage.get_trial(trial_id)
 
 
-def taken_up(study: Study, trial: FrozenTrial) -> optuna.Trial:
+def resume_trial(study: Study, trial: FrozenTrial) -> optuna.Trial:
     """Returns a running trial that another process may have asked for, to be gone on with."""
     return optuna.Trial(study, trial._trial_id)
 

@@ -26,7 +26,7 @@ from ga.jobs.proxy_facts import ProxyFacts, ask_proxy
 from ga.loop import GivenUp, Interrupted, Loop, StopSignals, give_up_after_failures
 from ga.report.write import publish
 from ga.study.drivers import Driver, Drivers
-from ga.study.evaluations import Evaluation, ranked, read_history
+from ga.study.evaluations import Evaluation, rank_evaluations, read_history
 from ga.study.ledger import Ledger
 from ga.study.sources import ListSource, SearchSource, confirmation_name
 from ga.study.storage import SearchStorage, open_storage
@@ -34,13 +34,13 @@ from ga.study.studies import known_evaluations, load_search, open_list, open_sea
 from ga.study.yardstick import (
     KEPT,
     Measured,
-    free_space,
-    genomes_of,
-    given,
-    known_from,
-    measured,
-    seeds_of,
+    given_yardstick,
+    measure_yardstick,
+    reusable_evaluations,
+    yardstick_genomes,
     yardstick_name,
+    yardstick_seeds,
+    yardstick_space,
 )
 from ga.view.live import LiveView
 from ga.view.progress import status_text
@@ -95,6 +95,7 @@ def check_budget(config: SearchConfig, space: Space) -> None:
 
 
 def print_status(config: SearchConfig) -> int:
+    """Prints a table of the search; returns the exit code. Raises UserError where none was begun."""
     if config.search.storage is None and not (config.root / STUDY_FILE).is_file():
         raise UserError(f"output_dir={config.output_dir!r}: no search was begun there ({STUDY_FILE} is missing)")
     storage = open_storage(config.storage, existing=True)
@@ -135,7 +136,7 @@ class Search:
         return EXIT_DONE
 
     def _source(self) -> SearchSource:
-        if self.config.dry_run and given(self.config) is None:  # its one job binds no setting of the search
+        if self.config.dry_run and given_yardstick(self.config) is None:  # its one job binds no setting of the search
             study = optuna.create_study(direction="maximize")
             return SearchSource(study, self.space, self.config.search, proxy_seed=self.config.seed)
         return open_search(self.storage, self.config, self.space, self.facts)
@@ -149,14 +150,14 @@ class Search:
         self._confirm(source, view, yardstick)
         with self.storage.lock():  # of drivers that end together one writes after the other
             publish(self.config, self.storage, source.study, self.space, self.facts, yardstick, say=view.say)
-        if not ranked(read_history(source.study)):
+        if not rank_evaluations(read_history(source.study)):
             raise GivenUp("no genome got a fitness; the report's leaderboard says why of each")
 
     def _rehearse(self, source: SearchSource, drivers: Drivers, view: LiveView) -> None:
         """Evaluates the first job, unless its study holds a result, and says what all of them will take."""
-        own = given(self.config)
+        own = given_yardstick(self.config)
         study = self._yardstick_study() if own is None else source.study
-        if not ranked(read_history(study)):
+        if not rank_evaluations(read_history(study)):
             view.say("running the first job to measure its cost ...")
             if own is None:
                 self._measure(study, view)
@@ -177,8 +178,8 @@ class Search:
         """Evaluates the genomes of the yardstick."""
         self._run_list(
             study,
-            free_space(self.space),
-            {genome: seeds_of(self.config) for genome in genomes_of(self.space)},
+            yardstick_space(self.space),
+            {genome: yardstick_seeds(self.config) for genome in yardstick_genomes(self.space)},
             view,
             folders=self.config.root / YARDSTICK,
             proxy=replace(self.config.proxy, repeats=1, report_at=[], other_tasks=[]),
@@ -189,15 +190,17 @@ class Search:
     def _yardstick(self, source: SearchSource, view: LiveView) -> tuple[Measured, dict[str, Evaluation]]:
         """Returns what fitness is measured by, kept in the study, and the evaluations that measuring it has brought.
         Raises GivenUp when there is nothing to measure it by."""
-        if (own := given(self.config)) is not None:
+        if (own := given_yardstick(self.config)) is not None:
             return own, {}
         study = self._yardstick_study()
         self._measure(study, view)
         with self.storage.lock():
             kept = source.study.user_attrs.get(KEPT)
-            found = measured(study, seeds_of(self.config)) if kept is None else Measured.of(kept)
+            found = measure_yardstick(study, yardstick_seeds(self.config)) if kept is None else Measured.of(kept)
             if found is None:
-                raise GivenUp(f"none of {', '.join(genomes_of(self.space))} got a score: see {YARDSTICK}/*/output.log")
+                raise GivenUp(
+                    f"none of {', '.join(yardstick_genomes(self.space))} got a score: see {YARDSTICK}/*/output.log"
+                )
             if kept is None:
                 source.study.set_user_attr(KEPT, found.kept())
                 view.say(f"fitness: {describe_yardstick(found.scales)}")
@@ -205,7 +208,7 @@ class Search:
                     view.say("too few of them got scores to tell noise from mappings: tasks weigh alike")
         if self.config.proxy.report_at:  # they have no intermediate scores by this yardstick
             return found, {}
-        return found, known_from(study, found, seeds_of(self.config)[: self.config.proxy.repeats])
+        return found, reusable_evaluations(study, found, yardstick_seeds(self.config)[: self.config.proxy.repeats])
 
     def _evaluate(
         self,
@@ -240,11 +243,11 @@ class Search:
     def _confirm(self, source: SearchSource, view: LiveView, yardstick: Measured) -> None:
         """Runs the best genomes and uniform again with seeds that the search has not seen."""
         s = self.config.search
-        best = [one.genome for one in ranked(read_history(source.study))[: s.confirm_top]]
+        best = [one.genome for one in rank_evaluations(read_history(source.study))[: s.confirm_top]]
         if not best:
             return
         reference = self.space.text(self.space.heuristics()["uniform"])
-        first = seeds_of(self.config).stop
+        first = yardstick_seeds(self.config).stop
         self._run_list(
             open_list(self.storage, confirmation_name(self.config.study, self.facts.fingerprint)),
             self.space,

@@ -32,7 +32,7 @@ class Space:
     allowed: tuple[int, ...] = ()
     """Teacher layers that may be used; empty: all. 0 always may."""
     separate_attention: bool = False
-    """A genome is two mappings, each under the constraint."""
+    """Whether a genome is two mappings, each under the constraint."""
 
     def __post_init__(self) -> None:
         for layer in self.allowed:
@@ -58,7 +58,7 @@ class Space:
 
     @property
     def length(self) -> int:
-        """Genes of a genome."""
+        """Number of genes of a genome."""
         return self.student_layers * (2 if self.separate_attention else 1)
 
     @property
@@ -66,23 +66,25 @@ class Space:
         return self._completions(self.student_layers, SKIP, 0)
 
     def size(self) -> int:
+        """Returns the number of genomes."""
         return self._mappings ** (2 if self.separate_attention else 1)
 
     def _may_follow(self, gene: int, last: int) -> bool:
-        """last: the last non-zero gene before it, 0 if there is none."""
+        """Tells whether a gene may stand behind `last`, the last non-zero gene before it (0: there is none)."""
         if gene == SKIP or self.constraint == "free":
             return True
         return gene > last if self.constraint == "strictly_increasing" else gene >= last
 
     def _step(self, gene: int, last: int, active: int) -> tuple[int, int]:
-        """What later layers need to know: the last non-zero gene, and how many there were (up to min_active)."""
+        """Returns what later layers need to know: the last non-zero gene, and how many there were (up to
+        min_active)."""
         if gene == SKIP:
             return last, active
         return (SKIP if self.constraint == "free" else gene), min(active + 1, self.min_active)
 
     @functools.cache  # noqa: B019 (a space is small, and lives as long as its search)
     def _completions(self, layers: int, last: int, active: int) -> int:
-        """How many ways there are to fill the last `layers` layers."""
+        """Returns in how many ways the last `layers` layers can be filled."""
         if layers == 0:
             return int(active >= self.min_active)
         return sum(
@@ -92,7 +94,7 @@ class Space:
         )
 
     def at(self, index: int) -> Genes:
-        """The genome of lexicographic rank `index`, from 0. Raises IndexError."""
+        """Returns the genome of lexicographic rank `index`, from 0. Raises IndexError."""
         if not 0 <= index < self.size():
             raise IndexError(index)
         if self.separate_attention:
@@ -117,7 +119,7 @@ class Space:
         return tuple(genes)
 
     def index(self, genes: Genes) -> int:
-        """The inverse of `at`. Raises ValueError for a genome outside the space."""
+        """Returns the lexicographic rank of a genome. Raises ValueError for one outside the space."""
         if genes not in self:
             raise ValueError(f"{genes} is not in the space")
         ranks = [self._mapping_index(mapping) for mapping in self.halves(genes)]
@@ -135,7 +137,7 @@ class Space:
         return index
 
     def halves(self, genes: Genes) -> list[Genes]:
-        """The mapping, or hidden and attention mapping."""
+        """Returns the one mapping of a genome, or its hidden and its attention mapping."""
         return [genes[i : i + self.student_layers] for i in range(0, self.length, self.student_layers)]
 
     def __iter__(self) -> Iterator[Genes]:
@@ -155,12 +157,12 @@ class Space:
         return active >= self.min_active
 
     def random(self, rng: np.random.Generator) -> Genes:
-        """Each genome with the same probability."""
-        return self.at(below(rng, self.size()))
+        """Draws a genome, each with the same probability."""
+        return self.at(draw_below(rng, self.size()))
 
     def repair(self, genes: Genes) -> Genes:
-        """The genome of the space with the fewest genes changed; then with the smallest sum of changes; then the first
-        one. Any whole numbers are taken."""
+        """Returns the genome of the space with the fewest genes changed; then with the smallest sum of changes; then
+        the first one. Any whole numbers are taken."""
         assert len(genes) == self.length, genes
         return sum((self._repaired(mapping) for mapping in self.halves(genes)), ())
 
@@ -170,7 +172,7 @@ class Space:
 
         @functools.cache
         def best(m: int, last: int, active: int) -> tuple[int, int, Genes] | None:
-            """(genes changed, sum of changes, genes) of layers m and after."""
+            """Returns (genes changed, sum of changes, genes) of layers m and after; None: they cannot be filled."""
             if m == len(wanted):
                 return (0, 0, ()) if active >= self.min_active else None
             found: list[tuple[int, int, Genes]] = []
@@ -188,13 +190,13 @@ class Space:
         return repaired[2]
 
     def text(self, genes: Genes) -> str:
-        """`0-3-6`, or HIDDEN/ATTENTION where the two differ: as records of proxy jobs have it."""
+        """Returns `0-3-6`, or HIDDEN/ATTENTION where the two differ: the name of a genome in records of proxy jobs."""
         mappings = [LayerMapping(half, self.teacher_layers) for half in self.halves(genes)]
         return str(MappingPair(mappings[0], mappings[-1]))
 
     def parse(self, text: str, *, key: str = "genome") -> Genes:
-        """The inverse of `text`; also presets, and one mapping for both halves. Raises UserError (naming `key`) for
-        what is no mapping of this shape or outside the space."""
+        """Reads the text of a genome; also presets, and one mapping for both halves. Raises UserError (naming `key`)
+        for what is no mapping of this shape or outside the space."""
         genes = self._read(text, key)
         if genes not in self:
             raise UserError(f"{key}={text!r} is outside the space ({self.describe()})")
@@ -208,18 +210,18 @@ class Space:
         return (pair.hidden.genes + pair.attention.genes)[: self.length]
 
     def heuristics(self) -> dict[str, Genes]:
-        """The mappings that people guess, by name: repaired where they are outside the space."""
+        """Returns the mappings that people guess, by name: repaired where they are outside the space."""
         names = ["uniform", *(("last", "first") if self.student_layers <= self.teacher_layers else ())]
         return {name: self.repair(self._read(name, "heuristics")) for name in [*names, "all-last", "none"]}
 
     def seeds(self, extra: Sequence[str]) -> list[Genes]:
-        """The heuristics, uniform first, then `extra`; each once. Raises UserError for an extra one outside the
-        space."""
+        """Returns the heuristics, uniform first, then `extra`; each once. Raises UserError for an extra one outside
+        the space."""
         given = [self.parse(text, key="search.seeds") for text in extra]
         return list(dict.fromkeys([*self.heuristics().values(), *given]))
 
     def describe(self) -> str:
-        """Its size and its rules."""
+        """Describes the space in one line: its layers, its rules and its size."""
         rules = [self.constraint.replace("_", " ")]
         rules += [f"at least {self.min_active} active"] if self.min_active else []
         rules += [f"teacher layers {', '.join(map(str, self.choices[1:]))}"] if self.allowed else []
@@ -230,8 +232,8 @@ class Space:
         )
 
 
-def below(rng: np.random.Generator, limit: int) -> int:
-    """Uniform in 0..limit - 1, for any size of whole number."""
+def draw_below(rng: np.random.Generator, limit: int) -> int:
+    """Draws a whole number of 0..limit - 1, each with the same probability, for a limit of any size."""
     if limit <= 2**63:
         return int(rng.integers(limit))
     bits = limit.bit_length() + 64  # the bias of the remainder is below 2^-64

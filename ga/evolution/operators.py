@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.config.checks import require
 from engine.config.marks import result
-from ga.evolution.genome import Genes, Space, below
+from ga.evolution.genome import Genes, Space, draw_below
 
 TRIES = 20
 """Mutations of a child that is known already, before a random newcomer takes its place."""
@@ -26,13 +26,13 @@ class Settings:
     newcomers: float = result(0.0)
     """Share of a generation that is random."""
     selection: Literal["tournament", "roulette", "rank"] = result("tournament")
-    """How a parent is chosen; roulette: in proportion to fitness minus the lowest."""
+    """Way to choose a parent; roulette: in proportion to fitness minus the lowest."""
     tournament_size: int = result(5)
     """Candidates of a tournament; the best one wins."""
     rank_pressure: float = result(1.8)
-    """How many children the best expects under rank selection, between 1 (no selection) and 2."""
+    """Number of children that the best expects under rank selection, between 1 (no selection) and 2."""
     crossover: Literal["one_point", "two_point", "uniform", "none"] = result("uniform")
-    """How two parents are mixed."""
+    """Way to mix two parents."""
     crossover_rate: float = result(0.9)
     """Probability of a second parent."""
     reset_rate: float = result(0.1)
@@ -60,19 +60,19 @@ fitness minus the minimum, mutation without crossover, duplicates rejected. Its 
 
 
 def tournament(fitness: Sequence[float], rng: np.random.Generator, *, size: int) -> int:
-    """The best of `size` drawn with replacement."""
+    """Returns the place of the best of `size` candidates, drawn with replacement."""
     return int(max(rng.integers(len(fitness), size=size), key=lambda i: fitness[i]))
 
 
 def roulette(fitness: Sequence[float], rng: np.random.Generator) -> int:
-    """In proportion to fitness minus the lowest; all alike when they are equal."""
+    """Draws a place in proportion to fitness minus the lowest; all are alike when they are equal."""
     weights = np.asarray(fitness, np.float64) - min(fitness)
     total = float(weights.sum())
     return int(rng.choice(len(weights), p=weights / total if total > 0 else None))
 
 
 def rank(fitness: Sequence[float], rng: np.random.Generator, *, pressure: float) -> int:
-    """Linear ranking (Baker 1985): the best expects `pressure` draws of n, the worst 2 - pressure."""
+    """Draws a place by linear ranking (Baker 1985): the best expects `pressure` draws of n, the worst 2 - pressure."""
     n = len(fitness)
     if n == 1:
         return 0
@@ -82,24 +82,24 @@ def rank(fitness: Sequence[float], rng: np.random.Generator, *, pressure: float)
 
 
 def one_point(a: Genes, b: Genes, rng: np.random.Generator) -> Genes:
-    """a up to a cut, b from there."""
+    """Returns the genes of a up to a cut, of b from there."""
     cut = int(rng.integers(1, max(2, len(a))))
     return a[:cut] + b[cut:]
 
 
 def two_point(a: Genes, b: Genes, rng: np.random.Generator) -> Genes:
-    """b between two cuts, a outside."""
+    """Returns the genes of b between two cuts, of a outside."""
     low, high = sorted(rng.integers(0, len(a) + 1, size=2).tolist())
     return a[:low] + b[low:high] + a[high:]
 
 
 def uniform(a: Genes, b: Genes, rng: np.random.Generator, *, share: float = 0.5) -> Genes:
-    """Each gene from b with probability `share`, else from a."""
+    """Takes each gene from b with probability `share`, else from a."""
     return tuple(y if take else x for x, y, take in zip(a, b, rng.random(len(a)) < share, strict=True))
 
 
 def reset(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Sequence[int]) -> Genes:
-    """Each gene, with probability `rate`, becomes another one of `choices`."""
+    """Replaces each gene, with probability `rate`, by another one of `choices`."""
     out = []
     for gene, hit in zip(genes, rng.random(len(genes)) < rate, strict=True):
         others = [value for value in choices if value != gene]
@@ -108,7 +108,7 @@ def reset(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Seque
 
 
 def creep(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Sequence[int]) -> Genes:
-    """Each gene, with probability `rate`, goes one step up or down in the sorted `choices`; at an end the only way."""
+    """Moves each gene, with probability `rate`, one step up or down in the sorted `choices`; at an end the only way."""
     steps = sorted(choices)
     out = []
     for gene, hit in zip(genes, rng.random(len(genes)) < rate, strict=True):
@@ -120,11 +120,12 @@ def creep(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Seque
 def next_generation(
     space: Space, history: Mapping[Genes, float], settings: Settings, rng: np.random.Generator, *, count: int
 ) -> list[Genes]:
-    """`count` genomes of the space that are neither in `history` nor twice; fewer only when the space has no more.
+    """Makes `count` genomes of the space that are neither in `history` nor twice; fewer only when the space has no
+    more.
 
     history: mean fitness of every genome proposed so far, larger = better; nan: it has none, so it is no parent, and
-    not proposed again. The order of `history` does not matter. The `population` best known genomes are the parents:
-    the elite is kept for ever, and never paid for twice.
+    not proposed again. The order of `history` does not matter. The `population` best known genomes are the parents: the
+    elite is kept for ever, and never paid for twice.
     """
     known = set(history)
     ranked = sorted((genes for genes in history if not math.isnan(history[genes])), key=lambda g: (-history[g], g))
@@ -135,7 +136,7 @@ def next_generation(
     for i in range(min(count, space.size() - sum(genes in space for genes in known))):
         child = _child(space, parents, fitness, settings, rng, known) if i < children else None
         if child is None:
-            child = unseen(space, known, rng)
+            child = draw_unseen(space, known, rng)
         known.add(child)
         made.append(child)
     return made
@@ -149,7 +150,7 @@ def _child(
     rng: np.random.Generator,
     known: set[Genes],
 ) -> Genes | None:
-    """None when it is known already, however often it is mutated."""
+    """Returns a child that is not known yet; None when it is, however often it is mutated."""
     child = _select(parents, fitness, settings, rng)
     mix = CROSSOVERS.get(settings.crossover)
     if mix is not None and rng.random() < settings.crossover_rate:
@@ -177,11 +178,11 @@ CROSSOVERS: dict[str, Callable[[Genes, Genes, np.random.Generator], Genes]] = {
 }
 
 
-def unseen(space: Space, known: set[Genes], rng: np.random.Generator) -> Genes:
-    """Each genome that is not in `known` with the same probability. There must be one."""
+def draw_unseen(space: Space, known: set[Genes], rng: np.random.Generator) -> Genes:
+    """Draws a genome that is not in `known`, each with the same probability. There must be one."""
     # the k-th of them in the order of the space
     taken = sorted(space.index(genes) for genes in known if genes in space)
-    index = below(rng, space.size() - len(taken))
+    index = draw_below(rng, space.size() - len(taken))
     for other in taken:
         if other > index:
             break
@@ -190,8 +191,8 @@ def unseen(space: Space, known: set[Genes], rng: np.random.Generator) -> Genes:
 
 
 def diversity(genomes: Sequence[Genes]) -> float:
-    """0 when all genomes are the same, 1 when no two share a gene: the mean over genes of the entropy of its values,
-    divided by the log of the number of genomes."""
+    """Returns the mean over genes of the entropy of a gene's values, divided by the log of the number of genomes: 0
+    when all genomes are the same, 1 when no two share a gene."""
     if len(genomes) < 2:
         return 0.0
     entropies = []

@@ -21,7 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from ga.evolution.genome import Genes, Space
-from ga.evolution.operators import Settings, next_generation, unseen
+from ga.evolution.operators import Settings, draw_unseen, next_generation
 from ga.optuna_private import given_params, set_study_attr, study_attrs
 
 GENERATION = "mapdistill:generation:"
@@ -29,17 +29,17 @@ GENERATION = "mapdistill:generation:"
 
 
 def parameter_names(space: Space) -> list[str]:
-    """`layer_1` … `layer_M`; `hidden_1` … and `attention_1` … where the two are searched apart."""
+    """Returns `layer_1` … `layer_M`; `hidden_1` … and `attention_1` … where the two are searched apart."""
     kinds = ("hidden", "attention") if space.separate_attention else ("layer",)
     return [f"{kind}_{m}" for kind in kinds for m in range(1, space.student_layers + 1)]
 
 
-def parameters_of(space: Space, genes: Genes) -> dict[str, int]:
-    """As enqueue_trial wants them."""
+def gene_parameters(space: Space, genes: Genes) -> dict[str, int]:
+    """Returns the parameters of a genome, for enqueue_trial."""
     return dict(zip(parameter_names(space), genes, strict=True))
 
 
-def suggested_genes(space: Space, trial: BaseTrial) -> Genes:
+def suggest_genes(space: Space, trial: BaseTrial) -> Genes:
     """Asks the trial for one value of each gene; samplers that do not know the space's constraints may leave it."""
     return tuple(trial.suggest_int(name, 0, space.teacher_layers) for name in parameter_names(space))
 
@@ -58,15 +58,15 @@ class GenomeSampler(BaseSampler):
 
     @abstractmethod
     def _propose(self, study: Study, place: int, earlier: Sequence[FrozenTrial]) -> Genes:
-        """earlier: the trials with smaller numbers."""
+        """Returns the genome of that place. earlier: the trials with smaller numbers."""
 
     def genes_of(self, trial: BaseTrial) -> Genes:
         """Asks the trial for its genes (inside an objective)."""
-        return suggested_genes(self.space, trial)
+        return suggest_genes(self.space, trial)
 
-    def parameters_of(self, genes: Genes) -> dict[str, int]:
-        """As enqueue_trial wants them."""
-        return parameters_of(self.space, genes)
+    def gene_parameters(self, genes: Genes) -> dict[str, int]:
+        """Returns the parameters of a genome, for enqueue_trial."""
+        return gene_parameters(self.space, genes)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {name: IntDistribution(0, self.space.teacher_layers) for name in parameter_names(self.space)}
@@ -74,24 +74,25 @@ class GenomeSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Raises ValueError for a study with several objectives."""
+        """Returns the genes of the trial's place. Raises ValueError for a study with several objectives."""
         if len(study.directions) > 1:
             raise ValueError(f"{type(self).__name__} has one objective; use optuna.samplers.NSGAIISampler for several")
         earlier = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
-        return self.parameters_of(self._propose(study, places_taken(earlier), earlier))
+        return self.gene_parameters(self._propose(study, count_places(earlier), earlier))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """For parameters that are not genes."""
+        """Draws the value of a parameter that is no gene."""
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
     def reseed_rng(self) -> None:
-        """Genes stay a function of the seed: processes share a storage, not a random state."""
+        """Leaves genes alone, which are a function of the seed: processes share a storage, not a random state."""
         self._independent.reseed_rng()
 
 
-def places_taken(trials: Sequence[FrozenTrial]) -> int:
+def count_places(trials: Sequence[FrozenTrial]) -> int:
+    """Returns how many trials the sampler was asked for: all but those that were enqueued by hand."""
     return sum(given_params(trial) is None for trial in trials)
 
 
@@ -115,7 +116,7 @@ class RandomGenomeSampler(GenomeSampler):
         if place >= self.space.size():
             return self.space.random(np.random.default_rng([self._seed, place]))
         while len(self._order) <= place:
-            genes = unseen(self.space, self._drawn, self._rng)
+            genes = draw_unseen(self.space, self._drawn, self._rng)
             self._order.append(genes)
             self._drawn.add(genes)
         return self._order[place]
@@ -136,8 +137,8 @@ class GeneticSampler(GenomeSampler):
     def __init__(
         self, space: Space, *, settings: Settings | None = None, seed: int = 0, seeds: Sequence[str] = ()
     ) -> None:
-        """seeds: mappings for generation 0 beside uniform, last, first, all-last and none. Raises UserError for one
-        that is outside the space."""
+        """Reads `seeds`, mappings for generation 0 beside uniform, last, first, all-last and none. Raises UserError
+        for one that is outside the space."""
         super().__init__(space, seed=seed)
         self.settings = settings or Settings()
         self._first = space.seeds(seeds)
@@ -150,7 +151,7 @@ class GeneticSampler(GenomeSampler):
         return self.space.random(np.random.default_rng([self._seed, number, at]))
 
     def generation_and_place(self, place: int) -> tuple[int, int]:
-        """Number of the generation, and which of its genomes."""
+        """Returns the number of a place's generation, and which of its genomes it is."""
         first = max(self.settings.population, len(self._first))
         if place < first:
             return 0, place
@@ -174,7 +175,7 @@ class GeneticSampler(GenomeSampler):
         return seeds + next_generation(self.space, known, self.settings, rng, count=count - len(seeds))
 
     def _history(self, study: Study, trials: Sequence[FrozenTrial]) -> dict[Genes, float]:
-        """Mean fitness of every genome that was proposed, larger = better; nan for one without any."""
+        """Returns the mean fitness of every genome that was proposed, larger = better; nan for one without any."""
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
         names = parameter_names(self.space)
         values: dict[Genes, list[float]] = defaultdict(list)

@@ -26,7 +26,7 @@ COMMAND, LOG, SESSION, EXPORTS = "cmd.txt", "output.log", "session.json", "deeps
 
 _COMPILE_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-"""The driver's own, if it has them, are none of its jobs': srun would hand them to every rank."""
+"""Variables of the driver, if it has them, that are none of its jobs': srun would hand them to every rank."""
 _LOOK_EVERY_S = 0.02
 _KILLED_WITHIN_S = 30.0
 
@@ -41,11 +41,11 @@ def command(
     launcher: Launcher,
     python: str,
 ) -> list[str]:
-    """The deepspeed command line, word by word, for Popen without a shell.
+    """Returns the deepspeed command line, word by word, for Popen without a shell.
 
     hostfile: for jobs on other hosts; with `openmpi` one that names the hosts of this placement only
-    (`placement.hostfile`), because DeepSpeed then takes all of them.
-    python: the interpreter beside which deepspeed is installed.
+    (`placement.hostfile`), because DeepSpeed then takes all of them. python: the interpreter beside which deepspeed is
+    installed.
     """
     deepspeed = str(Path(python).with_name("deepspeed"))
     if placement.is_local:
@@ -70,12 +70,12 @@ def command(
 def environment(
     placement: Placement, *, job_dir: Path, base: Mapping[str, str], launcher: Launcher, port: int
 ) -> dict[str, str]:
-    """The variables to add to `base`, the driver's own environment. What the user has set there wins, but for the place
-    where the ranks meet, which every job has to itself.
+    """Returns the variables to add to `base`, the driver's own environment. What the user has set there wins, but for
+    the place where the ranks meet, which every job has to itself.
 
-    launcher, port: as for `command`. srun and mpirun start the ranks without DeepSpeed's
-    --master_addr and --master_port, so that they learn these from their environment (engine/ranks/environment.py).
-    Compile caches get a folder per placement, so that jobs side by side do not write one file; compiled C++ extensions
+    launcher, port: as for `command`. srun and mpirun start the ranks without DeepSpeed's --master_addr and
+    --master_port, so that they learn these from their environment (engine/ranks/environment.py). Compile caches get a
+    folder per placement, so that jobs side by side do not write one file; compiled C++ extensions
     (TORCH_EXTENSIONS_DIR) stay shared: they take minutes to build, under a lock.
     """
     job_dir = job_dir.resolve()
@@ -103,14 +103,14 @@ class Session:
     id: int
     """Process id of the launcher, and session id of all that it starts."""
     started: int
-    """When the launcher started, in clock ticks after boot."""
+    """Start of the launcher, in clock ticks after boot."""
     boot: str
     """Kernel's id of that boot: another machine, or this one after a reboot, has another."""
     job_dir: str
 
     @staticmethod
     def read(job_dir: Path) -> Session | None:
-        """Returns that of the last start in that directory; None where none is (wholly) written."""
+        """Returns the session of the last start in that directory; None where none is (wholly) written."""
         try:
             return Session(**json.loads((job_dir / SESSION).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -141,7 +141,7 @@ class Job:
         if log.exists():
             log.replace(log.with_name(f"superseded-{LOG}"))
         (job_dir / SESSION).unlink(missing_ok=True)
-        (job_dir / COMMAND).write_text(_pasteable(words, added, cwd), encoding="utf-8")
+        (job_dir / COMMAND).write_text(_pasteable_command(words, added, cwd), encoding="utf-8")
         if "DS_ENV_FILE" in added:
             _write_exports(Path(added["DS_ENV_FILE"]), added, cwd)
         inherited = {key: value for key, value in os.environ.items() if key not in _OF_A_RANK}
@@ -168,7 +168,7 @@ class Job:
         return job
 
     def poll(self) -> int | None:
-        """The launcher's exit code (minus the signal that ended it), None while it runs."""
+        """Returns the launcher's exit code (minus the signal that ended it), None while it runs."""
         if self._code is None:
             # Not waited for before `stop`: the zombie keeps its id, so that no stranger's session can have it.
             info = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -184,7 +184,7 @@ class Job:
         """
         if self._process.returncode is not None:
             return 0  # stopped before
-        ended = _end(lambda: [p.pid for p in running_processes() if p.session == self.session.id], grace_s)
+        ended = _end_processes(lambda: [p.pid for p in running_processes() if p.session == self.session.id], grace_s)
         self._code = self._process.wait()
         return ended
 
@@ -198,20 +198,21 @@ def kill_session(session: Session, *, grace_s: float = 0.0) -> int:
     """
     if session.boot != boot_id():
         return 0
-    return _end(lambda: _left_of(session), grace_s)
+    return _end_processes(lambda: _session_processes(session), grace_s)
 
 
 def end_lost_job(job_dir: Path, *, grace_s: float = 0.0) -> int:
-    """`kill_session` of the last start in that directory. Where the driver died before it wrote session.json, the
-    environment alone identifies the job: no process outside it has this variable."""
+    """Ends what is left of the last start in that directory, and returns how many processes that were. Where the
+    driver died before it wrote session.json, the environment alone identifies the job: no process outside it has
+    this variable."""
     job_dir = job_dir.resolve()
     session = Session.read(job_dir)
     if session is not None:
         return kill_session(session, grace_s=grace_s)
-    return _end(lambda: [p.pid for p in running_processes() if _marked(p.pid, str(job_dir))], grace_s)
+    return _end_processes(lambda: [p.pid for p in running_processes() if _is_marked(p.pid, str(job_dir))], grace_s)
 
 
-def _left_of(session: Session) -> list[int]:
+def _session_processes(session: Session) -> list[int]:
     leader = look_up(session.id, zombies=True)
     if leader is not None and leader.started != session.started:
         return []
@@ -220,11 +221,11 @@ def _left_of(session: Session) -> list[int]:
         for process in running_processes()
         if process.session == session.id
         and process.started >= session.started
-        and _marked(process.pid, session.job_dir)
+        and _is_marked(process.pid, session.job_dir)
     ]
 
 
-def _marked(pid: int, job_dir: str) -> bool:
+def _is_marked(pid: int, job_dir: str) -> bool:
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:  # gone, or another user's
@@ -232,11 +233,12 @@ def _marked(pid: int, job_dir: str) -> bool:
     return os.fsencode(f"{MARKER}={job_dir}") in variables
 
 
-def _end(members: Callable[[], list[int]], grace_s: float) -> int:
-    """Raises RuntimeError when some survive SIGKILL."""
+def _end_processes(members: Callable[[], list[int]], grace_s: float) -> int:
+    """Ends the processes that `members` lists until it lists none; returns how many they were. Raises RuntimeError
+    when some survive SIGKILL."""
     seen = set(left := members())
     if grace_s > 0:
-        _send(left, signal.SIGTERM)
+        _send_signal(left, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while (left := members()) and time.monotonic() < deadline:
             seen.update(left)
@@ -244,14 +246,14 @@ def _end(members: Callable[[], list[int]], grace_s: float) -> int:
     deadline = time.monotonic() + _KILLED_WITHIN_S
     while left := members():  # again and again: one may have forked since it was listed
         seen.update(left)
-        _send(left, signal.SIGKILL)
+        _send_signal(left, signal.SIGKILL)
         if time.monotonic() > deadline:
             raise RuntimeError(f"processes {left} still run {_KILLED_WITHIN_S:.0f} s after SIGKILL")
         time.sleep(_LOOK_EVERY_S)
     return len(seen)
 
 
-def _send(pids: Sequence[int], number: signal.Signals) -> None:
+def _send_signal(pids: Sequence[int], number: signal.Signals) -> None:
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -259,15 +261,16 @@ def _send(pids: Sequence[int], number: signal.Signals) -> None:
             continue
 
 
-def _pasteable(words: Sequence[str], added: Mapping[str, str], cwd: Path) -> str:
-    """Without the marker: what a user starts by hand must not be taken for a lost job."""
+def _pasteable_command(words: Sequence[str], added: Mapping[str, str], cwd: Path) -> str:
+    """Returns the command line for a user's shell, without the marker: what is started by hand must not be taken for
+    a lost job."""
     exports = [f"export {key}={shlex.quote(value)}" for key, value in sorted(added.items()) if key != MARKER]
     return "\n".join([f"cd {shlex.quote(str(cwd.resolve()))}", *exports, shlex.join(words)]) + "\n"
 
 
 def _write_exports(path: Path, added: Mapping[str, str], cwd: Path) -> None:
-    """What DeepSpeed passes on to other hosts: the user's own .deepspeed_env files, whose place this one takes, and
-    what is added here."""
+    """Writes what DeepSpeed passes on to other hosts: the user's own .deepspeed_env files, whose place this one
+    takes, and what is added here."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     lines: list[str] = []
     for folder in (Path.home(), cwd):  # where DeepSpeed looks; an absolute name wins over the folder

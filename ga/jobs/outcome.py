@@ -17,7 +17,7 @@ from engine.records.records import SENTINEL, parse_record
 Record = dict[str, Any]
 
 TAIL_LINES = 1000
-"""How far from the end of the log a cause is looked for: the tracebacks of many ranks, interleaved."""
+"""Number of lines at the end of the log in which a cause is looked for: the tracebacks of many ranks, interleaved."""
 _SHOWN_LINES, _SHOWN_CHARACTERS = 3, 300
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -48,7 +48,7 @@ class Outcome(Enum):
 @dataclass(frozen=True)
 class JobReport:
     outcomes: dict[str, Outcome]
-    """By genome, in the order asked for."""
+    """Outcome by genome, in the order asked for."""
     results: dict[str, tuple[Record, ...]]
     """`result` records by genome, one per seed in the order of seeds; not empty, but not of all seeds unless OK."""
     stopped: dict[str, dict[int, float]]
@@ -60,23 +60,23 @@ class JobReport:
 def read_job(
     log: Path, records: Path | None, *, genomes: Sequence[str], exit_code: int | None, timed_out: bool
 ) -> JobReport:
-    """What became of each genome. Files that are not there count as empty.
+    """Reads what became of each genome. Files that are not there count as empty.
 
     log: the launcher's output. records: the job's records.jsonl (None: on a disk that this machine does not see).
-    genomes: in canonical text form, as records name them (`2-4-6`, not `uniform`).
-    exit_code: the launcher's, None when unknown (its driver died).
+    genomes: in canonical text form, as records name them (`2-4-6`, not `uniform`). exit_code: the launcher's, None when
+    unknown (its driver died).
 
     A genome is OK when it has a result with a finite fitness for every seed of the last start. Results of an earlier
     start in the same directory count when their fingerprint is the last start's: a proxy job does not repeat them.
     """
-    text, found = _Text(), _Found()
+    text, found = _Text(), _Records()
     for line in _lines(log):
         if SENTINEL in line:
             found.add(_records_in(line))
         else:
             text.add(line)
     if records is not None:  # after the log: where both have a record, the file's cannot be torn
-        from_file = _Found()
+        from_file = _Records()
         for line in _lines(records):
             from_file.add(_records_in(line))
         found.merge(from_file)
@@ -90,12 +90,12 @@ def read_job(
 
 
 @dataclass
-class _Found:
+class _Records:
     """The records of one file that matter here."""
 
     started: Record | None = None
     results: dict[tuple[str, str, int], Record] = field(default_factory=dict)
-    """By fingerprint, genome and seed."""
+    """Records by fingerprint, genome and seed."""
     diverged: set[str] = field(default_factory=set)
     """Genomes that the last start gave up."""
     stopped: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -115,7 +115,7 @@ class _Found:
             elif kind == "result" and _is_finite(record.get("fitness")):
                 self.results[str(record.get("fingerprint")), genome, int(record.get("seed", 0))] = record
 
-    def merge(self, other: _Found) -> None:
+    def merge(self, other: _Records) -> None:
         self.started = other.started or self.started
         self.results |= other.results
         self.diverged |= other.diverged
@@ -123,11 +123,12 @@ class _Found:
 
     @property
     def seeds(self) -> int:
-        """How many results make a genome complete."""
+        """Number of results that make a genome complete."""
         return max(1, len(self.started.get("seeds", ()))) if self.started is not None else 1
 
     def results_of(self, genomes: Sequence[str]) -> dict[str, tuple[Record, ...]]:
-        """Those that can be compared with the last start's: one per seed, without genomes that have none."""
+        """Returns the results that can be compared with the last start's: one per seed, without genomes that have
+        none."""
         wanted = None if self.started is None else str(self.started.get("fingerprint"))
         seeds = None if self.started is None else self.started.get("seeds")
         by_genome: dict[str, dict[int, Record]] = {}
@@ -161,7 +162,8 @@ class _Text:
         self.tail.append(line.rstrip())
 
     def last(self) -> str:
-        """The last lines in one; the launcher's own come after the cause and are left out where there are others."""
+        """Returns the last lines in one; the launcher's own come after the cause and are left out where there are
+        others."""
         telling = [line for line in self.tail if not _LAUNCHER_LINE.search(line)] or list(self.tail)
         shown = " | ".join(line.strip()[:_SHOWN_CHARACTERS] for line in telling[-_SHOWN_LINES:])
         return shown or "no output"
@@ -195,12 +197,12 @@ def _message(outcomes: dict[str, Outcome], job: Outcome, why: str) -> str:
         for outcome in Outcome
         if outcome in outcomes.values()
     ]
-    told = job in outcomes.values() and job not in (Outcome.OK, Outcome.STOPPED, Outcome.DIVERGED)
-    return "; ".join(groups) + (f"; {why}" if told else "")
+    is_told = job in outcomes.values() and job not in (Outcome.OK, Outcome.STOPPED, Outcome.DIVERGED)
+    return "; ".join(groups) + (f"; {why}" if is_told else "")
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Without colours; a progress bar's carriage return ends a line."""
+    """Yields the lines of a file without colours; a progress bar's carriage return ends a line."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -209,7 +211,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _records_in(line: str) -> Iterator[Record]:
-    """All of a line: ranks that write at once glue theirs, also behind one that is torn."""
+    """Yields all records of a line: ranks that write at once glue theirs, also behind one that is torn."""
     start = line.find(SENTINEL)
     while start >= 0:
         following = line.find(SENTINEL, start + 1)

@@ -36,7 +36,7 @@ LOCAL_GRACE_S, REMOTE_GRACE_S = 10.0, 30.0
 def find_placements(
     *, hostfile: str | None, local_slots: int | None, slots_per_job: int, launcher: Launcher
 ) -> list[Placement]:
-    """Where jobs can run side by side. Raises UserError."""
+    """Returns where jobs can run side by side. Raises UserError."""
     hosts = None if hostfile is None else parse_hostfile(Path(hostfile))
     gpus = visible_gpus()
     devices: int | Sequence[int] = gpus if gpus else slots_per_job
@@ -56,7 +56,8 @@ def find_placements(
 
 
 def visible_gpus() -> list[int]:
-    """Ids of the CUDA devices that this process may use, found without torch; none when jobs compute on the CPU."""
+    """Returns the ids of the CUDA devices that this process may use, found without torch; none when jobs compute on
+    the CPU."""
     if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
         return []
     try:
@@ -84,7 +85,7 @@ class Running:
     genomes: tuple[str, ...]
     job: Job
     began: float
-    """time.monotonic()."""
+    """Start of the job, in seconds of time.monotonic()."""
 
     @property
     def seconds(self) -> float:
@@ -107,7 +108,8 @@ class JobPool:
         limit_s: float,
         stand_in: Sequence[str] = (),
     ) -> None:
-        """stand_in: for tests, a program that is given the launcher's command line and takes its place."""
+        """Takes the placements of the jobs and their time limit. stand_in: for tests, a program that is given the
+        launcher's command line and takes its place."""
         self.placements = tuple(placements)
         self.running: list[Running] = []
         self._launcher, self._hostfile, self._limit_s = launcher, hostfile, limit_s
@@ -119,7 +121,7 @@ class JobPool:
         return [placement for placement in self.placements if placement not in taken]
 
     def words(self, placement: Placement, folder: Path, port: int) -> list[str]:
-        """The command line of a job in `folder` whose ranks meet at `port`."""
+        """Returns the command line of a job in `folder` whose ranks meet at `port`."""
         hostfile = self._hostfile
         if not placement.is_local and self._launcher == "openmpi":
             hostfile = folder / HOSTFILE
@@ -152,8 +154,9 @@ class JobPool:
         return running
 
     def finished(self, *, limit_s: float | None = None) -> Iterator[tuple[Running, JobReport]]:
-        """Jobs that have ended since the last call, or had to be, one by one, because ending one may take its grace
-        time: its processes are gone then, its slots free. limit_s: in place of the pool's."""
+        """Ends the jobs that have exited since the last call, or are late, and yields each with its report, one by
+        one, because ending one may take its grace time: its processes are gone then, its slots free. limit_s:
+        seconds, in place of the pool's."""
         for running in list(self.running):
             late = running.seconds > (limit_s or self._limit_s)
             if running.job.poll() is not None or late:
@@ -166,7 +169,7 @@ class JobPool:
         return [(running, self.end(running)) for running in list(self.running)]
 
     def kill(self) -> None:
-        """SIGKILL to all jobs at once; `end` still has to follow."""
+        """Sends SIGKILL to all jobs at once; `end` still has to follow."""
         for running in self.running:
             _signal(running, signal.SIGKILL)
 

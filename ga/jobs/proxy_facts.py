@@ -22,7 +22,7 @@ from ga.jobs.pool import JobPool
 
 CHECKS = "checks"
 LIMIT_S = 900.0
-"""DeepSpeed may compile its operators first."""
+"""Seconds that a job may take to plan: DeepSpeed may compile its operators first."""
 LOOK_EVERY_S = 0.1
 
 
@@ -96,7 +96,8 @@ def _here() -> str:
 
 
 def _remove_abandoned(checks: Path) -> None:
-    """What drivers of this machine have left that died in the middle of a check, or were told what was wrong."""
+    """Removes what drivers of this machine have left that died in the middle of a check, or were told what was
+    wrong."""
     for folder in checks.glob(f"{_here()}.*.*"):
         pid, started = map(int, folder.name.split(".")[-2:])
         if start_ticks(pid) != started:

@@ -33,9 +33,9 @@ class Placement:
 
     slots: tuple[Slot, ...]
     on_cpu: bool = False
-    """Ranks compute on CPU cores: `devices` only tell jobs of one host apart."""
+    """Whether ranks compute on CPU cores: `devices` only tell jobs of one host apart."""
     jobs_on_host: int = 1
-    """How many jobs run side by side on the host; more than 1 on this machine only."""
+    """Number of jobs that run side by side on the host; more than 1 on this machine only."""
 
     @property
     def is_local(self) -> bool:
@@ -65,7 +65,8 @@ class Placement:
 
 
 def is_this_machine(host: str) -> bool:
-    """Names are compared, not looked up. `node1` and `node1.cluster` are the same machine."""
+    """Tells whether a host is this machine. Names are compared, not looked up: `node1` and `node1.cluster` are the
+    same."""
     own = socket.gethostname()
     if host in (*_LOOPBACK, own):
         return True
@@ -81,8 +82,8 @@ def plan_slots(
     launcher: Launcher,
     on_cpu: bool = False,
 ) -> list[Placement]:
-    """Every placement can hold a job at the same time as the others. Devices or hosts that are too few for one more job
-    stay idle.
+    """Returns placements each of which can hold a job at the same time as the others. Devices or hosts that are too few
+    for one more job stay idle.
 
     hosts: slots by host, from a hostfile; None, or this machine alone, gives local jobs, which need no ssh.
     local_devices: how many devices this machine has, or their ids (as in CUDA_VISIBLE_DEVICES); unused with hosts.
@@ -121,7 +122,8 @@ def _local(devices: Sequence[int], slots_per_job: int, on_cpu: bool) -> list[Pla
 
 
 def _whole_hosts(hosts: Mapping[str, int], slots_per_job: int) -> list[tuple[str, ...]] | None:
-    """Groups of hosts with exactly that many slots, the largest hosts first; None when a job would need part of one."""
+    """Returns groups of hosts with exactly that many slots, the largest hosts first; None when a job would need part
+    of one."""
     groups: list[tuple[str, ...]] = []
     group: tuple[str, ...] = ()
     for host in sorted(hosts, key=lambda name: -hosts[name]):
@@ -156,7 +158,7 @@ def _owned(group: tuple[str, ...], hosts: Mapping[str, int], on_cpu: bool) -> Pl
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now, and not among the last 4,096 that this process was given."""
+    """Returns a TCP port that is free on this machine now, and not among the last 4,096 that this process was given."""
     with _port_lock:
         while True:
             with socket.socket() as probe:

@@ -27,12 +27,12 @@ class Difference:
 
     genome: str
     mean: float | None
-    """None: no shared seed."""
+    """Mean difference; None without a shared seed."""
     low: float | None
     """End of the interval; None below two shared seeds."""
     high: float | None
     n: int
-    """Shared seeds."""
+    """Number of shared seeds."""
 
     @property
     def is_clear(self) -> bool:
@@ -41,8 +41,8 @@ class Difference:
 
 
 def compare(confirmed: Confirmed, reference: str) -> list[Difference]:
-    """Every other genome against `reference`, best mean first, those without a shared seed last. Intervals as METHOD
-    says."""
+    """Compares every other genome with `reference`, best mean first, those without a shared seed last. Intervals are
+    as METHOD says."""
     others = [genome for genome, by_seed in confirmed.items() if by_seed and genome != reference]
     baseline = confirmed.get(reference, {})
     found = [_difference(genome, confirmed[genome], baseline, comparisons=len(others)) for genome in others]
@@ -76,8 +76,8 @@ def _t_quantile(probability: float, freedom: int) -> float:
 
 
 def winner(confirmed: Confirmed) -> str:
-    """The genome with the best mean over all seeds of the confirmation; of equal ones the first. One that lacks a seed
-    (its job failed) competes only when no genome has them all: failing must not help."""
+    """Returns the genome with the best mean over all seeds of the confirmation; of equal ones the first. One that
+    lacks a seed (its job failed) competes only when no genome has them all: failing must not help."""
     most = max((len(by_seed) for by_seed in confirmed.values()), default=0)
     assert most, "nothing was confirmed"
     complete = {genome: by_seed for genome, by_seed in confirmed.items() if len(by_seed) == most}
@@ -85,7 +85,8 @@ def winner(confirmed: Confirmed) -> str:
 
 
 def seed_deviation(confirmed: Confirmed) -> float | None:
-    """Standard deviation between the seeds of one genome, pooled over genomes; None without a genome with two seeds."""
+    """Returns the standard deviation between the seeds of one genome, pooled over genomes; None without a genome
+    with two seeds."""
     repeated = [list(by_seed.values()) for by_seed in confirmed.values() if len(by_seed) > 1]
     if not repeated:
         return None
@@ -94,7 +95,8 @@ def seed_deviation(confirmed: Confirmed) -> float | None:
 
 
 def verdict(confirmed: Confirmed, reference: str) -> str:
-    """One honest sentence or two about the winner. `reference` is uniform's genome; `confirmed` is not empty."""
+    """Returns one honest sentence or two about the winner. `reference` is uniform's genome; `confirmed` is not
+    empty."""
     uniform = f"uniform ({reference})"
     best = winner(confirmed)
     differences = compare(confirmed, reference)
@@ -122,7 +124,7 @@ def verdict(confirmed: Confirmed, reference: str) -> str:
 
 
 def _runner_up(differences: list[Difference]) -> str:
-    """What follows after `uniform itself won:`."""
+    """Returns what follows after `uniform itself won:`."""
     if not differences or differences[0].mean is None:
         return "no other genome has a fitness with the new seeds."
     next_best = differences[0]
@@ -134,5 +136,5 @@ def _runner_up(differences: list[Difference]) -> str:
 
 
 def interval(difference: Difference) -> str:
-    """`95 % interval 0.0050 to 0.0196 over 4 new seeds`; for two shared seeds or more."""
+    """Returns `95 % interval 0.0050 to 0.0196 over 4 new seeds`; for two shared seeds or more."""
     return f"95 % interval {difference.low:.4f} to {difference.high:.4f} over {difference.n} new seeds"

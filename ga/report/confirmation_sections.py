@@ -10,12 +10,12 @@ from ga.report.confirmation import METHOD, Confirmed, compare, winner
 from ga.report.facts import Facts
 from ga.report.layers import KnownLayers
 from ga.report.tables import table
-from ga.study.evaluations import Evaluation, ranked
+from ga.study.evaluations import Evaluation, rank_evaluations
 
 
 def confirmation(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> list[str]:
     differences = {one.genome: one for one in compare(confirmed, facts.uniform)}
-    found = {one.genome: (str(i), f"{one.fitness:.4f}") for i, one in enumerate(ranked(evaluations), start=1)}
+    found = {one.genome: (str(i), f"{one.fitness:.4f}") for i, one in enumerate(rank_evaluations(evaluations), start=1)}
     rows = []
     for genome in sorted(confirmed, key=lambda genome: fmean(confirmed[genome].values()), reverse=True):
         values = list(confirmed[genome].values())
@@ -35,8 +35,8 @@ def confirmation(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Con
     ]
 
 
-def by_task(facts: Facts, confirmed: Confirmed, scores: Mapping[str, Confirmed]) -> list[str]:
-    """The winner against uniform, on tasks that were searched on and on those that were not."""
+def task_comparison(facts: Facts, confirmed: Confirmed, scores: Mapping[str, Confirmed]) -> list[str]:
+    """Compares the winner with uniform, on tasks that were searched on and on those that were not."""
     best = winner(confirmed)
     if best == facts.uniform:
         return ["uniform itself won."]

@@ -23,7 +23,7 @@ STYLES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
 
 def new_figure(panels: int, *, width: float, height: float, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """Sizes in inches; `panels` axes side by side."""
+    """Returns a figure of `width` x `height` inches, and its `panels` axes side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")

@@ -23,24 +23,24 @@ class Facts:
     sampler: str
     search_seed: int
     trials: int
-    """Budget."""
+    """Budget, in evaluations."""
     population: int
     cohort: int
     fingerprint: str
     teacher: str
     student: str
     tasks: tuple[str, ...]
-    """Searched on."""
+    """Names of the tasks that were searched on."""
     yardstick: Measured
     evaluator: str
     proxy: str
-    """Steps, batch and text."""
+    """Description of the proxy: steps, batch and text."""
     seeds: tuple[int, ...]
     """Proxy seeds of every evaluation."""
     heuristics: Mapping[str, str]
-    """Name -> genome in canonical text; uniform is one of them."""
+    """Genome in canonical text by name; uniform is one of them."""
     command: str
-    """What the user typed."""
+    """Command line of the search."""
     second_objective: str | None
 
     def names(self, genome: str) -> str:

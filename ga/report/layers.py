@@ -18,18 +18,18 @@ class KnownLayers:
     """What the layers of one genome's students know of the teacher's."""
 
     table: LayerTable
-    """Mean over seeds."""
+    """Mean table over seeds."""
     seeds: int
     trained: frozenset[tuple[int, int]]
-    """(student layer, teacher layer) that the losses compared."""
+    """Pairs (student layer, teacher layer) that the losses compared."""
 
     def rows(self, name: str) -> list[list[str]]:
-        """Student layer, name, and the share of each teacher layer."""
+        """Returns a row for each student layer: its name, `name`, and the share of each teacher layer."""
         return [[layer_name(m), name, *layer_cells(row, m, self.trained)] for m, row in enumerate(self.table)]
 
 
 def known_layers(evaluations: Iterable[Evaluation], loss: LossConfig) -> dict[str, KnownLayers]:
-    """By genome, of those whose jobs made layer tables."""
+    """Returns what layers know by genome, of those whose jobs made layer tables."""
     tables: dict[str, list[LayerTable]] = defaultdict(list)
     for one in evaluations:
         tables[one.genome] += one.layers.values()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ga.report.drawing import DARK, GREY, OTHERS, OWN, STYLES, fitness_values, limits, new_figure, save, whole_numbers
-from ga.study.evaluations import Evaluation, evaluated, ranked
+from ga.study.evaluations import Evaluation, rank_evaluations, spent_evaluations
 from ga.view.progress import blocks
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def draw_best_so_far(
     others: Mapping[str, Sequence[Evaluation]],
     heuristics: Mapping[str, str],
 ) -> bool:
-    """Other searches are drawn as far as this one has come: equal budget."""
-    spent = evaluated(evaluations)
+    """Draws the best fitness so far by evaluation. Other searches are drawn as far as this one has come: equal
+    budget."""
+    spent = spent_evaluations(evaluations)
     values = fitness_values(spent)
     if not np.isfinite(values).any():
         return False
@@ -37,12 +38,12 @@ def draw_best_so_far(
     best = [_best_so_far(values)]
     axes.step(places, best[0], where="post", color=OWN, linewidth=3, label="best so far, this search", zorder=3)
     for i, (name, other) in enumerate(others.items()):
-        theirs = fitness_values(evaluated(other))
+        theirs = fitness_values(spent_evaluations(other))
         shown = theirs[: len(values)]
         if not np.isfinite(shown).any():
             continue
         best.append(_best_so_far(shown))
-        label = f"best so far, {_shortened(name)}" + (f" (first {len(shown)})" if len(theirs) > len(shown) else "")
+        label = f"best so far, {_shorten(name)}" + (f" (first {len(shown)})" if len(theirs) > len(shown) else "")
         colour, dashes = OTHERS[i % len(OTHERS)], STYLES[(i + i // len(OTHERS)) % len(STYLES)]
         x = np.arange(1, len(shown) + 1)
         axes.step(x, best[-1], where="post", label=label, color=colour, linestyle=dashes, linewidth=1.6, zorder=4)
@@ -59,12 +60,12 @@ def draw_best_so_far(
 
 
 def _best_so_far(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """NaN before the first fitness."""
+    """Returns the highest value up to each place; NaN before the first fitness."""
     return np.fmax.accumulate(values)
 
 
 def _limit_below(axes: Axes, values: npt.NDArray[np.float64], *, highest: float) -> None:
-    """Evaluations below the axis get a mark at its foot."""
+    """Limits the axis to most of the values; evaluations below it get a mark at its foot."""
     floor, ceiling = limits(values)
     axes.set_ylim(floor, max(ceiling, highest + 0.05 * (highest - floor)))
     below = np.flatnonzero(values < floor)
@@ -83,16 +84,17 @@ def _limit_below(axes: Axes, values: npt.NDArray[np.float64], *, highest: float)
 
 
 def _heuristic_fitness(spent: Sequence[Evaluation], heuristics: Mapping[str, str]) -> dict[str, float]:
-    """Label -> fitness; heuristics that are the same genome share a label. Without those that have no fitness."""
+    """Returns the fitness by label; heuristics that are the same genome share a label. Those without a fitness are
+    left out."""
     names: dict[str, list[str]] = {}
     for name, genome in heuristics.items():
         names.setdefault(genome, []).append(name)
-    fitness = {one.genome: one.fitness for one in ranked(spent) if one.fitness is not None}
+    fitness = {one.genome: one.fitness for one in rank_evaluations(spent) if one.fitness is not None}
     return {" = ".join(named): fitness[genome] for genome, named in names.items() if genome in fitness}
 
 
 def _label_heuristics(axes: Axes, fitness: Mapping[str, float]) -> None:
-    """Horizontal lines with labels on the right, moved apart, each tied to its line; those below the axis at
+    """Draws horizontal lines with labels on the right, moved apart, each tied to its line; those below the axis at
     its foot."""
     low, high = axes.get_ylim()
     across = axes.get_yaxis_transform()
@@ -110,7 +112,7 @@ def _label_heuristics(axes: Axes, fitness: Mapping[str, float]) -> None:
 
 
 def spread(places: Sequence[float], *, gap: float) -> list[float]:
-    """Sorted places in 0..1, moved as little as needed to be `gap` apart; past 1 only when there is no room."""
+    """Moves sorted places in 0..1 apart, as little as needed to be `gap` apart; past 1 only when there is no room."""
     groups: list[list[float]] = []  # [sum of wished starts, members]: a group's members stand `gap` apart
     for place in places:
         groups.append([place, 1])
@@ -129,8 +131,9 @@ def _start(group: Sequence[float], gap: float) -> float:
 def draw_generations(
     path: Path, evaluations: Sequence[Evaluation], population: int, heuristics: Mapping[str, str]
 ) -> bool:
-    """Blocks of `population` evaluations where a sampler has no generations."""
-    spent = evaluated(evaluations)
+    """Draws quartiles and best of each generation; of each `population` evaluations where a sampler has no
+    generations."""
+    spent = spent_evaluations(evaluations)
     every = [(block, fitness_values(block.evaluations)) for block in blocks(spent, population)]
     every = [(block, values[np.isfinite(values)]) for block, values in every]
     scored = [(block, values) for block, values in every if values.size]
@@ -166,5 +169,5 @@ def draw_generations(
     return True
 
 
-def _shortened(name: str, most: int = 32) -> str:
+def _shorten(name: str, most: int = 32) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"

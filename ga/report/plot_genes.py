@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from engine.mapping import MappingPair
 from ga.report.drawing import DARK, OTHERS, new_figure, save
-from ga.study.evaluations import Evaluation, ranked
+from ga.study.evaluations import Evaluation, rank_evaluations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +22,9 @@ MOST_LABELLED_CELLS = 200
 
 
 def draw_genes(path: Path, evaluations: Sequence[Evaluation], heuristics: Mapping[str, str]) -> bool:
-    """Share of each teacher layer at each student layer among the best TOP_SHARE; the genes of uniform are framed."""
-    best = ranked(evaluations)
+    """Draws the share of each teacher layer at each student layer among the best TOP_SHARE; the genes of uniform are
+    framed."""
+    best = rank_evaluations(evaluations)
     if not best:
         return False
     top = best[: math.ceil(TOP_SHARE * len(best))]

@@ -11,7 +11,7 @@ import numpy as np
 
 from ga.report.confirmation import Confirmed, Difference, compare, seed_deviation
 from ga.report.drawing import OTHERS, OWN, fitness_values, limits, new_figure, save
-from ga.study.evaluations import Evaluation, correlation_at, evaluated, report_steps
+from ga.study.evaluations import Evaluation, correlation_at, report_steps, spent_evaluations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,8 @@ MOST_PANELS = 4
 
 
 def draw_seed_noise(path: Path, confirmed: Confirmed, heuristics: Mapping[str, str]) -> bool:
-    """Left the fitness of each seed, right the differences to uniform at equal seeds with their intervals."""
+    """Draws on the left the fitness of each seed, on the right the differences to uniform at equal seeds with their
+    intervals."""
     confirmed = {genome: by_seed for genome, by_seed in confirmed.items() if by_seed}
     if not confirmed:
         return False
@@ -36,7 +37,7 @@ def draw_seed_noise(path: Path, confirmed: Confirmed, heuristics: Mapping[str, s
         axes.plot([fmean(values)] * 2, [y - 0.28, y + 0.28], color=colour, linewidth=2.4)
         if genome in differences:
             _draw_difference(panels[1], y, differences[genome], confirmed[genome], confirmed[uniform])
-    axes.set_yticks(range(len(order)), [_wrapped(genome, genome == uniform) for genome in order])
+    axes.set_yticks(range(len(order)), [_wrap(genome, genome == uniform) for genome in order])
     axes.set_ylim(-0.6, len(order) - 0.4)
     deviation = seed_deviation(confirmed)
     noise = "" if deviation is None else f"\nstandard deviation between seeds {deviation:.4f}"
@@ -63,13 +64,13 @@ def _draw_difference(
     axes.plot([difference.mean], [y], "D", color=OWN, markersize=6)
 
 
-def _wrapped(genome: str, is_uniform: bool) -> str:
+def _wrap(genome: str, is_uniform: bool) -> str:
     lines = genome.replace("/", "/\n")
     return f"{lines} (uniform)" if is_uniform else lines
 
 
 def draw_early_late(path: Path, evaluations: Sequence[Evaluation]) -> bool:
-    """One panel for each intermediate step; of more than MOST_PANELS, some from the first to the last."""
+    """Draws a panel for each intermediate step; of more than MOST_PANELS, some from the first to the last."""
     steps = report_steps(evaluations)
     if not steps:
         return False
@@ -77,7 +78,7 @@ def draw_early_late(path: Path, evaluations: Sequence[Evaluation]) -> bool:
         steps = [steps[round(i * (len(steps) - 1) / (MOST_PANELS - 1))] for i in range(MOST_PANELS)]
     figure, panels = new_figure(len(steps), width=max(4.6, 3.1 * len(steps)), height=3.7, share_y=True)
     for step, axes in zip(steps, panels, strict=True):
-        both = [one for one in evaluated(evaluations) if one.fitness is not None and step in one.reports]
+        both = [one for one in spent_evaluations(evaluations) if one.fitness is not None and step in one.reports]
         early, late = np.array([one.reports[step] for one in both]), fitness_values(both)
         (left, right), (foot, head) = limits(early), limits(late)
         axes.set(xlim=(left, right), ylim=(foot, head))

@@ -13,7 +13,15 @@ from ga.jobs.outcome import Outcome
 from ga.report.confirmation import Confirmed, seed_deviation
 from ga.report.facts import Facts
 from ga.report.tables import table
-from ga.study.evaluations import RUNNING, STOPPED_EARLY, Evaluation, correlation_at, evaluated, ranked, report_steps
+from ga.study.evaluations import (
+    RUNNING,
+    STOPPED_EARLY,
+    Evaluation,
+    correlation_at,
+    rank_evaluations,
+    report_steps,
+    spent_evaluations,
+)
 from ga.study.sources import deepest_layer
 
 LEADERBOARD = "leaderboard.csv"
@@ -22,10 +30,10 @@ TRUSTED_CORRELATION, FEWEST_TO_TRUST = 0.8, 10
 
 
 def best_genomes(facts: Facts, evaluations: Sequence[Evaluation]) -> list[str]:
-    best = ranked(evaluations)
+    best = rank_evaluations(evaluations)
     place = {one.genome: str(i) for i, one in enumerate(best, start=1)}
     uniform = next((one for one in best if one.genome == facts.uniform), None)
-    outcome = {one.genome: one.outcome for one in evaluated(evaluations)}
+    outcome = {one.genome: one.outcome for one in spent_evaluations(evaluations)}
     known = {one.genome: one for one in best}
     rows = []
     for genome in dict.fromkeys([*list(known)[:SHOWN], *facts.heuristics.values()]):
@@ -34,7 +42,7 @@ def best_genomes(facts: Facts, evaluations: Sequence[Evaluation]) -> list[str]:
             values = [outcome.get(genome, "not evaluated"), *[""] * (len(facts.tasks) + 2)]
         else:
             scores = [f"{one.scores[task]:.4f}" if task in one.scores else "" for task in facts.tasks]
-            values = [f"{one.fitness:.4f}", *scores, minus(one, uniform), str(one.number)]
+            values = [f"{one.fitness:.4f}", *scores, difference_text(one, uniform), str(one.number)]
         rows.append([place.get(genome, ""), genome, facts.names(genome), *values])
     return [
         f"The {min(SHOWN, len(best))} best of {len(best)} genomes, then the heuristics that are not among them. "
@@ -48,14 +56,14 @@ def _over_seeds(facts: Facts) -> str:
     return f" over {len(facts.seeds)} seeds" if len(facts.seeds) > 1 else ""
 
 
-def minus(one: Evaluation, uniform: Evaluation | None) -> str:
+def difference_text(one: Evaluation, uniform: Evaluation | None) -> str:
     if uniform is None or uniform.fitness is None or one.fitness is None:
         return ""
     return f"{one.fitness - uniform.fitness:.4f}"
 
 
 def yardstick(facts: Facts) -> list[str]:
-    """What each task's scores are measured against, and how far they are trusted."""
+    """Tells what each task's scores are measured against, and how far they are trusted."""
     scales, noise, none = facts.yardstick.scales, facts.yardstick.noise, facts.yardstick.none
     total = sum(scale.weight for scale in scales.values())
     rows = []
@@ -84,9 +92,9 @@ def yardstick(facts: Facts) -> list[str]:
     ]
 
 
-def settled(evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
-    """Seed noise against the spread of fitness."""
-    best = ranked(evaluations)
+def seed_noise(evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
+    """Compares seed noise with the spread of fitness."""
+    best = rank_evaluations(evaluations)
     values = [float(one.fitness or 0.0) for one in best]
     if len(best) < 2:
         return "One genome has a fitness: there is nothing to compare it with."
@@ -115,11 +123,11 @@ def settled(evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
 
 
 def other_searches(evaluations: Sequence[Evaluation], others: Mapping[str, Sequence[Evaluation]]) -> list[str]:
-    budget = len(evaluated(evaluations))
+    budget = len(spent_evaluations(evaluations))
     rows = []
     for name, one in [("this search", evaluations), *others.items()]:
-        spent = evaluated(one)
-        equal, end = ranked(spent[:budget]), ranked(spent)
+        spent = spent_evaluations(one)
+        equal, end = rank_evaluations(spent[:budget]), rank_evaluations(spent)
         cells = [f"{equal[0].fitness:.4f}" if equal else "", f"{end[0].fitness:.4f}" if end else ""]
         rows.append([name, str(len(spent)), *cells, end[0].genome if end else ""])
     header = ["search", "evaluations", f"best of its first {budget}", "best of all", "genome"]
@@ -132,7 +140,9 @@ def other_searches(evaluations: Sequence[Evaluation], others: Mapping[str, Seque
 
 def front(facts: Facts, evaluations: Sequence[Evaluation]) -> list[str]:
     best: list[Evaluation] = []
-    for one in sorted(ranked(evaluations), key=lambda one: (-float(one.fitness or 0.0), deepest_layer(one.genome))):
+    for one in sorted(
+        rank_evaluations(evaluations), key=lambda one: (-float(one.fitness or 0.0), deepest_layer(one.genome))
+    ):
         if not best or deepest_layer(one.genome) < deepest_layer(best[-1].genome):
             best.append(one)
     rows = [[str(deepest_layer(one.genome)), f"{one.fitness:.4f}", one.genome, facts.names(one.genome)] for one in best]
@@ -143,8 +153,8 @@ def front(facts: Facts, evaluations: Sequence[Evaluation]) -> list[str]:
     ]
 
 
-def intermediate(evaluations: Sequence[Evaluation]) -> list[str]:
-    """How well an early score ranks the late one."""
+def intermediate_scores(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Tells how well an early score ranks the late one."""
     rows, judged = [], []
     for step in report_steps(evaluations):
         correlation, n = correlation_at(step, evaluations)
@@ -173,17 +183,17 @@ def intermediate(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _kept(step: int, evaluations: Sequence[Evaluation]) -> str:
-    """How many of the finally best quarter halving at this step would have let through."""
-    both = [one for one in ranked(evaluations) if step in one.reports]
+    """Returns how many of the finally best quarter halving at this step would have let through."""
+    both = [one for one in rank_evaluations(evaluations) if step in one.reports]
     half = sorted(both, key=lambda one: one.reports[step], reverse=True)[: math.ceil(len(both) / 2)]
     top = both[: math.ceil(len(both) / 4)]
     return f"{sum(one in half for one in top)} of {len(top)}"
 
 
-def searched(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
+def search_facts(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
     outcomes = count_outcomes(evaluations)
     failures = [f"{n} {outcome}" for outcome, n in outcomes.items() if outcome != Outcome.OK.value]
-    seconds = [one.seconds for one in evaluated(evaluations) if one.seconds]
+    seconds = [one.seconds for one in spent_evaluations(evaluations) if one.seconds]
     cost = f"median {median(seconds):.1f} s, total {sum(seconds):.0f} s" if seconds else "not measured"
     repeated = sum(not one.counts for one in evaluations)
     running = sum(one.outcome == RUNNING and one.counts for one in evaluations)
@@ -206,7 +216,7 @@ def searched(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
 
 
 def count_outcomes(evaluations: Sequence[Evaluation]) -> Counter[str]:
-    return Counter(one.outcome for one in evaluated(evaluations))
+    return Counter(one.outcome for one in spent_evaluations(evaluations))
 
 
 def failures(failed: Sequence[Evaluation]) -> list[str]:

@@ -9,23 +9,23 @@ from pathlib import Path
 from engine.mapping import MappingPair
 from engine.records.yardstick import NOT_A_RESULT, beaten_text, counting_tasks, describe_yardstick, is_none
 from ga.report.confirmation import Confirmed, verdict, winner
-from ga.report.confirmation_sections import by_task, confirmation, which_layers
+from ga.report.confirmation_sections import confirmation, task_comparison, which_layers
 from ga.report.facts import Facts
 from ga.report.layers import KnownLayers
 from ga.report.plots import Plot
 from ga.report.search_sections import (
     best_genomes,
     count_outcomes,
+    difference_text,
     failures,
     front,
-    intermediate,
-    minus,
+    intermediate_scores,
     other_searches,
-    searched,
-    settled,
+    search_facts,
+    seed_noise,
     yardstick,
 )
-from ga.study.evaluations import STOPPED_EARLY, Evaluation, evaluated, ranked, report_steps
+from ga.study.evaluations import STOPPED_EARLY, Evaluation, rank_evaluations, report_steps, spent_evaluations
 from ga.study.sources import deepest_layer
 
 
@@ -42,21 +42,21 @@ def report_text(
 ) -> str:
     """Returns Markdown as GitHub renders it. The second paragraph is the sentence about the winner."""
     parts = ["# Search of layer mappings", headline(facts, evaluations, confirmed)]
-    if ranked(evaluations):
+    if rank_evaluations(evaluations):
         parts += ["## Best genomes", *best_genomes(facts, evaluations)]
         if confirmed:
             parts += ["## Confirmation with new seeds", *confirmation(facts, evaluations, confirmed)]
-            parts += ["## Task by task", *by_task(facts, confirmed, scores)]
+            parts += ["## Task by task", *task_comparison(facts, confirmed, scores)]
             parts += which_layers(facts, confirmed, layers or {})
         parts += ["## What fitness is measured by", *yardstick(facts)]
-        parts += ["## How settled it is", settled(evaluations, confirmed)]
+        parts += ["## How settled it is", seed_noise(evaluations, confirmed)]
     parts += [f"![{plot.caption}]({plot.file})" for plot in plots]
     parts += ["## Against other searches", *other_searches(evaluations, others)] if others else []
     parts += ["## Fitness against depth", *front(facts, evaluations)] if facts.second_objective else []
     if report_steps(evaluations):
-        parts += ["## Intermediate scores", *intermediate(evaluations)]
-    parts += ["## What was searched", searched(facts, evaluations)]
-    failed = [one for one in evaluated(evaluations) if one.fitness is None and one.outcome != STOPPED_EARLY]
+        parts += ["## Intermediate scores", *intermediate_scores(evaluations)]
+    parts += ["## What was searched", search_facts(facts, evaluations)]
+    failed = [one for one in spent_evaluations(evaluations) if one.fitness is None and one.outcome != STOPPED_EARLY]
     parts += ["## Failed trials", *failures(failed)] if failed else []
     parts += ["## How to go on", *_go_on(facts, evaluations, confirmed, best_yaml)]
     parts += [
@@ -69,20 +69,22 @@ def report_text(
 
 def headline(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
     """Returns the sentence about the winner."""
-    best = ranked(evaluations)
+    best = rank_evaluations(evaluations)
     if not best:
         found = ", ".join(f"{n} {outcome}" for outcome, n in count_outcomes(evaluations).items())
         return (
             f"No genome has a fitness ({found or 'nothing was evaluated'}): nothing is known about any layer mapping."
         )
-    return " ".join(part for part in (_warning(facts, evaluations), _found(facts, evaluations, confirmed)) if part)
+    return " ".join(
+        part for part in (_warning(facts, evaluations), _result_sentence(facts, evaluations, confirmed)) if part
+    )
 
 
 def _warning(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
     """Returns on what training with a mapping has not been better than none: there a ranking of mappings means
     nothing."""
     scales, none = facts.yardstick.scales, dict(facts.yardstick.none)
-    scores = {one.genome: one.scores for one in ranked(evaluations) if not is_none(one.genome)}
+    scores = {one.genome: one.scores for one in rank_evaluations(evaluations) if not is_none(one.genome)}
     said = beaten_text(scores | ({"0": none} if none else {}), scales)
     warning = f"**{said}.**" if said.startswith(NOT_A_RESULT) else ""
     if scales and not counting_tasks(scales):
@@ -90,8 +92,8 @@ def _warning(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
     return warning
 
 
-def _found(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
-    best = ranked(evaluations)
+def _result_sentence(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
+    best = rank_evaluations(evaluations)
     if confirmed:
         return verdict(confirmed, facts.uniform)
     first = best[0]
@@ -99,7 +101,7 @@ def _found(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed
     found = f"the best fitness of the search, {first.fitness:.4f}"
     if first is uniform:
         return f"uniform ({facts.uniform}) itself won: it has {found}. It was not confirmed with new seeds."
-    above = f", {minus(first, uniform)} above uniform ({facts.uniform})" if uniform else ""
+    above = f", {difference_text(first, uniform)} above uniform ({facts.uniform})" if uniform else ""
     return (
         f"{first.genome} has {found}{above}, but it was not confirmed: the best of {len(best)} noisy values is too "
         "high on average. No evidence yet that it is better than uniform; search.confirm_top runs the best again with "
@@ -108,7 +110,7 @@ def _found(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed
 
 
 def _go_on(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed, best_yaml: Path) -> list[str]:
-    best = ranked(evaluations)
+    best = rank_evaluations(evaluations)
     if not best:
         return ["Look into the jobs of the failed trials. The same command goes on."]
     genome = winner(confirmed) if confirmed else best[0].genome

@@ -26,7 +26,7 @@ from ga.report.layers import KnownLayers, known_layers
 from ga.report.plots import draw_all
 from ga.report.search_sections import LEADERBOARD
 from ga.report.text import headline, report_text
-from ga.study.evaluations import SEED, Evaluation, evaluated, evaluation, ranked, read_history
+from ga.study.evaluations import SEED, Evaluation, rank_evaluations, read_evaluation, read_history, spent_evaluations
 from ga.study.sources import confirmation_name
 from ga.study.storage import SearchStorage
 from ga.study.studies import comparable_searches
@@ -66,9 +66,9 @@ def write_report(
 
 
 def write_leaderboard(path: Path, facts: Facts, evaluations: Sequence[Evaluation]) -> None:
-    """All that is over: ranked genomes, then those without fitness in the order of trials."""
-    spent = evaluated(evaluations)
-    best = ranked(spent)
+    """Writes all that is over: ranked genomes, then those without fitness in the order of trials."""
+    spent = spent_evaluations(evaluations)
+    best = rank_evaluations(spent)
     rows = [*enumerate(best, start=1), *(("", one) for one in spent if one.fitness is None)]
     seeds = sorted({seed for one in spent for seed in one.by_seed})
     steps = sorted({step for one in spent for step in one.reports})
@@ -94,8 +94,8 @@ WARMUP_SHARE = 0.05
 
 
 def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConfig:
-    """Teacher, student, losses and optimizer of the proxy; one pass over the corpus at launch/distill.py's own batch
-    and learning rate."""
+    """Returns the configuration of a whole distillation: teacher, student, losses and optimizer of the proxy; one
+    pass over the corpus at launch/distill.py's own batch and learning rate."""
     sizes = {"student_layers": facts.student_layers, "teacher_layers": facts.teacher_layers}
     pair = MappingPair.parse(genome, **sizes, key="genome")
     train = TrainConfig()
@@ -117,7 +117,7 @@ def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConf
 
 
 def as_commented_yaml(config: RunConfig, *, path: Path, why: str) -> str:
-    """The text of that file. why: comment at the top."""
+    """Returns the text of that file. why: comment at the top."""
     return f"# {why}\n# deepspeed launch/distill.py --config {shlex.quote(str(path))}\n{as_yaml(config)}"
 
 
@@ -139,7 +139,7 @@ def publish(
     confirmations = read_confirmations(storage, config, facts)
     confirmed, scores = confirmed_fitness(confirmations)
     folder = config.root / FOLDER
-    best = ranked(evaluations)
+    best = rank_evaluations(evaluations)
     genome = winner(confirmed) if confirmed else best[0].genome if best else None
     report = folder / REPORT
     best_yaml = None
@@ -148,7 +148,7 @@ def publish(
         best_yaml = as_commented_yaml(best_config(config, facts, genome), path=folder / BEST, why=why)
     others = comparable_searches(storage, study)
     about = report_facts(config, space, facts, yardstick)
-    layers = known_layers(map(evaluation, confirmations), config.loss)
+    layers = known_layers(map(read_evaluation, confirmations), config.loss)
     write_report(folder, about, evaluations, others, confirmed, scores, best_yaml=best_yaml, layers=layers)
     say(f"\n{headline(about, evaluations, confirmed)}\n\nreport     {report}")
     if best_yaml is not None:
@@ -156,7 +156,7 @@ def publish(
 
 
 def read_confirmations(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> list[FrozenTrial]:
-    """The trials of the confirmation, as far as there is one."""
+    """Returns the trials of the confirmation, as far as there is one."""
     try:
         study = optuna.load_study(storage=storage.optuna, study_name=confirmation_name(config.study, facts.fingerprint))
     except KeyError:
@@ -167,11 +167,11 @@ def read_confirmations(storage: SearchStorage, config: SearchConfig, facts: Prox
 def confirmed_fitness(
     trials: Sequence[FrozenTrial],
 ) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, dict[int, float]]]]:
-    """genome -> seed -> fitness of the confirmation, and task -> genome -> seed -> score."""
+    """Returns the fitness of the confirmation by genome and seed, and its scores by task, genome and seed."""
     found: dict[str, dict[int, float]] = {}
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for trial in trials:
-        one = evaluation(trial)
+        one = read_evaluation(trial)
         if one.fitness is not None:
             seed = int(trial.user_attrs[SEED])
             found.setdefault(one.genome, {})[seed] = one.fitness

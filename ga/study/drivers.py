@@ -18,9 +18,9 @@ PREFIX = "mapdistill:driver:"
 """Prefix of the study's system attributes that hold a driver's lease."""
 BEAT_EVERY_S = 10.0
 LEASE_S = 90.0
-"""A driver on another machine is dead when its beat stands still for so long, by the observer's clock."""
+"""Seconds after which a driver on another machine is dead when its beat stands still, by the observer's clock."""
 BLIND_S = 30.0
-"""An observer that has not looked for so long starts anew: the storage may have been away for both."""
+"""Seconds after which an observer that has not looked starts anew: the storage may have been away for both."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Driver:
     host: str
     pid: int
     started: int
-    """Clock ticks after boot."""
+    """Start of the process, in clock ticks after boot."""
     boot: str
     namespace: str
     """Namespace of process ids: containers of one machine cannot look up each other's."""
@@ -53,7 +53,7 @@ class Drivers:
     """The drivers of one study, as one of them sees them."""
 
     def __init__(self, study: Study, me: Driver, *, placements: int) -> None:
-        """placements: how many jobs this driver can run side by side. Registers it."""
+        """Registers this driver. placements: how many jobs it can run side by side."""
         self.me = me
         self._study = study
         self._placements = placements
@@ -71,7 +71,8 @@ class Drivers:
             self._beats += 1
 
     def leave(self) -> None:
-        """What it still owns is free for others at once. A storage that does not answer is let be: others find out."""
+        """Frees what this driver still owns for others at once. A storage that does not answer is let be: others
+        find out."""
         try:
             self._write(left=True)
         except Exception as error:
@@ -86,7 +87,7 @@ class Drivers:
         return _leases(self._study)
 
     def dead(self) -> set[str]:
-        """Ids of drivers that are gone. One on another machine is known to be only after LEASE_S."""
+        """Returns the ids of drivers that are gone. One on another machine is known to be only after LEASE_S."""
         return {id for id, lease in self._leases().items() if self._is_dead(id, lease)}
 
     def _is_dead(self, id: str, lease: dict[str, Any]) -> bool:
@@ -104,7 +105,7 @@ class Drivers:
         return now - since > LEASE_S
 
     def ran_here(self, id: str) -> bool:
-        """Whether that driver started its jobs among the processes that this one can see and end."""
+        """Tells whether that driver started its jobs among the processes that this one can see and end."""
         lease = self._leases().get(id)
         return lease is not None and (lease["boot"], lease["namespace"]) == (self.me.boot, self.me.namespace)
 
@@ -120,7 +121,8 @@ def _leases(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def present_drivers(study: Study) -> list[str]:
-    """Those that have not left, for a reader; of one on another machine it is not known whether it still runs."""
+    """Lists the drivers that have not left, for a reader; of one on another machine it is not known whether it still
+    runs."""
     here = (boot_id(), pid_namespace())
     shown = []
     for lease in _leases(study).values():

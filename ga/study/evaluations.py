@@ -31,17 +31,17 @@ class Evaluation:
 
     number: int
     genome: str
-    """Canonical text form."""
+    """Genome in canonical text form."""
     outcome: str
-    """A value of ga.jobs.outcome.Outcome, `running`, `stopped early` (halving), or `repeated`: the sampler proposed
+    """Value of ga.jobs.outcome.Outcome, `running`, `stopped early` (halving), or `repeated`: the sampler proposed
     what another trial had evaluated, which costs nothing and is not counted."""
     fitness: float | None = None
-    """Mean over seeds; None without one."""
+    """Mean fitness over seeds; None without one."""
     generation: int | None = None
     """Number of the genetic algorithm's generation; None for other samplers."""
     by_seed: Mapping[int, float] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
-    """By task, mean over seeds."""
+    """Score by task, mean over seeds."""
     reports: Mapping[int, float] = field(default_factory=dict)
     """Intermediate fitness by step, mean over seeds."""
     layers: Mapping[int, LayerTable] = field(default_factory=dict)
@@ -50,11 +50,11 @@ class Evaluation:
     """Wall time of its job, launcher included, divided by the job's genomes; 0 when another study of the storage had
     the result already."""
     cohort: int | None = None
-    """Genomes of its job."""
+    """Number of genomes of its job."""
     job: str = ""
-    """HOST:FOLDER of its job."""
+    """Place of its job, HOST:FOLDER."""
     message: str = ""
-    """Why there is no fitness."""
+    """Reason why there is no fitness."""
     finished: datetime.datetime | None = None
 
     @property
@@ -63,7 +63,8 @@ class Evaluation:
         return self.outcome != REPEATED
 
 
-def evaluation(trial: FrozenTrial) -> Evaluation:
+def read_evaluation(trial: FrozenTrial) -> Evaluation:
+    """Reads a trial."""
     attrs: dict[str, Any] = trial.user_attrs
     finished = trial.state.is_finished()
     complete = trial.state == TrialState.COMPLETE and trial.values is not None
@@ -86,13 +87,14 @@ def evaluation(trial: FrozenTrial) -> Evaluation:
 
 
 def read_history(study: Study) -> list[Evaluation]:
-    """In the order of trial numbers; without trials that nobody has asked for yet."""
+    """Reads the trials in the order of their numbers; without those that nobody has asked for yet."""
     trials = study.get_trials(deepcopy=False)
-    return [evaluation(trial) for trial in trials if trial.state != TrialState.WAITING]
+    return [read_evaluation(trial) for trial in trials if trial.state != TrialState.WAITING]
 
 
-def ranked(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those with a fitness, best first; equal ones in the order of their numbers; each genome once."""
+def rank_evaluations(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Returns the evaluations with a fitness, best first; equal ones in the order of their numbers; each genome
+    once."""
     scored = [one for one in evaluations if one.fitness is not None and one.counts]
     best: dict[str, Evaluation] = {}
     for one in sorted(scored, key=lambda e: (-float(e.fitness or 0.0), e.number)):
@@ -100,9 +102,9 @@ def ranked(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return list(best.values())
 
 
-def summary(results: Sequence[Mapping[str, Any]], yardstick: Yardstick) -> dict[str, Any]:
-    """A trial's user attributes from its `result` records, one for each seed. yardstick: empty: that of each job.
-    Intermediate fitness counts where the job had this yardstick."""
+def summarise_results(results: Sequence[Mapping[str, Any]], yardstick: Yardstick) -> dict[str, Any]:
+    """Returns a trial's user attributes from its `result` records, one for each seed. yardstick: empty: that of each
+    job. Intermediate fitness counts where the job had this yardstick."""
     tasks = results[0]["scores"]
     wanted = {task: asdict(scale) for task, scale in yardstick.items()}
     comparable = all(not wanted or result["yardstick"] == wanted for result in results)
@@ -121,20 +123,20 @@ def summary(results: Sequence[Mapping[str, Any]], yardstick: Yardstick) -> dict[
     }
 
 
-def evaluated(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """What has been spent of the budget: in order of trials, without repeated proposals and running ones."""
+def spent_evaluations(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Returns what has been spent of the budget: in order of trials, without repeated proposals and running ones."""
     spent = [one for one in evaluations if one.counts and one.outcome != RUNNING]
     return sorted(spent, key=lambda one: one.number)
 
 
 def correlation_at(step: int, evaluations: Sequence[Evaluation]) -> tuple[float | None, int]:
-    """Spearman's coefficient between the fitness after `step` and the final one, and over how many trials."""
-    both = [one for one in evaluated(evaluations) if one.fitness is not None and step in one.reports]
+    """Returns Spearman's coefficient between the fitness after `step` and the final one, and over how many trials."""
+    both = [one for one in spent_evaluations(evaluations) if one.fitness is not None and step in one.reports]
     early = {str(one.number): one.reports[step] for one in both}
     late = {str(one.number): float(one.fitness or 0.0) for one in both}
     return rank_correlation(early, late), len(both)
 
 
 def report_steps(evaluations: Sequence[Evaluation]) -> list[int]:
-    """Steps with an intermediate score of a trial that has a final one."""
-    return sorted({step for one in evaluated(evaluations) if one.fitness is not None for step in one.reports})
+    """Returns the steps with an intermediate score of a trial that has a final one."""
+    return sorted({step for one in spent_evaluations(evaluations) if one.fitness is not None for step in one.reports})

@@ -22,7 +22,7 @@ from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick
 from ga.jobs.launcher import LOG, end_lost_job
 from ga.jobs.outcome import JobReport, Outcome, read_job
-from ga.optuna_private import id_of, note, report, set_trial_attr, taken_up, trial_attrs, trial_now
+from ga.optuna_private import id_of, note, report, resume_trial, set_trial_attr, trial_attrs, trial_now
 from ga.study import evaluations
 from ga.study.drivers import Drivers
 from ga.study.evaluations import Evaluation
@@ -30,9 +30,10 @@ from ga.study.sources import Proposal, Source
 from ga.study.storage import SearchStorage
 
 OWNER, LOSSES, FOLDER = "mapdistill:owner", "mapdistill:losses", "mapdistill:folder"
-"""A trial's system attributes: id of its driver (empty: open), how often it was lost and to what, folder of its job."""
+"""System attributes of a trial: id of its driver (empty: open), how often it was lost and to what, folder of its
+job."""
 RETRIES = {"job": 1, "driver": 3}
-"""How often a trial is tried again after its job died while its driver lived, and after its driver died."""
+"""Number of tries more after a trial's job died while its driver lived, and after its driver died."""
 ORPHANS_GRACE_S = 5.0
 
 
@@ -56,8 +57,8 @@ class Ledger:
         yardstick: Yardstick,
         known: Mapping[str, Evaluation] | None = None,
     ) -> None:
-        """yardstick: what makes a fitness of scores; empty: what the job says. known: evaluations by other studies that
-        can be compared with this one's, by genome."""
+        """Takes what makes a fitness of scores (yardstick; empty: what the job says), and evaluations by other
+        studies that can be compared with this one's, by genome (known)."""
         self._storage, self._source, self._drivers = storage, source, drivers
         self._study: Study = source.study
         self._known, self._yardstick = known or {}, yardstick
@@ -67,7 +68,7 @@ class Ledger:
         """Processes of dead drivers' jobs that were still there."""
 
     def claim(self, limit: int) -> list[Claim]:
-        """Up to `limit` trials of one seed to evaluate now; none when there are none, or none yet."""
+        """Claims up to `limit` trials of one seed to evaluate now; none when there are none, or none yet."""
         with self._storage.lock():
             self._recover()
             claims: list[Claim] = []
@@ -85,13 +86,13 @@ class Ledger:
         return claims
 
     def is_over(self) -> bool:
-        """Whether every trial is finished and no more will be asked for."""
+        """Tells whether every trial is finished and no more will be asked for."""
         with self._storage.lock():
             trials = self._trials()
             return all(t.state != TrialState.RUNNING for t in trials) and self._source.is_over(trials)
 
     def batch(self) -> int:
-        """How many trials may be worked on side by side; drivers share them evenly."""
+        """Returns how many trials may be worked on side by side; drivers share them evenly."""
         return self._source.batch(self._trials())
 
     def begin(self, claims: Sequence[Claim], folder: Path) -> None:
@@ -112,7 +113,7 @@ class Ledger:
         self._held -= {claim.trial_id for claim in claims}
 
     def release(self, claims: Sequence[Claim]) -> None:
-        """They are open again, as if they had not been claimed."""
+        """Opens claims again, as if they had not been claimed."""
         with self._storage.lock():
             for claim in claims:
                 if self._is_mine(trial_now(self._study, claim.trial_id)):
@@ -133,11 +134,11 @@ class Ledger:
         return trial.state == TrialState.RUNNING and trial_attrs(trial).get(OWNER) == self._drivers.me.id
 
     def _open_trial(self, held: set[int]) -> optuna.Trial | None:
-        """held: ids of what this driver works on."""
+        """Returns a trial that nobody works on. held: ids of what this driver works on."""
         for trial in self._trials():
             owner = trial_attrs(trial).get(OWNER, "")
             if trial.state == TrialState.RUNNING and owner in ("", self._drivers.me.id) and id_of(trial) not in held:
-                return taken_up(self._study, trial)
+                return resume_trial(self._study, trial)
         return None
 
     def _ask(self) -> optuna.Trial | None:
@@ -157,8 +158,8 @@ class Ledger:
         return proposal
 
     def _settle_known(self, trial: optuna.Trial, proposal: Proposal) -> bool:
-        """Whether the outcome is there already: from another trial, which costs nothing of the budget, or from another
-        study."""
+        """Settles a trial whose outcome is there already: from another trial, which costs nothing of the budget, or
+        from another study. Returns whether it was."""
         for other in self._trials():
             if other.number >= trial.number or other.state == TrialState.WAITING:
                 continue
@@ -192,7 +193,7 @@ class Ledger:
         return True
 
     def _tell(self, number: int, values: Sequence[float] | None) -> None:
-        """No value: the trial failed."""
+        """Ends a trial with its values; without any it has failed."""
         if values is None:
             self._study.tell(number, state=TrialState.FAIL)
         else:
@@ -210,7 +211,7 @@ class Ledger:
                 return
         note(self._study, id, {**notes, evaluations.OUTCOME: outcome.value})
         if outcome is Outcome.OK:
-            found = evaluations.summary(job.results[genome], self._yardstick)
+            found = evaluations.summarise_results(job.results[genome], self._yardstick)
             note(self._study, id, found)
             fitness = fmean(found[evaluations.BY_SEED].values())
             report(self._study, id, found[evaluations.REPORTS])
@@ -225,7 +226,7 @@ class Ledger:
             self._tell(trial.number, None)
 
     def _recover(self) -> None:
-        """Trials of dead drivers: their jobs are ended, their results count, the others are open again."""
+        """Recovers the trials of dead drivers: their jobs are ended, their results count, the others are open again."""
         dead = self._drivers.dead()
         lost: dict[tuple[str, str], list[FrozenTrial]] = defaultdict(list)
         for trial in self._trials():

@@ -31,7 +31,8 @@ SERVER_SETTINGS = {
     "idle_session_timeout": "0",
     "statement_timeout": "0",
 }
-"""The server sees within a minute that the lock's holder has gone. What its version does not know is left out."""
+"""Settings by which the server sees within a minute that the lock's holder has gone. What its version does not know
+is left out."""
 
 APPLY_SETTINGS = text(
     "SELECT set_config(name, value, false) FROM pg_settings "
@@ -43,7 +44,7 @@ WHO_HOLDS = text(
     "WHERE locktype = 'advisory' AND granted AND pg_database.datname = current_database() AND objsubid = 1 "
     "AND (CAST(classid AS bigint) << 32) + CAST(objid AS bigint) = CAST(:key AS bigint)"
 )
-"""objsubid 1: the key is one bigint."""
+"""Query for who holds the lock; objsubid 1: the key is one bigint."""
 
 
 class Lock(Protocol):
@@ -74,7 +75,7 @@ class FileLock:
 
     @contextmanager
     def hold(self, timeout_s: float) -> Iterator[None]:
-        """Raises UserError after timeout_s, and OSError."""
+        """Holds the lock. Raises UserError after timeout_s seconds, and OSError."""
         deadline = time.monotonic() + timeout_s
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -102,7 +103,7 @@ class FileLock:
         return lock is Flock.TAKEN
 
     def close(self) -> None:
-        """Nothing is open between two holds."""
+        """Does nothing: no file is open between two holds."""
 
 
 class ServerLock:
@@ -118,7 +119,7 @@ class ServerLock:
 
     @contextmanager
     def hold(self, timeout_s: float) -> Iterator[None]:
-        """Raises UserError after timeout_s, and SQLAlchemyError."""
+        """Holds the lock. Raises UserError after timeout_s seconds, and SQLAlchemyError."""
         with self._engine.connect() as connection:  # ending it frees the lock
             wanted = {**SERVER_SETTINGS, "lock_timeout": str(max(1, round(timeout_s * 1000)))}
             connection.execute(APPLY_SETTINGS, {"names": list(wanted), "values": list(wanted.values())})

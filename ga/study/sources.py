@@ -14,17 +14,17 @@ from optuna.trial import FrozenTrial, TrialState
 from engine.mapping import MappingPair
 from ga.config import SearchSection
 from ga.evolution.genome import Space
-from ga.evolution.operators import unseen
+from ga.evolution.operators import draw_unseen
 from ga.evolution.sampler import (
     ExhaustiveSampler,
     GeneticSampler,
     RandomGenomeSampler,
-    parameters_of,
-    places_taken,
-    suggested_genes,
+    count_places,
+    gene_parameters,
+    suggest_genes,
 )
 from ga.optuna_private import given_params
-from ga.study.evaluations import REPEATED, evaluation
+from ga.study.evaluations import REPEATED, read_evaluation
 
 REPEATS_IN_A_ROW = 25
 """Proposals of known genomes after which a sampler gets a random unknown one instead."""
@@ -49,24 +49,28 @@ class Source(Protocol):
     """Whether a genome that another trial has failed with is evaluated, or has failed, too."""
 
     def may_ask(self, trials: Sequence[FrozenTrial]) -> bool:
-        """Whether a trial more may be asked for now."""
+        """Tells whether a trial more may be asked for now."""
         ...
 
     def is_over(self, trials: Sequence[FrozenTrial]) -> bool:
-        """Whether no trial will be asked for any more, as things are."""
+        """Tells whether no trial will be asked for any more, as things are."""
         ...
 
-    def before_ask(self, trials: Sequence[FrozenTrial]) -> None: ...
+    def before_ask(self, trials: Sequence[FrozenTrial]) -> None:
+        """Prepares the study for the next question."""
+        ...
 
     def batch(self, trials: Sequence[FrozenTrial]) -> int:
-        """How many trials may be worked on side by side."""
+        """Returns how many trials may be worked on side by side."""
         ...
 
     def proposal(self, trial: optuna.Trial) -> Proposal:
-        """The same each time it is called for a trial, also by another process."""
+        """Returns what a trial stands for: the same each time it is called for it, also by another process."""
         ...
 
-    def objectives(self, genome: str, fitness: float) -> list[float]: ...
+    def objectives(self, genome: str, fitness: float) -> list[float]:
+        """Returns what Optuna is told of a genome with that fitness."""
+        ...
 
 
 class SearchSource:
@@ -75,7 +79,7 @@ class SearchSource:
     tries_again = False
 
     def __init__(self, study: Study, space: Space, settings: SearchSection, *, proxy_seed: int) -> None:
-        """study: its sampler is replaced. Call `start` once before the first trial."""
+        """Replaces the sampler of `study`. Call `start` once before the first trial."""
         self.study, self.space, self.settings = study, space, settings
         self._proxy_seed = proxy_seed
         self.sampler = study.sampler = build_sampler(space, settings)
@@ -84,10 +88,10 @@ class SearchSource:
         """Queues the heuristics of samplers that do not know them."""
         if isinstance(self.sampler, optuna.samplers.TPESampler | optuna.samplers.NSGAIISampler):
             for genes in self.space.seeds(self.settings.seeds):
-                self.study.enqueue_trial(parameters_of(self.space, genes), skip_if_exists=True)
+                self.study.enqueue_trial(gene_parameters(self.space, genes), skip_if_exists=True)
 
     def is_over(self, trials: Sequence[FrozenTrial]) -> bool:
-        counted = [evaluation(trial) for trial in trials if trial.state != TrialState.WAITING]
+        counted = [read_evaluation(trial) for trial in trials if trial.state != TrialState.WAITING]
         counted = [one for one in counted if one.counts]
         genomes = {one.genome for one in counted if one.genome}
         return len(counted) >= self.settings.trials or len(genomes) >= self.space.size()
@@ -95,33 +99,33 @@ class SearchSource:
     def may_ask(self, trials: Sequence[FrozenTrial]) -> bool:
         if self.is_over(trials):
             return False
-        if isinstance(self.sampler, GeneticSampler) and self.sampler.generation_and_place(places_taken(trials))[1] == 0:
+        if isinstance(self.sampler, GeneticSampler) and self.sampler.generation_and_place(count_places(trials))[1] == 0:
             return all(trial.state != TrialState.RUNNING for trial in trials)  # children of a whole generation
         return True
 
     def before_ask(self, trials: Sequence[FrozenTrial]) -> None:
-        """A sampler that has been proposing nothing new for a while is given something new."""
-        last = [evaluation(trial) for trial in trials if trial.state.is_finished()][-REPEATS_IN_A_ROW:]
+        """Queues something new where a sampler has been proposing nothing new for a while."""
+        last = [read_evaluation(trial) for trial in trials if trial.state.is_finished()][-REPEATS_IN_A_ROW:]
         if len(last) < REPEATS_IN_A_ROW or any(one.outcome != REPEATED for one in last):
             return
-        known = {self.space.parse(evaluation(trial).genome) for trial in trials if evaluation(trial).genome}
+        known = {self.space.parse(read_evaluation(trial).genome) for trial in trials if read_evaluation(trial).genome}
         rng = np.random.default_rng([self.settings.seed, len(trials)])
-        self.study.enqueue_trial(parameters_of(self.space, unseen(self.space, known, rng)))
+        self.study.enqueue_trial(gene_parameters(self.space, draw_unseen(self.space, known, rng)))
 
     def batch(self, trials: Sequence[FrozenTrial]) -> int:
-        finished = sum(trial.state.is_finished() and evaluation(trial).counts for trial in trials)
+        finished = sum(trial.state.is_finished() and read_evaluation(trial).counts for trial in trials)
         left = self.settings.trials - finished
         return min(left, self.sampler.settings.population) if isinstance(self.sampler, GeneticSampler) else left
 
     def proposal(self, trial: optuna.Trial) -> Proposal:
-        genes = self.space.repair(suggested_genes(self.space, trial))
+        genes = self.space.repair(suggest_genes(self.space, trial))
         return Proposal(self.space.text(genes), self._proxy_seed, self._generation(trial))
 
     def _generation(self, trial: optuna.Trial) -> int | None:
         if not isinstance(self.sampler, GeneticSampler):
             return None
         earlier = [other for other in self.study.get_trials(deepcopy=False) if other.number < trial.number]
-        return self.sampler.generation_and_place(places_taken(earlier))[0]
+        return self.sampler.generation_and_place(count_places(earlier))[0]
 
     def objectives(self, genome: str, fitness: float) -> list[float]:
         if self.settings.second_objective is None:
@@ -130,12 +134,13 @@ class SearchSource:
 
 
 def deepest_layer(genome: str) -> int:
-    """The teacher layer after which a teacher that serves this mapping can stop; 0: none is needed."""
+    """Returns the teacher layer after which a teacher that serves this mapping can stop; 0: none is needed."""
     hidden, attention = MappingPair.genes_in(genome)
     return max(hidden + attention)
 
 
 def build_sampler(space: Space, settings: SearchSection) -> optuna.samplers.BaseSampler:
+    """Builds the sampler that the settings name, with the heuristics as its first genomes where it takes any."""
     seeds = space.seeds(settings.seeds)
     if settings.sampler == "ga":
         return GeneticSampler(space, settings=settings.operators, seed=settings.seed, seeds=settings.seeds)
@@ -160,7 +165,7 @@ class ListSource:
     def add(self, genome: str, seed: int) -> None:
         """Queues a pair, unless it is there already; one that has failed is queued again: whoever asks again wants it
         to be tried. Call it while the storage is locked."""
-        params = {**parameters_of(self.space, self.space.parse(genome)), "seed": seed}
+        params = {**gene_parameters(self.space, self.space.parse(genome)), "seed": seed}
         trials = self.study.get_trials(deepcopy=False)
         # Optuna's own skip_if_exists takes seeds from 100,000 on for the same when they are near
         if not any(given_params(t) == params and t.state != TrialState.FAIL for t in trials):
@@ -178,7 +183,7 @@ class ListSource:
         return sum(not trial.state.is_finished() for trial in trials)
 
     def proposal(self, trial: optuna.Trial) -> Proposal:
-        genome = self.space.text(suggested_genes(self.space, trial))
+        genome = self.space.text(suggest_genes(self.space, trial))
         return Proposal(genome, trial.suggest_int("seed", 0, LARGEST_SEED))
 
     def objectives(self, genome: str, fitness: float) -> list[float]:

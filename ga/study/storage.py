@@ -18,14 +18,14 @@ from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-from ga.optuna_private import cached
+from ga.optuna_private import share_storage
 from ga.study.locks import FileLock, Lock, ServerLock, refuse
 
 LOCK_TIMEOUT_S = 300.0
 BUSY_TIMEOUT_S = 60.0
-"""How long SQLite waits for another process's transaction."""
+"""Seconds that SQLite waits for another process's transaction."""
 QUIET_S = 2.0
-"""How long of that without a word, when a search starts."""
+"""Seconds of that without a word, when a search starts."""
 
 CLIENT_SETTINGS: dict[str, Any] = {
     "connect_timeout": 10,
@@ -34,7 +34,7 @@ CLIENT_SETTINGS: dict[str, Any] = {
     "keepalives_count": 4,
     "tcp_user_timeout": 60_000,
 }
-"""This side sees within a minute that the server's machine has gone."""
+"""Settings by which this side sees within a minute that the server's machine has gone."""
 
 PASSING_STATES = ("40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03", "57P05")
 """SQLSTATEs that end by themselves, beside class 08: conflicts, too many connections, shutdown and start."""
@@ -49,7 +49,7 @@ REMEDIES = (
 """Remedies of refusals that do not pass. The texts are a server's that speaks English."""
 
 DatabaseErrors = (sqlite3.Error, SQLAlchemyError, StorageInternalError)
-"""What an open storage raises."""
+"""Errors that an open storage raises."""
 
 
 class SearchStorage:
@@ -57,17 +57,17 @@ class SearchStorage:
 
     def __init__(self, rdb: RDBStorage, lock: Lock, *, shown_url: str) -> None:
         self.shown_url = shown_url
-        """Fit to be shown: without the password."""
-        self.optuna: BaseStorage = cached(rdb)
-        """For create_study and load_study."""
+        """URL that is fit to be shown: without the password."""
+        self.optuna: BaseStorage = share_storage(rdb)
+        """Optuna's storage, for create_study and load_study."""
         self._rdb, self._lock = rdb, lock
         self._holder: int | None = None
 
     @contextmanager
     def lock(self, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
-        """Exclusive over all processes and threads that have this storage open. Not reentrant. The system frees it when
-        its holder dies. Raises UserError when it is not free within timeout_s, and what the database raises when the
-        connection that holds it is lost: then the block may not have been alone."""
+        """Excludes all other processes and threads that have this storage open. Not reentrant. The system frees the
+        lock when its holder dies. Raises UserError when it is not free within timeout_s seconds, and what the
+        database raises when the connection that holds it is lost: then the block may not have been alone."""
         me = threading.get_ident()
         assert self._holder != me, "this thread holds the lock already"
         with self._lock.hold(timeout_s):
@@ -103,8 +103,8 @@ def open_storage(url: str, *, existing: bool = False) -> SearchStorage:
 
 
 def transient(error: BaseException) -> bool:
-    """Whether the database may answer again in a while: it is locked, restarts, or cannot be reached. For what Optuna,
-    SQLAlchemy and SearchStorage.lock raise once a storage has been opened."""
+    """Tells whether the database may answer again in a while: it is locked, restarts, or cannot be reached. For what
+    Optuna, SQLAlchemy and SearchStorage.lock raise once a storage has been opened."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, DBAPIError):
         cause = cause.__cause__
@@ -123,7 +123,7 @@ def transient(error: BaseException) -> bool:
 
 
 def hide_password(url: str) -> str:
-    """The URL with *** in place of passwords, even when it cannot be parsed."""
+    """Returns the URL with *** in place of passwords, even when it cannot be parsed."""
     # up to the last @: one in the password itself should be %40, but often is not
     hidden = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url, flags=re.DOTALL)
     return re.sub(r"([?&][a-z]*password=)[^&]*", r"\1***", hidden, flags=re.IGNORECASE)
@@ -134,7 +134,7 @@ def _remedy(message: str) -> str | None:
 
 
 def explain(error: BaseException) -> str:
-    """What the database said, in one line, without the notes of the layers above it."""
+    """Returns what the database said, in one line, without the notes of the layers above it."""
     while isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
     reason = error.orig if isinstance(error, DBAPIError) else error
@@ -142,7 +142,8 @@ def explain(error: BaseException) -> str:
 
 
 def _rdb_storage(url: URL, shown: str, **engine_settings: Any) -> RDBStorage:
-    """Call it under the lock: Optuna's tables and their version are not made in one transaction."""
+    """Opens Optuna's storage. Call it under the lock: Optuna's tables and their version are not made in one
+    transaction."""
     try:
         return RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_settings)
     except RuntimeError as error:
@@ -187,7 +188,7 @@ def _open_sqlite(url: URL, shown: str, *, existing: bool) -> SearchStorage:
 
 
 def _sqlite_code(error: BaseException) -> int:
-    """SQLite's primary result code; 0 when it is not SQLite's error."""
+    """Returns SQLite's primary result code; 0 when it is not SQLite's error."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 

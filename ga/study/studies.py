@@ -17,7 +17,7 @@ from engine.errors import UserError
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
-from ga.study.evaluations import Evaluation, ranked, read_history
+from ga.study.evaluations import Evaluation, rank_evaluations, read_history
 from ga.study.sources import SearchSource
 from ga.study.storage import SearchStorage
 
@@ -27,7 +27,7 @@ proxy's fingerprint is made of."""
 
 
 def search_space(config: SearchConfig, *, student_layers: int, teacher_layers: int) -> Space:
-    """Raises UserError for constraints that leave nothing."""
+    """Returns the space that the configuration describes. Raises UserError for constraints that leave nothing."""
     return Space(
         student_layers=student_layers,
         teacher_layers=teacher_layers,
@@ -38,9 +38,9 @@ def search_space(config: SearchConfig, *, student_layers: int, teacher_layers: i
     )
 
 
-def settings_of(config: SearchConfig, space: Space, facts: ProxyFacts) -> dict[str, Any]:
-    """What a continued search must have in common with its beginning; budget, slots, cohort and limits may change. The
-    proxy's own settings are in its fingerprint."""
+def binding_settings(config: SearchConfig, space: Space, facts: ProxyFacts) -> dict[str, Any]:
+    """Returns what a continued search must have in common with its beginning; budget, slots, cohort and limits may
+    change. The proxy's own settings are in its fingerprint."""
     found = settings(config, Mark.RESULT)
     return {
         "fingerprint": facts.fingerprint,  # first, as the most telling one of several differences
@@ -54,7 +54,7 @@ def settings_of(config: SearchConfig, space: Space, facts: ProxyFacts) -> dict[s
 
 def open_search(storage: SearchStorage, config: SearchConfig, space: Space, facts: ProxyFacts) -> SearchSource:
     """Creates the study or continues it. Raises UserError when it was begun with other settings."""
-    wanted = settings_of(config, space, facts)
+    wanted = binding_settings(config, space, facts)
     directions = [StudyDirection.MAXIMIZE]
     directions += [] if config.search.second_objective is None else [StudyDirection.MINIMIZE]
     with storage.lock():
@@ -82,19 +82,19 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
 
 
 def comparable(config: SearchConfig, facts: ProxyFacts) -> list[Any]:
-    """What two searches must have in common for their fitness to be comparable."""
+    """Returns what two searches must have in common for their fitness to be comparable."""
     own = {task: asdict(scale) for task, scale in config.proxy.yardstick.items()}
     return [facts.fingerprint, config.seed, config.proxy.repeats, own]
 
 
 def open_list(storage: SearchStorage, name: str) -> Study:
-    """A study of a ListSource (ga/study/sources.py): created, or continued."""
+    """Creates or continues the study of a ListSource (ga/study/sources.py)."""
     with storage.lock():
         return optuna.create_study(storage=storage.optuna, study_name=name, direction="maximize", load_if_exists=True)
 
 
 def load_search(storage: SearchStorage, config: SearchConfig) -> Study:
-    """An existing one. Raises UserError."""
+    """Opens the study of a search that was begun. Raises UserError."""
     try:
         return optuna.load_study(storage=storage.optuna, study_name=config.study)
     except KeyError:
@@ -115,7 +115,7 @@ def known_evaluations(storage: SearchStorage, study: Study) -> dict[str, Evaluat
     """Returns an evaluation with a fitness by genome, of comparable searches."""
     found: dict[str, Evaluation] = {}
     for other in comparable_searches(storage, study).values():
-        for one in ranked(other):
+        for one in rank_evaluations(other):
             found.setdefault(one.genome, one)
     return found
 

@@ -17,7 +17,7 @@ from engine.mapping import MappingPair
 from engine.records.yardstick import Noise, TaskScale, Yardstick, fitness_of, is_none, noise_of, weighted_scales
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
-from ga.study.evaluations import BASELINES, SECONDS, SEED, Evaluation, evaluation
+from ga.study.evaluations import BASELINES, SECONDS, SEED, Evaluation, read_evaluation
 
 KEPT = "yardstick"
 """User attribute of a search's study."""
@@ -30,7 +30,7 @@ class Measured:
 
     scales: Yardstick
     noise: Mapping[str, Noise]
-    """By task; empty where too few of the genomes got a score."""
+    """Noise by task; empty where too few of the genomes got a score."""
     none: Mapping[str, float]
     """Score of the student whose layers learn from none, by task; empty where it got none."""
     seconds: float
@@ -50,34 +50,36 @@ class Measured:
         return asdict(self)
 
 
-def given(config: SearchConfig) -> Measured | None:
-    """The user's own."""
+def given_yardstick(config: SearchConfig) -> Measured | None:
+    """Returns the user's own yardstick; None: it has to be measured."""
     return Measured(config.proxy.yardstick, {}, {}, 0.0) if config.proxy.yardstick else None
 
 
 def yardstick_name(fingerprint: str, seed: int) -> str:
+    """Returns the name of the study that measures it."""
     return f"yardstick of proxy {fingerprint}, seed {seed}"
 
 
-def seeds_of(config: SearchConfig) -> range:
-    """Those of the search's own evaluations, and at least two."""
+def yardstick_seeds(config: SearchConfig) -> range:
+    """Returns the seeds that it is measured with: those of the search's own evaluations, and at least two."""
     return range(config.seed, config.seed + max(2, config.proxy.repeats))
 
 
-def free_space(space: Space) -> Space:
-    """Where the genomes of every yardstick are, whatever the search may propose."""
+def yardstick_space(space: Space) -> Space:
+    """Returns the space of the genomes of every yardstick, whatever the search may propose."""
     return Space(student_layers=space.student_layers, teacher_layers=space.teacher_layers)
 
 
-def genomes_of(space: Space) -> list[str]:
-    """In canonical text. A student with more layers than its teacher has no `last` and no `first`."""
+def yardstick_genomes(space: Space) -> list[str]:
+    """Returns the genomes that it is measured with, in canonical text. A student with more layers than its teacher
+    has no `last` and no `first`."""
     sizes = {"student_layers": space.student_layers, "teacher_layers": space.teacher_layers}
     narrow = space.student_layers > space.teacher_layers
     names = [name for name in GENOMES if not (narrow and name in ("last", "first"))]
     return list(dict.fromkeys(str(MappingPair.parse(name, **sizes, key="yardstick")) for name in names))
 
 
-def measured(study: Study, seeds: Container[int]) -> Measured | None:
+def measure_yardstick(study: Study, seeds: Container[int]) -> Measured | None:
     """Returns what the finished trials of its study say with these seeds (searches with more repeats add others);
     None when no genome got a score."""
     trials = [
@@ -97,7 +99,7 @@ def measured(study: Study, seeds: Container[int]) -> Measured | None:
     scales = {task: replace(one, weight=float(one.teacher > one.start)) for task, one in scales.items()}
     scores: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))  # task, genome, seed
     for trial in trials:
-        one = evaluation(trial)
+        one = read_evaluation(trial)
         for task in scales:
             scores[task][one.genome][int(trial.user_attrs[SEED])] = one.scores[task]
     mapped = {genome: seeds for genome, seeds in scores[next(iter(scales))].items() if not is_none(genome)}
@@ -114,11 +116,11 @@ def measured(study: Study, seeds: Container[int]) -> Measured | None:
     )
 
 
-def known_from(study: Study, found: Measured, seeds: Sequence[int]) -> dict[str, Evaluation]:
-    """genome -> the evaluation that a search with these seeds need not repeat."""
+def reusable_evaluations(study: Study, found: Measured, seeds: Sequence[int]) -> dict[str, Evaluation]:
+    """Returns by genome the evaluations that a search with these seeds need not repeat."""
     by_genome: dict[str, dict[int, Evaluation]] = defaultdict(dict)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        by_genome[evaluation(trial).genome][int(trial.user_attrs[SEED])] = evaluation(trial)
+        by_genome[read_evaluation(trial).genome][int(trial.user_attrs[SEED])] = read_evaluation(trial)
     known = {}
     for genome, by_seed in by_genome.items():
         if not all(seed in by_seed for seed in seeds):

@@ -11,12 +11,12 @@ from tensorboard.plugins.hparams import api_pb2
 
 from engine.records.events import EventFile
 from ga.evolution.operators import diversity
-from ga.study.evaluations import RUNNING, Evaluation, ranked
-from ga.view.progress import Block, blocks, genes_of
+from ga.study.evaluations import RUNNING, Evaluation, rank_evaluations
+from ga.view.progress import Block, blocks, gene_rows
 
 KIND = api_pb2.DATASET_VALIDATION
 SEARCH, TRIALS = "search", "trials"
-"""Runs: the whole search, and one for each trial."""
+"""Names of TensorBoard's runs: the whole search, and one for each trial."""
 FITNESS = "fitness"
 METRICS = "trial/"
 """Group of the trials' metrics: below `search/` on the page, not above it."""
@@ -51,7 +51,8 @@ class SearchBoard:
         tasks: Sequence[str],
         say: Callable[[str], None],
     ) -> None:
-        """gene_names: of the genes of a genome, in order. say: is told when the files cannot be written."""
+        """Begins the files anew. gene_names: of the genes of a genome, in order. say: is told when the files cannot
+        be written."""
         for name in (SEARCH, TRIALS):
             shutil.rmtree(folder / name, ignore_errors=True)
         self._folder, self._names, self._say = folder, tuple(gene_names), say
@@ -61,7 +62,7 @@ class SearchBoard:
         """Numbers of the trials that are written, in order."""
         self._blocks: set[str] = set()
         self._last: Block | None = None
-        """Without a point, but it has one if nothing more comes."""
+        """Last block, if it has no point yet, but has one if nothing more comes."""
         self._jobs: int | None = None
 
     def refresh(self, evaluations: Sequence[Evaluation], *, running_jobs: int, population: int) -> None:
@@ -83,7 +84,7 @@ class SearchBoard:
             self._file.scalars({"search/jobs_running": running_jobs}, len(self._seen))
 
     def _add(self, one: Evaluation, spent: Sequence[Evaluation]) -> None:
-        best, when = ranked(spent), _when(one)
+        best, when = rank_evaluations(spent), _when(one)
         points = {
             "best": best[0].fitness if best else None,
             "fitness": one.fitness,
@@ -94,7 +95,7 @@ class SearchBoard:
         self._file.scalars(known, len(spent), when=when)
         if not one.genome:  # ended from outside before it was described
             return
-        genes = dict(zip(self._names, genes_of([one], length=len(self._names))[0], strict=True))
+        genes = dict(zip(self._names, gene_rows([one], length=len(self._names))[0], strict=True))
         metrics = {} if one.fitness is None else {FITNESS: one.fitness, **one.scores}
         trial = EventFile(self._folder / TRIALS / f"{one.number:05d}", tell=self._say)
         trial.hparam_session(
@@ -115,7 +116,7 @@ class SearchBoard:
         when = max(map(_when, group))
         fitness = [one.fitness for one in group if one.fitness is not None]
         points = {"search/mean": sum(fitness) / len(fitness)} if fitness else {}
-        points["search/diversity"] = diversity(genes_of(group, length=len(self._names)))
+        points["search/diversity"] = diversity(gene_rows(group, length=len(self._names)))
         self._file.scalars(points, step, when=when)
 
     def close(self) -> None:
@@ -126,7 +127,7 @@ class SearchBoard:
 
 
 def _is_whole(block: Block, evaluations: Sequence[Evaluation], population: int) -> bool:
-    """Whether a block of finished evaluations gets no more of them."""
+    """Tells whether a block of finished evaluations gets no more of them."""
     generation = block.evaluations[0].generation
     if (
         generation != 0 and len(block.evaluations) >= population
@@ -137,5 +138,5 @@ def _is_whole(block: Block, evaluations: Sequence[Evaluation], population: int) 
 
 
 def _when(one: Evaluation) -> float:
-    """Seconds since 1970."""
+    """Returns when an evaluation was finished, in seconds since 1970."""
     return 0.0 if one.finished is None else one.finished.timestamp()

@@ -14,7 +14,7 @@ from engine.records.flock import Flock, no_locks_text, try_flock
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.evolution.sampler import parameter_names
-from ga.study.evaluations import RUNNING, Evaluation, ranked, read_history
+from ga.study.evaluations import RUNNING, Evaluation, rank_evaluations, read_history
 from ga.view.board import SearchBoard
 from ga.view.progress import Progress
 
@@ -63,7 +63,7 @@ class LiveView:
             assert self._board is not None
             self._board.refresh(evaluations, running_jobs=len(running), population=self._population)
         if self._bar is not None:
-            best = ranked(evaluations)
+            best = rank_evaluations(evaluations)
             self._bar.n = sum(one.counts and one.outcome != RUNNING for one in evaluations)
             at_best = f", best {best[0].fitness:.4f} ({best[0].genome})" if best else ""
             self._bar.set_postfix_str(f"{len(running)} jobs{at_best}")

@@ -17,7 +17,7 @@ from ga.evolution.genome import Genes
 from ga.evolution.operators import diversity
 from ga.jobs.outcome import Outcome
 from ga.study.drivers import present_drivers
-from ga.study.evaluations import RUNNING, Evaluation, ranked, read_history
+from ga.study.evaluations import RUNNING, Evaluation, rank_evaluations, read_history
 
 SHOWN = 10
 
@@ -29,7 +29,7 @@ class Block:
     name: str
     evaluations: tuple[Evaluation, ...]
     end: int
-    """How many evaluations there are up to its last."""
+    """Number of evaluations up to its last."""
 
     @property
     def done(self) -> bool:
@@ -37,7 +37,7 @@ class Block:
 
 
 def blocks(evaluations: Sequence[Evaluation], population: int) -> list[Block]:
-    """In order; the last one may have only begun."""
+    """Returns the generations in order; the last one may have only begun."""
     counted = [one for one in evaluations if one.counts and one.genome]
     if counted and all(one.generation is not None for one in counted):
         numbers = sorted({one.generation for one in counted if one.generation is not None})
@@ -51,8 +51,9 @@ def blocks(evaluations: Sequence[Evaluation], population: int) -> list[Block]:
     ]
 
 
-def genes_of(evaluations: Sequence[Evaluation], *, length: int | None = None) -> list[Genes]:
-    """Each with as many genes as the longest, or `length`: a genome whose halves are the same is written once."""
+def gene_rows(evaluations: Sequence[Evaluation], *, length: int | None = None) -> list[Genes]:
+    """Returns the genes of each, as many as the longest has, or `length`: a genome whose halves are the same is
+    written once."""
     found = [MappingPair.genes_in(one.genome) for one in evaluations]
     longest = length or max((len(h) if h == a else len(h + a) for h, a in found), default=0)
     return [(hidden + attention)[:longest] for hidden, attention in found]
@@ -68,7 +69,8 @@ class Progress:
         self._at_start = 0
 
     def update(self, evaluations: Sequence[Evaluation], *, over: bool) -> None:
-        """over: no further evaluation will come. What was over at the first call is not said."""
+        """Says what has ended since the last call; what was over at the first call is not said. over: no further
+        evaluation will come."""
         done = sum(one.counts and one.outcome != RUNNING for one in evaluations)
         every = blocks(evaluations, self._population)
         begun = every if over else every[:-1]  # the last may get more members
@@ -83,13 +85,13 @@ class Progress:
                 self._say(self._line(block, evaluations, done))
 
     def _line(self, block: Block, evaluations: Sequence[Evaluation], done: int) -> str:
-        best = ranked(evaluations)
+        best = rank_evaluations(evaluations)
         own = [one.fitness for one in block.evaluations if one.fitness is not None]
         failed = len(block.evaluations) - len(own)
         parts = [f"{block.name:<13}", f"{done:>4} of {self._trials}"]
         parts.append(f"best {best[0].fitness:.4f} ({best[0].genome})" if best else "no fitness yet")
         parts.append(f"mean {fmean(own):.4f}" if own else "no fitness")
-        parts.append(f"diversity {diversity(genes_of(block.evaluations)):.2f}")
+        parts.append(f"diversity {diversity(gene_rows(block.evaluations)):.2f}")
         parts += [f"{failed} without fitness"] if failed else []
         here = done - self._at_start
         if here:
@@ -101,7 +103,7 @@ class Progress:
 
 
 def status_text(study: Study, storage: str, *, trials: int) -> str:
-    """The table of --status. storage: its URL, fit to be shown."""
+    """Returns the table of --status. storage: its URL, fit to be shown."""
     evaluations = read_history(study)
     counted = [one for one in evaluations if one.counts]
     running = [one for one in counted if one.outcome == RUNNING]
@@ -127,7 +129,7 @@ def status_text(study: Study, storage: str, *, trials: int) -> str:
 
 
 def best_table(evaluations: Sequence[Evaluation], shown: int) -> str:
-    best = ranked(evaluations)
+    best = rank_evaluations(evaluations)
     if not best:
         return "no genome has a fitness yet"
     tasks = list(best[0].scores)

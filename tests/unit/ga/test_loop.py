@@ -119,7 +119,7 @@ def test_a_storage_that_does_not_answer_for_a_while_is_waited_for(
             create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none").connect()  # nothing listens there
         return "here"
 
-    assert loop.patiently(answer) == "here"
+    assert loop.ask_patiently(answer) == "here"
     assert attempts == 4
     assert len(said) == 1
     assert "does not answer" in said[0]
@@ -127,13 +127,13 @@ def test_a_storage_that_does_not_answer_for_a_while_is_waited_for(
     attempts = -1000
     monkeypatch.setattr("ga.loop.OUTAGE_S", 0.05)
     with pytest.raises(UserError, match=r"search\.storage has not answered"):
-        loop.patiently(answer)
+        loop.ask_patiently(answer)
 
 
 @pytest.mark.faults
 def test_other_errors_of_the_storage_are_not_waited_for(loop: Loop) -> None:
     with pytest.raises(OperationalError):
-        loop.patiently(lambda: create_engine("sqlite:////no/such/folder/x.db").connect())
+        loop.ask_patiently(lambda: create_engine("sqlite:////no/such/folder/x.db").connect())
 
 
 @pytest.mark.faults
@@ -141,7 +141,7 @@ def test_a_driver_that_is_told_to_stop_does_not_wait_for_the_storage(loop: Loop)
     pytest.importorskip("psycopg", reason="psycopg is missing: pip install 'psycopg[binary]'")
     loop.stop = lambda: True
     with pytest.raises(Interrupted):
-        loop.patiently(lambda: create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none").connect())
+        loop.ask_patiently(lambda: create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none").connect())
 
 
 def test_a_search_that_gave_up_may_try_again(tmp_path: Path) -> None:

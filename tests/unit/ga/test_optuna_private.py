@@ -12,15 +12,15 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from ga.optuna_private import (
-    cached,
     given_params,
     id_of,
     note,
     report,
+    resume_trial,
     set_study_attr,
     set_trial_attr,
+    share_storage,
     study_attrs,
-    taken_up,
     trial_attrs,
     trial_now,
 )
@@ -29,13 +29,13 @@ from ga.optuna_private import (
 @pytest.fixture(params=["memory", "sqlite"])
 def study(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Study]:
     rdb = RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
-    storage = None if request.param == "memory" else cached(rdb)
+    storage = None if request.param == "memory" else share_storage(rdb)
     yield optuna.create_study(storage=storage, study_name="one", direction="maximize")
     rdb.engine.dispose()
 
 
 def test_a_shared_storage_is_taken_as_it_is(tmp_path: Path) -> None:
-    storage = cached(RDBStorage(f"sqlite:///{tmp_path / 'study.db'}"))
+    storage = share_storage(RDBStorage(f"sqlite:///{tmp_path / 'study.db'}"))
     studies = [optuna.create_study(storage=storage, study_name=name) for name in ("one", "two")]
     assert all(study._storage is storage for study in studies)
     assert isinstance(storage, optuna.storages.BaseStorage)
@@ -59,7 +59,7 @@ def test_a_running_trial_is_noted_taken_up_and_told_by_another(study: Study) -> 
     assert id_of(found) == id_of(asked)
     assert (trial_attrs(found)["mapdistill:owner"], found.user_attrs) == ("me", {"genome": "1-2", "seed": 0})
     assert (found.intermediate_values, found.state) == ({5: 0.25}, TrialState.RUNNING)
-    again = taken_up(study, found)
+    again = resume_trial(study, found)
     assert (again.number, again.suggest_int("x", 0, 9)) == (asked.number, 3)
     study.tell(found.number, 0.5)
     now = trial_now(study, id_of(found))
@@ -72,7 +72,7 @@ def test_a_trial_that_was_asked_for_in_vain_keeps_what_its_sampler_says(study: S
     study.sampler = optuna.samplers.RandomSampler(seed=1)
     value = study.ask().suggest_int("x", 0, 1000)
     (found,) = study.get_trials(deepcopy=False)
-    assert taken_up(study, found).suggest_int("x", 0, 1000) == value
+    assert resume_trial(study, found).suggest_int("x", 0, 1000) == value
 
 
 def test_given_parameters_are_told_from_sampled_ones(study: Study) -> None:

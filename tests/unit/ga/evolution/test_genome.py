@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
-from ga.evolution.genome import Genes, Space, below
+from ga.evolution.genome import Genes, Space, draw_below
 
 CONSTRAINTS = ("free", "nondecreasing", "strictly_increasing")
 
@@ -98,7 +98,7 @@ def test_random_genomes_are_uniform(constraint: str) -> None:
 def test_large_spaces_are_drawn_from_whole() -> None:
     rng = np.random.default_rng(0)
     limit = 25**48
-    drawn = [below(rng, limit) for _ in range(200)]
+    drawn = [draw_below(rng, limit) for _ in range(200)]
     assert max(drawn) > 0.9 * limit
     assert min(drawn) < 0.1 * limit
     space = Space(student_layers=24, teacher_layers=24, separate_attention=True)

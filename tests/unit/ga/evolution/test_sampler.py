@@ -112,7 +112,7 @@ def test_minimising_is_maximising_the_negative() -> None:
 def test_an_enqueued_genome_is_evaluated_and_never_proposed_again() -> None:
     sampler = GeneticSampler(SPACE, settings=SETTINGS)
     study = study_of(sampler)
-    study.enqueue_trial(sampler.parameters_of((3, 6, 9, 12)))
+    study.enqueue_trial(sampler.gene_parameters((3, 6, 9, 12)))
     (first, genes), *rest = generation(study, sampler, 9)
     assert genes == (3, 6, 9, 12)
     assert [other for _, other in rest].count((3, 6, 9, 12)) == 0

@@ -25,7 +25,7 @@ from ga.report.layers import known_layers
 from ga.report.plot_course import LABEL_GAP, spread
 from ga.report.text import report_text
 from ga.report.write import write_report
-from ga.study.evaluations import REPEATED, RUNNING, STOPPED_EARLY, Evaluation, ranked
+from ga.study.evaluations import REPEATED, RUNNING, STOPPED_EARLY, Evaluation, rank_evaluations
 from ga.study.yardstick import Measured
 
 UNIFORM = "2-4-6"
@@ -424,7 +424,7 @@ def test_pictures_are_images_with_something_in_them(
     tmp_path: Path, space: Space, count: int, confirm: bool, want: set[str]
 ) -> None:
     evaluations = history(space, count, generations=count != 343)
-    named = [one.genome for one in ranked(evaluations)[:3]] + [space.text(space.heuristics()["uniform"])]
+    named = [one.genome for one in rank_evaluations(evaluations)[:3]] + [space.text(space.heuristics()["uniform"])]
     rng = np.random.default_rng(1)
     confirmed = {genome: {seed: 0.7 + float(rng.normal(0, 0.01)) for seed in range(1, 5)} for genome in named}
     others = {"random": history(space, 20, generations=False), "none at all": [], "one": evaluations[:1]}

@@ -12,7 +12,14 @@ from engine.records.yardstick import counting_tasks
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.study.evaluations import BASELINES, GENOME, SCORES, SEED
-from ga.study.yardstick import Measured, genomes_of, given, known_from, measured, seeds_of
+from ga.study.yardstick import (
+    Measured,
+    given_yardstick,
+    measure_yardstick,
+    reusable_evaluations,
+    yardstick_genomes,
+    yardstick_seeds,
+)
 
 GAP = {"SST-2": {"start": 0.5, "teacher": 0.9}, "STS-B": {"start": 0.4, "teacher": 0.8}}
 
@@ -35,7 +42,7 @@ def scores(noise: float = 0.01) -> dict[tuple[str, int], dict[str, float]]:
 
 
 def test_a_noisy_task_does_not_count_and_none_is_kept() -> None:
-    found = measured(study_of(scores()), range(2))
+    found = measure_yardstick(study_of(scores()), range(2))
     assert found is not None
     assert counting_tasks(found.scales) == ["SST-2"]
     assert found.scales["SST-2"].weight == pytest.approx(found.noise["SST-2"].reliability)
@@ -48,33 +55,33 @@ def test_a_noisy_task_does_not_count_and_none_is_kept() -> None:
 def test_seeds_that_another_search_has_added_change_nothing() -> None:
     """One with more repeats."""
     more = {(genome, 2): {"SST-2": 0.1, "STS-B": 0.1} for genome in ("2-4", "3-4", "1-2", "0-0")}
-    assert measured(study_of(scores() | more), range(2)) == measured(study_of(scores()), range(2))
+    assert measure_yardstick(study_of(scores() | more), range(2)) == measure_yardstick(study_of(scores()), range(2))
 
 
 def test_with_a_single_mapping_all_tasks_weigh_alike() -> None:
-    found = measured(study_of({("2-4", 0): {"SST-2": 0.7, "STS-B": 0.7}}), range(2))
+    found = measure_yardstick(study_of({("2-4", 0): {"SST-2": 0.7, "STS-B": 0.7}}), range(2))
     assert found is not None
     assert (found.noise, found.none) == ({}, {})
     assert [scale.weight for scale in found.scales.values()] == [1.0, 1.0]
-    assert measured(study_of({}), range(2)) is None
+    assert measure_yardstick(study_of({}), range(2)) is None
 
 
 def test_what_was_evaluated_with_the_searchs_seeds_is_known() -> None:
     study = study_of(scores())
-    found = measured(study, range(2))
+    found = measure_yardstick(study, range(2))
     assert found is not None
-    known = known_from(study, found, [0])
+    known = reusable_evaluations(study, found, [0])
     assert known["2-4"].by_seed == {0: known["2-4"].fitness}
     assert known["2-4"].fitness == pytest.approx((0.795 - 0.5) / 0.4)
-    assert known_from(study, found, [0, 1, 2]) == {}, "a seed is missing"
+    assert reusable_evaluations(study, found, [0, 1, 2]) == {}, "a seed is missing"
 
 
 def test_genomes_and_seeds(tmp_path: Path) -> None:
-    assert genomes_of(Space(student_layers=3, teacher_layers=6)) == ["2-4-6", "4-5-6", "1-2-3", "6-6-6", "0-0-0"]
-    assert genomes_of(Space(student_layers=4, teacher_layers=2)) == ["1-1-2-2", "2-2-2-2", "0-0-0-0"]
+    assert yardstick_genomes(Space(student_layers=3, teacher_layers=6)) == ["2-4-6", "4-5-6", "1-2-3", "6-6-6", "0-0-0"]
+    assert yardstick_genomes(Space(student_layers=4, teacher_layers=2)) == ["1-1-2-2", "2-2-2-2", "0-0-0-0"]
     out = ["--output_dir", str(tmp_path)]
-    assert list(seeds_of(parse_config(SearchConfig, [*out, "--seed", "5"], "test"))) == [5, 6]
-    assert list(seeds_of(parse_config(SearchConfig, [*out, "--proxy.repeats", "3"], "test"))) == [0, 1, 2]
+    assert list(yardstick_seeds(parse_config(SearchConfig, [*out, "--seed", "5"], "test"))) == [5, 6]
+    assert list(yardstick_seeds(parse_config(SearchConfig, [*out, "--proxy.repeats", "3"], "test"))) == [0, 1, 2]
     own = parse_config(SearchConfig, [*out, "--proxy.yardstick", "{SST-2: {start: 0.5, teacher: 0.9}}"], "test")
-    assert given(own) is not None
-    assert given(parse_config(SearchConfig, out, "test")) is None
+    assert given_yardstick(own) is not None
+    assert given_yardstick(parse_config(SearchConfig, out, "test")) is None
