@@ -47,6 +47,8 @@ SAMPLE = 50_000
 """Genomes that stand for a space too large to enumerate."""
 
 
+PRERANK = 8
+"""search.prerank of the sampler `ga, preranked`."""
 RECORDED = Path(__file__).parent / "landscapes" / "minilm_3_from_6.csv"
 
 
@@ -142,6 +144,7 @@ def samplers() -> dict[str, Callable[[Space, int], optuna.samplers.BaseSampler]]
 
     return {
         "ga": ga(Settings()),
+        "ga, preranked": ga(Settings(prerank=PRERANK)),
         **{name: ga(settings) for name, settings in PRESETS.items() if name != "default"},
         "random": lambda space, seed: RandomGenomeSampler(space, seed=seed, first=space.seeds(())),
         "tpe": lambda space, seed: optuna.samplers.TPESampler(seed=seed),

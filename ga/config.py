@@ -120,6 +120,12 @@ class SearchSection(Settings):
             self.halving is None or self.halving > 1, "search.halving", self.halving, "must be > 1, e.g. 2 for half"
         )
         require(
+            self.prerank == 1 or self.sampler == "ga",
+            "search.prerank",
+            self.prerank,
+            f"sampler={self.sampler} has no offspring; write search.sampler=ga, or remove it",
+        )
+        require(
             self.second_objective is None or self.sampler == "nsga2",
             "search.second_objective",
             self.second_objective,

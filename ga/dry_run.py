@@ -45,6 +45,8 @@ def describe_search(
     ]
     if s.sampler == "ga":
         operators = f"{s.operators.selection} selection, {s.operators.crossover} crossover"
+        if s.operators.prerank > 1:
+            operators += f", the best of {s.operators.prerank} times as many offspring by the effects model"
         rows.insert(3, ("generations", f"of {s.operators.population}: {operators}"))
     return labelled_lines(rows + [("note", text) for text in notes(config, space, placements)]) + "\n"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from engine.config.checks import require
 from engine.config.marks import result
+from ga.evolution.effects import FEWEST, EffectsModel
 from ga.evolution.genome import Genes, Space, draw_below
 
 TRIES = 20
@@ -39,9 +40,12 @@ class Settings:
     """Probability, for each gene, of any other value."""
     creep_rate: float = result(0.3)
     """Probability, for each gene, of the next lower or higher value."""
+    prerank: int = result(1)
+    """Offspring made for each one that is evaluated: a model of the effects of genes (docs/search.md, "Which student
+    layer matters") keeps those that it expects most of. 1: all are evaluated."""
 
     def __post_init__(self) -> None:
-        for name in ("population", "tournament_size"):
+        for name in ("population", "tournament_size", "prerank"):
             least = 2 if name == "population" else 1
             require(getattr(self, name) >= least, f"search.{name}", getattr(self, name), f"must be at least {least}")
         require(1 <= self.rank_pressure <= 2, "search.rank_pressure", self.rank_pressure, "must be between 1 and 2")
@@ -57,6 +61,10 @@ PRESETS = {
 }
 """autotinybert: the published loop of Yin et al. 2021 (AutoTinyBERT, ACL): 25 candidates, half of them new, roulette on
 fitness minus the minimum, mutation without crossover, duplicates rejected. Its mutation rate is ours."""
+
+
+OPTIMISM = 1.0
+"""Posterior standard deviations that pre-ranking adds to what it expects of a genome."""
 
 
 def tournament(fitness: Sequence[float], rng: np.random.Generator, *, size: int) -> int:
@@ -127,6 +135,11 @@ def next_generation(
     not proposed again. The order of `history` does not matter. The `population` best known genomes are the parents: the
     elite is kept for ever, and never paid for twice.
     """
+    scored = {genes: fitness for genes, fitness in history.items() if not math.isnan(fitness)}
+    if settings.prerank > 1 and len(scored) >= FEWEST:
+        wide = replace(settings, prerank=1)
+        offspring = next_generation(space, history, wide, rng, count=settings.prerank * count)
+        return preranked(space, scored, offspring)[:count]
     known = set(history)
     ranked = sorted((genes for genes in history if not math.isnan(history[genes])), key=lambda g: (-history[g], g))
     parents = ranked[: settings.population]
@@ -140,6 +153,15 @@ def next_generation(
         known.add(child)
         made.append(child)
     return made
+
+
+def preranked(space: Space, scored: Mapping[Genes, float], offspring: Sequence[Genes]) -> list[Genes]:
+    """Sorts genomes by what a model of `scored` (fitness by genome) hopes of them, the best first: their posterior mean
+    and OPTIMISM standard deviations. Equal ones keep their order."""
+    model = EffectsModel(list(scored), list(scored.values()), [space.choices] * space.length)
+    mean, deviation = model.predict(offspring)
+    hopes = np.round(mean + OPTIMISM * deviation, 12)  # rounding of another machine must not decide
+    return [offspring[i] for i in np.argsort(-hopes, kind="stable")]
 
 
 def _child(

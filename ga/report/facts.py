@@ -18,8 +18,7 @@ from ga.study.yardstick import Measured
 class Facts:
     """What was searched, and how."""
 
-    space: str
-    space_size: int
+    space: Space
     sampler: str
     search_seed: int
     trials: int
@@ -56,8 +55,7 @@ def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts, yardstic
     s, proxy = config.search, config.proxy
     student = config.student.path or f"{space.student_layers} layers, init {config.student.init or 'random'}"
     return Facts(
-        space=space.describe(),
-        space_size=space.size(),
+        space=space,
         sampler=s.sampler,
         search_seed=s.seed,
         trials=s.trials,

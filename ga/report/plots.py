@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ga.report.confirmation import Confirmed
+from ga.report.effects import Models
 from ga.report.plot_course import draw_best_so_far, draw_generations
+from ga.report.plot_effects import draw_effects
 from ga.report.plot_genes import draw_genes
 from ga.report.plot_trust import draw_early_late, draw_seed_noise
 from ga.study.evaluations import Evaluation
+
+EFFECTS = "effects.png"
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,10 @@ def draw_all(
     *,
     heuristics: Mapping[str, str],
     population: int,
+    effects: Models,
+    labels: Sequence[str],
 ) -> list[Plot]:
-    """Draws what there is something to draw of. Returns the files in `folder`, in order."""
+    """Draws what there is something to draw of. Returns the files in `folder`, in order. labels: of the genes."""
     drawings: list[tuple[str, str, Callable[[Path], bool]]] = [
         (
             "best_so_far.png",
@@ -40,6 +46,11 @@ def draw_all(
             "generations.png",
             "Fitness by generation",
             lambda path: draw_generations(path, evaluations, population, heuristics),
+        ),
+        (
+            EFFECTS,
+            "What each teacher layer is worth to each student layer",
+            lambda path: draw_effects(path, effects, labels),
         ),
         (
             "genes.png",

@@ -198,9 +198,9 @@ def search_facts(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
     repeated = sum(not one.counts for one in evaluations)
     running = sum(one.outcome == RUNNING and one.counts for one in evaluations)
     rows = [
-        ["space", facts.space],
+        ["space", facts.space.describe()],
         ["sampler", f"{facts.sampler}, seed {facts.search_seed}, population {facts.population}"],
-        ["budget", f"{facts.trials:,} evaluations of {facts.space_size:,} genomes"],
+        ["budget", f"{facts.trials:,} evaluations of {facts.space.size():,} genomes"],
         ["evaluations", f"{sum(outcomes.values())} done" + (f", {running} still running" if running else "")],
         ["without fitness", ", ".join(failures) or "none"],
         ["repeated proposals", f"{repeated} (known already, not counted)"],

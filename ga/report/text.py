@@ -10,9 +10,10 @@ from engine.mapping import MappingPair
 from engine.records.yardstick import NOT_A_RESULT, beaten_text, counting_tasks, describe_yardstick, is_none
 from ga.report.confirmation import Confirmed, verdict, winner
 from ga.report.confirmation_sections import confirmation, task_comparison, which_layers
+from ga.report.effects import Models, which_layer
 from ga.report.facts import Facts
 from ga.report.layers import KnownLayers
-from ga.report.plots import Plot
+from ga.report.plots import EFFECTS, Plot
 from ga.report.search_sections import (
     best_genomes,
     count_outcomes,
@@ -38,9 +39,11 @@ def report_text(
     plots: Sequence[Plot],
     *,
     best_yaml: Path,
+    effects: Models | None = None,
     layers: Mapping[str, KnownLayers] | None = None,
 ) -> str:
     """Returns Markdown as GitHub renders it. The second paragraph is the sentence about the winner."""
+    embedded = {plot.file: f"![{plot.caption}]({plot.file})" for plot in plots}
     parts = ["# Search of layer mappings", headline(facts, evaluations, confirmed)]
     if rank_evaluations(evaluations):
         parts += ["## Best genomes", *best_genomes(facts, evaluations)]
@@ -48,9 +51,10 @@ def report_text(
             parts += ["## Confirmation with new seeds", *confirmation(facts, evaluations, confirmed)]
             parts += ["## Task by task", *task_comparison(facts, confirmed, scores)]
             parts += which_layers(facts, confirmed, layers or {})
+        parts += which_layer(facts, effects or {}, embedded.pop(EFFECTS, ""))
         parts += ["## What fitness is measured by", *yardstick(facts)]
         parts += ["## How settled it is", seed_noise(evaluations, confirmed)]
-    parts += [f"![{plot.caption}]({plot.file})" for plot in plots]
+    parts += embedded.values()
     parts += ["## Against other searches", *other_searches(evaluations, others)] if others else []
     parts += ["## Fitness against depth", *front(facts, evaluations)] if facts.second_objective else []
     if report_steps(evaluations):

@@ -21,6 +21,7 @@ from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.report.confirmation import Confirmed, winner
+from ga.report.effects import fitted_models, gene_labels
 from ga.report.facts import Facts, report_facts
 from ga.report.layers import KnownLayers, known_layers
 from ga.report.plots import draw_all
@@ -53,12 +54,30 @@ def write_report(
     genomes.
     """
     confirmed = {genome: by_seed for genome, by_seed in confirmed.items() if by_seed}
+    effects = fitted_models(facts, evaluations)
     with replaced(folder) as draft:
         plots = draw_all(
-            draft, evaluations, others, confirmed, heuristics=facts.heuristics, population=facts.population
+            draft,
+            evaluations,
+            others,
+            confirmed,
+            heuristics=facts.heuristics,
+            population=facts.population,
+            effects=effects,
+            labels=gene_labels(facts.space),
         )
         write_leaderboard(draft / LEADERBOARD, facts, evaluations)
-        text = report_text(facts, evaluations, others, confirmed, scores, plots, best_yaml=folder / BEST, layers=layers)
+        text = report_text(
+            facts,
+            evaluations,
+            others,
+            confirmed,
+            scores,
+            plots,
+            best_yaml=folder / BEST,
+            effects=effects,
+            layers=layers,
+        )
         (draft / REPORT).write_text(text, encoding="utf-8")
         if best_yaml is not None:
             (draft / BEST).write_text(best_yaml, encoding="utf-8")

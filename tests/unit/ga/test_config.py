@@ -42,6 +42,7 @@ def config(*argv: str) -> SearchConfig:
         (["--search.trials", "0"], ["search.trials=0", "at least 1"]),
         (["--search.population", "1"], ["search.population=1", "at least 2"]),
         (["--search.reset_rate", "1.5"], ["search.reset_rate=1.5", "between 0 and 1"]),
+        (["--search.prerank", "4", "--search.sampler", "tpe"], ["search.prerank=4", "search.sampler=ga"]),
         (["--search.halving", "1"], ["search.halving=1", "> 1"]),
         (["--search.halving", "2"], ["search.halving=2", "proxy.report_at"]),
         (

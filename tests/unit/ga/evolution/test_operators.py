@@ -71,12 +71,11 @@ def test_mutation_hits_genes_at_its_rate_and_never_leaves_them_as_they_were() ->
 
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda space: space.describe())
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("settings", [*PRESETS.values(), Settings(prerank=3)], ids=[*PRESETS, "preranked"])
 @given(seed=st.integers(0, 10**6), known=st.integers(0, 30))
 def test_a_generation_is_new_and_depends_on_seed_and_history_alone(
-    space: Space, preset: str, seed: int, known: int
+    space: Space, settings: Settings, seed: int, known: int
 ) -> None:
-    settings = PRESETS[preset]
     draw = random.Random(seed)
     seen = draw.sample(range(space.size()), min(known, space.size() - 1))
     history: dict[Genes, float] = {space.at(i): draw.choice([draw.random(), 0.5, math.nan]) for i in seen}
@@ -108,6 +107,25 @@ def test_children_resemble_the_best() -> None:
     assert sum(sum(a == b for a, b in zip(g, (2, 5, 8, 11), strict=True)) >= 2 for g in strangers) <= 4
 
 
+def test_pre_ranking_keeps_the_offspring_that_the_model_expects_most_of() -> None:
+    space = Space(student_layers=4, teacher_layers=12)
+    rng = np.random.default_rng(0)
+    history = {genes: -abs(genes[2] - 9) / 12 for genes in (space.random(rng) for _ in range(40))}
+    many = next_generation(space, history, Settings(), np.random.default_rng(1), count=80)
+    kept = next_generation(space, history, Settings(prerank=10), np.random.default_rng(1), count=8)
+    assert len(set(kept)) == 8
+    assert set(kept) <= set(many)
+    distance = [abs(genes[2] - 9) for genes in many]
+    assert sum(abs(genes[2] - 9) for genes in kept) / 8 < sum(distance) / 80 / 2
+
+
+def test_too_few_evaluations_rank_no_offspring() -> None:
+    space = Space(student_layers=4, teacher_layers=12)
+    history = {space.at(i): float(i) for i in range(7)} | {space.at(7): math.nan}
+    made = [next_generation(space, history, Settings(prerank=n), np.random.default_rng(1), count=8) for n in (1, 5)]
+    assert made[0] == made[1]
+
+
 def test_diversity() -> None:
     assert operators.diversity([(1, 2), (1, 2)]) == 0.0
     assert operators.diversity([(1, 2), (2, 3)]) == pytest.approx(1.0)
@@ -115,7 +133,15 @@ def test_diversity() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"population": 1}, {"newcomers": 1.5}, {"tournament_size": 0}, {"rank_pressure": 2.5}, {"reset_rate": -1}]
+    "wrong",
+    [
+        {"population": 1},
+        {"newcomers": 1.5},
+        {"tournament_size": 0},
+        {"rank_pressure": 2.5},
+        {"reset_rate": -1},
+        {"prerank": 0},
+    ],
 )
 def test_settings_are_checked(wrong: dict) -> None:
     with pytest.raises(UserError, match=f"search.{next(iter(wrong))}="):

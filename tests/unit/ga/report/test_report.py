@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import stats
 
 from engine.config.distill import LossConfig
-from engine.records.yardstick import Noise, TaskScale
+from engine.records.yardstick import Noise, TaskScale, fitness_of
 from ga.evolution.genome import Space
 from ga.report.confirmation import compare, seed_deviation, verdict, winner
 from ga.report.facts import Facts
@@ -52,8 +52,7 @@ def facts(space: Space | None = None, **changes) -> Facts:
     space = space or Space(student_layers=3, teacher_layers=6)
     return replace(
         Facts(
-            space=space.describe(),
-            space_size=space.size(),
+            space=space,
             sampler="ga",
             search_seed=0,
             trials=60,
@@ -382,6 +381,72 @@ def test_intermediate_scores_are_judged_by_rank(tmp_path: Path) -> None:
     assert "too few to trust halving" in few
 
 
+def by_layer_3(*, noise: float, count: int = 60) -> list[Evaluation]:
+    """Student layer 3 should learn from teacher layer 6, above all for STS-B; the others do not matter."""
+    space, rng = Space(student_layers=3, teacher_layers=6), np.random.default_rng(3)
+    found = []
+    for number, place in enumerate(rng.permutation(space.size())[:count]):
+        genes = space.at(int(place))
+        scores = {
+            "SST-2": 0.7 + 0.01 * genes[2] + noise * float(rng.normal()),
+            "STS-B": 0.5 + 0.1 * (genes[2] == 6) + noise * float(rng.normal()),
+            "MRPC": 0.7,
+        }
+        fitness = fitness_of(scores, YARDSTICK.scales)
+        found.append(replace(scored(number, space.text(genes), fitness), scores=scores))
+    return found
+
+
+def page(tmp_path: Path, evaluations: list[Evaluation]) -> str:
+    text = write_report(tmp_path / "report", facts(), evaluations, {}, {}, {}).read_text()
+    _, _, section = text.partition("## Which student layer matters\n\n")
+    return section.partition("\n\n## ")[0]
+
+
+def test_the_layer_that_matters_is_named_with_its_interval_and_its_tasks(tmp_path: Path) -> None:
+    section = page(tmp_path, by_layer_3(noise=0.01))
+    sentence, picture = section.split("\n\n")[:2]
+    assert re.match(
+        r"\*\*Student layer 3 matters most\*\* \(\d+ %.*learning from teacher layer 6 is worth \+0\.\d{4} \(95 % ",
+        sentence,
+    )
+    assert "No choice is clearly better or worse for student layer 1." in sentence
+    assert picture == "![What each teacher layer is worth to each student layer](effects.png)"
+    rows = rows_of(section, "student layer")
+    assert [row["student layer"] for row in rows] == ["1", "2", "3"]
+    assert rows[2]["best from"] == "6"
+    by_task = rows_of(section[section.index("By task") :], "student layer")
+    assert list(by_task[0]) == ["student layer", "SST-2", "STS-B"]
+    assert re.match(r"\d\d %; 6: \+0\.1\d\d \(\+0\.", by_task[2]["STS-B"])  # .1 of a gap of .55, less its mean
+    assert re.search(r"Fitted to 60 evaluations; .*: 0\.9\d fitness, 0\.[89]\d SST-2, 0\.9\d STS-B", section)
+    assert "says little" not in section
+
+
+def test_noise_names_no_layer(tmp_path: Path) -> None:
+    evaluations = by_layer_3(noise=3.0)
+    section = page(tmp_path, evaluations)
+    assert section.startswith("No teacher layer is clearly better or worse than another for any student layer: 60 eval")
+    assert "no single pair is clear" in section
+    assert "So low a correlation says little" in section
+
+
+def test_a_few_evaluations_have_no_page_of_layers(tmp_path: Path) -> None:
+    assert page(tmp_path, by_layer_3(noise=0.01, count=7)) == ""
+
+
+def test_a_layer_whose_pair_matters_is_named_with_its_partner(tmp_path: Path) -> None:
+    space = Space(student_layers=2, teacher_layers=6)
+    evaluations = [
+        scored(i, space.text(genes), 0.5 + 0.1 * ((genes[0] > 3) == (genes[1] > 3))) for i, genes in enumerate(space)
+    ]
+    one_task = replace(YARDSTICK, scales={"SST-2": YARDSTICK.scales["SST-2"]})
+    text = write_report(tmp_path / "r", facts(space, yardstick=one_task), evaluations, {}, {}, {}).read_text()
+    assert re.search(
+        r"Pairs of student layers make \d\d %.*; the largest clear ones: 1 from \d with 2 from \d \+0\.0", text
+    )
+    assert "By task: the share" not in text
+
+
 def test_the_front_has_no_genome_that_another_beats_in_both(tmp_path: Path) -> None:
     found = [("2-4-6", 0.7), ("1-2-3", 0.69), ("1-3-3", 0.69), ("3-3-3", 0.6), ("0-0-0", 0.5), ("1-1-5", 0.65)]
     evaluations = [scored(i, genome, fitness) for i, (genome, fitness) in enumerate(found)]
@@ -413,9 +478,14 @@ FOUR = {"best_so_far.png", "generations.png", "genes.png", "early_late.png"}
 @pytest.mark.parametrize(
     ("space", "count", "confirm", "want"),
     [
-        (Space(student_layers=3, teacher_layers=6), 60, True, FOUR | {"seed_noise.png"}),
-        (Space(student_layers=6, teacher_layers=12, separate_attention=True), 30, True, FOUR | {"seed_noise.png"}),
-        (Space(student_layers=3, teacher_layers=6), 343, False, FOUR),
+        (Space(student_layers=3, teacher_layers=6), 60, True, FOUR | {"effects.png", "seed_noise.png"}),
+        (
+            Space(student_layers=6, teacher_layers=12, separate_attention=True),
+            30,
+            True,
+            FOUR | {"effects.png", "seed_noise.png"},
+        ),
+        (Space(student_layers=3, teacher_layers=6), 343, False, FOUR | {"effects.png"}),
         (Space(student_layers=3, teacher_layers=6), 1, False, FOUR),
     ],
     ids=["60", "hidden and attention", "343", "1"],
