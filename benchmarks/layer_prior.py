@@ -89,7 +89,7 @@ def main() -> None:
         mean = float(table.mean())
         closeness, whole = {}, {}
         for genome in fitness:
-            genes, _ = MappingPair.genes_in(genome)
+            genes, _, _ = MappingPair.genes_in(genome)
             closeness[genome] = -sum(float(table[m, g - 1]) if g else mean for m, g in enumerate(genes))
             if 0 not in genes:
                 whole[genome] = closeness[genome]

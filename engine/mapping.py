@@ -45,6 +45,13 @@ class LayerMapping:
         """The active (student layer, teacher layer) pairs, in student order."""
         return tuple((m, g) for m, g in enumerate(self.genes, start=1) if g != SKIP)
 
+    @property
+    def followed(self) -> tuple[int, ...]:
+        """Kept layers that follow the mapping: each student layer starts from the teacher layer that it learns from,
+        from uniform's where it learns from none."""
+        guess = uniform(self.student_layers, self.teacher_layers)
+        return tuple(gene or other for gene, other in zip(self.genes, guess, strict=True))
+
     def __str__(self) -> str:
         return _dashed(self.genes)
 
@@ -159,20 +166,29 @@ class MappingPair:
 
     @classmethod
     def parse(cls, text: str, *, student_layers: int, teacher_layers: int, key: str) -> MappingPair:
-        """Reads the text of a genome; each of its parts may be a preset. Raises UserError naming `key`."""
+        """Reads the text of a genome; each of its parts may be a preset, and LAYERS may be `follow`. Raises UserError
+        naming `key`."""
         kept, hidden, attention = _parts(text)
         if attention == "":
             raise UserError(f"{key}: {text!r} has nothing after the slash; write HIDDEN/ATTENTION, or one mapping")
         of = partial(parse_mapping, student_layers=student_layers, teacher_layers=teacher_layers, key=key)
         of_hidden = of(hidden)
-        return cls(
-            of_hidden, of_hidden if attention is None else of(attention), None if kept is None else of(kept).genes
-        )
+        of_attention = of_hidden if attention is None else of(attention)
+        if kept is None:
+            return cls(of_hidden, of_attention)
+        return cls(of_hidden, of_attention, of_hidden.followed if kept == "follow" else of(kept).genes)
 
     @classmethod
     def from_texts(cls, hidden: str, attention: str | None, *, student_layers: int, teacher_layers: int) -> MappingPair:
         """Reads mapping.hidden and mapping.attention of a configuration, which alone may be random-each-step; no text
         for the attention: the same mapping. Raises UserError naming the key."""
+        kept, own, other = _parts(hidden)
+        if kept is not None or other is not None:
+            parts = {"student.init": kept, "mapping.hidden": own, "mapping.attention": other}
+            written = ", ".join(f"{key}={text}" for key, text in parts.items() if text)
+            raise UserError(
+                f"mapping.hidden={hidden!r} is the text of a genome; here its parts are settings: {written}"
+            )
         sizes = {"student_layers": student_layers, "teacher_layers": teacher_layers}
         read = RandomEachStep.from_sizes if hidden == RANDOM_EACH_STEP else partial(parse_mapping, hidden)
         of_hidden = read(**sizes, key="mapping.hidden")
@@ -181,12 +197,13 @@ class MappingPair:
         return cls(of_hidden, parse_mapping(attention, **sizes, key="mapping.attention"))
 
     @staticmethod
-    def genes_in(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Reads the genes of the hidden states and of the attention out of the text of a pair, which holds no presets;
-        for those who do not know how many layers the models have."""
-        _, hidden, attention = _parts(text)
-        of_hidden, of_attention = (tuple(map(int, half.split("-"))) for half in (hidden, attention or hidden))
-        return of_hidden, of_attention
+    def genes_in(text: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Reads the genes of the hidden states and of the attention, and the kept layers (none: empty), out of the text
+        of a pair, which holds no presets; for those who do not know how many layers the models have."""
+        kept, hidden, attention = _parts(text)
+        parts = (hidden, attention or hidden, kept)
+        of_hidden, of_attention, layers = (tuple(map(int, part.split("-"))) if part else () for part in parts)
+        return of_hidden, of_attention, layers
 
     @property
     def separate(self) -> bool:
@@ -197,17 +214,14 @@ class MappingPair:
     def file_name(self) -> str:
         return str(self).replace("/", "_")
 
-    def refuse_kept_layers(self, key: str) -> None:
-        """Raises UserError naming `key` if there are any: no job uses them yet."""
-        if self.layers is not None:
-            raise UserError(
-                f"{key}='{self}': kept layers cannot be set by a genome yet; write student.init={_dashed(self.layers)} "
-                "and leave out what stands before the @"
-            )
+    @property
+    def kept(self) -> str | None:
+        """Text of the kept layers, as student.init has it; None where there are none."""
+        return None if self.layers is None else _dashed(self.layers)
 
     def __str__(self) -> str:
         maps = f"{self.hidden}/{self.attention}" if self.separate else str(self.hidden)
-        return maps if self.layers is None else f"{_dashed(self.layers)}@{maps}"
+        return maps if self.layers is None else f"{self.kept}@{maps}"
 
 
 def _parts(text: str) -> tuple[str | None, str, str | None]:

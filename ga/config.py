@@ -8,8 +8,8 @@ from typing import Literal
 
 from engine.config.checks import require
 from engine.config.marks import PathText, how, result
-from engine.config.proxy import ProxyJobConfig, ProxySettings
-from ga.evolution.genome import Constraint
+from engine.config.proxy import PROXY_INIT, ProxyJobConfig, ProxySettings
+from ga.evolution.genome import Constraint, Kind
 from ga.evolution.operators import PRESETS, Settings
 
 Launcher = Literal["pdsh", "openmpi", "slurm"]
@@ -37,6 +37,10 @@ class SearchSection(Settings):
 
     seeds: list[str] = result(factory=list)
     """Layer mappings for generation 0 beside the heuristics."""
+
+    space: Kind = result("mapping")
+    """Genes of a genome. mapping: the teacher layer that each student layer learns from; layers: the teacher layer that
+    it starts from (in place of student.init), learning from uniform's; both: either apart, LAYERS@MAPPING."""
 
     constraint: Constraint = result("free")
     """How the non-zero genes of a mapping follow each other: free, nondecreasing or strictly_increasing."""
@@ -131,6 +135,13 @@ class SearchSection(Settings):
             self.second_objective,
             f"sampler={self.sampler} has one objective; write search.sampler=nsga2",
         )
+        for name, default in (("separate_attention", False), ("second_objective", None)):
+            require(
+                self.space != "layers" or getattr(self, name) == default,
+                f"search.{name}",
+                getattr(self, name),
+                "remove it: search.space=layers has one mapping, uniform",
+            )
         require(
             self.second_objective is None or self.halving is None,
             "search.halving",
@@ -175,6 +186,14 @@ class SearchConfig(ProxySettings):
         require(
             not self.proxy.stop_below, "proxy.stop_below", self.proxy.stop_below, "remove it: search.halving sets it"
         )
+        for name, default in (("path", None), ("init", PROXY_INIT)):
+            value = getattr(self.student, name)
+            require(
+                self.search.space == "mapping" or value == default,
+                f"student.{name}",
+                value,
+                f"remove it: with search.space={self.search.space} a genome says which layers its student starts from",
+            )
         require(
             self.search.halving is None or bool(self.proxy.report_at),
             "search.halving",

@@ -221,7 +221,8 @@ class ProxyJobConfig(ProxySettings):
 
     genomes: list[str] = evaluation(factory=list)
     """Layer mappings to compare, like `0-5-0-10`, a preset, or HIDDEN/ATTENTION for two different ones; all of them are
-    distilled side by side against one teacher pass."""
+    distilled side by side against one teacher pass. LAYERS@ before one takes the place of student.init: the teacher
+    layer that each student layer starts from, 0 = random, or `follow` (the layer that it learns from)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -106,7 +106,8 @@ def beaten_text(scores: Mapping[str, Mapping[str, float]], yardstick: Yardstick)
 
 def is_none(genome: str) -> bool:
     """Tells whether a genome maps no layer at all."""
-    return not any(digit in "123456789" for digit in genome)
+    _, _, mapping = genome.rpartition("@")  # before it: kept layers
+    return not any(digit in "123456789" for digit in mapping)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from typing import Literal
 import numpy as np
 
 from engine.errors import UserError
-from engine.mapping import SKIP, LayerMapping, MappingPair
+from engine.mapping import SKIP, LayerMapping, MappingPair, uniform
+from ga.evolution.kept_layers import FOLLOW, kept_at, kept_genes, kept_layers, kept_rank, kept_values
 
 Genes = tuple[int, ...]
 """Teacher layer of each student layer, 0 = none; with separate_attention those of the hidden states, then those of the
-attention."""
+attention. In a space of kind `both` the kept layers follow, the teacher layer that each student layer starts from (0 =
+random) or FOLLOW; in one of kind `layers` there are no others."""
 Constraint = Literal["free", "nondecreasing", "strictly_increasing"]
+Kind = Literal["mapping", "layers", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,9 @@ class Space:
     allowed: tuple[int, ...] = ()
     """Teacher layers that may be used; empty: all. 0 always may."""
     separate_attention: bool = False
-    """Whether a genome is two mappings, each under the constraint."""
+    """Whether a genome has two mappings, each under the constraint."""
+    kind: Kind = "mapping"
+    """What genes say: mapping, kept layers (under the constraint, with the uniform mapping), or both."""
 
     def __post_init__(self) -> None:
         for layer in self.allowed:
@@ -53,13 +58,29 @@ class Space:
 
     @functools.cached_property
     def choices(self) -> Genes:
-        """The values of a gene, sorted."""
+        """The values of a gene under the constraint, sorted."""
         return (SKIP, *sorted(set(self.allowed or range(1, self.teacher_layers + 1))))
+
+    @functools.cached_property
+    def gene_choices(self) -> tuple[Genes, ...]:
+        """The values of each gene, sorted."""
+        kept = (FOLLOW, *range(self.teacher_layers + 1))
+        return (self.choices,) * self._constrained + (kept,) * (self.length - self._constrained)
 
     @property
     def length(self) -> int:
         """Number of genes of a genome."""
+        return self._constrained + (self.student_layers if self.kind == "both" else 0)
+
+    @property
+    def _constrained(self) -> int:
+        """Number of genes under the constraint, the first ones."""
         return self.student_layers * (2 if self.separate_attention else 1)
+
+    @property
+    def _kept_choices(self) -> int:
+        """Number of ways to keep layers beside a mapping."""
+        return int((self.teacher_layers + 1) ** (self.length - self._constrained))
 
     @property
     def _mappings(self) -> int:
@@ -67,7 +88,8 @@ class Space:
 
     def size(self) -> int:
         """Returns the number of genomes."""
-        return self._mappings ** (2 if self.separate_attention else 1)
+        mappings = self._mappings**2 if self.separate_attention else self._mappings
+        return mappings * self._kept_choices
 
     def _may_follow(self, gene: int, last: int) -> bool:
         """Tells whether a gene may stand behind `last`, the last non-zero gene before it (0: there is none)."""
@@ -97,10 +119,19 @@ class Space:
         """Returns the genome of lexicographic rank `index`, from 0. Raises IndexError."""
         if not 0 <= index < self.size():
             raise IndexError(index)
+        index, kept = divmod(index, self._kept_choices)
         if self.separate_attention:
             hidden, attention = divmod(index, self._mappings)
-            return self._mapping_at(hidden) + self._mapping_at(attention)
-        return self._mapping_at(index)
+            genes = self._mapping_at(hidden) + self._mapping_at(attention)
+        else:
+            genes = self._mapping_at(index)
+        if self.kind == "both":
+            genes += kept_at(kept, self._followed(genes), self.teacher_layers)
+        return genes
+
+    def _followed(self, genes: Genes) -> Genes:
+        """Returns the layers that kept layers follow."""
+        return LayerMapping(genes[: self.student_layers], self.teacher_layers).followed
 
     def _mapping_at(self, index: int) -> Genes:
         genes: list[int] = []
@@ -122,8 +153,13 @@ class Space:
         """Returns the lexicographic rank of a genome. Raises ValueError for one outside the space."""
         if genes not in self:
             raise ValueError(f"{genes} is not in the space")
-        ranks = [self._mapping_index(mapping) for mapping in self.halves(genes)]
-        return ranks[0] if len(ranks) == 1 else ranks[0] * self._mappings + ranks[1]
+        rank = 0
+        for mapping in self.halves(genes):
+            rank = rank * self._mappings + self._mapping_index(mapping)
+        if self.kind == "both":
+            kept = kept_rank(genes[self._constrained :], self._followed(genes), self.teacher_layers)
+            rank = rank * self._kept_choices + kept
+        return rank
 
     def _mapping_index(self, genes: Genes) -> int:
         index = last = active = 0
@@ -137,8 +173,9 @@ class Space:
         return index
 
     def halves(self, genes: Genes) -> list[Genes]:
-        """Returns the one mapping of a genome, or its hidden and its attention mapping."""
-        return [genes[i : i + self.student_layers] for i in range(0, self.length, self.student_layers)]
+        """Returns what is under the constraint: one mapping, the hidden and the attention mapping, or the kept layers
+        of a space of kind `layers`."""
+        return [genes[i : i + self.student_layers] for i in range(0, self._constrained, self.student_layers)]
 
     def __iter__(self) -> Iterator[Genes]:
         return (self.at(i) for i in range(self.size()))
@@ -146,7 +183,12 @@ class Space:
     def __contains__(self, genes: object) -> bool:
         if not isinstance(genes, tuple) or len(genes) != self.length:
             return False
-        return all(self._fits(mapping) for mapping in self.halves(genes))
+        if not all(self._fits(mapping) for mapping in self.halves(genes)):
+            return False
+        if self.kind != "both":
+            return True
+        kept = zip(genes[self._constrained :], self._followed(genes), strict=True)
+        return all(gene in kept_values(followed, self.teacher_layers) for gene, followed in kept)
 
     def _fits(self, mapping: Genes) -> bool:
         last = active = 0
@@ -164,7 +206,10 @@ class Space:
         """Returns the genome of the space with the fewest genes changed; then with the smallest sum of changes; then
         the first one. Any whole numbers are taken."""
         assert len(genes) == self.length, genes
-        return sum((self._repaired(mapping) for mapping in self.halves(genes)), ())
+        repaired = sum((self._repaired(mapping) for mapping in self.halves(genes)), ())
+        if self.kind == "both":
+            repaired += kept_genes(genes[self._constrained :], self._followed(repaired), self.teacher_layers)
+        return repaired
 
     def _repaired(self, wanted: Genes) -> Genes:
         if self._fits(wanted):
@@ -190,13 +235,24 @@ class Space:
         return repaired[2]
 
     def text(self, genes: Genes) -> str:
-        """Returns `0-3-6`, or HIDDEN/ATTENTION where the two differ: the name of a genome in records of proxy jobs."""
+        """Returns `0-3-6`, or HIDDEN/ATTENTION where the two differ, after LAYERS@ where layers are kept: the name of a
+        genome in records of proxy jobs."""
         mappings = [LayerMapping(half, self.teacher_layers) for half in self.halves(genes)]
-        return str(MappingPair(mappings[0], mappings[-1]))
+        if self.kind == "layers":
+            return str(MappingPair(self._uniform, self._uniform, layers=genes))
+        if self.kind == "mapping":
+            return str(MappingPair(mappings[0], mappings[-1]))
+        layers = kept_layers(genes[self._constrained :], self._followed(genes))
+        return str(MappingPair(mappings[0], mappings[-1], layers=layers))
+
+    @property
+    def _uniform(self) -> LayerMapping:
+        return LayerMapping(uniform(self.student_layers, self.teacher_layers), self.teacher_layers)
 
     def parse(self, text: str, *, key: str = "genome") -> Genes:
-        """Reads the text of a genome; also presets, and one mapping for both halves. Raises UserError (naming `key`)
-        for what is no mapping of this shape or outside the space."""
+        """Reads the text of a genome; also presets, and one mapping for both halves. A mapping alone keeps the layers
+        that follow it; in a space of kind `layers` the text without LAYERS@ names the kept layers. Raises UserError
+        (naming `key`) for what is no mapping of this shape or outside the space."""
         genes = self._read(text, key)
         if genes not in self:
             raise UserError(f"{key}={text!r} is outside the space ({self.describe()})")
@@ -204,10 +260,19 @@ class Space:
 
     def _read(self, text: str, key: str) -> Genes:
         pair = MappingPair.parse(text, student_layers=self.student_layers, teacher_layers=self.teacher_layers, key=key)
-        pair.refuse_kept_layers(key)
+        if pair.layers is not None and self.kind == "mapping":
+            raise UserError(f"{key}={text!r}: LAYERS@ needs search.space=both, or layers")
         if pair.separate and not self.separate_attention:
             raise UserError(f"{key}={text!r}: HIDDEN/ATTENTION needs search.separate_attention=true")
-        return (pair.hidden.genes + pair.attention.genes)[: self.length]
+        if self.kind == "layers":
+            if pair.layers is not None and pair.hidden != self._uniform:
+                raise UserError(f"{key}={text!r}: search.space=layers has one mapping, {self._uniform}")
+            return pair.hidden.genes if pair.layers is None else pair.layers
+        genes = (pair.hidden.genes + pair.attention.genes)[: self._constrained]
+        if self.kind == "both":
+            followed = pair.hidden.followed
+            genes += kept_genes(followed if pair.layers is None else pair.layers, followed, self.teacher_layers)
+        return genes
 
     def heuristics(self) -> dict[str, Genes]:
         """Returns the mappings that people guess, by name: repaired where they are outside the space."""
@@ -226,10 +291,14 @@ class Space:
         rules += [f"at least {self.min_active} active"] if self.min_active else []
         rules += [f"teacher layers {', '.join(map(str, self.choices[1:]))}"] if self.allowed else []
         rules += ["hidden and attention apart"] if self.separate_attention else []
-        return (
-            f"{self.student_layers} student layers from {self.teacher_layers} teacher layers or none, "
-            f"{', '.join(rules)}: {self.size():,} genomes"
-        )
+        rules += ["kept layers apart"] if self.kind == "both" else []
+        source = f"{self.student_layers} student layers from {self.teacher_layers} teacher layers or none"
+        if self.kind == "layers":
+            source = (
+                f"{self.student_layers} student layers that start from {self.teacher_layers} teacher layers or at "
+                f"random and learn from {self._uniform}"
+            )
+        return f"{source}, {', '.join(rules)}: {self.size():,} genomes"
 
 
 def draw_below(rng: np.random.Generator, limit: int) -> int:

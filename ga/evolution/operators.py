@@ -13,6 +13,7 @@ from engine.config.checks import require
 from engine.config.marks import result
 from ga.evolution.effects import FEWEST, EffectsModel
 from ga.evolution.genome import Genes, Space, draw_below
+from ga.evolution.kept_layers import FOLLOW
 
 TRIES = 20
 """Mutations of a child that is known already, before a random newcomer takes its place."""
@@ -106,21 +107,23 @@ def uniform(a: Genes, b: Genes, rng: np.random.Generator, *, share: float = 0.5)
     return tuple(y if take else x for x, y, take in zip(a, b, rng.random(len(a)) < share, strict=True))
 
 
-def reset(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Sequence[int]) -> Genes:
-    """Replaces each gene, with probability `rate`, by another one of `choices`."""
+def reset(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Sequence[Genes]) -> Genes:
+    """Replaces each gene, with probability `rate`, by another one of its choices."""
     out = []
-    for gene, hit in zip(genes, rng.random(len(genes)) < rate, strict=True):
-        others = [value for value in choices if value != gene]
+    for gene, hit, values in zip(genes, rng.random(len(genes)) < rate, choices, strict=True):
+        others = [value for value in values if value != gene]
         out.append(int(rng.choice(others)) if hit and others else gene)
     return tuple(out)
 
 
-def creep(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Sequence[int]) -> Genes:
-    """Moves each gene, with probability `rate`, one step up or down in the sorted `choices`; at an end the only way."""
-    steps = sorted(choices)
+def creep(genes: Genes, rng: np.random.Generator, *, rate: float, choices: Sequence[Genes]) -> Genes:
+    """Moves each gene, with probability `rate`, one step up or down in its sorted choices; at an end the only way. A
+    kept layer that follows the mapping moves with it alone."""
     out = []
-    for gene, hit in zip(genes, rng.random(len(genes)) < rate, strict=True):
-        near = [steps[i] for i in (steps.index(gene) - 1, steps.index(gene) + 1) if 0 <= i < len(steps)]
+    for gene, hit, values in zip(genes, rng.random(len(genes)) < rate, choices, strict=True):
+        steps = [value for value in values if value != FOLLOW]
+        at = steps.index(gene) if gene != FOLLOW else len(steps) + 1
+        near = [steps[i] for i in (at - 1, at + 1) if 0 <= i < len(steps)]
         out.append(int(rng.choice(near)) if hit and near else gene)
     return tuple(out)
 
@@ -158,7 +161,7 @@ def next_generation(
 def preranked(space: Space, scored: Mapping[Genes, float], offspring: Sequence[Genes]) -> list[Genes]:
     """Sorts genomes by what a model of `scored` (fitness by genome) hopes of them, the best first: their posterior mean
     and OPTIMISM standard deviations. Equal ones keep their order."""
-    model = EffectsModel(list(scored), list(scored.values()), [space.choices] * space.length)
+    model = EffectsModel(list(scored), list(scored.values()), space.gene_choices)
     mean, deviation = model.predict(offspring)
     hopes = np.round(mean + OPTIMISM * deviation, 12)  # rounding of another machine must not decide
     return [offspring[i] for i in np.argsort(-hopes, kind="stable")]
@@ -178,8 +181,8 @@ def _child(
     if mix is not None and rng.random() < settings.crossover_rate:
         child = mix(child, _select(parents, fitness, settings, rng), rng)
     for _ in range(TRIES):
-        child = reset(child, rng, rate=settings.reset_rate, choices=space.choices)
-        child = space.repair(creep(child, rng, rate=settings.creep_rate, choices=space.choices))
+        child = reset(child, rng, rate=settings.reset_rate, choices=space.gene_choices)
+        child = space.repair(creep(child, rng, rate=settings.creep_rate, choices=space.gene_choices))
         if child not in known:
             return child
     return None

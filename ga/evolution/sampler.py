@@ -29,9 +29,17 @@ GENERATION = "mapdistill:generation:"
 
 
 def parameter_names(space: Space) -> list[str]:
-    """Returns `layer_1` … `layer_M`; `hidden_1` … and `attention_1` … where the two are searched apart."""
-    kinds = ("hidden", "attention") if space.separate_attention else ("layer",)
+    """Returns `layer_1` … `layer_M`; `hidden_1` … and `attention_1` … where the two are searched apart; `init_1` … of
+    kept layers."""
+    kinds = ["hidden", "attention"] if space.separate_attention else ["layer"]
+    kinds = {"mapping": kinds, "layers": ["init"], "both": [*kinds, "init"]}[space.kind]
     return [f"{kind}_{m}" for kind in kinds for m in range(1, space.student_layers + 1)]
+
+
+def gene_ranges(space: Space) -> dict[str, tuple[int, int]]:
+    """Returns the lowest and the highest value of each gene, by name of its parameter."""
+    lowest = (values[0] for values in space.gene_choices)
+    return {name: (low, space.teacher_layers) for name, low in zip(parameter_names(space), lowest, strict=True)}
 
 
 def gene_parameters(space: Space, genes: Genes) -> dict[str, int]:
@@ -41,7 +49,7 @@ def gene_parameters(space: Space, genes: Genes) -> dict[str, int]:
 
 def suggest_genes(space: Space, trial: BaseTrial) -> Genes:
     """Asks the trial for one value of each gene; samplers that do not know the space's constraints may leave it."""
-    return tuple(trial.suggest_int(name, 0, space.teacher_layers) for name in parameter_names(space))
+    return tuple(trial.suggest_int(name, low, high) for name, (low, high) in gene_ranges(space).items())
 
 
 class GenomeSampler(BaseSampler):
@@ -69,7 +77,7 @@ class GenomeSampler(BaseSampler):
         return gene_parameters(self.space, genes)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {name: IntDistribution(0, self.space.teacher_layers) for name in parameter_names(self.space)}
+        return {name: IntDistribution(low, high) for name, (low, high) in gene_ranges(self.space).items()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -12,12 +12,15 @@ from engine.mapping import SKIP
 from engine.records.yardstick import counted
 from ga.evolution.effects import FEWEST, EffectsModel, Estimate, PairEffect
 from ga.evolution.genome import Space
+from ga.evolution.kept_layers import FOLLOW
 from ga.evolution.sampler import parameter_names
 from ga.report.facts import Facts
 from ga.report.tables import table
 from ga.study.evaluations import Evaluation, rank_evaluations
 
 FITNESS = "fitness"
+START = " (start)"
+"""End of the label of a kept layer's gene."""
 SHOWN_PAIRS = 3
 TRUSTED_CORRELATION = 0.5
 
@@ -37,19 +40,19 @@ def fitted_models(facts: Facts, evaluations: Sequence[Evaluation]) -> dict[str, 
     tasks = counted(scales)
     for task in tasks if len(tasks) > 1 else ():
         values[task] = [scales[task].closed(one.scores[task]) for one in scored]
-    return {name: EffectsModel(genomes, one, [space.choices] * space.length) for name, one in values.items()}
+    return {name: EffectsModel(genomes, one, space.gene_choices) for name, one in values.items()}
 
 
 def gene_labels(space: Space) -> list[str]:
-    """Returns a name of each gene for readers: `1`, or `1, hidden states`."""
-    kinds = {"layer": "", "hidden": ", hidden states", "attention": ", attention"}
+    """Returns a name of each gene for readers: `1`, or `1 (hidden states)`."""
+    kinds = {"layer": "", "hidden": " (hidden states)", "attention": " (attention)", "init": START}
     parts = (name.rsplit("_", 1) for name in parameter_names(space))
     return [f"{layer}{kinds[kind]}" for kind, layer in parts]
 
 
 def value_label(value: int) -> str:
     """Returns the name of a gene's value for readers."""
-    return "none" if value == SKIP else str(value)
+    return {SKIP: "none", FOLLOW: "follow"}.get(value, str(value))
 
 
 def variance_shares(model: EffectsModel) -> list[float]:
@@ -92,7 +95,7 @@ def finding(model: EffectsModel, labels: Sequence[str]) -> str:
     shown = best if effects[most][best].is_clear or not effects[most][worst].is_clear else worst
     text = (
         f"**Student layer {labels[most]} matters most** ({_percent(shares[most])} of what the model predicts): for it, "
-        f"{_learning(shown)} is worth {_worth(effects[most][shown])} of fitness against its average choice."
+        f"{_choice(shown, labels[most])} is worth {_worth(effects[most][shown])} of fitness against its average choice."
     )
     unclear = [label for gene, label in enumerate(labels) if gene not in clear]
     return text + (f" No choice is clearly better or worse for student layer {'; '.join(unclear)}." if unclear else "")
@@ -102,8 +105,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _learning(value: int) -> str:
-    return "learning from none" if value == SKIP else f"learning from teacher layer {value_label(value)}"
+def _choice(value: int, label: str) -> str:
+    if label.endswith(START):
+        special = {SKIP: "starting at random", FOLLOW: "starting from the layer that it learns from"}
+        return special.get(value, f"starting from teacher layer {value}")
+    return "learning from none" if value == SKIP else f"learning from teacher layer {value}"
 
 
 def _best(effects: Mapping[int, Estimate]) -> int:

@@ -53,7 +53,8 @@ class Facts:
 
 def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts, yardstick: Measured) -> Facts:
     s, proxy = config.search, config.proxy
-    student = config.student.path or f"{space.student_layers} layers, init {config.student.init or 'random'}"
+    init = "as the genome says" if s.space != "mapping" else config.student.init or "random"
+    student = config.student.path or f"{space.student_layers} layers, init {init}"
     return Facts(
         space=space,
         sampler=s.sampler,

@@ -41,7 +41,7 @@ def draw_effects(path: Path, models: Models, labels: Sequence[str]) -> bool:
         for gene, by_value in enumerate(effects):
             for value, one in by_value.items():
                 _mark_cell(axes, gene, rows.index(value), one, most=most, labelled=cells.size <= MOST_LABELLED_CELLS)
-        axes.set_xticks(range(len(labels)), [label.replace(", ", "\n") for label in labels])
+        axes.set_xticks(range(len(labels)), [label.replace(" (", "\n(") for label in labels])
         axes.set_yticks(range(len(rows)), [value_label(value) for value in rows])
         axes.tick_params(length=0)
         axes.grid(False)

@@ -30,14 +30,19 @@ def draw_genes(path: Path, evaluations: Sequence[Evaluation], heuristics: Mappin
     top = best[: math.ceil(TOP_SHARE * len(best))]
     texts = [one.genome for one in evaluations if one.genome] + list(heuristics.values())
     known = {text: MappingPair.genes_in(text) for text in texts}
-    halves = 2 if any(hidden != attention for hidden, attention in known.values()) else 1
-    teacher_layers = max(max(hidden + attention) for hidden, attention in known.values())
+    titles = {0: "hidden states", 1: "attention", 2: "start"}
+    if all(hidden == attention for hidden, attention, _ in known.values()):
+        titles = {0: "mapping", 2: "start"}
+    if not any(kept for _, _, kept in known.values()):
+        del titles[2]
+    halves = len(titles)
+    teacher_layers = max(max(sum(parts, ())) for parts in known.values())
     students = len(known[top[0].genome][0])
     size = max(2.6 + 0.55 * students, 4.2)
     figure, panels = new_figure(halves, width=size * halves + 0.8, height=max(3.4, 1.8 + 0.4 * (teacher_layers + 1)))
     uniform = heuristics.get("uniform")
     image = None
-    for half, axes in enumerate(panels):
+    for half, axes in zip(titles, panels, strict=True):
         shares = np.zeros((teacher_layers + 1, students))
         for one in top:
             for m, gene in enumerate(known[one.genome][half]):
@@ -55,7 +60,7 @@ def draw_genes(path: Path, evaluations: Sequence[Evaluation], heuristics: Mappin
         axes.grid(False)
         axes.set(xlabel="student layer", ylabel="teacher layer" if half == 0 else "")
         if halves > 1:
-            axes.set_title(("hidden states", "attention")[half], fontsize=10)
+            axes.set_title(titles[half], fontsize=10)
     framed = "; framed: uniform" if uniform else ""
     figure.suptitle(f"Genes of the best {len(top)} of {len(best)} genomes{framed}", fontsize=11)
     assert image is not None

@@ -118,8 +118,9 @@ def _go_on(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed
     if not best:
         return ["Look into the jobs of the failed trials. The same command goes on."]
     genome = winner(confirmed) if confirmed else best[0].genome
-    hidden, attention = MappingPair.genes_in(genome)
+    hidden, attention, kept = MappingPair.genes_in(genome)
     back = "--mapping.hidden uniform" + (" --mapping.attention uniform" if hidden != attention else "")
+    back += " --student.init uniform" if kept else ""
     advice = f" For uniform in its place add `{back}`." if genome != facts.uniform else ""
     nothing = [
         "The winner lets no layer learn: in so short a proxy, layer losses do not pay against what the student starts "

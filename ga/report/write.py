@@ -117,6 +117,9 @@ def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConf
     pass over the corpus at launch/distill.py's own batch and learning rate."""
     sizes = {"student_layers": facts.student_layers, "teacher_layers": facts.teacher_layers}
     pair = MappingPair.parse(genome, **sizes, key="genome")
+    student = {one.name: getattr(config.student, one.name) for one in fields(StudentConfig)}
+    if pair.kept is not None:
+        student["init"] = pair.kept
     train = TrainConfig()
     held_out = DataConfig.eval_sequences
     steps = max(1, (facts.sequences - held_out) // train.global_batch)
@@ -125,7 +128,7 @@ def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConf
         seed=config.seed,
         allow_pickle=config.allow_pickle,
         teacher=config.teacher,
-        student=StudentConfig(**{one.name: getattr(config.student, one.name) for one in fields(StudentConfig)}),
+        student=StudentConfig(**student),
         mapping=MappingConfig(hidden=str(pair.hidden), attention=str(pair.attention) if pair.separate else None),
         loss=config.loss,
         data=replace(config.data, eval_sequences=held_out),

@@ -135,7 +135,7 @@ class SearchSource:
 
 def deepest_layer(genome: str) -> int:
     """Returns the teacher layer after which a teacher that serves this mapping can stop; 0: none is needed."""
-    hidden, attention = MappingPair.genes_in(genome)
+    hidden, attention, _ = MappingPair.genes_in(genome)
     return max(hidden + attention)
 
 

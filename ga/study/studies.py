@@ -35,6 +35,7 @@ def search_space(config: SearchConfig, *, student_layers: int, teacher_layers: i
         min_active=config.search.min_active,
         allowed=tuple(config.search.allowed_layers),
         separate_attention=config.search.separate_attention,
+        kind=config.search.space,
     )
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from tensorboard.plugins.hparams import api_pb2
 
 from engine.records.events import EventFile
+from ga.evolution.genome import Space
 from ga.evolution.operators import diversity
+from ga.evolution.sampler import gene_parameters, gene_ranges
 from ga.study.evaluations import RUNNING, Evaluation, rank_evaluations
 from ga.view.progress import Block, blocks, gene_rows
 
@@ -22,12 +24,15 @@ METRICS = "trial/"
 """Group of the trials' metrics: below `search/` on the page, not above it."""
 
 
-def columns(gene_names: Sequence[str], teacher_layers: int, tasks: Sequence[str]) -> tuple[list[Any], list[Any]]:
+def columns(space: Space, tasks: Sequence[str]) -> tuple[list[Any], list[Any]]:
     """Returns the columns of the HPARAMS page: genome and genes, fitness and tasks."""
-    domain = api_pb2.Interval(min_value=0, max_value=teacher_layers)
     genome = api_pb2.HParamInfo(name="genome", type=api_pb2.DATA_TYPE_STRING)
+    domains = {
+        name: api_pb2.Interval(min_value=low, max_value=high) for name, (low, high) in gene_ranges(space).items()
+    }
     genes = [
-        api_pb2.HParamInfo(name=name, type=api_pb2.DATA_TYPE_FLOAT64, domain_interval=domain) for name in gene_names
+        api_pb2.HParamInfo(name=name, type=api_pb2.DATA_TYPE_FLOAT64, domain_interval=domain)
+        for name, domain in domains.items()
     ]
     metrics = [
         api_pb2.MetricInfo(name=api_pb2.MetricName(tag=METRICS + tag), display_name=tag, dataset_type=KIND)
@@ -42,22 +47,13 @@ class SearchBoard:
     All of it is made anew from the history when it is opened, so that a continued search has whole curves.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        gene_names: Sequence[str],
-        *,
-        teacher_layers: int,
-        tasks: Sequence[str],
-        say: Callable[[str], None],
-    ) -> None:
-        """Begins the files anew. gene_names: of the genes of a genome, in order. say: is told when the files cannot
-        be written."""
+    def __init__(self, folder: Path, space: Space, *, tasks: Sequence[str], say: Callable[[str], None]) -> None:
+        """Begins the files anew. say: is told when they cannot be written."""
         for name in (SEARCH, TRIALS):
             shutil.rmtree(folder / name, ignore_errors=True)
-        self._folder, self._names, self._say = folder, tuple(gene_names), say
+        self._folder, self._space, self._say = folder, space, say
         self._file = EventFile(folder / SEARCH, tell=say)
-        self._file.hparam_columns(*columns(gene_names, teacher_layers, tasks))
+        self._file.hparam_columns(*columns(space, tasks))
         self._seen: list[int] = []
         """Numbers of the trials that are written, in order."""
         self._blocks: set[str] = set()
@@ -95,7 +91,7 @@ class SearchBoard:
         self._file.scalars(known, len(spent), when=when)
         if not one.genome:  # ended from outside before it was described
             return
-        genes = dict(zip(self._names, gene_rows([one], length=len(self._names))[0], strict=True))
+        genes = gene_parameters(self._space, self._space.parse(one.genome))
         metrics = {} if one.fitness is None else {FITNESS: one.fitness, **one.scores}
         trial = EventFile(self._folder / TRIALS / f"{one.number:05d}", tell=self._say)
         trial.hparam_session(
@@ -116,7 +112,7 @@ class SearchBoard:
         when = max(map(_when, group))
         fitness = [one.fitness for one in group if one.fitness is not None]
         points = {"search/mean": sum(fitness) / len(fitness)} if fitness else {}
-        points["search/diversity"] = diversity(gene_rows(group, length=len(self._names)))
+        points["search/diversity"] = diversity(gene_rows(group, self._space))
         self._file.scalars(points, step, when=when)
 
     def close(self) -> None:

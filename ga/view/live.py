@@ -13,7 +13,6 @@ from tqdm import tqdm
 from engine.records.flock import Flock, no_locks_text, try_flock
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
-from ga.evolution.sampler import parameter_names
 from ga.study.evaluations import RUNNING, Evaluation, rank_evaluations, read_history
 from ga.view.board import SearchBoard
 from ga.view.progress import Progress
@@ -28,7 +27,7 @@ class LiveView:
     def __init__(self, config: SearchConfig, space: Space, study: Study, *, tasks: Sequence[str]) -> None:
         self._config, self._space, self._study = config, space, study
         population = config.search.operators.population
-        self._progress = Progress(trials=config.search.trials, population=population, say=self.say)
+        self._progress = Progress(space, trials=config.search.trials, population=population, say=self.say)
         self._population, self._tasks = population, tasks
         self._lock: IO[str] | None = None
         self._board: SearchBoard | None = None
@@ -83,8 +82,7 @@ class LiveView:
                 )
             self._board = SearchBoard(
                 self._config.root / TENSORBOARD,
-                parameter_names(self._space),
-                teacher_layers=self._space.teacher_layers,
+                self._space,
                 tasks=self._tasks,
                 say=self.say,
             )

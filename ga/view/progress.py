@@ -11,9 +11,8 @@ from statistics import fmean
 
 from optuna import Study
 
-from engine.mapping import MappingPair
 from engine.records.columns import columns, duration_text, labelled_lines
-from ga.evolution.genome import Genes
+from ga.evolution.genome import Genes, Space
 from ga.evolution.operators import diversity
 from ga.jobs.outcome import Outcome
 from ga.study.drivers import present_drivers
@@ -51,18 +50,16 @@ def blocks(evaluations: Sequence[Evaluation], population: int) -> list[Block]:
     ]
 
 
-def gene_rows(evaluations: Sequence[Evaluation], *, length: int | None = None) -> list[Genes]:
-    """Returns the genes of each, as many as the longest has, or `length`: a genome whose halves are the same is
-    written once."""
-    found = [MappingPair.genes_in(one.genome) for one in evaluations]
-    longest = length or max((len(h) if h == a else len(h + a) for h, a in found), default=0)
-    return [(hidden + attention)[:longest] for hidden, attention in found]
+def gene_rows(evaluations: Sequence[Evaluation], space: Space) -> list[Genes]:
+    """Returns the genes of each."""
+    return [space.parse(one.genome) for one in evaluations]
 
 
 class Progress:
     """Says each generation once, when it is over."""
 
-    def __init__(self, *, trials: int, population: int, say: Callable[[str], None]) -> None:
+    def __init__(self, space: Space, *, trials: int, population: int, say: Callable[[str], None]) -> None:
+        self._space = space
         self._trials, self._population, self._say = trials, population, say
         self._said: set[str] | None = None
         self._began = time.monotonic()
@@ -91,7 +88,7 @@ class Progress:
         parts = [f"{block.name:<13}", f"{done:>4} of {self._trials}"]
         parts.append(f"best {best[0].fitness:.4f} ({best[0].genome})" if best else "no fitness yet")
         parts.append(f"mean {fmean(own):.4f}" if own else "no fitness")
-        parts.append(f"diversity {diversity(gene_rows(block.evaluations)):.2f}")
+        parts.append(f"diversity {diversity(gene_rows(block.evaluations, self._space)):.2f}")
         parts += [f"{failed} without fitness"] if failed else []
         here = done - self._at_start
         if here:

@@ -115,6 +115,26 @@ def test_a_member_of_a_cohort_equals_the_same_genome_alone(make_proxy: MakeProxy
     assert cohort.records("run")[-1]["signal"]["seeds"] == 2
 
 
+def test_students_of_one_cohort_may_start_from_other_layers(make_proxy: MakeProxy) -> None:
+    """Each is the student whose student.init says the same."""
+    settings: dict[str, object] = {"loss__embedding": 0, "proxy__layer_table": True}
+    run = make_proxy("kept", "2-4", "1-3@2-4", "3-0@none", **settings)
+    said = run.finish()
+    alone = make_proxy("alone", "2-4", student__init="1-3", **settings)
+    alone.finish()
+    mine, theirs, plain = results(run)["1-3@2-4", 0], results(alone)["2-4", 0], results(run)["2-4", 0]
+    for key in ("fitness", "scores", "losses", "total", "layers"):
+        assert mine[key] == theirs[key], key
+        assert mine[key] != plain[key], key
+    one, other = weights(run, "1-3@2-4-seed0"), weights(alone, "2-4-seed0")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert mine["mapping"] == {"hidden": "2-4", "attention": "2-4", "kept": "1-3"}
+    untrained = results(run)["3-0@0-0", 0]
+    assert untrained["steps"] == 0
+    assert untrained["layers"] != plain["layers"]
+    assert "1-3@2-4 before training" in said
+
+
 def test_teacher_start_and_none_are_in_every_proxy_that_has_no_yardstick(make_proxy: MakeProxy) -> None:
     """Without the embedding loss, `none` is the untrained student; a student that is copied whole is the teacher."""
     run = make_proxy("measured", "2-4", proxy__yardstick="{}", proxy__other_tasks="[CoLA]", loss__embedding=0)

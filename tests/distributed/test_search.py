@@ -61,6 +61,24 @@ def test_a_real_search_ends_with_a_report_and_is_over(real_search: tuple[SearchR
     assert search.folders() == folders, "finished trials were run again"
 
 
+def test_kept_layers_are_searched_with_the_mapping(make_stand_in_search: MakeSearch) -> None:
+    settings = {"population": 4, "cohort": 4, "prerank": 3, "confirm_top": 1, "confirm_seeds": 2}
+    search = make_stand_in_search("kept", space="both", trials=16, **settings)
+    said = search.finish_here()
+    assert "kept layers apart: 625 genomes" in said
+    assert "the best of 3 times as many offspring by the effects model" in said
+    genomes = [one.genome for one in search.evaluations() if one.counts]
+    assert {"2-4@2-4", "3-4@3-4", "2-4@0-0"} <= set(genomes)
+    assert len(set(genomes)) == 16
+    report = search.output_dir / "report"
+    assert " (start)" in (report / "REPORT.md").read_text().partition("## Which student layer matters")[2]
+    best = yaml.safe_load((report / "best.yaml").read_text())
+    assert f"{best['student']['init']}@{best['mapping']['hidden']}" in genomes
+    assert "16 done already" in search.finish_here()
+    refusal = make_stand_in_search("kept", space="layers", trials=16, **settings).finish_here(expect=2)
+    assert "search.space='layers', but it was begun with 'both'" in refusal
+
+
 def test_a_distillation_with_the_winner(real_search: tuple[SearchRun, str], tmp_path: Path) -> None:
     search, _ = real_search
     best = search.output_dir / "report" / "best.yaml"

@@ -100,7 +100,7 @@ def pairs(draw: st.DrawFn) -> MappingPair:
 def test_the_text_of_a_genome_is_read_back(pair: MappingPair) -> None:
     sizes = {"student_layers": pair.hidden.student_layers, "teacher_layers": pair.hidden.teacher_layers}
     assert MappingPair.parse(str(pair), **sizes, key="genomes") == pair
-    assert MappingPair.genes_in(str(pair)) == (pair.hidden.genes, pair.attention.genes)
+    assert MappingPair.genes_in(str(pair)) == (pair.hidden.genes, pair.attention.genes, pair.layers or ())
     assert pair.separate == (pair.hidden.genes != pair.attention.genes)
 
 
@@ -119,6 +119,8 @@ def test_the_text_of_a_genome_is_read_back(pair: MappingPair) -> None:
         ("0-6@1-3", "0-6@1-3", "0-6@1-3"),
         ("2-4@1-3/5-6", "2-4@1-3/5-6", "2-4@1-3_5-6"),
         ("last@uniform/uniform", "11-12@6-12", "11-12@6-12"),
+        ("follow@0-3", "6-3@0-3", "6-3@0-3"),
+        ("follow@0-3/1-2", "6-3@0-3/1-2", "6-3@0-3_1-2"),
     ],
 )
 def test_the_canonical_text_of_a_genome_and_its_file_name(given: str, text: str, file_name: str) -> None:
@@ -177,8 +179,8 @@ def test_two_texts_of_a_configuration_each_have_their_key() -> None:
     assert str(MappingPair.from_texts("uniform", None, **sizes)) == "6-12"
     assert str(MappingPair.from_texts("uniform", "none", **sizes)) == "6-12/0-0"
     for texts, says in (
-        (("1-2/3-4", None), r"^mapping.hidden='1-2/3-4' is not a layer mapping"),
-        (("1-2@3-4", None), r"^mapping.hidden='1-2@3-4' is not a layer mapping"),
+        (("1-2/3-4", None), r"^mapping.hidden='1-2/3-4' .*: mapping.hidden=1-2, mapping.attention=3-4$"),
+        (("1-2@3-4", None), r"^mapping.hidden='1-2@3-4' is the text of a .*: student.init=1-2, mapping.hidden=3-4$"),
         (("1-2", "1-2-3"), r"^mapping.attention='1-2-3' has 3 layers"),
     ):
         with pytest.raises(UserError, match=says):
@@ -243,8 +245,7 @@ def test_random_each_step_is_no_genome_and_has_its_limits() -> None:
         MappingPair.from_texts("random-each-step", None, student_layers=3, teacher_layers=2)
 
 
-def test_kept_layers_are_refused_with_their_remedy() -> None:
+def test_the_text_of_kept_layers_is_that_of_student_init() -> None:
     sizes = {"student_layers": 2, "teacher_layers": 12, "key": "genomes"}
-    MappingPair.parse("3-6", **sizes).refuse_kept_layers("genomes")
-    with pytest.raises(UserError, match=r"^genomes='0-6@3-6': kept layers .*write student\.init=0-6 "):
-        MappingPair.parse("0-6@3-6", **sizes).refuse_kept_layers("genomes")
+    assert MappingPair.parse("3-6", **sizes).kept is None
+    assert MappingPair.parse("0-6@3-6", **sizes).kept == "0-6"

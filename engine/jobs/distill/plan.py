@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from engine.config.deepspeed import Execution
-from engine.config.distill import MappingConfig, RunConfig
+from engine.config.distill import MappingConfig, RunConfig, StudentConfig
 from engine.config.marks import FIXED, settings
 from engine.data.manifest import Manifest, corpus_hash, load_manifest
 from engine.errors import UserError
@@ -207,12 +207,21 @@ def mapped_losses(
 
 
 def with_mapping(plan: Plan, mapping: MappingPair) -> Plan:
-    """Returns the same plan with other layers mapped, each with weight 1. Raises UserError."""
+    """Returns the same plan with other layers mapped, each with weight 1, and kept. Raises UserError."""
     attention = str(mapping.attention) if mapping.separate else None
-    config = replace(plan.config, mapping=MappingConfig(hidden=str(mapping.hidden), attention=attention))
+    config = replace(
+        plan.config,
+        mapping=MappingConfig(hidden=str(mapping.hidden), attention=attention),
+        student=starting_student(plan.config.student, mapping),
+    )
     losses = mapped_losses(config, mapping, plan.student_shape, plan.teacher_shape, plan.kernels)
     idle = idle_settings(config, losses, plan.student_shape, plan.execution.world_size)
     return replace(plan, config=config, mapping=mapping, losses=losses, warnings=(*losses.warnings, *idle))
+
+
+def starting_student(student: StudentConfig, mapping: MappingPair) -> StudentConfig:
+    """Returns the student that starts from the kept layers of `mapping`; without any it is as it was."""
+    return student if mapping.kept is None else replace(student, init=mapping.kept)
 
 
 def teacher_dtype(config: RunConfig, execution: Execution) -> str:

@@ -102,10 +102,15 @@ class Member:
 
     def as_record(self, scores: Scores) -> dict[str, Any]:
         """Returns what the `result` record says of the student."""
+        mapping = self.genome.mapping
         fields = {
             "genome": self.genome.key,
             "seed": self.seed,
-            "mapping": {"hidden": str(self.genome.mapping.hidden), "attention": str(self.genome.mapping.attention)},
+            "mapping": {
+                "hidden": str(mapping.hidden),
+                "attention": str(mapping.attention),
+                **({} if mapping.kept is None else {"kept": mapping.kept}),
+            },
             "scores": scores.tasks,
             "metrics": scores.metrics,
             "fitness": scores.fitness,
@@ -158,8 +163,9 @@ class Cohort:
         return [self._build(genome, teacher_slice) for genome in self.start.genomes]
 
     def _build(self, genome: Genome, teacher_slice: TeacherSlice | None) -> Member:
-        config, device = replace((genome.plan or self.base).config, seed=self.base.config.seed), self.runtime.device
-        plan = replace(genome.plan or self.base, config=config, mapping=genome.mapping)  # that of base is not its own
+        plan, device = genome.plan or genome.start(self.base), self.runtime.device
+        config = replace(plan.config, seed=self.base.config.seed)
+        plan = replace(plan, config=config)
         if genome.plan is None or self.teacher is None:
             untrained = initial_student(plan, with_mlm_head=False)
             nn.Module.to(untrained, device=device, dtype=getattr(torch, plan.execution.precision))

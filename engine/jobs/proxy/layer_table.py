@@ -142,12 +142,10 @@ class LayerTables:
     def _starting_tables(self, cohort: Cohort, text: Text) -> list[str]:
         """Returns the tables of what the genomes begin with: that of one student, unless they say which layers it
         starts from."""
-        plans = {"before training": cohort.base}
-        if cohort.base.config.student.init == "mapping":
-            plans = {
-                f"{genome.key} before training": replace(cohort.base, mapping=genome.mapping)
-                for genome in cohort.start.genomes
-            }
+        base, genomes = cohort.base, cohort.start.genomes
+        plans = {"before training": base}
+        if base.config.student.init == "mapping" or any(genome.mapping.kept is not None for genome in genomes):
+            plans = {f"{genome.key} before training": genome.start(base) for genome in genomes}
         tables = []
         for title, plan in plans.items():
             anywhere = replace(plan, student_attention=plan.student_attention._replace(name=BACKEND))

@@ -18,7 +18,7 @@ from engine.config.proxy import ProxyJobConfig
 from engine.data.manifest import corpus_hash
 from engine.errors import UserError
 from engine.hub.files import weights_fingerprint
-from engine.jobs.distill.plan import Plan, make_plan, with_mapping
+from engine.jobs.distill.plan import Plan, make_plan, starting_student, with_mapping
 from engine.jobs.execution import plan_execution
 from engine.mapping import MappingPair
 from engine.models.hub import model_hashes
@@ -48,6 +48,11 @@ class Genome:
     def key(self) -> str:
         """Text as records name it"""
         return str(self.mapping)
+
+    def start(self, base: Plan) -> Plan:
+        """Returns a plan of the student as it is initialised. base: a plan for what does not depend on the genome."""
+        student = starting_student(base.config.student, self.mapping)
+        return replace(base, mapping=self.mapping, config=replace(base.config, student=student))
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,11 @@ def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
     genomes: dict[MappingPair, Genome] = {}
     for i, text in enumerate((*config.genomes, *(() if config.proxy.yardstick else ("none",)))):
         mapping = MappingPair.parse(text, **sizes, key="genomes")
-        mapping.refuse_kept_layers("genomes")
+        if mapping.kept is not None and config.student.path is not None:
+            raise UserError(
+                f"genomes='{mapping}': student.path={config.student.path!r} has its weights already; leave out what "
+                "stands before the @, or remove student.path"
+            )
         if mapping in genomes:
             continue
         learns = any(

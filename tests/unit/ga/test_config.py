@@ -43,6 +43,9 @@ def config(*argv: str) -> SearchConfig:
         (["--search.population", "1"], ["search.population=1", "at least 2"]),
         (["--search.reset_rate", "1.5"], ["search.reset_rate=1.5", "between 0 and 1"]),
         (["--search.prerank", "4", "--search.sampler", "tpe"], ["search.prerank=4", "search.sampler=ga"]),
+        (["--search.space", "both", "--student.init", "last"], ["student.init='last'", "search.space=both"]),
+        (["--search.space", "layers", "--student.path", "x"], ["student.path='x'", "search.space=layers"]),
+        (["--search.space", "layers", "--search.separate_attention", "true"], ["search.separate_attention=True"]),
         (["--search.halving", "1"], ["search.halving=1", "> 1"]),
         (["--search.halving", "2"], ["search.halving=2", "proxy.report_at"]),
         (
@@ -96,6 +99,12 @@ def test_best_yaml_is_a_distillation_over_the_whole_corpus(tmp_path: Path) -> No
     assert (read.student.layers, read.student.init, read.loss.attention, read.seed) == (3, "uniform", 0.5, 3)
     assert read.train.steps * read.train.global_batch + read.data.eval_sequences <= FACTS.sequences
     assert (read.train.steps + 1) * read.train.global_batch + read.data.eval_sequences > FACTS.sequences
+
+
+@pytest.mark.parametrize("kind", ["both", "layers"])
+def test_best_yaml_starts_from_the_kept_layers_of_the_winner(kind: str) -> None:
+    best = best_config(config("--student.layers", "3", "--search.space", kind), FACTS, "1-0-6@2-4-6")
+    assert (best.student.init, best.mapping.hidden) == ("1-0-6", "2-4-6")
 
 
 def test_slots_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

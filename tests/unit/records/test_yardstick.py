@@ -98,6 +98,9 @@ def test_the_first_line_names_every_task_that_no_mapping_wins() -> None:
     assert beaten_text({"0-0-0": scores["0-0-0"]}, SCALES) == ""
 
 
-@pytest.mark.parametrize(("genome", "none"), [("0-0", True), ("0-0/0-0", True), ("0-1", False), ("0-0/0-10", False)])
+@pytest.mark.parametrize(
+    ("genome", "none"),
+    [("0-0", True), ("0-0/0-0", True), ("0-1", False), ("0-0/0-10", False), ("1-2@0-0", True), ("0-0@0-1", False)],
+)
 def test_none_is_the_mapping_without_a_pair(genome: str, none: bool) -> None:
     assert is_none(genome) == none

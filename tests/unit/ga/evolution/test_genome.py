@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import UserError
+from engine.mapping import LayerMapping, MappingPair
 from ga.evolution.genome import Genes, Space, draw_below
+from ga.evolution.kept_layers import FOLLOW
 
 CONSTRAINTS = ("free", "nondecreasing", "strictly_increasing")
 
@@ -55,13 +58,74 @@ def spaces(draw: st.DrawFn) -> Space:
         constraint=constraint,
         min_active=draw(st.integers(0, most)),
         allowed=draw(st.sampled_from([(), allowed])),
-        separate_attention=draw(st.booleans()) and student < 3,
+        **draw(st.sampled_from([{}, {"kind": "layers"}, {"separate_attention": student < 3}])),
     )
+
+
+@st.composite
+def spaces_of_both(draw: st.DrawFn) -> Space:
+    student, teacher = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    constraint = draw(st.sampled_from(CONSTRAINTS))
+    separate = student == 1 and draw(st.booleans())
+    return Space(
+        student_layers=student, teacher_layers=teacher, constraint=constraint, separate_attention=separate, kind="both"
+    )
+
+
+@given(spaces_of_both())
+def test_each_mapping_has_every_start_once(space: Space) -> None:
+    M, N = space.student_layers, space.teacher_layers
+    mappings = list(replace(space, kind="mapping"))
+    texts = [space.text(genes) for genes in space]
+    wanted = {
+        str(MappingPair(LayerMapping(genes[:M], N), LayerMapping(genes[-M:], N), layers))
+        for genes in mappings
+        for layers in itertools.product(range(N + 1), repeat=M)
+    }
+    assert set(texts) == wanted
+    assert space.size() == len(texts) == len(wanted)
+    everything = list(space)
+    assert everything == sorted(everything)
+    assert [space.index(genes) for genes in everything] == list(range(len(everything)))
+    assert [space.parse(text) for text in texts] == everything
+
+
+@given(spaces_of_both(), st.data())
+def test_repair_of_kept_layers_keeps_what_they_start_from(space: Space, data: st.DataObject) -> None:
+    genes = tuple(data.draw(st.lists(st.integers(-2, 5), min_size=space.length, max_size=space.length)))
+    repaired = space.repair(genes)
+    assert repaired in space
+    assert space.repair(repaired) == repaired
+    mapping, kept = repaired[: -space.student_layers], genes[-space.student_layers :]
+    assert mapping == replace(space, kind="mapping").repair(genes[: -space.student_layers])
+    *_, layers = MappingPair.genes_in(space.text(repaired))
+    followed = LayerMapping(mapping[: space.student_layers], space.teacher_layers).followed
+    for layer, wish, other in zip(layers, kept, followed, strict=True):
+        assert layer == (other if wish < 0 else min(wish, space.teacher_layers))
+
+
+def test_kept_layers_follow_the_mapping_unless_they_are_named() -> None:
+    space = Space(student_layers=3, teacher_layers=6, kind="both")
+    assert space.parse("0-3-5") == (0, 3, 5, FOLLOW, FOLLOW, FOLLOW)
+    assert space.text((0, 3, 5, FOLLOW, FOLLOW, FOLLOW)) == "2-3-5@0-3-5"
+    assert space.parse("2-3-5@0-3-5") == space.parse("follow@0-3-5") == space.parse("0-3-5")
+    assert space.parse("0-3-1@0-3-5") == (0, 3, 5, 0, FOLLOW, 1)
+    assert [space.text(genes) for genes in space.seeds([])][-1] == "2-4-6@0-0-0"
+
+
+def test_the_genes_of_a_space_of_layers_are_those_that_students_start_from() -> None:
+    space = Space(student_layers=3, teacher_layers=6, kind="layers", constraint="nondecreasing")
+    assert space.parse("last") == space.parse("4-5-6@uniform") == (4, 5, 6)
+    assert space.text((0, 5, 6)) == "0-5-6@2-4-6"
+    assert "start from 6 teacher layers or at random and learn from 2-4-6, nondecreasing" in space.describe()
+    with pytest.raises(UserError, match=r"genome='1-2-3@1-2-3': search.space=layers has one mapping, 2-4-6"):
+        space.parse("1-2-3@1-2-3")
 
 
 @given(spaces())
 def test_the_space_is_what_its_rules_say_in_order(space: Space) -> None:
     everything = itertools.product(range(space.teacher_layers + 1), repeat=space.length)
+    assert space.gene_choices == (space.choices,) * space.length
     wanted = [genes for genes in everything if all(by_definition(half, space) for half in space.halves(genes))]
     assert list(space) == wanted
     assert space.size() == len(wanted)
@@ -127,10 +191,10 @@ def test_one_mapping_stands_for_both_halves() -> None:
         Space(student_layers=2, teacher_layers=4).parse("0-3/1-2")
 
 
-def test_a_genome_cannot_set_kept_layers() -> None:
+def test_a_genome_of_a_mapping_alone_has_no_kept_layers() -> None:
     space = Space(student_layers=2, teacher_layers=4, separate_attention=True)
     for text in ("1-2@0-3", "1-2@0-3/1-2"):
-        with pytest.raises(UserError, match=rf"^search.seeds='{text}': kept layers .* write student.init=1-2 "):
+        with pytest.raises(UserError, match=rf"^search.seeds='{text}': LAYERS@ needs search.space=both"):
             space.seeds([text])
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from engine.errors import UserError
 from ga.evolution import operators
 from ga.evolution.genome import Genes, Space
+from ga.evolution.kept_layers import FOLLOW
 from ga.evolution.operators import PRESETS, Settings, next_generation
 
 SPACES = [
@@ -22,6 +23,7 @@ SPACES = [
     Space(student_layers=3, teacher_layers=6, constraint="nondecreasing", min_active=1),
     Space(student_layers=4, teacher_layers=5, constraint="strictly_increasing", allowed=(1, 3, 5)),
     Space(student_layers=2, teacher_layers=3, separate_attention=True),
+    Space(student_layers=2, teacher_layers=3, kind="both"),
 ]
 FITNESS = [0.1, 0.5, 0.3, 0.2]
 
@@ -58,16 +60,26 @@ def test_crossover_takes_every_gene_from_its_own_place(pairs: list[tuple[int, in
 def test_mutation_hits_genes_at_its_rate_and_never_leaves_them_as_they_were() -> None:
     rng = np.random.default_rng(0)
     choices, start = (0, 2, 3, 7), (0, 3, 7, 2)
+    each = [choices] * 4
     for rate in (0.0, 0.3, 1.0):
         changed = 0
         for _ in range(500):
-            after = operators.reset(start, rng, rate=rate, choices=choices)
+            after = operators.reset(start, rng, rate=rate, choices=each)
             assert set(after) <= set(choices)
             changed += sum(a != b for a, b in zip(start, after, strict=True))
-            near = operators.creep(start, rng, rate=rate, choices=choices)
+            near = operators.creep(start, rng, rate=rate, choices=each)
             assert all(abs(choices.index(a) - choices.index(b)) <= 1 for a, b in zip(start, near, strict=True))
             assert rate < 1 or all(a != b for a, b in zip(start, near, strict=True))
         assert changed / 2000 == pytest.approx(rate, abs=0.04)
+
+
+def test_a_kept_layer_that_follows_creeps_with_its_mapping_alone() -> None:
+    rng = np.random.default_rng(0)
+    space = Space(student_layers=2, teacher_layers=3, kind="both")
+    crept = {operators.creep((1, 2, FOLLOW, 0), rng, rate=1.0, choices=space.gene_choices) for _ in range(50)}
+    assert {genes[2:] for genes in crept} == {(FOLLOW, 1)}
+    drawn = {operators.reset((1, 2, FOLLOW, 0), rng, rate=1.0, choices=space.gene_choices)[2:] for _ in range(200)}
+    assert drawn == set(itertools.product((0, 1, 2, 3), (FOLLOW, 1, 2, 3)))
 
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda space: space.describe())

@@ -6,6 +6,7 @@ import csv
 import itertools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -422,6 +423,32 @@ def test_the_layer_that_matters_is_named_with_its_interval_and_its_tasks(tmp_pat
     assert "says little" not in section
 
 
+@pytest.mark.parametrize(
+    ("kind", "best", "want"),
+    [
+        ("layers", lambda genes: genes[0] == 0, r"layer 1 \(start\) matters most.*, starting at random is worth"),
+        (
+            "both",
+            lambda genes: genes[4] == 2,
+            r"layer 2 \(start\) matters.* starting from teacher layer 2 is worth",
+        ),
+        (
+            "both",
+            lambda genes: genes[4] == -1,
+            r"layer 2 \(start\) .* from the layer that it learns from is worth",
+        ),
+        ("both", lambda genes: genes[0] == 0, r"layer 1 matters most.* learning from none is worth"),
+    ],
+)
+def test_kept_layers_are_genes_of_the_page(tmp_path: Path, kind: str, best: Callable, want: str) -> None:
+    space, rng = Space(student_layers=3, teacher_layers=3, kind=kind), np.random.default_rng(0)
+    genomes = dict.fromkeys(space.random(rng) for _ in range(90))
+    noisy = {genes: 0.5 + 0.1 * best(genes) + float(rng.normal(0, 0.001)) for genes in genomes}
+    evaluations = [scored(i, space.text(genes), fitness) for i, (genes, fitness) in enumerate(noisy.items())]
+    text = write_report(tmp_path / "report", facts(space), evaluations, {}, {}, {}).read_text()
+    assert re.search(want, text.replace("**", ""))
+
+
 def test_noise_names_no_layer(tmp_path: Path) -> None:
     evaluations = by_layer_3(noise=3.0)
     section = page(tmp_path, evaluations)
@@ -485,10 +512,11 @@ FOUR = {"best_so_far.png", "generations.png", "genes.png", "early_late.png"}
             True,
             FOUR | {"effects.png", "seed_noise.png"},
         ),
+        (Space(student_layers=3, teacher_layers=6, kind="both"), 60, False, FOUR | {"effects.png"}),
         (Space(student_layers=3, teacher_layers=6), 343, False, FOUR | {"effects.png"}),
         (Space(student_layers=3, teacher_layers=6), 1, False, FOUR),
     ],
-    ids=["60", "hidden and attention", "343", "1"],
+    ids=["60", "hidden and attention", "kept layers", "343", "1"],
 )
 def test_pictures_are_images_with_something_in_them(
     tmp_path: Path, space: Space, count: int, confirm: bool, want: set[str]

@@ -17,10 +17,12 @@ import pytest
 from launching import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ga.evolution.genome import Space
+from ga.evolution.sampler import parameter_names
 from ga.study.evaluations import REPEATED, RUNNING, Evaluation
 from ga.view.board import SEARCH, TRIALS, SearchBoard
 
-NAMES = ("layer_1", "layer_2")
+SPACE = Space(student_layers=2, teacher_layers=4)
 START = datetime.datetime(2026, 1, 1)
 
 
@@ -44,7 +46,7 @@ def history() -> list[Evaluation]:
 
 
 def board(folder: Path) -> SearchBoard:
-    return SearchBoard(folder, NAMES, teacher_layers=4, tasks=["SST-2"], say=print)
+    return SearchBoard(folder, SPACE, tasks=["SST-2"], say=print)
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -99,10 +101,15 @@ def test_evaluations_count_in_the_order_in_which_they_end(tmp_path: Path) -> Non
     assert found["jobs_running"] == [(2, 1), (3, 0)]
 
 
-def test_genomes_that_differ_in_length_have_a_diversity(tmp_path: Path) -> None:
-    names = ("hidden_1", "hidden_2", "attention_1", "attention_2")
-    opened = SearchBoard(tmp_path, names, teacher_layers=4, tasks=["SST-2"], say=print)
-    two = [replace(history()[0], genome="1-2"), replace(history()[1], genome="1-2/3-4")]
+@pytest.mark.parametrize(
+    ("changes", "genomes"),
+    [({"separate_attention": True}, ("1-2", "1-2/3-4")), ({"kind": "both"}, ("1-2@1-2", "3-2@1-2"))],
+)
+def test_genomes_that_differ_behind_the_first_mapping_have_a_diversity(
+    tmp_path: Path, changes: dict[str, Any], genomes: tuple[str, str]
+) -> None:
+    opened = SearchBoard(tmp_path, replace(SPACE, **changes), tasks=["SST-2"], say=print)
+    two = [replace(one, genome=genome) for one, genome in zip(history(), genomes, strict=False)]
     opened.refresh(two, running_jobs=0, population=2)
     opened.close()
     assert 0 < curves(tmp_path)["diversity"][0][1] < 1
@@ -199,13 +206,13 @@ def test_the_hparams_page_shows_genes_and_scores(server: str) -> None:
         assert time.monotonic() < deadline, "TensorBoard has not read the files"
         time.sleep(0.2)
     experiment = ask(f"{server}/data/plugin/hparams/experiment", {})
-    assert {info["name"] for info in experiment["hparamInfos"]} == {"genome", *NAMES}
+    assert {info["name"] for info in experiment["hparamInfos"]} == {"genome", *parameter_names(SPACE)}
     assert {info["name"]["tag"] for info in experiment["metricInfos"]} == {"trial/fitness", "trial/SST-2"}
     query = {
         "startIndex": 0,
         "sliceSize": 10,
         "allowedStatuses": ["STATUS_SUCCESS", "STATUS_FAILURE"],
-        "colParams": [{"hparam": name} for name in ("genome", *NAMES)],
+        "colParams": [{"hparam": name} for name in ("genome", *parameter_names(SPACE))],
     }
     groups = {
         group["name"]: group for group in ask(f"{server}/data/plugin/hparams/session_groups", query)["sessionGroups"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ga.evolution.genome import Space
 from ga.study.evaluations import REPEATED, RUNNING, Evaluation
 from ga.view.progress import Progress, best_table, blocks
+
+SPACE = Space(student_layers=2, teacher_layers=4)
 
 
 def generation(number: int, *fitness: float | None, first: int = 0) -> list[Evaluation]:
@@ -19,7 +22,7 @@ def generation(number: int, *fitness: float | None, first: int = 0) -> list[Eval
 
 def test_a_generation_is_said_once_when_it_is_over() -> None:
     lines: list[str] = []
-    progress = Progress(trials=8, population=3, say=lines.append)
+    progress = Progress(SPACE, trials=8, population=3, say=lines.append)
     progress.update([], over=False)
     first = generation(0, 0.5, 0.75, None)
     running = [replace(first[0], outcome=RUNNING, fitness=None), *first[1:]]
@@ -40,7 +43,7 @@ def test_a_generation_is_said_once_when_it_is_over() -> None:
 
 def test_what_an_earlier_driver_has_said_is_not_said_again() -> None:
     lines: list[str] = []
-    progress = Progress(trials=8, population=2, say=lines.append)
+    progress = Progress(SPACE, trials=8, population=2, say=lines.append)
     history = generation(0, 0.5, 0.25) + generation(1, 0.5, 0.25, first=2)
     progress.update(history, over=False)
     progress.update(history, over=True)

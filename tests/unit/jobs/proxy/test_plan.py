@@ -54,6 +54,27 @@ def test_each_mapping_is_run_once_however_it_is_written(tiny_world: TinyWorld, g
     assert made.genomes[2].mapping.file_name == "2-4_0-1"
 
 
+def test_kept_layers_take_the_place_of_student_init(tiny_world: TinyWorld, glue: Path) -> None:
+    made = plan(tiny_world, glue, "2-4", "follow@1-4", "0-3@2-4", "1-2@none", loss__embedding=0)
+    assert [(g.key, g.start(made.base).config.student.init) for g in made.genomes] == [
+        ("2-4", "uniform"),
+        ("1-4@1-4", "1-4"),
+        ("0-3@2-4", "0-3"),
+        ("1-2@0-0", "1-2"),
+        ("0-0", "uniform"),
+    ]
+    assert [g.plan.config.student.init for g in made.genomes if g.plan] == ["uniform", "1-4", "0-3"]
+    assert plan(tiny_world, glue, "0-3@2-4").fingerprint == plan(tiny_world, glue, "2-4").fingerprint
+
+
+def test_kept_layers_need_a_student_that_is_made_from_the_teacher(tiny_world: TinyWorld, glue: Path) -> None:
+    own = {"student__path": tiny_world.teacher, "student__layers": "null"}
+    with pytest.raises(
+        UserError, match=r"genomes='1-2-3-4@1-2-3-4': student\.path=.* leave out what stands before the @"
+    ):
+        plan(tiny_world, glue, "1-2-3-4@uniform", **own)
+
+
 def test_none_runs_too_where_the_yardstick_is_to_be_measured(tiny_world: TinyWorld, glue: Path) -> None:
     scales = "{SST-2: {start: 0, teacher: 1}}"
     one_task = {"proxy__tasks": "[SST-2]"}
@@ -119,10 +140,6 @@ def test_the_fingerprint_changes_with_what_changes_fitness_and_with_nothing_else
         ({"genomes": "[2-4, 2-4-1]"}, "genomes='2-4-1' has 3 layers, but the student has 2"),
         ({"genomes": "[2-4/]"}, "nothing after the slash"),
         ({"genomes": "[2-4, random-each-step]"}, "genomes='random-each-step' is no fixed mapping"),
-        (
-            {"genomes": "[2-4, 1-2@2-4]"},
-            "genomes='1-2@2-4': kept layers cannot be set by a genome yet; write student.init",
-        ),
         ({"genomes": "[]"}, "name at least one layer mapping"),
         ({"proxy__tasks": "[SST3, MRPC]"}, "did you mean"),
         ({"proxy__tasks": "[SQuAD-v2]"}, "proxy.evaluator=finetune"),
