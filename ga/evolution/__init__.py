@@ -1,5 +1,5 @@
-"""The genetic algorithm: genomes, operators on them, and the sampler that Optuna asks.
+"""The genetic algorithm: genomes, operators on them, the sampler that Optuna asks, and a model of what genes are worth.
 
-Read genome.py first, then operators.py; both are pure, and each random operator is given its generator.
+Read genome.py first, then operators.py and effects.py; all are pure, and each random operator is given its generator.
 May import of engine/ only errors and mapping, and of ga/ only optuna_private.
 """
