@@ -136,13 +136,14 @@ def next_generation(
 
     history: mean fitness of every genome proposed so far, larger = better; nan: it has none, so it is no parent, and
     not proposed again. The order of `history` does not matter. The `population` best known genomes are the parents: the
-    elite is kept for ever, and never paid for twice.
+    elite is kept for ever, and never paid for twice. With settings.prerank the best of so many times as many offspring
+    are kept, as `rank_by_model` sorts them.
     """
-    scored = {genes: fitness for genes, fitness in history.items() if not math.isnan(fitness)}
+    scored = {genes: value for genes, value in history.items() if not math.isnan(value)}
     if settings.prerank > 1 and len(scored) >= FEWEST:
         wide = replace(settings, prerank=1)
         offspring = next_generation(space, history, wide, rng, count=settings.prerank * count)
-        return preranked(space, scored, offspring)[:count]
+        return rank_by_model(space, scored, offspring)[:count]
     known = set(history)
     ranked = sorted((genes for genes in history if not math.isnan(history[genes])), key=lambda g: (-history[g], g))
     parents = ranked[: settings.population]
@@ -158,7 +159,7 @@ def next_generation(
     return made
 
 
-def preranked(space: Space, scored: Mapping[Genes, float], offspring: Sequence[Genes]) -> list[Genes]:
+def rank_by_model(space: Space, scored: Mapping[Genes, float], offspring: Sequence[Genes]) -> list[Genes]:
     """Sorts genomes by what a model of `scored` (fitness by genome) hopes of them, the best first: their posterior mean
     and OPTIMISM standard deviations. Equal ones keep their order."""
     model = EffectsModel(list(scored), list(scored.values()), space.gene_choices)
