@@ -183,9 +183,9 @@ def _method(models: Models) -> str:
     return (
         "An effect is what a teacher layer is worth to a student layer against the average of its choices, all other "
         "layers averaged over; a share is one of the variance of the predictions over all mappings. "
-        "Bayesian linear regression; pair effects are shrunken as far as the evaluations ask for (largest marginal "
-        "likelihood). Each interval holds its effect with a probability of 95 % if the model is right; many are shown, "
-        "so a few of them miss. All evaluations share the seeds of the search: the confirmation alone has new ones. "
+        "Bayesian linear regression, averaged over priors by their marginal likelihood: the evaluations say how much to "
+        "shrink. Each interval holds its effect with a probability of 95 % if the model is right; many are shown, so a "
+        "few of them miss. All evaluations share the seeds of the search: the confirmation alone has new ones. "
         f"Fitted to {models[FITNESS].evaluations} evaluations; correlation of a left-out one with its prediction: "
         f"{known}.{doubt}"
     )

@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.linalg import block_diag
 
 from ga.evolution import effects
-from ga.evolution.effects import EffectsModel
+from ga.evolution.effects import EffectsModel, Prior
 from ga.evolution.genome import Genes, Space
 
 SPACE = Space(student_layers=3, teacher_layers=4)
@@ -70,26 +70,34 @@ def design(genomes: list[Genes]) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("pair_weight", [0.0, 0.1])
-def test_it_is_the_explicit_regression_with_the_same_prior(pair_weight: float) -> None:
+def one_prior(monkeypatch: pytest.MonkeyPatch, prior: Prior) -> None:
+    """Leaves one prior of the grid."""
+    monkeypatch.setattr(effects, "SMOOTHNESS", (prior.smoothness,))
+    monkeypatch.setattr(effects, "PAIR_SHARES", (prior.pair_share,))
+    monkeypatch.setattr(effects, "SIGNALS", (prior.signal,))
+
+
+@pytest.mark.parametrize("prior", [Prior(0.0, 0.0, 0.5), Prior(0.8, 0.3, 2.0)])
+def test_with_one_prior_it_is_the_explicit_regression(prior: Prior, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every effect as a weight: normal prior, posterior by the textbook, the mean under a very wide prior."""
+    one_prior(monkeypatch, prior)
     genomes = drawn(40, 3)
-    pairs = [pair_weight * genes[0] * genes[1] for genes in genomes]
-    fitness = np.array(noisy(genomes, 0.05)) + pairs
+    fitness = np.array(noisy(genomes, 0.05)) + [0.02 * genes[0] * genes[1] for genes in genomes]
     model = EffectsModel(genomes, list(fitness), CHOICES)
-    assert (model.prior.pair_share > 0) == (pair_weight > 0)
     layers = np.arange(5)
-    raw = model.prior.smoothness ** np.abs(layers[:, None] - layers).astype(float)
+    raw = prior.smoothness ** np.abs(layers[:, None] - layers).astype(float)
     raw[0], raw[:, 0], raw[0, 0] = 0.0, 0.0, 1.0
     middle = np.eye(5) - 1 / 5
     gene = middle @ raw @ middle
     gene /= gene.diagonal().mean()
-    both = model.prior.pair_share * np.kron(gene, gene)
-    prior = block_diag(1e6, *[model.prior.signal * gene] * 3, *[model.prior.signal * both] * 3)
+    both = prior.pair_share * np.kron(gene, gene)
+    wide = block_diag(1e6, *[prior.signal * gene] * 3, *[prior.signal * both] * 3)
     known = design(genomes)
-    gain = prior @ known.T @ np.linalg.inv(known @ prior @ known.T + np.eye(len(genomes)))
-    means, posterior = gain @ fitness, prior - gain @ known @ prior
-    half = stats.t(len(genomes) - 1).ppf(0.975) * np.sqrt(model._noise * posterior.diagonal())
+    covariance = known @ wide @ known.T + np.eye(len(genomes))
+    gain = wide @ known.T @ np.linalg.inv(covariance)
+    means, posterior = gain @ fitness, wide - gain @ known @ wide
+    noise = float(fitness @ np.linalg.solve(covariance, fitness)) / 39
+    half = stats.t(39).ppf(0.975) * np.sqrt(noise * posterior.diagonal())
     main = [one for by_value in model.main_effects() for one in by_value.values()]
     np.testing.assert_allclose([one.mean for one in main], means[1:16], atol=1e-4)
     np.testing.assert_allclose([one.high - one.mean for one in main], half[1:16], rtol=1e-3)
@@ -100,7 +108,7 @@ def test_it_is_the_explicit_regression_with_the_same_prior(pair_weight: float) -
     predicted, deviation = model.predict(ALL)
     rows = design(ALL)
     np.testing.assert_allclose(predicted, rows @ means, atol=1e-4)
-    want = np.sqrt(model._noise * np.einsum("ij,jk,ik->i", rows, posterior, rows))
+    want = np.sqrt(noise * np.einsum("ij,jk,ik->i", rows, posterior, rows))
     np.testing.assert_allclose(deviation, want, rtol=1e-3)
 
 
@@ -142,20 +150,33 @@ def test_the_order_of_evaluations_does_not_matter() -> None:
     assert shuffled.main_effects() == EffectsModel(genomes, fitness, CHOICES).main_effects()
 
 
-def test_a_left_out_evaluation_is_predicted_from_the_others() -> None:
+def test_a_left_out_evaluation_is_predicted_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_prior(monkeypatch, Prior(0.5, 0.2, 1.0))
     genomes = drawn(12, 6)
     fitness = noisy(genomes, 0.05)
-    model = EffectsModel(genomes, fitness, CHOICES)
     predicted = []
     for i in range(12):
-        kept = [j for j in range(12) if j != i]
-        places = model._places(genomes)
-        covariance = np.eye(11) + model._covariance(places[kept], places[kept])
-        inverse = np.linalg.inv(covariance)
-        values = np.array(fitness)[kept]
-        mean = inverse.sum(0) @ values / inverse.sum()
-        predicted.append(float(mean + model._covariance(places[[i]], places[kept])[0] @ inverse @ (values - mean)))
-    assert model.left_out_correlation() == pytest.approx(np.corrcoef(predicted, fitness)[0, 1], abs=1e-9)
+        others = [j for j in range(12) if j != i]
+        model = EffectsModel([genomes[j] for j in others], [fitness[j] for j in others], CHOICES)
+        predicted.append(float(model.predict([genomes[i]])[0][0]))
+    whole = EffectsModel(genomes, fitness, CHOICES)
+    assert whole.left_out_correlation() == pytest.approx(np.corrcoef(predicted, fitness)[0, 1], abs=1e-9)
+
+
+def test_priors_that_the_evaluations_do_not_tell_apart_widen_the_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    genomes = drawn(12, 7)
+    fitness = noisy(genomes, 0.03)
+    mixed = EffectsModel(genomes, fitness, CHOICES)
+    weights = {fit._prior: weight for weight, fit in mixed._fits}
+    assert sum(weights.values()) == pytest.approx(1.0)
+    assert len(weights) > 10
+    one_prior(monkeypatch, max(weights, key=lambda prior: weights[prior]))
+    single = EffectsModel(genomes, fitness, CHOICES)
+
+    def width(model: EffectsModel) -> float:
+        return sum(one.high - one.low for by_value in model.main_effects() for one in by_value.values())
+
+    assert width(mixed) > width(single)
 
 
 def test_of_too_many_evaluations_the_best_and_the_worst_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
