@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations, product
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ Places = npt.NDArray[np.intp]
 
 FEWEST = 8
 """Number of evaluations below which nothing is fitted."""
-MOST = 1000
+MOST = 500
 """Number of evaluations that are fitted; of more of them some between the best and the worst are left out."""
 LEVEL = 0.95
 """Probability of an interval."""
@@ -147,15 +147,17 @@ class EffectsModel:
         mean, deviation = self._mixed(lambda fit: fit.predict(genes))
         return self._offset + mean, deviation
 
+    @cached_property
     def main_effects(self) -> list[dict[int, Estimate]]:
-        """Returns the effect of each value of each gene."""
+        """The effect of each value of each gene."""
         return [
             dict(zip(values, self._estimates(partial(_Fit.main_effects, gene=gene)), strict=True))
             for gene, values in enumerate(self.choices)
         ]
 
+    @cached_property
     def pair_effects(self) -> list[PairEffect]:
-        """Returns the effect of each pair of values of each pair of genes, the largest first."""
+        """The effect of each pair of values of each pair of genes, the largest first."""
         found = []
         for a, b in combinations(range(len(self.choices)), 2):
             estimates = self._estimates(partial(_Fit.pair_effects, genes=(a, b)))

@@ -58,9 +58,9 @@ def value_label(value: int) -> str:
 def variance_shares(model: EffectsModel) -> list[float]:
     """Returns the share of each gene in the variance of the model's predictions over all genomes; the rest are pairs.
     All are 0 where it predicts one value."""
-    main = [float(np.mean([one.mean**2 for one in effects.values()])) for effects in model.main_effects()]
+    main = [float(np.mean([one.mean**2 for one in effects.values()])) for effects in model.main_effects]
     sizes = [len(values) for values in model.choices]
-    pairs = sum(one.estimate.mean**2 / (sizes[one.genes[0]] * sizes[one.genes[1]]) for one in model.pair_effects())
+    pairs = sum(one.estimate.mean**2 / (sizes[one.genes[0]] * sizes[one.genes[1]]) for one in model.pair_effects)
     total = sum(main) + pairs
     return [one / total if total > 0 else 0.0 for one in main]
 
@@ -83,7 +83,7 @@ def which_layer(facts: Facts, models: Models, picture: str) -> list[str]:
 
 def finding(model: EffectsModel, labels: Sequence[str]) -> str:
     """Returns the sentence that a reader of one sentence reads."""
-    effects, shares = model.main_effects(), variance_shares(model)
+    effects, shares = model.main_effects, variance_shares(model)
     clear = [gene for gene, by_value in enumerate(effects) if any(one.is_clear for one in by_value.values())]
     if not clear:
         return (
@@ -130,7 +130,7 @@ def _worth(estimate: Estimate) -> str:
 
 def _fitness_table(model: EffectsModel, labels: Sequence[str]) -> str:
     rows = []
-    for label, effects, share in zip(labels, model.main_effects(), variance_shares(model), strict=True):
+    for label, effects, share in zip(labels, model.main_effects, variance_shares(model), strict=True):
         ends = [(value, effects[value]) for value in (_best(effects), _worst(effects))]
         cells = [[value_label(value), f"{one.mean:+.4f}", _interval(one)] for value, one in ends]
         rows.append([label, _percent(share), *itertools.chain(*cells)])
@@ -141,7 +141,7 @@ def _fitness_table(model: EffectsModel, labels: Sequence[str]) -> str:
 def _task_tables(models: Models, labels: Sequence[str]) -> list[str]:
     """Compares the tasks: the best teacher layer of each student layer, and how much of the variance it decides."""
     tasks = [name for name in models if name != FITNESS]
-    effects = {task: models[task].main_effects() for task in tasks}
+    effects = {task: models[task].main_effects for task in tasks}
     shares = {task: variance_shares(models[task]) for task in tasks}
     rows = []
     for gene, label in enumerate(labels):
@@ -161,7 +161,7 @@ def _task_tables(models: Models, labels: Sequence[str]) -> list[str]:
 
 def _pairs_text(model: EffectsModel, labels: Sequence[str]) -> str:
     share = 1.0 - sum(variance_shares(model)) if any(variance_shares(model)) else 0.0
-    clear = [one for one in model.pair_effects() if one.estimate.is_clear][:SHOWN_PAIRS]
+    clear = [one for one in model.pair_effects if one.estimate.is_clear][:SHOWN_PAIRS]
     text = f"Pairs of student layers make {_percent(share)} of what the model predicts"
     if not clear:
         return f"{text}; no single pair is clear."
@@ -182,10 +182,10 @@ def _method(models: Models) -> str:
         doubt = " **So low a correlation says little: more evaluations, or a proxy with less noise, would.**"
     return (
         "An effect is what a teacher layer is worth to a student layer against the average of its choices, all other "
-        "layers averaged over; a share is one of the variance of the predictions over all mappings. "
-        "Bayesian linear regression, averaged over priors by their marginal likelihood: the evaluations say how much to "
-        "shrink. Each interval holds its effect with a probability of 95 % if the model is right; many are shown, so a "
-        "few of them miss. All evaluations share the seeds of the search: the confirmation alone has new ones. "
-        f"Fitted to {models[FITNESS].evaluations} evaluations; correlation of a left-out one with its prediction: "
-        f"{known}.{doubt}"
+        "layers averaged over; a share is one of the variance of the predictions over all mappings. Bayesian linear "
+        "regression, averaged over priors by their marginal likelihood: the evaluations say how much to shrink. Each "
+        "interval holds its effect with a probability of 95 % if the model is right; many are shown, so a few of them "
+        "miss. All evaluations share the seeds of the search: the confirmation alone has new ones. "
+        f"Fitted to {models[FITNESS].evaluations} evaluations; correlation of a left-out one with what is predicted "
+        f"for it: {known}.{doubt}"
     )

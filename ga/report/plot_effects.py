@@ -26,7 +26,7 @@ def draw_effects(path: Path, models: Models, labels: Sequence[str]) -> bool:
     if not models:
         return False
     panel = max(2.4, 0.9 + 0.55 * len(labels))
-    shown = {name: model.main_effects() for name, model in list(models.items())[: max(1, int(WIDEST / panel))]}
+    shown = {name: model.main_effects for name, model in list(models.items())[: max(1, int(WIDEST / panel))]}
     rows = sorted({value for effects in shown.values() for by_value in effects for value in by_value})
     width = 1.0 + len(shown) * panel
     figure, panels = new_figure(len(shown), width=width + 0.8, height=max(3.4, 1.9 + 0.4 * len(rows)), share_y=True)

@@ -36,7 +36,7 @@ def noisy(genomes: list[Genes], deviation: float, seed: int = 0) -> list[float]:
 def test_effects_are_those_of_the_truth() -> None:
     genomes = drawn(60, 1)
     model = EffectsModel(genomes, noisy(genomes, 0.01), CHOICES)
-    first, second, third = model.main_effects()
+    first, second, third = model.main_effects
     for layer in range(5):
         assert third[layer].mean == pytest.approx(0.1 * (layer - 2), abs=0.02)
         assert second[layer].mean == pytest.approx(0.0, abs=0.02)
@@ -51,7 +51,7 @@ def test_a_pair_of_genes_is_found() -> None:
     fitness = [
         value + 0.2 * (genes[0] == genes[1] == 3) for genes, value in zip(genomes, noisy(genomes, 0.01), strict=True)
     ]
-    strongest = EffectsModel(genomes, fitness, CHOICES).pair_effects()[0]
+    strongest = EffectsModel(genomes, fitness, CHOICES).pair_effects[0]
     assert (strongest.genes, strongest.values) == ((0, 1), (3, 3))
     assert strongest.estimate.mean == pytest.approx(0.2 * 16 / 25, abs=0.03)  # beyond its main effects, 4/5 of 4/5
     assert strongest.estimate.is_clear
@@ -98,10 +98,10 @@ def test_with_one_prior_it_is_the_explicit_regression(prior: Prior, monkeypatch:
     means, posterior = gain @ fitness, wide - gain @ known @ wide
     noise = float(fitness @ np.linalg.solve(covariance, fitness)) / 39
     half = stats.t(39).ppf(0.975) * np.sqrt(noise * posterior.diagonal())
-    main = [one for by_value in model.main_effects() for one in by_value.values()]
+    main = [one for by_value in model.main_effects for one in by_value.values()]
     np.testing.assert_allclose([one.mean for one in main], means[1:16], atol=1e-4)
     np.testing.assert_allclose([one.high - one.mean for one in main], half[1:16], rtol=1e-3)
-    found = {(one.genes, one.values): one.estimate for one in model.pair_effects()}
+    found = {(one.genes, one.values): one.estimate for one in model.pair_effects}
     names = [(ab, gh) for ab in itertools.combinations(range(3), 2) for gh in itertools.product(range(5), repeat=2)]
     np.testing.assert_allclose([found[name].mean for name in names], means[16:], atol=1e-4)
     np.testing.assert_allclose([found[name].high - found[name].mean for name in names], half[16:], rtol=1e-3, atol=1e-9)
@@ -120,7 +120,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         truth -= truth.mean(1, keepdims=True)
         genomes = drawn(40, seed)
         fitness = [sum(truth[m, g] for m, g in enumerate(genes)) + 0.1 * float(rng.normal()) for genes in genomes]
-        for m, by_value in enumerate(EffectsModel(genomes, fitness, CHOICES).main_effects()):
+        for m, by_value in enumerate(EffectsModel(genomes, fitness, CHOICES).main_effects):
             held += [one.low <= truth[m, value] <= one.high for value, one in by_value.items()]
     assert 0.92 <= np.mean(held) <= 0.98
 
@@ -130,13 +130,13 @@ def test_noise_alone_has_hardly_a_clear_effect() -> None:
     for seed in range(20):
         values = np.random.default_rng(seed).normal(size=40)
         model = EffectsModel(drawn(40, seed), list(values), CHOICES)
-        clear += [one.is_clear for by_value in model.main_effects() for one in by_value.values()]
+        clear += [one.is_clear for by_value in model.main_effects for one in by_value.values()]
     assert np.mean(clear) < 0.05
 
 
 def test_equal_fitness_says_nothing() -> None:
     model = EffectsModel(drawn(20, 4), [0.5] * 20, CHOICES)
-    assert not any(one.is_clear for by_value in model.main_effects() for one in by_value.values())
+    assert not any(one.is_clear for by_value in model.main_effects for one in by_value.values())
     assert model.left_out_correlation() == 0.0
     assert model.predict(ALL)[0] == pytest.approx(0.5)
 
@@ -147,7 +147,7 @@ def test_the_order_of_evaluations_does_not_matter() -> None:
     pairs = list(zip(genomes, fitness, strict=True))
     random.Random(1).shuffle(pairs)
     shuffled = EffectsModel([genes for genes, _ in pairs], [value for _, value in pairs], CHOICES)
-    assert shuffled.main_effects() == EffectsModel(genomes, fitness, CHOICES).main_effects()
+    assert shuffled.main_effects == EffectsModel(genomes, fitness, CHOICES).main_effects
 
 
 def test_a_left_out_evaluation_is_predicted_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_priors_that_the_evaluations_do_not_tell_apart_widen_the_intervals(monke
     single = EffectsModel(genomes, fitness, CHOICES)
 
     def width(model: EffectsModel) -> float:
-        return sum(one.high - one.low for by_value in model.main_effects() for one in by_value.values())
+        return sum(one.high - one.low for by_value in model.main_effects for one in by_value.values())
 
     assert width(mixed) > width(single)
 
@@ -190,6 +190,6 @@ def test_a_gene_may_have_values_of_its_own() -> None:
     choices = [(-1, 0, 1), (0, 2)]
     genomes = list(itertools.product(*choices)) * 2
     model = EffectsModel(genomes, [float(genes[1] == 2) for genes in genomes], choices)
-    first, second = model.main_effects()
+    first, second = model.main_effects
     assert [list(first), list(second)] == [[-1, 0, 1], [0, 2]]
     assert second[2].mean == pytest.approx(0.5, abs=0.05)
