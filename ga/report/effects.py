@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from engine.mapping import SKIP
-from engine.records.yardstick import counted
+from engine.records.yardstick import counting_tasks
 from ga.evolution.effects import FEWEST, EffectsModel, Estimate, PairEffect
 from ga.evolution.genome import Space
 from ga.evolution.kept_layers import FOLLOW
@@ -37,9 +37,9 @@ def fitted_models(facts: Facts, evaluations: Sequence[Evaluation]) -> dict[str, 
     space, scales = facts.space, facts.yardstick.scales
     genomes = [space.parse(one.genome) for one in scored]
     values = {FITNESS: [float(one.fitness or 0.0) for one in scored]}
-    tasks = counted(scales)
+    tasks = counting_tasks(scales)
     for task in tasks if len(tasks) > 1 else ():
-        values[task] = [scales[task].closed(one.scores[task]) for one in scored]
+        values[task] = [scales[task].closed_share(one.scores[task]) for one in scored]
     return {name: EffectsModel(genomes, one, space.gene_choices) for name, one in values.items()}
 
 
