@@ -297,7 +297,7 @@ def limit(student_name: str, batch: Batch, device: torch.device, *, teacher: str
     """Seconds by part: FLOPs at the rate of matrix products of their shapes. Nothing else costs anything."""
     mapping, width, inner = STUDENTS[student_name]
     tokens, length = int(batch.counts.tokens), batch.input_ids.shape[1]
-    pairs, deepest = mapping.pairs, mapping.deepest_teacher_layer
+    pairs, deepest = mapping.pairs, max(mapping.genes)
     sequences = max(1, round(tokens / length))
 
     def linear(d: int, f: int, dtype: str) -> float:

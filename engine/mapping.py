@@ -61,12 +61,12 @@ def _dashed(genes: Sequence[int]) -> str:
 
 
 def round_half_up(numerator: int, denominator: int) -> int:
-    """round(numerator / denominator) with halves going up, in integers (Python's round() goes to even)."""
+    """Returns numerator / denominator, rounded with halves going up (Python's round() goes to even)."""
     return (2 * numerator + denominator) // (2 * denominator)
 
 
 def uniform(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """g(m) = round(m * N / M), half up. N need not be divisible by M."""
+    """Returns g(m) = round(m * N / M), half up, for m = 1 to M. N need not be divisible by M."""
     return tuple(round_half_up(m * teacher_layers, student_layers) for m in range(1, student_layers + 1))
 
 
@@ -136,8 +136,8 @@ class RandomEachStep(LayerMapping):
         return cls(uniform(student_layers, teacher_layers), teacher_layers)
 
     def drawn(self, seed: int, step: int) -> LayerMapping:
-        """The mapping of an optimizer step (from 0): a function of the two numbers alone, so that ranks, micro batches
-        and resumed runs agree on it without a word."""
+        """Returns the mapping of an optimizer step (from 0): a function of the two numbers alone, so that ranks, micro
+        batches and resumed runs agree on it without a word."""
         chosen = random.Random(f"{seed}/{step}").sample(range(1, self.teacher_layers + 1), self.student_layers)
         return LayerMapping(tuple(sorted(chosen)), self.teacher_layers)
 
@@ -225,14 +225,14 @@ class MappingPair:
 
 
 def _parts(text: str) -> tuple[str | None, str, str | None]:
-    """Kept layers, hidden and attention mapping of LAYERS@HIDDEN/ATTENTION; None where the sign is not there."""
+    """Returns kept layers, hidden and attention mapping of LAYERS@HIDDEN/ATTENTION; None where the sign is missing."""
     kept, at, maps = text.rpartition("@")
     hidden, slash, attention = maps.partition("/")
     return kept if at else None, hidden, attention if slash else None
 
 
 def mapping_table(hidden: LayerMapping, attention: LayerMapping) -> list[str]:
-    """Student layers over the teacher layers they learn from; · where a layer learns from none."""
+    """Returns lines of student layers over the teacher layers that they learn from; · where one learns from none."""
     width = max(2, len(str(hidden.teacher_layers)))
     rows: list[tuple[str, Sequence[int]]] = [("student layer", range(1, hidden.student_layers + 1))]
     if hidden.genes == attention.genes:
