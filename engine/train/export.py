@@ -55,9 +55,10 @@ def export_run(config: ExportConfig) -> Path:
             f"to={config.to!r} holds files that are not an export of mapdistill; name an empty or new folder"
         )
     _check_tokenizer(run_dir, config.run, description)
+    place = ", in place of the earlier export" if is_export(target) else ""
     export_checkpoint(run_dir, tag, target)
     loader = TASK_HEADS.get(head, "AutoModel")
-    print(f"model of {tag} written to {target}; load it with {loader}.from_pretrained({str(target)!r})")
+    print(f"model of {tag} written to {target}{place}; load it with {loader}.from_pretrained({str(target)!r})")
     return target
 
 
@@ -133,7 +134,10 @@ def write_model(
             if tokenizer.is_dir():
                 shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
             make_portable(folder, model)
-            (folder / "README.md").write_text(model_card(description), encoding="utf-8")
+            card = folder / "README.md"
+            card.write_text(model_card(description), encoding="utf-8")
+            for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
+                weights.chmod(card.stat().st_mode)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise RunFailure(f"{target} cannot be written: {reason}") from None

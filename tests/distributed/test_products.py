@@ -106,7 +106,9 @@ def test_export_script_needs_neither_ranks_nor_teacher(
     finished_run: FinishedRun, tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     run, target = finished_run(**OTHER_LOSSES), tmp_path / "exported here"
-    succeed("export", "--run", run.output_dir, "--to", target, "--tag", "step-00000006")
+    words = ["--run", run.output_dir, "--to", target, "--tag", "step-00000006"]
+    assert f"written to {target}; load it" in succeed("export", *words)
+    assert f"written to {target}, in place of the earlier export; load it" in succeed("export", *words)
     model = AutoModel.from_pretrained(target)
     assert model.config.num_hidden_layers == 2
     assert model.config.hidden_size == 16

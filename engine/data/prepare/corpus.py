@@ -25,6 +25,8 @@ from engine.errors import EXIT_PREEMPTED, UserError
 from engine.hub.tokenizer import load_tokenizer
 from engine.records.flock import Flock, no_locks_text, try_flock
 
+LOCK = ".lock"
+
 
 def prepare(config: PrepareConfig) -> Manifest:
     """Writes the corpus that `config` describes and returns its manifest.
@@ -48,14 +50,22 @@ def prepare(config: PrepareConfig) -> Manifest:
         print_already_prepared(folder, done)
         return done
     print_sources(readers)  # reads the first lines: an error in these leaves an earlier corpus as it is
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), _stoppable(folder):
+    with _new_folder(folder), _locked(folder), _stoppable(folder):
         (folder / MANIFEST).unlink(missing_ok=True)
         remove_strays(folder, shards=sys.maxsize)
         sources = [SourceShards(reader) for reader in readers]
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
-        pool = ShardPool(folder, settings, tokenizer_json=tokenizer_json, unit_bytes=unit_bytes, workers=config.workers)
+        pool = ShardPool(
+            folder,
+            settings,
+            tokenizer_json=tokenizer_json,
+            unknown=tokenizer.unk_token_id,
+            unit_bytes=unit_bytes,
+            workers=config.workers,
+        )
         usage = pool.process(sources)
+        if not any(info.sequences for source in sources for info in source.shards.values()):
+            remove_strays(folder, shards=0)
         manifest = _manifest(config, settings, sources)
         remove_strays(folder, shards=len(manifest.shards))
         manifest.write(folder)
@@ -136,15 +146,34 @@ def _already_prepared(
 
 
 @contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder. After an error, what it has made and nothing was written to goes again."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # a folder is not empty: finished shards, or another process's files
+            for path in new:
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keeps a second writer out of a folder. The lock dies with its process, so a killed run leaves none behind."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         lock = try_flock(file)
         if lock is Flock.HELD:
             raise UserError(f"output_dir={str(folder)!r}: another prepare_data.py is writing there")
         if lock is Flock.MISSING:
             print(no_locks_text(folder, "nothing keeps a second prepare_data.py out: start no other one"))
-        yield
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+            raise
 
 
 @contextlib.contextmanager

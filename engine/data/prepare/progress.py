@@ -34,6 +34,8 @@ class PoolUsage:
     kept_shards: int = 0
     """Shards of an earlier run that were not made again."""
     new_tokens: int = 0
+    unknown_tokens: int = 0
+    """Those of the new ones that stand for text the tokenizer does not know."""
     seconds: float = 0.0
     main_peak_bytes: int = 0
     worker_peak_bytes: dict[int, int] = field(default_factory=dict)
@@ -130,6 +132,9 @@ def print_summary(folder: Path, manifest: Manifest, readers: Sequence[SourceRead
         f"{_count(manifest.documents, 'document')}; {_count(manifest.tokens, 'token')}, fill {manifest.fill:.1%}, "
         f"{_count(len(manifest.shards), 'shard')}"
     )
+    if usage.unknown_tokens:
+        share = usage.unknown_tokens / usage.new_tokens
+        print(f"{share:.2%} of the new tokens stand for text that the tokenizer does not know")
     if usage.kept_shards:
         print(f"kept {_count(usage.kept_shards, 'shard')} of an earlier run")
     if dropped := sum(source.dropped for source in manifest.sources):

@@ -36,6 +36,8 @@ class SourceShards:
 @dataclass(frozen=True)
 class _Done:
     info: ShardInfo
+    unknown: int
+    """Tokens that stand for text the tokenizer does not know."""
     worker: int
     peak_bytes: int
 
@@ -50,10 +52,18 @@ class ShardPool:
     """
 
     def __init__(
-        self, folder: Path, settings: UnitSettings, *, tokenizer_json: str, unit_bytes: int, workers: int | None
+        self,
+        folder: Path,
+        settings: UnitSettings,
+        *,
+        tokenizer_json: str,
+        unknown: int | None,
+        unit_bytes: int,
+        workers: int | None,
     ) -> None:
+        """unknown: id of the tokenizer's token for what it does not know; None: it has none."""
         self._folder, self._settings = folder, settings
-        self._json = tokenizer_json
+        self._json, self._unknown = tokenizer_json, unknown
         self._unit_bytes = unit_bytes
         self._workers = workers or len(os.sched_getaffinity(0))
         self._usage = PoolUsage()
@@ -67,7 +77,7 @@ class ShardPool:
             self._workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
-            initargs=(self._json, str(self._folder), self._settings),
+            initargs=(self._json, str(self._folder), self._settings, self._unknown),
         )
         try:
             self._feed(pool, sources)
@@ -121,6 +131,7 @@ class ShardPool:
             source.shards[unit.index] = done.info
             self._usage.worker_peak_bytes[done.worker] = done.peak_bytes
             self._usage.new_tokens += done.info.tokens
+            self._usage.unknown_tokens += done.unknown
             progress.advance(len(unit.text))
 
 
@@ -138,17 +149,18 @@ class _Worker:
     backend: Any
     folder: Path
     settings: UnitSettings
+    unknown: int | None
 
 
 _worker: _Worker | None = None
 
 
-def _start_worker(tokenizer_json: str, folder: str, settings: UnitSettings) -> None:
+def _start_worker(tokenizer_json: str, folder: str, settings: UnitSettings, unknown: int | None) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the main process acts on it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = _Worker(plain_tokenizer(tokenizer_json), Path(folder), settings)
+    _worker = _Worker(plain_tokenizer(tokenizer_json), Path(folder), settings, unknown)
 
 
 def _die_with_parent() -> None:
@@ -173,7 +185,8 @@ def _work(unit: WorkUnit) -> _Done:
         dtype=id_type(settings.vocab_size),
         dropped=packer.dropped,
     )
-    return _Done(info, os.getpid(), _peak_bytes())
+    unknown = sum(int(np.count_nonzero(tokens == _worker.unknown)) for tokens in packer.sequences)
+    return _Done(info, unknown, os.getpid(), _peak_bytes())
 
 
 def _peak_bytes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def test_no_file_says_where_it_was_made(tmp_path: Path, teacher: Path) -> None:
     assert (
         "| teacher | teacher |\n| licence of the teacher | apache-2.0 |" in (tmp_path / "out" / "README.md").read_text()
     )
+
+
+def test_all_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path, teacher: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        out = export(teacher, tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in out.iterdir() if path.is_file()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {"0o640"}
 
 
 def test_the_tokenizer_does_what_the_teachers_does(tmp_path: Path, teacher: Path) -> None:

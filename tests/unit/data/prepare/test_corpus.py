@@ -323,6 +323,7 @@ def test_the_first_bad_lines_of_many_are_shown(tmp_path, tokenizer, small, capsy
     small.write_bytes(b"bad \xff line\n" * 1200 + small.read_bytes())
     prepare(config(tmp_path / "out", tokenizer, small, on_bad_line="skip"))
     out = capsys.readouterr().out
+    assert "does not know" not in out
     assert "small.txt: skipped 1,200 bad lines, the first of them:" in out
     assert out.count("is not UTF-8") == 5
 
@@ -338,7 +339,24 @@ def test_errors_name_the_key(tmp_path, tokenizer, small):
     short.write_text("The school.")
     with pytest.raises(UserError, match=r"short\.txt: gave no sequence of at least min_tokens=8"):
         prepare(config(tmp_path / "out", tokenizer, short))
-    assert not (tmp_path / "out" / MANIFEST).exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_before_the_first_shard_leaves_no_folder(tmp_path, tokenizer, small):
+    small.write_bytes(small.read_bytes() + b"bad \xff line\n")
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "new" / "deep", tmp_path / "there"):
+        with pytest.raises(UserError, match=r"is not UTF-8"):
+            prepare(config(out, tokenizer, small))
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_the_share_of_unknown_tokens_is_reported(tmp_path, tokenizer, small, capsys):
+    small.write_text("\n".join(["the school \u2603"] * 40))
+    manifest = prepare(config(tmp_path / "unknown", tokenizer, small))
+    share = 40 / manifest.tokens
+    assert f"{share:.2%} of the new tokens stand for text that the tokenizer does not know" in capsys.readouterr().out
 
 
 @pytest.mark.faults
