@@ -85,8 +85,17 @@ def run_cell(cell: Cell, settings: Sequence[str]) -> list[Row]:
     """A genome that diverges has a row without scores. `core_seconds` is its share of the job's processor time, which
     other jobs on the machine change less than the time on the wall."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "launch/proxy.py", "--config", "examples/proxy.yaml", "--output_dir", folder]
-        words += ["--proxy.yardstick", YARDSTICK, *cell.settings, *settings, "--genomes", *cell.genomes]
+        words = [sys.executable, "launch/proxy.py", "--config", "examples/proxy.yaml", "--config", "examples/glue.yaml"]
+        words += [
+            "--output_dir",
+            folder,
+            "--proxy.yardstick",
+            YARDSTICK,
+            *cell.settings,
+            *settings,
+            "--genomes",
+            *cell.genomes,
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         before = processor_seconds()
         done = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

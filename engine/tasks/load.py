@@ -16,7 +16,7 @@ from engine.config.finetune import TaskDataConfig
 from engine.data.prepare.formats import is_saved_dataset
 from engine.errors import UserError
 from engine.tasks.files import read_rows
-from engine.tasks.hub import find_split, holds_splits, hub_rows, hub_split_name, hub_splits, saved_splits
+from engine.tasks.hub import WITHOUT_GLUE, find_split, holds_splits, hub_rows, hub_split_name, hub_splits, saved_splits
 from engine.tasks.labels import gold_rows, occurring_labels, to_split
 from engine.tasks.remarks import remarks, shared_texts
 from engine.tasks.rows import Rows, Split
@@ -120,7 +120,7 @@ def hold_out(task: TaskData, *, parts: int) -> TaskData:
 def _root(config: TaskDataConfig) -> Path:
     root = Path(config.data_dir or "")
     if not root.is_dir():
-        raise UserError(f"task.data_dir={config.data_dir!r}: no such folder{beside(root)}")
+        raise UserError(f"task.data_dir={config.data_dir!r}: no such folder{beside(root)}{WITHOUT_GLUE}")
     return root
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -29,9 +30,10 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
 
 
+QUICKSTART = ("data/news/manifest.json", "data/reviews/dev.jsonl", "models/all-MiniLM-L6-v2/model.safetensors")
 needs_quickstart = pytest.mark.skipif(
-    not (ROOT / "data" / "news" / "manifest.json").is_file() or not (ROOT / "models" / "all-MiniLM-L6-v2").is_dir(),
-    reason="the quick start's teacher and text are not here: run `make data`",
+    not all((ROOT / path).is_file() for path in QUICKSTART),
+    reason="the quick start's teacher, text and task are not here: run `make data`",
 )
 LAUNCHED = [c for d in DOCUMENTS for c in commands(d, "deepspeed") if "--hostfile" not in c]
 """Commands with a hostfile are run by tests/multinode/test_check_hosts.py."""
@@ -60,15 +62,19 @@ def test_commands_pass_every_check_up_to_the_banner(command: str, tmp_path: Path
     reader will have distilled by then is the teacher."""
     words = shlex.split(command)
     script = script_of(command)
-    extra = ["--config", "examples/quickstart.yaml"] if words == ["deepspeed", "launch/distill.py"] else []
-    if script != "launch/distill.py":
+    is_bare = words == ["deepspeed", "launch/distill.py"]  # with a setting it would be another job
+    extra = [] if is_bare else ["--output_dir", str(tmp_path / "run")]
+    if "glue" in command:
         write_glue_sample(tmp_path / "glue")
         extra += ["--task.data_dir", str(tmp_path / "glue")]
+    if script == "launch/finetune.py":
+        extra += ["--model.path", "models/all-MiniLM-L6-v2"]
     words = ["models/all-MiniLM-L6-v2" if word.startswith("runs/") else word for word in words]
     words[1:1] = ["--master_port", str(free_port())]
-    done = run([*words, *extra, "--dry_run", "--output_dir", str(tmp_path / "run")])
+    done = run([*words, *extra, "--dry_run"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert BANNER_SAYS[script] in done.stdout
+    assert ("quick start: examples/quickstart.yaml" in done.stdout) == is_bare
     assert not (tmp_path / "run").exists()
 
 
@@ -80,14 +86,25 @@ def test_commands_pass_every_check_up_to_the_banner(command: str, tmp_path: Path
 def test_search_commands_rehearse(command: str, script: str, tmp_path: Path) -> None:
     """With one short job in place of the measured one, or a stand-in of it. What --status shows is tested with a whole
     search."""
-    write_glue_sample(tmp_path / "glue")
-    small = ["--proxy.steps", "2", "--train.warmup_steps", "1", "--train.global_batch", "2", "--search.cohort", "1"]
+    small = ["--proxy.steps", "2", "--train.global_batch", "2", "--search.cohort", "1"]
     words = [word for word in shlex.split(command)[2:] if word != "--status"]
-    paths = ["--task.data_dir", str(tmp_path / "glue"), "--output_dir", str(tmp_path / "run")]
-    done = run([sys.executable, script, *words, *small, *paths, "--dry_run"])
+    done = run([sys.executable, script, *words, *small, "--output_dir", str(tmp_path / "run"), "--dry_run"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "343 genomes" in done.stdout
     assert "s per evaluation" in done.stdout
+
+
+@needs_quickstart
+def test_the_task_of_film_reviews_is_what_the_documentation_says() -> None:
+    rows = {
+        name: [json.loads(line) for line in (ROOT / "data" / "reviews" / f"{name}.jsonl").open(encoding="utf-8")]
+        for name in ("train", "dev")
+    }
+    texts = {name: {row["text"] for row in split} for name, split in rows.items()}
+    assert not texts["train"] & texts["dev"]
+    assert {row["label"] for split in rows.values() for row in split} == {"fresh", "rotten"}
+    shown = f"{len(texts['train']) + len(texts['dev']):,} sentences of film reviews, fresh or rotten"
+    assert shown in (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 
 
 @needs_quickstart
@@ -104,6 +121,13 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test", "docs"} <= targets
     for target in targets:
         assert run(["make", "-n", target]).returncode == 0, target
+
+
+def test_make_alone_lists_the_targets() -> None:
+    [phony] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    listed = run(["make", "--no-print-directory"]).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == phony.split()
+    assert all(len(line.split()) > 1 for line in listed.splitlines())
 
 
 def test_links_and_named_files_exist() -> None:

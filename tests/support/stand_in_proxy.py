@@ -34,7 +34,13 @@ from engine.records.records import RecordWriter, format_record
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import TaskScale, fitness_of
 
-METRICS = {"SST-2": ("accuracy",), "MRPC": ("accuracy", "f1"), "STS-B": ("pearson", "spearman"), "RTE": ("accuracy",)}
+METRICS = {
+    "reviews": ("accuracy",),
+    "SST-2": ("accuracy",),
+    "MRPC": ("accuracy", "f1"),
+    "STS-B": ("pearson", "spearman"),
+    "RTE": ("accuracy",),
+}
 CODE = ("mapdistill", "torch", "deepspeed", "transformers", "torchmetrics")
 EXECUTION = {"precision": "float32", "world_size": 1, "zero_stage": 0}
 Fields = dict[str, Any]

@@ -154,6 +154,7 @@ def test_the_hub_out_of_reach_is_one_line_at_once(tmp_path: Path, task: str) -> 
     assert float(took) < 10, "huggingface_hub retried"
     hub_name = {"sst2": "nyu-mll/glue (sst2)", "squad_v2": "rajpurkar/squad_v2"}[task]
     assert re.fullmatch(r"task\.data_dir is unset, .*; set task\.data_dir to a folder.*\n", said), done.stdout
+    assert said.endswith("(or take the task of examples/finetune.yaml, which `make data` fetches)\n")
     assert hub_name in said
 
 

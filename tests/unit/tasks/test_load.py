@@ -85,7 +85,10 @@ def test_mistyped_names(tmp_path: Path) -> None:
     check_error(["no folder of a GLUE task", str(tmp_path)], lambda: resolve_names(["glue"], config_of(tmp_path)))
     missing = config_of(tmp_path / "gleu")
     (tmp_path / "glue").mkdir()
-    check_error(["task.data_dir=", "gleu", "did you mean 'glue'"], lambda: resolve_names(["glue"], missing))
+    check_error(
+        ["task.data_dir=", "gleu", "did you mean 'glue'", "examples/finetune.yaml"],
+        lambda: resolve_names(["glue"], missing),
+    )
     check_error(["task.data_dir=", "did you mean 'glue'"], lambda: load_task("cola", missing))
     check_error(["no folder CoLA there", "it has: glue"], lambda: load_task("cola", config_of(tmp_path)))
 
