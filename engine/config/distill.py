@@ -17,6 +17,8 @@ from engine.records.run_dir import is_tag, step_tag
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
+    """The frozen model that the student imitates."""
+
     path: PathText = located("models/all-MiniLM-L6-v2", teacher=True)
     """Folder or hub name of the frozen teacher (any Auto-class encoder that uses transformers' attention interface)."""
 
@@ -32,6 +34,8 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
+    """The model that is trained: its shape, and what it starts from."""
+
     path: PathText | None = result(None)
     """HF folder or hub name to start from; it then owns the architecture, and `layers` … `init` must stay unset."""
 
@@ -82,6 +86,8 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MappingConfig:
+    """Which layer of the teacher each layer of the student learns from."""
+
     hidden: str = result("uniform")
     """Layer mapping of the hidden-state losses: `0-5-0-10` (teacher layer of each student layer, 0 = none) or
     uniform, last, last-only, first, all-last, none, random:SEED; or random-each-step (RAIL-KD, arXiv 2109.10164): as
@@ -110,6 +116,8 @@ class MappingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
+    """What is compared between teacher and student, and how much each comparison counts."""
+
     preset: Literal["clean", "tinybert"] = result("clean")
     """clean: means over real tokens, averaged over active layers. tinybert: TinyBERT's released loss to rounding
     (means over all positions, pads included; summed over layers; one projection with bias, for embeddings too)."""
@@ -248,6 +256,8 @@ def trained_pairs(loss: LossConfig, mapping: MappingPair) -> frozenset[tuple[int
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """The prepared corpus, and masking."""
+
     path: PathText = located("data/news")
     """Folder that launch/prepare_data.py wrote (with manifest.json)."""
 
@@ -276,6 +286,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """The optimizer."""
+
     name: Literal["adamw", "lamb", "apex_fused_adam", "apex_fused_lamb"] = result("adamw")
     """adamw: DeepSpeed FusedAdam on a GPU, DeepSpeedCPUAdam with offload, torch's fused AdamW otherwise; lamb:
     DeepSpeed FusedLamb on a GPU, our own elsewhere (ZeRO stage 0 only); apex_*: NVIDIA Apex, an error when missing."""
@@ -302,6 +314,7 @@ class OptimConfig:
 
 Schedule = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
 DECAY_SHARE = 0.2
+WARMUP_SHARE = 0.1
 
 
 def decay_steps(decay_share: float | None, steps: int) -> int:
@@ -325,6 +338,8 @@ def require_decay(schedule: Schedule, decay_share: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Steps, batch and learning rate, and how often a run logs, evaluates and saves."""
+
     steps: int = result(300)
     """Optimizer steps of the whole run."""
 
@@ -334,12 +349,13 @@ class TrainConfig:
     lr: float = result(5e-4)
     """Peak learning rate."""
 
-    warmup_steps: int = result(30)
-    """Optimizer steps of linear warm-up from 0."""
+    warmup_steps: int | None = result(None)
+    """Optimizer steps of linear warm-up from 0; unset: a tenth of `steps`."""
 
     schedule: Schedule = result("linear")
     """Learning rate after the warm-up: to 0 at `steps` linearly or by a half cosine, constant, or constant with a
-    linear decay to 0 at the end (warmup_stable_decay): runs of different `steps` are then one up to their decays."""
+    linear decay to 0 at the end (warmup_stable_decay): runs of different `steps` and equal `warmup_steps` are then one
+    up to their decays."""
 
     decay_share: float | None = result(None)
     """Share of `steps` that the decay of warmup_stable_decay takes; unset: 0.2. Not with other schedules."""
@@ -370,11 +386,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "keep"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "must be at least 1")
-        for name in ("warmup_steps", "grad_clip", "eval_every", "save_every", "hang_timeout_s", "skip_bad_steps"):
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "must be >= 0"
+        )
+        for name in ("grad_clip", "eval_every", "save_every", "hang_timeout_s", "skip_bad_steps"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be >= 0")
         require(self.lr > 0, "train.lr", self.lr, "must be > 0")
         require(
-            self.warmup_steps <= self.steps,
+            self.warmup_steps is None or self.warmup_steps <= self.steps,
             "train.warmup_steps",
             self.warmup_steps,
             f"must not exceed the number of steps, {self.steps}",
@@ -382,12 +401,16 @@ class TrainConfig:
         require_decay(self.schedule, self.decay_share)
         if self.schedule == "warmup_stable_decay" and 0.0 < decay_share_of(self.decay_share) <= 1.0:
             require(
-                self.warmup_steps + self.decay_steps <= self.steps,
+                self.resolved_warmup_steps + self.decay_steps <= self.steps,
                 "train.decay_share",
                 self.decay_share,
-                f"{self.decay_steps} steps of decay and {self.warmup_steps} of warm-up must not exceed the number of "
-                f"steps, {self.steps}",
+                f"{self.decay_steps} steps of decay and {self.resolved_warmup_steps} of warm-up must not exceed the "
+                f"number of steps, {self.steps}",
             )
+
+    @property
+    def resolved_warmup_steps(self) -> int:
+        return round(WARMUP_SHARE * self.steps) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def decay_steps(self) -> int:
@@ -397,6 +420,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """Where checkpoints lie, and what happens when one cannot be written."""
+
     storage: Literal["shared", "local"] = how("shared")
     """shared: all hosts see one output_dir. local: output_dir lies on a disk of each host, which keeps the shards of
     its own ranks; records, TensorBoard and the student are on the first host alone."""
@@ -408,6 +433,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
+    """What computes the losses, and whether pads are computed."""
+
     backend: Literal["auto", "triton", "torch", "reference"] = how("auto")
     """What computes the losses with their gradients. triton: on a GPU; torch: anywhere; reference: the plain formulas,
     by autograd, slow; auto: triton on a GPU where it is installed, else torch."""

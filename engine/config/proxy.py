@@ -21,11 +21,12 @@ from engine.config.marks import PathText, evaluation, how, located, result
 from engine.records.yardstick import TaskScale
 
 PROXY_INIT = "uniform"
+WARMUP_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyConfig:
-    """The `proxy` section."""
+    """Length of the proxy distillations, and how their students are scored."""
 
     steps: int = result(60)
     """Optimizer steps of each student's distillation (docs/proxy.md says why so few)."""
@@ -116,9 +117,10 @@ class ProxyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyStudentConfig(StudentConfig):
-    """The student of a proxy: its `init` has a default, which must not stand in the way of `path`."""
+    """The students' shape, and what they start from (init: uniform when unset)."""
 
     def __post_init__(self) -> None:
+        # the default of `init` must not stand in the way of `path`
         if self.path is not None and self.init == PROXY_INIT:
             object.__setattr__(self, "init", None)
         super().__post_init__()
@@ -126,19 +128,21 @@ class ProxyStudentConfig(StudentConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyTrainConfig:
+    """Batch and learning rate of the proxy distillations."""
+
     global_batch: int = result(16)
     """Sequences per optimizer step over all ranks."""
 
     lr: float = result(1e-3)
     """Peak learning rate."""
 
-    warmup_steps: int = result(20)
-    """Optimizer steps of linear warm-up from 0."""
+    warmup_steps: int | None = result(None)
+    """Optimizer steps of linear warm-up from 0; unset: a third of `proxy.steps`."""
 
     schedule: Schedule = result("linear")
     """Learning rate after the warm-up: to 0 at `proxy.steps` linearly or by a half cosine, constant, or constant with a
-    linear decay to 0 at the end (warmup_stable_decay): proxies of different `proxy.steps` are then one up to their
-    decays."""
+    linear decay to 0 at the end (warmup_stable_decay): proxies of different `proxy.steps` and equal `warmup_steps` are
+    then one up to their decays."""
 
     decay_share: float | None = result(None)
     """Share of `proxy.steps` that the decay of warmup_stable_decay takes; unset: 0.2. Not with other schedules."""
@@ -155,7 +159,7 @@ class ProxyTrainConfig:
             steps=steps,
             global_batch=self.global_batch,
             lr=self.lr,
-            warmup_steps=self.warmup_steps,
+            warmup_steps=round(WARMUP_SHARE * steps) if self.warmup_steps is None else self.warmup_steps,
             schedule=self.schedule,
             decay_share=self.decay_share,
             grad_clip=self.grad_clip,

@@ -26,14 +26,14 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> tor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the optimizer has not stepped yet, and torch says so
         if config.schedule == "linear":
-            return get_linear_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
+            return get_linear_schedule_with_warmup(optimizer, config.resolved_warmup_steps, config.steps)
         if config.schedule == "cosine":
-            return get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
+            return get_cosine_schedule_with_warmup(optimizer, config.resolved_warmup_steps, config.steps)
         if config.schedule == "warmup_stable_decay":
             return get_wsd_schedule(
-                optimizer, config.warmup_steps, config.decay_steps, config.steps, decay_type="linear"
+                optimizer, config.resolved_warmup_steps, config.decay_steps, config.steps, decay_type="linear"
             )
-        return get_constant_schedule_with_warmup(optimizer, config.warmup_steps)
+        return get_constant_schedule_with_warmup(optimizer, config.resolved_warmup_steps)
 
 
 def learning_rates(config: TrainConfig, steps: int) -> list[float]:

@@ -14,6 +14,7 @@ from optuna import Study
 from optuna.trial import FrozenTrial
 
 from engine.config.distill import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
+from engine.config.places import command
 from engine.mapping import MappingPair
 from engine.records.files import replaced
 from engine.records.run_dir import as_yaml
@@ -109,9 +110,6 @@ def write_leaderboard(path: Path, facts: Facts, evaluations: Sequence[Evaluation
             )
 
 
-WARMUP_SHARE = 0.05
-
-
 def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConfig:
     """Returns the configuration of a whole distillation: teacher, student, losses and optimizer of the proxy; one
     pass over the corpus at launch/distill.py's own batch and learning rate."""
@@ -134,13 +132,13 @@ def best_config(config: SearchConfig, facts: ProxyFacts, genome: str) -> RunConf
         data=replace(config.data, eval_sequences=held_out),
         optim=config.optim,
         kernels=config.kernels,
-        train=replace(train, steps=steps, warmup_steps=round(WARMUP_SHARE * steps)),
+        train=replace(train, steps=steps),
     )
 
 
 def as_commented_yaml(config: RunConfig, *, path: Path, why: str) -> str:
     """Returns the text of that file. why: comment at the top."""
-    return f"# {why}\n# deepspeed launch/distill.py --config {shlex.quote(str(path))}\n{as_yaml(config)}"
+    return f"# {why}\n# {command('distill')} --config {shlex.quote(str(path))}\n{as_yaml(config)}"
 
 
 FOLDER = "report"
@@ -174,7 +172,7 @@ def publish(
     write_report(folder, about, evaluations, others, confirmed, scores, best_yaml=best_yaml, layers=layers)
     say(f"\n{headline(about, evaluations, confirmed)}\n\nreport     {report}")
     if best_yaml is not None:
-        say(f"go on      deepspeed launch/distill.py --config {folder / BEST}")
+        say(f"go on      {command('distill')} --config {folder / BEST}")
 
 
 def read_confirmations(storage: SearchStorage, config: SearchConfig, facts: ProxyFacts) -> list[FrozenTrial]:

@@ -250,6 +250,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     its inputs."""
     return settings(plan.config, *FIXED) | {
         "loss.projection": plan.projection,
+        "train.warmup_steps": plan.config.train.resolved_warmup_steps,
         **model_hashes("teacher", plan.teacher),
         "data.content_sha256": corpus_hash(plan.manifest),
         "mapping.hidden_resolved": str(plan.hidden_map),
