@@ -4,12 +4,14 @@ checks: `make docs`."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from engine.config.distill import RunConfig
 from engine.config.finetune import CustomTaskConfig, FinetuneConfig
+from engine.config.help import summary, value_form
 from engine.config.marks import Mark
 from engine.config.proxy import ProxyJobConfig
 from engine.config.schema import field_docs
@@ -28,9 +30,12 @@ Generated from the dataclasses of `engine/config/` and `ga/config.py` by `make d
 
 Every script takes `--config FILE.yaml` and any setting as `--section.name value`. The command line wins over files; of
 several files, and of a setting that is given twice on a command line, the last wins. Within one file nothing may stand
-twice. `--help` lists the settings, `--print_config` prints the resolved file. All mistakes of all files are said in one
-line, with file, line, value and remedy, and the exit code is 2, before any model is loaded. How a run executes
-(precision, ZeRO stage, offload, micro batch) is set in one file of [ds_configs](../ds_configs/README.md).
+twice. `--help` shows usage and sections, `--help SECTION` the settings of one (`--help all`: of all), `--print_config`
+the resolved file. The first line of a job says which files it read, and what the command line sets and replaces.
+`launch/distill.py` without any setting runs examples/quickstart.yaml; with one, and without `--config`, everything else
+has the default below. All mistakes of all files are said in one line, with file, line, value and remedy, and the exit
+code is 2, before any model is loaded. How a run executes (precision, ZeRO stage, offload, micro batch) is set in one
+file of [ds_configs](../ds_configs/README.md).
 
 How a value is read:
 
@@ -49,13 +54,14 @@ ones may; with `same content` the file may lie elsewhere, if its content is the 
 """
 
 
+BAR = "\\|"
 CONTINUED = {Mark.RESULT: "fixed", Mark.EVALUATION: "fixed", Mark.INPUT: "same content", Mark.HOW: "free"}
 """What a mark lets a user change when the same command is started again."""
 
 
 def rows(instance: Any, prefix: str) -> list[str]:
     """One table row per plain field; fields that are sections are left to `script`."""
-    docs, out = field_docs(type(instance)), []
+    docs, hints, out = field_docs(type(instance)), get_type_hints(type(instance), include_extras=True), []
     for f in dataclasses.fields(instance):
         default = getattr(instance, f.name)
         if dataclasses.is_dataclass(default):
@@ -63,12 +69,14 @@ def rows(instance: Any, prefix: str) -> list[str]:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         shown = "required" if required else "unset" if default is None else f"`{default}`"
         may_change = CONTINUED.get(f.metadata.get("mark"), "")
-        out.append(f"| `{prefix}{f.name}` | {shown} | {may_change} | {docs[f.name].replace('|', chr(92) + '|')} |")
+        cells = (f"`{prefix}{f.name}`", f"`{value_form(hints[f.name])}`", shown, may_change, docs[f.name])
+        out.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
     return out
 
 
 def table(title: str, instance: Any, prefix: str = "") -> str:
-    lines = [f"## {title}", "", "| key | default | continued | meaning |", "| --- | --- | --- | --- |"]
+    lines = [f"## {title}", "", *([summary(instance), ""] if prefix else [])]
+    lines += ["| key | value | default | continued | meaning |", "| --- | --- | --- | --- | --- |"]
     lines += [*rows(instance, prefix), ""]
     return "\n".join(lines)
 
@@ -97,7 +105,7 @@ def render() -> str:
         "data": "As for `launch/distill.py`, but nothing is held out.",
         "task": "The first four keys of `task` of `launch/finetune.py`; `train_rows` is 2000 when unset.",
     }
-    parts = [INTRO, *script("deepspeed launch/distill.py", RunConfig())]
+    parts = script("deepspeed launch/distill.py", RunConfig())
     parts += script("deepspeed launch/finetune.py", FinetuneConfig(), fine)
     parts.append(table("Each entry of `task.custom`", CustomTaskConfig(train="", dev="")))
     parts += script("deepspeed launch/proxy.py", ProxyJobConfig(genomes=["uniform"]), proxy)
@@ -107,7 +115,13 @@ def render() -> str:
     parts.append(table("Each entry of `sources`", SourceConfig(path="a.txt")))
     parts += script("python launch/export.py", ExportConfig(run=""))
     parts += script("python launch/check_hosts.py", HostCheckConfig(hostfile=""))
-    return "\n".join(parts)
+    return "\n".join([INTRO, contents(parts), *parts])
+
+
+def contents(parts: list[str]) -> str:
+    """Returns a list of the chapters as links."""
+    titles = [part.removeprefix("# ").strip("`\n") for part in parts if part.startswith("# ")]
+    return "".join(f"- [{title}](#{re.sub(r'[^a-z_ -]', '', title).replace(' ', '-')})\n" for title in titles)
 
 
 CHECKED = """\

@@ -3,3 +3,5 @@
 Read mapping.py, config/distill.py, losses/base.py, train/trainer.py and jobs/distill/job.py first.
 Never imports ga.
 """
+
+__version__ = "0.1.0"

@@ -7,20 +7,25 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from engine.config.distill import RunConfig
 from engine.config.finetune import FinetuneConfig
+from engine.config.places import IS_INSTALLED, ROOT, SHIPPED, command
 from engine.config.proxy import ProxyJobConfig
-from engine.config.reading import parse_config
+from engine.config.reading import parse_config, split_options
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
 from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, RunFailure, UserError
 from engine.ranks import allocator, environment, rendezvous, threads
+from engine.ranks.exit import run_rank
+from engine.records.columns import labelled_lines
 from engine.records.stdout import survive_lost_readers
 
 WAIT_FOR_RANK_ZERO_S = 20.0
 
-ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = "examples/quickstart.yaml"
 QUICKSTART_NEEDS = ("models/all-MiniLM-L6-v2/model.safetensors", "data/news/manifest.json")
 
 
@@ -30,14 +35,52 @@ def without_local_rank(argv: Sequence[str]) -> list[str]:
     return [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
 
 
-def quickstart_arguments() -> list[str]:
-    """Returns the arguments that stand for none at all, and goes to the repository: their paths are relative to it.
-    Raises UserError when `make data` has not been run."""
-    missing = [path for path in QUICKSTART_NEEDS if not (ROOT / path).exists()]
+def usage(script: str, purpose: str, *examples: str) -> str:
+    """Returns the beginning of a script's help. examples: what follows its command."""
+    lines = [f"  {command(script)} {words}".rstrip() for words in examples]
+    return "\n".join(
+        [f"usage: {command(script)} [--config FILE.yaml] [--SETTING VALUE] …", "", purpose, "", "examples:", *lines]
+    )
+
+
+def is_quickstart(argv: Sequence[str]) -> bool:
+    """Returns whether the arguments set nothing: what they ask for is the quick start, or a look at it."""
+    options, unexpected = split_options(argv)
+    return not unexpected and {name for name, _ in options} <= {"--dry_run", "--print_config"}
+
+
+def go_to_quickstart() -> None:
+    """Changes to the folder of the quick start's paths: the clone, or the current folder of an installation. Raises
+    UserError where its teacher or its text is missing."""
+    folder = Path.cwd() if IS_INSTALLED else ROOT
+    missing = [path for path in QUICKSTART_NEEDS if not (folder / path).exists()]
     if missing:
-        raise UserError(f"the quick start needs {' and '.join(missing)}: run `make data` in {ROOT}")
-    os.chdir(ROOT)
-    return ["--config", str(ROOT / "examples" / "quickstart.yaml")]
+        remedy = f"run `make data` in {ROOT}"
+        if IS_INSTALLED:
+            script = SHIPPED / "examples" / "quickstart_data.py"
+            corpus = "mapdistill prepare_data --config examples/quickstart_corpus.yaml"
+            remedy = f"run `{sys.executable} {script}` and `{corpus}` in this folder"
+        raise UserError(f"the quick start needs {' and '.join(missing)}: {remedy}")
+    os.chdir(folder)
+
+
+def print_origin(line: str, before: str = "") -> None:
+    """Prints where the settings of this job come from, on rank 0."""
+    if is_rank_zero():
+        print(labelled_lines([("settings", before + line)]), flush=True)
+
+
+def is_rank() -> bool:
+    """Returns whether a launcher, srun or mpirun has started this process. Raises UserError for what none of them
+    sets."""
+    known = dict(os.environ)
+    environment.complete(known)
+    return "RANK" in known
+
+
+def become_rank(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> NoReturn:
+    """Runs the main of a script as its file in `launch` does."""
+    run_rank(partial(main, argv))
 
 
 def is_rank_zero() -> bool:
@@ -114,10 +157,18 @@ def run_main(body: Callable[[], int]) -> int:
 
 def distill_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        words = without_local_rank(sys.argv[1:] if argv is None else argv)
-        config = parse_config(
-            RunConfig, words or quickstart_arguments(), "Distil a teacher (start this with `deepspeed`)."
+        words, announce = without_local_rank(sys.argv[1:] if argv is None else argv), print_origin
+        if is_quickstart(words):
+            go_to_quickstart()
+            words = ["--config", QUICKSTART, *words]
+            announce = partial(print_origin, before="none was given, so this is the quick start: ")
+        text = usage(
+            "distill",
+            "Distils a teacher into a student of fewer or narrower layers. Without any setting: the quick start.",
+            "",
+            f"--config {QUICKSTART} --train.steps 1000 --output_dir runs/longer",
         )
+        config = parse_config(RunConfig, words, text, announce)
         from engine.jobs.distill.job import distill  # heavy imports only once the configuration is known to be sound
 
         return distill(config)
@@ -128,7 +179,13 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
 def proxy_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = without_local_rank(sys.argv[1:] if argv is None else argv)
-        config = parse_config(ProxyJobConfig, words, "Distil layer mappings briefly, side by side, and score them.")
+        text = usage(
+            "proxy",
+            "Distils several layer mappings briefly, side by side, and scores the students on tasks.",
+            "--config examples/proxy.yaml --genomes uniform last first",
+            "--config examples/proxy.yaml --genomes uniform 0-3-6 --proxy.repeats 3 --output_dir runs/repeats",
+        )
+        config = parse_config(ProxyJobConfig, words, text, print_origin)
         from engine.jobs.proxy.job import proxy
 
         return proxy(config)
@@ -139,7 +196,13 @@ def proxy_main(argv: Sequence[str] | None = None) -> int:
 def finetune_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = without_local_rank(sys.argv[1:] if argv is None else argv)
-        config = parse_config(FinetuneConfig, words, "Fine-tune a model on tasks (start this with `deepspeed`).")
+        text = usage(
+            "finetune",
+            "Fine-tunes a student, or any encoder, on tasks and scores it.",
+            "--config examples/finetune.yaml",
+            "--model.path runs/quickstart --task.name SST-2,MRPC --task.data_dir data/glue --output_dir runs/glue",
+        )
+        config = parse_config(FinetuneConfig, words, text, print_origin)
         from engine.jobs.finetune.job import finetune
 
         return finetune(config)
@@ -150,7 +213,13 @@ def finetune_main(argv: Sequence[str] | None = None) -> int:
 def prepare_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = sys.argv[1:] if argv is None else argv
-        config = parse_config(PrepareConfig, words, "Turn raw text into packed, memory-mapped token sequences.")
+        text = usage(
+            "prepare_data",
+            "Turns text into a corpus: packed, memory-mapped token sequences.",
+            "--config examples/quickstart_corpus.yaml",
+            "--sources my.txt --tokenizer models/all-MiniLM-L6-v2 --output_dir data/mine",
+        )
+        config = parse_config(PrepareConfig, words, text)
         from engine.data.prepare.corpus import prepare
 
         prepare(config)
@@ -162,7 +231,13 @@ def prepare_main(argv: Sequence[str] | None = None) -> int:
 def export_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words = sys.argv[1:] if argv is None else argv
-        config = parse_config(ExportConfig, words, "Turn a sharded checkpoint into a Hugging Face folder.")
+        text = usage(
+            "export",
+            "Makes a Hugging Face folder of a checkpoint.",
+            "--run runs/quickstart",
+            "--run runs/quickstart --tag step-00000200 --to students/at-200",
+        )
+        config = parse_config(ExportConfig, words, text)
         from engine.train.export import export_run
 
         export_run(config)
@@ -176,7 +251,13 @@ def check_hosts_main(argv: Sequence[str] | None = None) -> int:
         from engine.ranks.hosts.check import check_hosts
 
         words = sys.argv[1:] if argv is None else argv
-        config = parse_config(HostCheckConfig, words, "Check that the hosts of a hostfile can train together.")
+        text = usage(
+            "check_hosts",
+            "Checks whether the hosts of a hostfile can train together.",
+            "--hostfile hostfile",
+            "--hostfile hostfile --shared /shared/runs --json",
+        )
+        config = parse_config(HostCheckConfig, words, text)
         return EXIT_DONE if check_hosts(config) else EXIT_BAD_INPUT
 
     return run_main(body)

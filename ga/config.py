@@ -20,7 +20,7 @@ STUDY_FILE = "study.db"
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSection(Settings):
-    """The `search` section; the operators of the genetic algorithm are inherited."""
+    """Budget, sampler and space of the search, its operators, and its jobs."""
 
     trials: int = how(64)
     """Budget: how many genomes are evaluated."""

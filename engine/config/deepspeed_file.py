@@ -14,9 +14,10 @@ import yaml
 
 from engine.config.checks import Problem, SettingsError, refuse
 from engine.config.nodes import Entries, compose, line_of, read_text
+from engine.config.places import SHIPPED
 from engine.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+FOLDER = SHIPPED / "ds_configs"
 
 ZERO = "zero_optimization"
 _OFFLOAD = "device nvme_path buffer_count pin_memory"

@@ -55,6 +55,8 @@ class CustomTaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskDataConfig:
+    """Where the rows of tasks lie, and how many of them are read."""
+
     data_dir: PathText | None = located(None)
     """Folder with tasks in their official layout (SST-2/train.tsv, SQuAD/train-v1.1.json …); unset: the hub."""
 
@@ -79,6 +81,8 @@ class TaskDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(TaskDataConfig):
+    """Tasks and their rows, and how a model is fine-tuned on them."""
+
     name: str | list[str] = located("SST-2")
     """Task, list of tasks, or `glue` for all nine (those that are missing under data_dir are named and left out)."""
 
@@ -157,6 +161,8 @@ class TaskConfig(TaskDataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The model that is fine-tuned."""
+
     path: PathText = located("runs/quickstart")
     """What to fine-tune: a student folder, a run directory of launch/distill.py (its `student/`), or any Hugging Face
     encoder by folder or hub name."""
@@ -170,6 +176,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskTeacherConfig:
+    """A teacher that was fine-tuned on the task, for distillation on its rows."""
+
     path: PathText | None = located(None)
     """Folder of a teacher that was fine-tuned on the same task, for task-stage distillation; unset: none. `{task}` in
     it stands for the task's name, as in runs/teacher/{task}/model."""
@@ -183,6 +191,8 @@ class TaskTeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskLossConfig(LossConfig):
+    """The loss of the labels and, with a teacher, what is compared with it."""
+
     labels: float = result(1.0)
     """Weight of the task's own loss: cross-entropy of the labels or spans, squared error of a regression."""
 
@@ -208,6 +218,8 @@ class TaskLossConfig(LossConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FineTrainConfig:
+    """Schedule and clipping, and how often a fine-tuning logs and saves."""
+
     schedule: Schedule = result("linear")
     """Learning rate after the warm-up: to 0 at the last step linearly or by a half cosine, constant, or constant with a
     linear decay to 0 at the end (warmup_stable_decay)."""

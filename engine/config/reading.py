@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -10,9 +10,11 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from engine import __version__
 from engine.config.checks import Problem, SettingsError, collected, refuse
 from engine.config.help import help_text
 from engine.config.nodes import NULL, TEXT, Entries, compose, describe_node, is_null, line_of, read_text
+from engine.config.places import shipped_file
 from engine.config.schema import Schema
 from engine.config.values import Reader, expand_path
 from engine.errors import EXIT_DONE, UserError
@@ -21,26 +23,55 @@ from engine.records.run_dir import as_yaml
 ConfigT = TypeVar("ConfigT")
 
 
-def parse_config(config_class: type[ConfigT], argv: Sequence[str], description: str) -> ConfigT:
+def parse_config(
+    config_class: type[ConfigT], argv: Sequence[str], usage: str, announce: Callable[[str], None] = lambda line: None
+) -> ConfigT:
     """Returns the resolved configuration: the command line wins over files, and what stands later over what stands
-    earlier. `--help` and `--print_config` print and end the process. Raises SettingsError with all that is wrong."""
+    earlier. `--help`, `--version` and `--print_config` print and end the process. Raises SettingsError with all that is
+    wrong.
+
+    usage: the beginning of the help. announce: is told, in one line, where the settings come from.
+    """
     schema = Schema(config_class)
     options, problems = split_options(argv)
-    asked = {name for name, _ in options}
-    if asked & {"--help", "-h"}:
-        print(help_text(schema, description), end="")
+    asked = dict(options)
+    topic = asked.get("--help", asked.get("-h"))
+    if topic is not None:
+        print(help_text(schema, usage, *topic[:1]), end="")
         raise SystemExit(EXIT_DONE)
-    sources: list[_File | _Option] = [_File(words) for name, words in options if name == "--config"]
-    sources += [_Option(name, words) for name, words in options if name not in ("--config", "--print_config")]
-    given: dict[str, Given] = {}
-    for source in sources:
-        given |= source.read(schema)
-        problems += source.problems
+    if "--version" in asked:
+        print(f"mapdistill {__version__}")
+        raise SystemExit(EXIT_DONE)
+    files = [_File(words) for name, words in options if name == "--config"]
+    typed = [_Option(name, words) for name, words in options if name not in ("--config", "--print_config")]
+    layers = [file.read(schema) for file in files]
+    layers.append({key: one for option in typed for key, one in option.read(schema).items()})
+    problems += [problem for file in files for problem in file.problems]
+    problems += [problem for option in typed for problem in option.problems]
+    given = {key: one for layer in layers for key, one in layer.items()}
     config = _build(config_class, schema, given, problems)
     if "--print_config" in asked:
         print(as_yaml(config), end="")
         raise SystemExit(EXIT_DONE)
+    announce(_origin([*(file.path for file in files), "command line"], layers))
     return config
+
+
+def _origin(names: Sequence[str], layers: Sequence[dict[str, Given]]) -> str:
+    """Returns the files with what each replaces of those before it, and all that the command line, the last, sets."""
+    before: dict[str, Given] = {}
+    parts = [] if len(names) > 1 else ["the defaults"]
+    for name, layer in zip(names, layers, strict=True):
+        is_file = layer is not layers[-1]
+        changes = [
+            f"{key}={setting.value}" + (f" (was {before[key].value})" if key in before else "")
+            for key, setting in layer.items()
+            if (before[key].value != setting.value if key in before else not is_file)
+        ]
+        if changes or is_file:
+            parts.append(f"{name}: {', '.join(changes)}" if changes else name)
+        before |= layer
+    return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -74,14 +105,14 @@ class _File:
     def __init__(self, words: list[str]) -> None:
         self.problems: list[Problem] = []
         self._words = words
-        self._path = ""
+        self.path = ""
 
     def read(self, schema: Schema) -> dict[str, Given]:
         given: dict[str, Given] = {}
         try:
             if len(self._words) != 1 or not self._words[0]:
                 raise UserError(f"--config takes one file, got {' '.join(self._words) or 'none'}")
-            self._path = expand_path(self._words[0], "--config")
+            self.path = str(shipped_file(expand_path(self._words[0], "--config")))
             self._add_section(self._top(), "", schema, given)
         except SettingsError as error:
             self.problems += error.problems
@@ -90,23 +121,23 @@ class _File:
         return given
 
     def _add_problem(self, text: str, node: yaml.Node, key: str = "") -> None:
-        self.problems.append(Problem(text, key=key, source=self._path, line=line_of(node)))
+        self.problems.append(Problem(text, key=key, source=self.path, line=line_of(node)))
 
     def _top(self) -> yaml.MappingNode:
-        text = read_text(Path(self._path))
+        text = read_text(Path(self.path))
         if not text.strip():
-            raise SettingsError([Problem("is empty; leave it out to have every default", source=self._path)])
-        node = compose(text, self._path)
+            raise SettingsError([Problem("is empty; leave it out to have every default", source=self.path)])
+        node = compose(text, self.path)
         if node is None:  # comments alone: every setting has its default
             return yaml.MappingNode(tag="", value=[])
         if not isinstance(node, yaml.MappingNode):
             text = f"expected settings like `output_dir: runs/first`, got {describe_node(node)}"
-            raise SettingsError([Problem(text, source=self._path, line=line_of(node))])
+            raise SettingsError([Problem(text, source=self.path, line=line_of(node))])
         return node
 
     def _add_section(self, node: yaml.MappingNode, above: str, schema: Schema, given: dict[str, Given]) -> None:
         """Adds the settings of a section to `given`. above: `section.`, or empty for the whole file."""
-        entries = Entries(node, self._path, above.removesuffix("."))
+        entries = Entries(node, self.path, above.removesuffix("."))
         self.problems += entries.problems
         here: set[str] = set()
         for name, key_node, value in entries:
@@ -122,8 +153,8 @@ class _File:
                 if key in given and key not in here:
                     lines = f"lines {given[key].line} and {line_of(key_node)}"
                     self._add_problem(f"{key} is there twice, {lines}; keep one", key_node)
-                reader = Reader(key, self._path)
-                given[key] = Given(reader.read(value, schema.settings[key].hint, key), self._path, line_of(key_node))
+                reader = Reader(key, self.path)
+                given[key] = Given(reader.read(value, schema.settings[key].hint, key), self.path, line_of(key_node))
                 self.problems += reader.problems
                 here.add(key)
             else:

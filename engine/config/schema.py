@@ -34,6 +34,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "max_grad_norm": ("grad_clip",),
     "gradient_clipping": ("grad_clip",),
     "seed": ("seeds",),
+    "data_seed": ("seed", "seeds"),
     "gradient_checkpointing": ("activation_checkpointing",),
     "logging_steps": ("log_every",),
     "eval_steps": ("eval_every",),
@@ -48,10 +49,20 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "num_attention_heads": ("heads",),
     "hidden_dropout_prob": ("dropout",),
     "adam_epsilon": ("eps",),
+    "adam_beta1": ("betas",),
+    "adam_beta2": ("betas",),
+    "overwrite_output_dir": ("resume",),
+    "tokenizer_name": ("tokenizer",),
     "torch_dtype": ("dtype",),
     "attn_implementation": ("attention",),
 }
 """Names of Hugging Face's Trainer and configurations: what of it may be called here."""
+_NOTES = {
+    "per_device_train_batch_size": " It counts all ranks; what a rank takes at once stands in the DeepSpeed JSON",
+    "gradient_accumulation_steps": " It counts all ranks; the accumulation follows from it",
+}
+"""What is otherwise than under the other name."""
+_PRECISIONS = ("bf16", "fp16")
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
@@ -109,7 +120,9 @@ class Schema:
                 return f"{leaf!r} is a section of the top level: mind the indentation"
             return f"{leaf!r} is a section: name a setting of it, like {self._first_key(leaf)!r}"
         if namesakes := self._keys_named(leaf, above) or self._keys_by_other_name(leaf, above):
-            return f"did you mean {' or '.join(map(repr, namesakes))}?"
+            return f"did you mean {' or '.join(map(repr, namesakes))}?{_NOTES.get(leaf, '')}"
+        if leaf in _PRECISIONS and "deepspeed_config" in self.settings:
+            return f"precision is set by the DeepSpeed JSON: write --deepspeed_config ds_configs/zero1_{leaf}.json"
         if name in ELSEWHERE and "deepspeed_config" in self.settings:
             return f"{name!r} belongs into the DeepSpeed JSON that deepspeed_config names"
         if above in self.sections:

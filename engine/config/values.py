@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from engine.config.checks import Problem, collected
+from engine.config.marks import PathText
 from engine.config.nodes import PLAIN_TAGS, Entries, describe_node, is_null, line_of, text_of
 from engine.errors import UserError
 
@@ -107,10 +108,12 @@ class Reader:
         }
 
     def _record(self, node: yaml.Node, kind: type[Any], what: str) -> Any:
-        """Reads a dataclass inside of a list or a dictionary."""
+        """Reads a dataclass inside of a list or a dictionary; a text stands for one that needs no more than a path."""
         hints = get_type_hints(kind, include_extras=True)
+        needed = _required(kind)
+        if isinstance(node, yaml.ScalarNode) and not is_null(node) and needs_a_path(kind):
+            return kind(**{needed[0]: _path(node, f"{what}.{needed[0]}")})
         if not isinstance(node, yaml.MappingNode):
-            needed = _required(kind)
             example = ", ".join(f"{name}: {describe_node(node) if len(needed) == 1 else '…'}" for name in needed)
             raise _wrong_type(node, what, f"a section with {', '.join(hints)}", f"write {{{example}}}")
         before = len(self.problems)
@@ -132,6 +135,12 @@ class Reader:
             record = kind(**given)
         self._add_problems([Problem(f"{what}: {problem.text}") for problem in refusals], node)
         return record
+
+
+def needs_a_path(kind: type[Any]) -> bool:
+    """Tells whether a dataclass needs one path and nothing else, which may then stand for it."""
+    hints = get_type_hints(kind, include_extras=True)
+    return [hints[name] for name in _required(kind)] == [PathText]
 
 
 def _required(kind: type[Any]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.config.places import command
 from engine.errors import UserError
 from engine.records.files import write_whole
 from engine.records.fingerprints import digest
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MANIFEST = "manifest.json"
-COMMAND = "python launch/prepare_data.py"
+COMMAND = command("prepare_data")
 
 
 @dataclass(frozen=True, kw_only=True)

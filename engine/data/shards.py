@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from engine.data.manifest import Manifest, ShardEntry
+from engine.data.manifest import COMMAND, Manifest, ShardEntry
 from engine.errors import UserError
 from engine.records.files import sync_folder, write_whole
 
 COLUMN = "input_ids"
-AGAIN = "start python launch/prepare_data.py again with the same settings, it redoes only what is missing"
+AGAIN = f"start {COMMAND} again with the same settings, it redoes only what is missing"
 MOST_MAPPED = 32_768
 """Most shards that are mapped at once: half of the 65,530 areas that Linux gives a process (vm.max_map_count)."""
 

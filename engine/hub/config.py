@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from engine.config.places import command
 from engine.errors import UserError
 from engine.hub.files import WEIGHT_FILES, lookup, quiet, read_json, require_whole, stored_tensors, unreadable
 
@@ -110,7 +111,7 @@ def _model_inside(folder: Path) -> str:
     if inside:
         return f"the model inside it: {', '.join(map(str, inside[:3]))}"
     if any(folder.rglob("*_model_states.pt")):
-        return "the model of this checkpoint of DeepSpeed, once launch/export.py or zero_to_fp32.py has written it"
+        return f"the model of this checkpoint of DeepSpeed, once {command('export')} or zero_to_fp32.py has written it"
     return "a Hugging Face model folder (config.json, model.safetensors and the tokenizer's files)"
 
 

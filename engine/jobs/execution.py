@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from engine import __version__
 from engine.config.deepspeed import Execution, default_config_name, resolve_execution
 from engine.config.deepspeed_file import FOLDER, NAMES, REMEDIES, section
 from engine.config.distill import OptimConfig, TrainConfig
+from engine.config.places import shipped_file
 from engine.errors import UserError
 from engine.models.apex import require_apex
 from engine.models.attention import Backend, resolve_backend
@@ -33,7 +34,7 @@ def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig
     work."""
     name_accelerator()
     extension_builds.require_operators()
-    path = Path(deepspeed_config)
+    path = shipped_file(deepspeed_config)
     if deepspeed_config == "auto":
         path = FOLDER / default_config_name(has_gpu=uses_gpu(), has_fast_bf16=has_fast_bf16())
     execution = resolve_execution(train, optim, path, launcher_world_size(), refused_by_deepspeed)
@@ -95,4 +96,4 @@ def attention_backend(requested: str, dtype: str, shape: ModelShape, seq_len: in
 
 def versions() -> str:
     """Returns the versions of this library and of those that all hosts must agree on, for a banner."""
-    return ", ".join(f"{name} {version(name)}" for name in ("mapdistill", *COMPARED))
+    return ", ".join([f"mapdistill {__version__}", *(f"{name} {version(name)}" for name in COMPARED)])

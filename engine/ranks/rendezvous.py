@@ -12,6 +12,7 @@ import os
 import platform
 from typing import Any
 
+from engine.config.places import command
 from engine.errors import UserError, first_line
 from engine.ranks import environment
 
@@ -63,7 +64,7 @@ def agree(error: str | None) -> None:
         raise UserError(
             (error + "; also, " if error else "")
             + f"rank {rank} on {platform.node()} could not meet the others at {where}: {first_line(failure)}. Try "
-            "python launch/check_hosts.py"
+            f"{command('check_hosts')}"
         ) from None
     if errors:
         _failed = True

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from engine.config.places import command
 from engine.errors import UserError
 from engine.hub.config import load_config
 from engine.hub.files import quiet
@@ -46,7 +47,7 @@ def model_folder(path: str, *, key: str) -> str:
     if (folder / "checkpoints").is_dir() or (folder / "records.jsonl").is_file():
         raise UserError(
             f"{key}={path!r} is a run directory without a model yet: let the run finish, or write its newest "
-            f"checkpoint with `python launch/export.py --run {path}`"
+            f"checkpoint with `{command('export')} --run {path}`"
         )
     return path  # load_config says what is missing
 
@@ -139,7 +140,7 @@ def require_head(path: str, *, key: str, config: PretrainedConfig, spec: TaskSpe
     if problem is not None:
         raise UserError(
             f"{key}={path!r} is no teacher for {spec.name}: {problem}; fine-tune it on {spec.name} with "
-            "launch/finetune.py first"
+            f"{command('finetune')} first"
         )
     if head_problem(config, spec) is None:
         return head_remarks(path, key=key, config=config, spec=spec)

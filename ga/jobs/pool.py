@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config.hostfile import parse_hostfile
+from engine.config.places import SHIPPED
 from engine.config.proxy import ProxyJobConfig
 from engine.errors import UserError
 from engine.records.run_dir import RunDir, as_yaml
@@ -22,8 +23,7 @@ from ga.jobs.launcher import LOG, Job, command, environment
 from ga.jobs.outcome import JobReport, read_job
 from ga.jobs.slots import Placement, free_port, plan_slots
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "launch" / "proxy.py"
+SCRIPT = SHIPPED / "launch" / "proxy.py"
 HOSTFILE = "hostfile"
 LAUNCHED_BY: dict[Launcher, str] = {"pdsh": "pdsh", "openmpi": "ompi_info", "slurm": "sinfo"}
 """The command that DeepSpeed looks for."""

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.config.places import command
 from engine.mapping import MappingPair
 from engine.records.yardstick import NOT_A_RESULT, beaten_text, counting_tasks, describe_yardstick, is_none
 from ga.report.confirmation import Confirmed, verdict, winner
@@ -127,7 +128,7 @@ def _go_on(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed
         "from. Ask again with more proxy.steps, a colder student.init, or search.min_active=1 before a long run."
     ]
     return [
-        f"```bash\ndeepspeed launch/distill.py --config {shlex.quote(str(best_yaml))}\n```",
+        f"```bash\n{command('distill')} --config {shlex.quote(str(best_yaml))}\n```",
         *(nothing if deepest_layer(genome) == 0 else []),
         f"The search wrote that file with its winner, {genome}: teacher, student, losses and optimizer of the proxy, "
         "and one pass over the corpus at the batch and the learning rate that launch/distill.py has by default."

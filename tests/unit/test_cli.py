@@ -13,9 +13,11 @@ from launching import ROOT
 
 from engine import cli
 from engine.config.distill import RunConfig
+from engine.config.proxy import ProxyJobConfig
 from engine.config.reading import parse_config
-from engine.config.tools import PrepareConfig
+from engine.config.tools import PrepareConfig, SourceConfig
 from engine.errors import UserError
+from engine.records.run_dir import as_yaml
 
 MISTAKES = [
     (["--loss.hiden", "3"], "unknown setting 'loss.hiden'; did you mean 'loss.hidden'?"),
@@ -120,6 +122,12 @@ def test_mapping_texts_stay_text() -> None:
     assert (mapping.hidden, mapping.attention) == ("none", "0-5-0-10")
 
 
+@pytest.mark.parametrize("argv", [["a.txt", "b c.jsonl"], ["[a.txt, {path: b c.jsonl}]"]])
+def test_a_path_stands_for_its_source(argv: list[str]) -> None:
+    config = parse_config(PrepareConfig, ["--sources", *argv], "test")
+    assert config.sources == [SourceConfig(path="a.txt"), SourceConfig(path="b c.jsonl")]
+
+
 def test_prepare_config_parses_sources() -> None:
     argv = ["--sources", '[{"path": "a.txt", "weight": 2}, {"path": "b.jsonl", "field": "body"}]']
     config = parse_config(PrepareConfig, argv, "test")
@@ -149,18 +157,69 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert not loaded.split(), f"import {module} imports {loaded}"
 
 
-def test_no_argument_is_the_quick_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("looks", [["--print_config"], ["--dry_run=true", "--print_config"]])
+def test_no_setting_is_the_quick_start(
+    looks: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "QUICKSTART_NEEDS", ("README.md",))
-    config = parse_config(RunConfig, cli.quickstart_arguments(), "test")
-    assert config.output_dir == "runs/quickstart"
+    with pytest.raises(SystemExit):
+        cli.distill_main(looks)
+    printed = capsys.readouterr().out
+    expected = parse_config(RunConfig, ["--config", str(ROOT / cli.QUICKSTART), *looks[:-1]], "test")
+    assert printed == as_yaml(expected)
     assert Path.cwd() == ROOT, "its paths are relative to the repository"
+
+
+@pytest.mark.parametrize("words", [["--seed", "0"], ["--config", "a.yaml"], ["--dry_run", "--seed=0"], ["a.yaml"]])
+def test_with_a_setting_it_is_not_the_quick_start(words: list[str]) -> None:
+    assert not cli.is_quickstart(words)
+    assert cli.is_quickstart([])
+    assert cli.is_quickstart(["--dry_run"])
 
 
 def test_the_quick_start_without_its_data_names_the_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "QUICKSTART_NEEDS", ("README.md", "nowhere"))
     with pytest.raises(UserError, match=rf"^the quick start needs nowhere: run `make data` in {ROOT}$"):
-        cli.quickstart_arguments()
+        cli.go_to_quickstart()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--seed", "3"], "the defaults; command line: seed=3"),
+        ([], "the defaults"),
+        (["--config", "A", "--dry_run"], "A; command line: dry_run=True"),
+        (
+            ["--config", "A", "--config", "B", "--train.steps", "9", "--train.lr", "0.1"],
+            "A; B: seed=2 (was 1); command line: train.steps=9 (was 7), train.lr=0.1",
+        ),
+        (["--config", "A", "--seed", "1"], "A"),
+        (["--config", "B", "--seed", "1", "--seed", "4"], "B; command line: seed=4 (was 2)"),
+    ],
+)
+def test_the_origin_of_the_settings_is_announced(words: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "A").write_text("seed: 1\ntrain: {steps: 7}\n")
+    (tmp_path / "B").write_text("seed: 2\n")
+    announced: list[str] = []
+    parse_config(RunConfig, [str(tmp_path / w) if w in "AB" else w for w in words], "test", announced.append)
+    assert [line.replace(f"{tmp_path}/", "") for line in announced] == [says]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_rank_zero_alone_prints_the_origin(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    cli.print_origin("a.yaml")
+    assert capsys.readouterr().out == ("settings    a.yaml\n" if rank == "0" else "")
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (20, 2), (300, 30)])
+def test_a_default_warm_up_fits_into_any_number_of_steps(steps: int, warmup: int) -> None:
+    assert parse_config(RunConfig, ["--train.steps", str(steps)], "test").train.resolved_warmup_steps == warmup
+    proxy = parse_config(ProxyJobConfig, ["--genomes", "1-2", "--proxy.steps", str(steps)], "test")
+    assert proxy.train.as_train(steps).warmup_steps == round(steps / 3)
 
 
 @pytest.mark.parametrize("given", [["--config", "FILE"], ["--config=FILE"]])

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from engine.config.distill import RunConfig
+from engine.config.places import command
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.errors import EXIT_DONE, RunFailure
@@ -297,7 +298,7 @@ class Job:
         except RunFailure as error:
             raise RunFailure(
                 f"{error}. Training is done and checkpoint {step_tag(step)} is complete: make room, then start "
-                f"the same command again, or python launch/export.py --run {shlex.quote(str(self.run_dir.root))}"
+                f"the same command again, or {command('export')} --run {shlex.quote(str(self.run_dir.root))}"
             ) from None
 
     def _closing_table(self, history: History) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import engine
+from engine import __version__
 from engine.config.deepspeed_file import FOLDER
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, RunConfig
 from engine.config.marks import Mark, settings
+from engine.config.places import ROOT
 from engine.config.proxy import ProxyJobConfig
 from engine.data.manifest import corpus_hash
 from engine.errors import UserError
@@ -179,7 +179,7 @@ def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
 @cache
 def code_version() -> str:
     """Returns the version and a hash of this library's source: an edit may change what a fitness means."""
-    return f"{version('mapdistill')}+{code_hash(Path(engine.__file__).resolve().parents[1])}"
+    return f"{__version__}+{code_hash(ROOT)}"
 
 
 def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskData]) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskDa
     hashes = model_hashes("teacher", base.teacher)
     parts["teacher"] |= {key.partition(".")[2]: value for key, value in hashes.items()} | {"dtype": base.teacher_dtype}
     parts["data"] |= {"content_sha256": corpus_hash(base.manifest), "seq_len": base.seq_len}
-    parts["train"]["precision"] = base.execution.precision
+    parts["train"] |= {"precision": base.execution.precision, "warmup_steps": base.config.train.resolved_warmup_steps}
     parts["tasks"] = {task.spec.name: {"sha256": task.sha256, "metrics": list(task.spec.metrics)} for task in tasks}
     parts["code"] = {"mapdistill": code_version(), **{name: version(name) for name in PACKAGES}}
     return parts

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.hostfile import parse_hostfile, rank_exports
+from engine.config.places import ROOT
 from engine.config.tools import HostCheckConfig
 from engine.ranks.hosts.agent import COMPARED
 from engine.ranks.hosts.link import HostError, HostLink, close_all
 from engine.ranks.hosts.report import INTERFACE, Report, Verdict, table
 
-ROOT = Path(__file__).resolve().parents[3]
 PASSED_ON = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")
 """Beginnings of the variables that DeepSpeed passes on to other hosts by itself."""
 FACTS_S = 20.0

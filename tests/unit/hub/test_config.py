@@ -111,7 +111,7 @@ def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "step-00000004").mkdir()
     (tmp_path / "step-00000004" / "mp_rank_00_model_states.pt").touch()
     for folder in (tmp_path, tmp_path / "step-00000004"):
-        with pytest.raises(UserError, match=r"name the model of this checkpoint .* once launch/export.py"):
+        with pytest.raises(UserError, match=r"name the model of this checkpoint .* once python launch/export.py"):
             load_config(str(folder), "teacher.path")
 
 
