@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +13,17 @@ from torch import nn
 
 from engine.config.distill import RunConfig
 from engine.config.places import command
-from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.errors import EXIT_DONE, RunFailure
 from engine.jobs.distill import banner
 from engine.jobs.distill.build import build_module, flops_per_token, load_teacher, open_corpus
+from engine.jobs.distill.held_out import HeldOutLosses
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
 from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.models.teacher import FrozenTeacher
-from engine.ranks import run_lock, watchdog
-from engine.ranks.collectives import from_rank_zero, summed
+from engine.ranks import run_lock
+from engine.ranks.collectives import from_rank_zero
 from engine.ranks.run_lock import RunLock
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.history import History
@@ -37,7 +36,7 @@ from engine.train.monitor import Monitor
 from engine.train.optim import ChosenOptimizer
 from engine.train.portable import copy_files
 from engine.train.trainee import Trainee
-from engine.train.trainer import Outcome, Teacher, Trainer
+from engine.train.trainer import Outcome, Trainer
 
 
 def distill(config: RunConfig) -> int:
@@ -320,47 +319,3 @@ class Job:
             facts,
             steps=(first["step"], last["step"]),
         )
-
-
-@dataclass
-class HeldOutLosses:
-    """An Evaluation (engine/train/trainer.py) of one distillation, every `every` steps (0: never) and at the end."""
-
-    trainee: Trainee
-    teacher: Teacher
-    loader: CorpusLoader
-    every: int
-    names: Sequence[str]
-    """Names of the terms of a batch that is in no step."""
-    enough: bool = False
-
-    def due(self, step: int, *, last: bool) -> bool:
-        """Returns whether to measure after `step`."""
-        return bool(self.every) and (last or step % self.every == 0)
-
-    def state(self) -> dict[str, Any]:
-        """Returns nothing: held-out losses decide nothing."""
-        return {}
-
-    def __call__(self, step: int) -> bool:
-        """Shows and records the held-out losses, which are the same whatever the ranks and batches. Collective."""
-        model, device = self.trainee.model, self.trainee.runtime.device
-        batches = list(self.loader.held_out_batches(self.trainee.execution.micro_batch_size))
-        if not batches:
-            return False
-        local = sum((batch.counts for batch in batches), Counts())
-        counts = local.with_values(summed(local.as_list()))
-        count = len(self.names)
-        sums = torch.zeros(count + 1, device=device)
-        model.eval()
-        with torch.no_grad():
-            for batch in (cpu.to(device) for cpu in batches):
-                total, terms = model(batch, self.teacher(batch), counts)
-                sums += torch.cat([total.float().reshape(1), terms[:count]])
-                watchdog.beat()
-        model.train()
-        if self.trainee.runtime.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        total, *values = sums.tolist()
-        self.trainee.monitor.held_out(step, total, dict(zip(self.names, values, strict=True)))
-        return False

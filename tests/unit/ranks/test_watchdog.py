@@ -106,7 +106,7 @@ from types import SimpleNamespace as Some
 import torch
 from engine.ranks import watchdog
 from engine.data.batch import Counts
-from engine.jobs.distill.job import HeldOutLosses
+from engine.jobs.distill.held_out import HeldOutLosses
 
 class Engine:
     def eval(self): pass
