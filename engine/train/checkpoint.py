@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.deepspeed import Execution
-from engine.config.identity import changed_keys, describe_changes, fixed_keys
 from engine.errors import UserError
 from engine.ranks.agreement import require_agreement
 from engine.ranks.collectives import gathered
@@ -21,6 +20,7 @@ from engine.ranks.runtime import Runtime
 from engine.records.files import sync_folder, write_whole
 from engine.records.run_dir import COMPLETE, RunDir, step_tag, tag_step
 from engine.train import universal
+from engine.train.changes import accepted_changes, has_changed
 from engine.train.checkpoint_files import (
     FileFacts,
     is_sound,
@@ -31,7 +31,6 @@ from engine.train.checkpoint_files import (
 )
 from engine.train.checkpoint_storage import Storage, Written
 from engine.train.deepspeed_engine import DeepSpeedModel
-from engine.train.schedule import SETTINGS, same_rates
 
 EXPORT_FILE = "export.json"
 """Inside a checkpoint: what launch/export.py needs to rebuild the student without the training world."""
@@ -101,7 +100,7 @@ class Checkpointer:
         damaged: dict[str, str] = {}
         for tag in reversed(tags):
             sound = next((marker for marker in markers[tag].values() if marker and is_sound(marker)), None)
-            changes = () if sound is None else self._accepted_changes(tag, sound["identity"])
+            changes = () if sound is None else self._changes(tag, sound["identity"])
             conversion = None if sound is None else self._conversion(tag, sound)
             problems = self._problems(tag, markers[tag])
             if not problems:
@@ -160,34 +159,14 @@ class Checkpointer:
             problems = [self.storage.where + problem for problem in problems_of(folder, files, part=part, parts=parts)]
         return [problem for of_rank in gathered(problems) for problem in of_rank]
 
-    def _has_changed(self, tag: str, saved: Mapping[str, Any]) -> bool:
-        """Returns whether what was computed up to a checkpoint is not what this run computes up to there. saved: its
-        identity."""
-        changes = changed_keys(saved, self.identity)
-        if not changes or not set(changes) <= SETTINGS.keys():
-            return bool(changes)
-        return not same_rates(saved, self.identity, tag_step(tag))
-
-    def _accepted_changes(self, tag: str, saved: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns `key: saved -> current` of what the run was changed in, and may go on with. saved: the identity of a
-        checkpoint. Raises UserError for what it may not."""
-        if not self._has_changed(tag, saved):
-            return ()
-        changes, fixed = describe_changes(saved, self.identity), fixed_keys(saved, self.identity)
-        remedy = "Restore these values, or name another output_dir"
-        if not fixed and not self.accept_changes:
-            remedy += "; or write accept_changes=true, and the run goes on with them from here"
-        if fixed or not self.accept_changes:
-            raise UserError(
-                f"cannot continue {tag} in {self.run_dir.root}: the run was changed in what it computes "
-                f"({'; '.join(changes)}). {remedy}"
-            )
-        if self.identity["train.steps"] <= tag_step(tag):
-            raise UserError(
-                f"train.steps={self.identity['train.steps']}: {tag} of {self.run_dir.root} is done already, so nothing "
-                "is left to do with what was changed; write more steps"
-            )
-        return tuple(changes)
+    def _changes(self, tag: str, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns what the run was changed in since a checkpoint. saved: its identity. Raises UserError unless it may
+        go on so."""
+        step = tag_step(tag)
+        try:
+            return accepted_changes(saved, self.identity, step, accept=self.accept_changes)
+        except UserError as error:
+            raise UserError(f"cannot continue {tag} in {self.run_dir.root}: {error}") from None
 
     def _before_another_schedule(
         self, tags: Sequence[str], markers: Mapping[str, Mapping[str, dict[str, Any] | None]]
@@ -199,7 +178,10 @@ class Checkpointer:
         fitting = [
             tag
             for tag in tags
-            if not any(m and is_sound(m) and self._has_changed(tag, m["identity"]) for m in markers[tag].values())
+            if not any(
+                marker and is_sound(marker) and has_changed(marker["identity"], self.identity, tag_step(tag))
+                for marker in markers[tag].values()
+            )
         ]
         if len(fitting) in (0, len(tags)):
             return list(tags), []
