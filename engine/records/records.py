@@ -1,4 +1,5 @@
-"""The log-line format that other programs read: `@record {json}`. Writer and parser side by side.
+"""What other programs read of a job: JSON lines in records.jsonl, and the same behind `@record ` on stdout. Writer and
+parser side by side.
 
 Kinds: run (start and end of a run), step, checkpoint, result, error. Numbers that JSON cannot hold (nan, inf) are
 written as null beside `"status"`, never as invalid JSON.
@@ -32,19 +33,23 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def format_record(kind: str, **fields: Any) -> str:
-    """Returns one line without a newline. Raises ValueError for an unknown kind, TypeError for what JSON cannot
-    hold."""
+def _as_json(kind: str, **fields: Any) -> str:
     if kind not in KINDS:
         raise ValueError(f"unknown record kind {kind!r}; known: {', '.join(KINDS)}")
-    return SENTINEL + json.dumps({"v": VERSION, "kind": kind, **_finite(fields)}, allow_nan=False, sort_keys=True)
+    return json.dumps({"v": VERSION, "kind": kind, **_finite(fields)}, allow_nan=False, sort_keys=True)
+
+
+def format_record(kind: str, **fields: Any) -> str:
+    """Returns the line for stdout, without a newline. Raises ValueError for an unknown kind, TypeError for what JSON
+    cannot hold."""
+    return SENTINEL + _as_json(kind, **fields)
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """Returns the record in `line`, or None. Works behind any prefix (`host: `, colour codes) and with a glued-on tail;
-    a torn line (the writer died half-way) gives None."""
-    _, found, payload = line.partition(SENTINEL)
-    if not found:
+    """Returns the record in a line of records.jsonl or of stdout, or None. There it may stand behind any prefix
+    (`host: `, colour codes) and before a glued-on tail; a torn line (the writer died half-way) gives None."""
+    payload = line[line.index(SENTINEL) + len(SENTINEL) :] if SENTINEL in line else line
+    if not payload.startswith("{"):
         return None
     try:
         record, _ = json.JSONDecoder().raw_decode(payload)
@@ -105,15 +110,15 @@ class RecordWriter:
         """Why the file cannot be written, while it cannot."""
 
     def write(self, kind: str, **fields: Any) -> None:
-        line = format_record(kind, **fields) + "\n"
-        self._stream.write(line)
+        line = _as_json(kind, **fields) + "\n"
+        self._stream.write(SENTINEL + line)
         self._stream.flush()
         if self._file is not None:
             self._append(line.encode(), is_result=kind == "result")
 
     def _append(self, line: bytes, *, is_result: bool) -> None:
         assert self._file is not None
-        lost = (format_record("run", status="records_lost", lost=self._lost) + "\n").encode() if self._lost else b""
+        lost = (_as_json("run", status="records_lost", lost=self._lost) + "\n").encode() if self._lost else b""
         try:
             self._file.append(self._head + lost + b"".join(self._results) + line)
         except OSError as error:

@@ -1,4 +1,5 @@
 import io
+import json
 import math
 from pathlib import Path
 
@@ -22,8 +23,28 @@ def test_every_torn_line_is_none_and_never_a_wrong_record() -> None:
     assert whole is not None
 
 
+def test_the_file_has_json_lines_and_files_of_old_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(LINE + "\n")
+    writer = RecordWriter(path, stream=io.StringIO())
+    writer.write("step", step=4)
+    writer.close()
+    assert json.loads(path.read_text().splitlines()[1]) == {"v": 1, "kind": "step", "step": 4}
+    assert [record["step"] for record in read_records(path)] == [3, 4]
+
+
 @pytest.mark.parametrize(
-    "line", ["", "step 3", '@record {"v":2,"kind":"step"}', '@record {"v":1,"kind":"x"}', "@record 7"]
+    "line",
+    [
+        "",
+        "{}",
+        '{"kind": "step"}',
+        'x {"v": 1, "kind": "step"}',
+        "step 3",
+        '@record {"v":2,"kind":"step"}',
+        '@record {"v":1,"kind":"x"}',
+        "@record 7",
+    ],
 )
 def test_what_is_not_a_record(line: str) -> None:
     assert parse_record(line) is None
