@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from engine.records.columns import duration_text, labelled_lines
+from engine.records.columns import counted, duration_text, labelled_lines
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
@@ -37,7 +37,8 @@ def describe_search(
         (
             "fitness",
             f"share of the gap from untrained student to teacher, {', '.join(facts.tasks)} ({proxy.evaluator}), "
-            f"weights {'given' if proxy.yardstick else 'measured first'}; {proxy.repeats} seed(s) from {config.seed}",
+            f"weights {'given' if proxy.yardstick else 'measured first'}; {counted(proxy.repeats, 'seed')} from "
+            f"{config.seed}",
         ),
         ("fingerprint", facts.fingerprint),
         ("slots", [f"{one}, up to {s.cohort} genomes a job" for one in placements]),
@@ -99,8 +100,8 @@ def estimate(
         ("measured", f"{seconds:.0f} s for a job of {len(first)}: {names} ({first[0].job})"),
         (
             "estimate",
-            f"{each:.1f} s per evaluation; {left} on {slots} slot(s) take {duration_text(total)}, the yardstick "
-            f"before them about {duration_text(each * of_yardstick / slots)}, the confirmation about "
+            f"{each:.1f} s per evaluation; {left} on {counted(slots, 'slot')} take {duration_text(total)}, the "
+            f"yardstick before them about {duration_text(each * of_yardstick / slots)}, the confirmation about "
             f"{duration_text(confirmation)}",
         ),
     ]

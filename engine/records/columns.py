@@ -33,3 +33,8 @@ def columns(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> s
         ]
         lines.append("  ".join(cells).rstrip() if len(row) > 1 else row[0])
     return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 rank", "2 ranks"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

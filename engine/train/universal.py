@@ -20,6 +20,7 @@ import torch
 from engine.config.deepspeed import LAYOUT_KEYS, Execution
 from engine.errors import UserError, first_line
 from engine.ranks.collectives import from_rank_zero, gathered
+from engine.records.columns import counted
 from engine.train.deepspeed_engine import DeepSpeedModel
 
 PREFIX = "universal-"
@@ -43,8 +44,8 @@ class Conversion:
 
     def __str__(self) -> str:
         return (
-            f"written by {self.saved_ranks} rank(s) under ZeRO-{self.saved_stage}, converted for {self.ranks} under "
-            f"ZeRO-{self.stage}"
+            f"written by {counted(self.saved_ranks, 'rank')} under ZeRO-{self.saved_stage}, converted for {self.ranks} "
+            f"under ZeRO-{self.stage}"
         )
 
 
@@ -71,7 +72,7 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution) ->
         raise UserError(
             f"cannot continue {tag}: zero_optimization.round_robin_gradients orders the shards in a way that "
             "DeepSpeed's universal checkpoints do not know (losses were off by up to 28 %). Start as it was written "
-            f"({saved['world_size']} rank(s), ZeRO-{stages[0]}, round_robin_gradients="
+            f"({counted(saved['world_size'], 'rank')}, ZeRO-{stages[0]}, round_robin_gradients="
             f"{bool(layouts[0]['round_robin_gradients'])})"
         )
     return Conversion(tag, stages[0], saved["world_size"], stages[1], facts["world_size"])
@@ -156,10 +157,11 @@ def _convert(source: Path, target: Path, conversion: Conversion) -> None:
     except (OSError, RuntimeError, LookupError, ValueError, AssertionError) as error:  # a full disk is a RuntimeError
         shutil.rmtree(target, ignore_errors=True)
         raise UserError(
-            f"{source}: cannot be converted for {conversion.ranks} rank(s) under ZeRO-{conversion.stage}: "
+            f"{source}: cannot be converted for {counted(conversion.ranks, 'rank')} under ZeRO-{conversion.stage}: "
             f"{type(error).__name__}: {first_line(error)}. A conversion needs up to three times as much room beside "
             "the checkpoint, and one whose optimizer has made a step; or start as it was written "
-            f"({conversion.saved_ranks} rank(s), ZeRO-{conversion.saved_stage}, its {' and '.join(LAYOUT_KEYS)})"
+            f"({counted(conversion.saved_ranks, 'rank')}, ZeRO-{conversion.saved_stage}, its "
+            f"{' and '.join(LAYOUT_KEYS)})"
         ) from None
 
 

@@ -68,7 +68,7 @@ def test_other_ranks_and_stages_continue_the_curve(
     old, new = ranks
     whole = finished_run(**settings(before, old))
     run = continued(whole, make_run(f"ZeRO-{before} x {old} to ZeRO-{after} x {new}", **settings(after, new)))
-    said = f"written by {old} rank(s) under ZeRO-{before}, converted for {new} under ZeRO-{after}"
+    said = f"written by {old} rank{'s' * (old > 1)} under ZeRO-{before}, converted for {new} under ZeRO-{after}"
     assert said in run.output
     assert_one_curve(whole, run)
 
@@ -76,7 +76,7 @@ def test_other_ranks_and_stages_continue_the_curve(
 def test_one_rank_instead_of_two_through_the_real_launcher(make_run, finished_run) -> None:
     whole = finished_run(**settings(3, 2))
     run = continued(whole, make_run("ZeRO-3 x 2 to ZeRO-1 x 1", launcher="real", **settings(1, 1)))
-    assert "written by 2 rank(s) under ZeRO-3, converted for 1 under ZeRO-1" in run.output
+    assert "written by 2 ranks under ZeRO-3, converted for 1 under ZeRO-1" in run.output
     assert_one_curve(whole, run)
 
 

@@ -204,7 +204,8 @@ def test_a_finished_run_started_again_changes_nothing(finished_run, tmp_path) ->
     first, second = run.records("result")
     assert first | {"student": second["student"]} == second, "but for the folder of the copy"
     assert "step 1" in output
-    assert "tokens/s over 1 rank(s)" in output, "the table is printed again"
+    assert "step-00000006 is the last step, so the run is finished" in output
+    assert "tokens/s over 1 rank," in output, "the table is printed again"
     assert len(run.steps()) == 6
 
 

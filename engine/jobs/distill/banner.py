@@ -13,7 +13,7 @@ from engine.mapping import mapping_table
 from engine.models.capture import FULL_FROM
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
-from engine.records.columns import labelled_lines
+from engine.records.columns import counted, labelled_lines
 from engine.train.optim import ChosenOptimizer, parameters_of
 
 
@@ -129,8 +129,8 @@ def _batch_line(plan: Plan, epoch_sequences: int) -> str:
     sequences = train.steps * train.global_batch
     return (
         f"{train.global_batch} sequences = {ex.micro_batch_size} micro batch x {ex.grad_accum_steps} accumulation x "
-        f"{ex.world_size} ranks; {train.steps} steps = {sequences * plan.seq_len / 1e6:.2f} M positions = "
-        f"{sequences / epoch_sequences:.2f} epochs"
+        f"{counted(ex.world_size, 'rank')}; {counted(train.steps, 'step')} = {sequences * plan.seq_len / 1e6:.2f} M "
+        f"positions = {sequences / epoch_sequences:.2f} epochs"
     )
 
 

@@ -26,8 +26,9 @@ from engine.ranks import run_lock
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.run_lock import RunLock
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
+from engine.records.columns import counted
 from engine.records.history import History
-from engine.records.run_dir import RunDir, as_yaml, step_tag
+from engine.records.run_dir import RunDir, as_yaml, step_tag, tag_step
 from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.checkpoint_storage import storage_of
 from engine.train.deepspeed_engine import DeepSpeedModel
@@ -227,8 +228,13 @@ class Job:
         chosen: Chosen | None,
         measured: Measured | None,
     ) -> str:
-        start = "fresh"
-        if chosen is not None:
+        start, steps = "fresh", self.config.train.steps
+        if chosen is not None and tag_step(chosen.tag) >= steps:
+            start = (
+                f"{chosen.tag} is the last step, so the run is finished; to train longer, write more train.steps and "
+            )
+            start += "accept_changes=true"
+        elif chosen is not None:
             start = f"continues from {chosen.tag}" + (f", {chosen.conversion}" if chosen.conversion else "")
             start += f", from here on with {'; '.join(chosen.changes)}" if chosen.changes else ""
         return banner.describe_run(
@@ -305,7 +311,8 @@ class Job:
         facts = [
             (
                 "speed",
-                f"{history.tokens_per_s:,.0f} tokens/s over {self.runtime.world_size} rank(s), peak {peak:.2f} GiB",
+                f"{history.tokens_per_s:,.0f} tokens/s over {counted(self.runtime.world_size, 'rank')}, "
+                f"peak {peak:.2f} GiB",
             ),
             ("student", f"{self.run_dir.student}   (AutoModel.from_pretrained)"),
             ("checkpoint", str(self.run_dir.checkpoints / step_tag(last["step"]))),

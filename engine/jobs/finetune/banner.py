@@ -9,7 +9,7 @@ from engine.jobs.execution import versions
 from engine.jobs.finetune.plan import FinetunePlan, PlannedTask
 from engine.mapping import mapping_table
 from engine.models import hub
-from engine.records.columns import labelled_lines
+from engine.records.columns import counted, labelled_lines
 from engine.tasks.rows import Split
 from engine.train.optim import parameters_of
 
@@ -123,7 +123,6 @@ def _teacher_lines(plan: FinetunePlan) -> list[str]:
 
 def _batch_line(plan: FinetunePlan, batch: int) -> str:
     how = plan.executions[batch]
-    return (
-        f"{batch} rows = {how.micro_batch_size} micro batch x {how.grad_accum_steps} accumulation x "
-        f"{how.world_size} ranks"
+    return f"{batch} rows = {how.micro_batch_size} micro batch x {how.grad_accum_steps} accumulation x " + counted(
+        how.world_size, "rank"
     )

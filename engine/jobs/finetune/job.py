@@ -132,7 +132,7 @@ class FinetuneJob:
             if result is None:
                 return False
             self.results[unit.folder] = result
-            score = "diverged, no score" if result["score"] is None else f"score {result['score']:.4f}"
+            score = "diverged, no score" if result["score"] is None else f"score {100 * result['score']:.2f}"
             self._say(f"{unit.name}: {score} after {result['steps_run']} steps")
         return True
 
@@ -171,13 +171,15 @@ class FinetuneJob:
         batch_size = 2 * self.plan.executions[task.points[0].batch].micro_batch_size
         result = score_dev(module, encoded, runtime=self.runtime, batch_size=batch_size)
         score, constant = math.nan if result is None else result[0], constant_score(encoded)
-        self._say(f"\nteacher of {task.name}: dev score {score:.4f} (one answer to everything: {constant:.4f})")
+        self._say(
+            f"\nteacher of {task.name}: dev score {100 * score:.2f} (one answer to everything: {100 * constant:.2f})"
+        )
         if score > constant:
             return
         if head_problem(task.teacher.saved.config, task.data.spec) is not None:
             raise UserError(
-                f"{task.teacher.saved}: its dev score on {task.name}, {score:.4f}, is not above that of "
-                f"one answer to everything, {constant:.4f}, and its outputs have no names: tell what each of them "
+                f"{task.teacher.saved}: its dev score on {task.name}, {100 * score:.2f}, is not above that of "
+                f"one answer to everything, {100 * constant:.2f}, and its outputs have no names: tell what each of them "
                 "means in id2label of its config.json, as its model card says, and they are put into the task's order"
             )
         self._say(

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.jobs.proxy.plan import ProxyPlan
 from engine.ranks.runtime import Runtime
-from engine.records.columns import columns, labelled_lines
+from engine.records.columns import columns, counted, labelled_lines
 from engine.records.records import read_records
 from engine.records.stats import Signal, describe, signal_ratio
 from engine.records.yardstick import Yardstick, beaten_text, counting_tasks, describe_yardstick
@@ -150,7 +150,8 @@ def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], know
         ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(pairs)} results are here already" if done else "")),
         (
             "execution",
-            f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {runtime.world_size} ranks, {runtime.where}",
+            f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {counted(runtime.world_size, 'rank')}, "
+            f"{runtime.where}",
         ),
         ("kernels", str(base.kernels)),
         ("fingerprint", plan.fingerprint),
