@@ -178,8 +178,8 @@ class FinetuneJob:
             return
         if head_problem(task.teacher.saved.config, task.data.spec) is not None:
             raise UserError(
-                f"{task.teacher.saved}: its dev score on {task.name}, {100 * score:.2f}, is not above that of "
-                f"one answer to everything, {100 * constant:.2f}, and its outputs have no names: tell what each of them "
+                f"{task.teacher.saved}: its dev score on {task.name}, {100 * score:.2f}, is not above that of one "
+                f"answer to everything, {100 * constant:.2f}, and its outputs have no names: tell what each of them "
                 "means in id2label of its config.json, as its model card says, and they are put into the task's order"
             )
         self._say(
