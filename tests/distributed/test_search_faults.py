@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, environment, hear_signals
+from fork_server import hear_signals
+from launching import ROOT, environment
 from searching import SearchRun, finish, wait_until
 from small_disk import SmallDisk
 

@@ -71,6 +71,13 @@ class ForkedStart:
         raise subprocess.TimeoutExpired(f"start {self.pid}", timeout, self._output)
 
 
+def hear_signals() -> None:
+    """In a child, before its program: Ctrl-C and a lost terminal mean what they do to a user, though a suite in the
+    background of a script, or under nohup, ignores them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class ForkServer:
     """The process that forks, until this one ends; then it ends what it has started too."""
 
@@ -78,7 +85,9 @@ class ForkServer:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             argv = [sys.executable, "-u", __file__]
-            self._process = subprocess.Popen(argv, stdin=theirs, env=env, cwd=folder, start_new_session=True)
+            self._process = subprocess.Popen(
+                argv, stdin=theirs, env=env, cwd=folder, start_new_session=True, preexec_fn=hear_signals
+            )
 
     def start(
         self, script: list[str], *, ranks: int, port: int, env: dict[str, str], output: IO[str] | None

@@ -17,7 +17,7 @@ from typing import IO, Any, Literal
 
 import psutil
 import torch
-from fork_server import ForkedStart, ForkServer
+from fork_server import ForkedStart, ForkServer, hear_signals
 from safetensors.torch import load_file
 
 from engine.records.records import read_records
@@ -151,6 +151,7 @@ def spawn(argv: list[str], output: IO[str] | None = None) -> subprocess.Popen[st
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_signals,
     )
 
 
@@ -162,13 +163,6 @@ def finished(process: Started, expect: int) -> str:
         kill_session(process)
     assert process.returncode == expect, f"exit {process.returncode}, expected {expect}:\n{output[-6000:]}"
     return output
-
-
-def hear_signals() -> None:
-    """In a child, before its program: Ctrl-C and a lost terminal mean what they do to a user, though a suite in the
-    background of a script, or under nohup, ignores them."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def kill_session(process: Started) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import optuna
 import pytest
-from launching import ROOT, environment, hear_signals, write_ds_config
+from fork_server import hear_signals
+from launching import ROOT, environment, write_ds_config
 from tiny_world import TinyWorld
 
 from engine.records.records import read_records

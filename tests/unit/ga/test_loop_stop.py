@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, hear_signals
+from fork_server import hear_signals
+from launching import ROOT
 
 from engine.errors import EXIT_PREEMPTED
 from engine.records.processes import start_ticks

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from launching import hear_signals
+from fork_server import hear_signals
 
 from engine.ranks.runtime import StopRequest
 

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from launching import ROOT, hear_signals
+from fork_server import hear_signals
+from launching import ROOT
 from tiny_tokenizers import FAMILIES, bert, make_text, roberta, saved
 from transformers import AutoTokenizer
 
