@@ -156,8 +156,6 @@ def test_a_run_goes_on_with_other_settings_when_it_is_told_to(make_run) -> None:
     run = make_run("run", micro=8, train__steps=4, train__schedule="constant", train__warmup_steps=0)
     run.finish()
     changes = ["--train.steps", "8", "--train.lr", "5e-4", "--train.global_batch", "16", "--loss.attention", "0.5"]
-    (refusal,) = [line for line in run.finish(*changes, expect=2).splitlines() if line.startswith("error:")]
-    assert "write accept_changes=true" in refusal
     output = run.finish(*changes, "--accept_changes", "true")
     assert "step-00000004, from here on with loss.attention: 1.0 -> 0.5; train.global_batch: 8 -> 16" in output
     assert run.curve("lr") == [3e-3] * 4 + [5e-4] * 4  # of the step after
@@ -165,7 +163,6 @@ def test_a_run_goes_on_with_other_settings_when_it_is_told_to(make_run) -> None:
     assert (turn["step"], turn["position"]) == (4, 32)
     card = (run.run_dir.student / "README.md").read_text()
     assert "train.lr: 0.003 -> 0.0005; train.steps: 4 -> 8, from step 4 on" in card
-    assert "nothing is left to do" in run.finish(*changes, "--train.lr", "1e-3", "--accept_changes", "true", expect=2)
     run.finish(*changes, "--train.steps", "9", "--train.lr", "1e-3", "--accept_changes", "true")
     assert [turn["position"] for turn in run.records("run")[-1]["turns"]] == [32, 32 + 4 * 16]
 
