@@ -53,7 +53,7 @@ def test_the_code_of_the_rank_that_fails_is_that_of_the_start(make_run) -> None:
     output = run.finish("--train.lr", "none", expect=2)
     assert output.count("error:") == 1
     assert "error: train.lr" in output
-    assert run.finish("--help", expect=0).count("--train.lr") > 0
+    assert "usage: " in run.finish("--help", expect=0)
 
 
 def test_a_start_has_the_environment_and_the_words_of_a_script(tmp_path, monkeypatch) -> None:
