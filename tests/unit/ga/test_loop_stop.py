@@ -30,6 +30,7 @@ time.sleep(600)
 DRIVER = f"""
 import sys, time
 from pathlib import Path
+from engine.errors import EXIT_PREEMPTED
 from ga.jobs.pool import JobPool, Running
 from ga.jobs.launcher import Job
 from ga.jobs.slots import LOCAL, Placement, Slot
@@ -45,7 +46,7 @@ with StopSignals(pool) as stop:
     while not stop.requested:
         time.sleep(0.02)
     pool.end_all()
-    sys.exit(stop.exit_code)
+    sys.exit(EXIT_PREEMPTED)
 """
 
 

@@ -121,7 +121,7 @@ monitor = Some(held_out=lambda step, total, terms: print("total", total, flush=T
 runtime = Some(device=torch.device("cpu"), world_size=1)
 execution = Some(micro_batch_size=1)
 trainee = Some(model=Engine(), runtime=runtime, execution=execution, monitor=monitor)
-loader = Some(evaluation=lambda size: [batch] * 10)
+loader = Some(held_out_batches=lambda size: [batch] * 10)
 with watchdog.watch(2.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
     HeldOutLosses(trainee, lambda batch: None, loader, every=1, names=("one",))(1)
 """
