@@ -367,7 +367,8 @@ class TrainConfig:
     """Optimizer steps between step records, TensorBoard points and progress updates."""
 
     eval_every: int = how(100)
-    """Optimizer steps between held-out losses; 0: never."""
+    """Optimizer steps between held-out losses, which are also taken before the first step and after the last; 0:
+    never."""
 
     save_every: int = how(100)
     """Optimizer steps between checkpoints; one more is written at the end. 0: only at the end."""

@@ -18,6 +18,8 @@ class History:
 
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Step records by step; of a step that was run twice, the later one."""
+    first_held_out: dict[str, Any] | None = None
+    """The first held-out losses: step, total, terms."""
     held_out: dict[str, Any] | None = None
     """The last held-out losses: step, total, terms."""
 
@@ -36,6 +38,7 @@ class History:
     def add(self, record: dict[str, Any]) -> None:
         if "held_out" in record:
             self.held_out = {"step": record["step"], **record["held_out"]}
+            self.first_held_out = self.first_held_out or self.held_out
         elif "total" in record:
             self.steps[record["step"]] = record
 

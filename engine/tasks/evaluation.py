@@ -55,6 +55,7 @@ class TaskEvaluation:
     """The best evaluation with patience, else the last one."""
     bad: int = 0
     """Evaluations since the best one."""
+    at_start: bool = False
 
     @property
     def enough(self) -> bool:

@@ -60,6 +60,11 @@ class Evaluation(Protocol):
     """A measurement between steps. It is called on every rank, and decides the same on all of them."""
 
     @property
+    def at_start(self) -> bool:
+        """Whether a new model is measured before its first step, too"""
+        ...
+
+    @property
     def enough(self) -> bool:
         """Whether training should end before its last step"""
         ...
@@ -115,6 +120,9 @@ class Trainer:
             limit_s=self.train.hang_timeout_s,
         )
         with watch, self._explain_out_of_memory():
+            if self.step == 0 and self.evaluation is not None and self.evaluation.at_start:
+                with self._pause():
+                    self.evaluation(0)
             return self._loop()
 
     def _loop(self) -> Outcome:

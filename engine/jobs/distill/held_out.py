@@ -18,7 +18,8 @@ from engine.train.trainer import Teacher
 
 @dataclass
 class HeldOutLosses:
-    """An Evaluation (engine/train/trainer.py) of one distillation, every `every` steps (0: never) and at the end."""
+    """An Evaluation (engine/train/trainer.py) of one distillation: every `every` steps (0: never), before the first one
+    and after the last."""
 
     trainee: Trainee
     teacher: Teacher
@@ -27,6 +28,11 @@ class HeldOutLosses:
     names: Sequence[str]
     """Names of the terms of a batch that is in no step."""
     enough: bool = False
+
+    @property
+    def at_start(self) -> bool:
+        """Whether it is measured at all"""
+        return bool(self.every)
 
     def due(self, step: int, *, last: bool) -> bool:
         """Returns whether to measure after `step`."""

@@ -228,6 +228,7 @@ class IntermediateScores:
     score: Callable[[Member], Scores]
     keep_step: int | None = None
     """Step whose checkpoints are kept; None: there is none."""
+    at_start: bool = False
     enough: bool = False
 
     def due(self, step: int, *, last: bool) -> bool:
