@@ -50,13 +50,13 @@ def search_main(argv: Sequence[str] | None = None) -> int:
             return search(config)
         except DatabaseErrors as error:
             what = f"search.storage={hide_password(config.storage)}: {explain(error)}"
-            raise UserError(f"{what}; mend that, and the same command goes on") from None
+            raise UserError(f"{what}; mend that, and the same command continues") from None
         except OSError as error:
             where = error.filename2 or error.filename
             if where is None and error.errno not in _NO_ROOM:
                 raise
             what = f"{where or config.output_dir}: {error.strerror}"
-            raise UserError(f"{what}; mend that, and the same command goes on") from None
+            raise UserError(f"{what}; mend that, and the same command continues") from None
 
     return run_main(body)
 

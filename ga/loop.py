@@ -119,7 +119,7 @@ class Loop:
                 if time.monotonic() - since > OUTAGE_S:
                     raise UserError(
                         f"search.storage has not answered for {OUTAGE_S / 60:.0f} minutes ({why}). What jobs have "
-                        "recorded is in their folders; the same command goes on"
+                        "recorded is in their folders; the same command continues"
                     ) from None
                 if not said:
                     self.say(f"the storage does not answer ({why}); trying again")
@@ -237,7 +237,7 @@ class StopSignals:
             self._first = number
             if self._pool.running:
                 with contextlib.suppress(OSError):  # it would be raised wherever the driver is just now
-                    os.write(_STDERR, b"stopping: jobs are told to end; once more to kill them\n")
+                    os.write(_STDERR, b"stopping: jobs are told to end; a second signal kills them\n")
         elif number != signal.SIGHUP:
             self._pool.kill()
 

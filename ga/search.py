@@ -126,7 +126,7 @@ class Search:
             with LiveView(self.config, self.space, source.study, tasks=self.facts.tasks) as view:
                 (self._rehearse if self.config.dry_run else self._search)(source, drivers, view)
         except Interrupted:
-            print("stopped; the same command goes on", file=sys.stderr, flush=True)
+            print("stopped; the same command continues", file=sys.stderr, flush=True)
             return EXIT_PREEMPTED
         except GivenUp as error:
             print(f"error: {error}", file=sys.stderr, flush=True)

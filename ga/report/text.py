@@ -117,7 +117,7 @@ def _result_sentence(facts: Facts, evaluations: Sequence[Evaluation], confirmed:
 def _go_on(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed, best_yaml: Path) -> list[str]:
     best = rank_evaluations(evaluations)
     if not best:
-        return ["Look into the jobs of the failed trials. The same command goes on."]
+        return ["Look into the jobs of the failed trials. The same command continues."]
     genome = winner(confirmed) if confirmed else best[0].genome
     hidden, attention, kept = MappingPair.genes_in(genome)
     back = "--mapping.hidden uniform" + (" --mapping.attention uniform" if hidden != attention else "")

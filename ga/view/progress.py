@@ -116,7 +116,7 @@ def status_text(study: Study, storage: str, *, trials: int) -> str:
             + (f"; {repeated} repeated proposals" if repeated else ""),
         ),
         ("cost", f"{fmean(seconds):.1f} s per evaluation" if seconds else "not known yet"),
-        ("drivers", ", ".join(present_drivers(study)) or "none: the same command without --status goes on"),
+        ("drivers", ", ".join(present_drivers(study)) or "none: the same command without --status continues"),
     ]
     by_job: dict[str, list[str]] = {}
     for one in running:

@@ -226,7 +226,7 @@ def test_ctrl_c_ends_the_jobs_and_the_same_command_goes_on(make_stand_in_search:
     wait_until(lambda: len(list(search.output_dir.glob("trials/*/output.log"))) == 2, driver)  # side by side
     driver.send_signal(signal.SIGINT)
     output = finish(driver, expect=4)
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
     assert not search.job_processes()
     search.told = {}
     search.finish()
@@ -247,7 +247,7 @@ def test_a_job_that_refuses_its_configuration_stops_the_search(make_stand_in_sea
     blocked = make_stand_in_search("blocked", trials=4)
     (blocked.output_dir / "leader.lock").mkdir(parents=True)
     output = blocked.finish_here(expect=2)
-    assert "leader.lock: Is a directory; mend that, and the same command goes on" in output
+    assert "leader.lock: Is a directory; mend that, and the same command continues" in output
     assert "Traceback" not in output
 
 

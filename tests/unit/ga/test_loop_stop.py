@@ -92,7 +92,7 @@ def test_a_second_signal_kills_the_jobs(driver, tmp_path: Path, second: signal.S
     process, terminal = driver
     process.send_signal(signal.SIGHUP)
     said = os.read(terminal, 1000)
-    assert b"jobs are told to end; once more to kill them" in said
+    assert b"jobs are told to end; a second signal kills them" in said
     process.send_signal(second)
     assert process.wait(30) == EXIT_PREEMPTED
     assert not (tmp_path / "ended in order").exists()
