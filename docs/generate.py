@@ -49,7 +49,7 @@ How a value is read:
 - A list is `[a, b]`; on the command line also several words, or one with commas: `--genomes uniform last`.
 - Files are UTF-8. Anchors, aliases and `<<` work; a JSON file is read as the YAML that it is.
 
-"continued" says what may change when the same command goes on with what it has begun: `fixed` settings may not, `free`
+"continued" says what may change when the same command continues what it has begun: `fixed` settings may not, `free`
 ones may; with `same content` the file may lie elsewhere, if its content is the same.
 """
 

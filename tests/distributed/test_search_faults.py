@@ -1,4 +1,4 @@
-"""A search whose database or disk fails. What must hold: one line, nothing lost, and the same command goes on."""
+"""A search whose database or disk fails. What must hold: one line, nothing lost, and the same command continues."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_full_disk_of_the_driver_and_of_the_database(
     database.fill()
     said = error_of(finish(driver, expect=2))
     assert f"search.storage=sqlite:///{database.folder}/study.db: " in said
-    assert "disk is full; mend that, and the same command goes on" in said
+    assert "disk is full; mend that, and the same command continues" in said
     database.free()
 
     search.finish()
