@@ -180,7 +180,7 @@ def _open_sqlite(url: URL, shown: str, *, existing: bool) -> SearchStorage:
     except DatabaseErrors as error:
         remedy = "name another file"
         if _is_locked(error):
-            remedy = f"another process has locked it: end that (`fuser {path}` names it), and the same command continues"
+            remedy = f"another process has locked it: end that (`fuser {path}` names it); the same command continues"
         elif _sqlite_code(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
             remedy = f"make it writable (chmod u+w {path}), or name another file"
         raise refuse(shown, explain(error), remedy) from None

@@ -485,7 +485,7 @@ def test_a_sqlite_file_that_is_locked_at_the_start(
 
     monkeypatch.setattr("ga.study.storage.BUSY_TIMEOUT_S", 0.2)
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(UserError, match="database is locked; another process has it locked: end that") as caught:
+    with pytest.raises(UserError, match="database is locked; another process has locked it: end that") as caught:
         open_storage(url)
     other.close()
     assert "name another" not in str(caught.value)
