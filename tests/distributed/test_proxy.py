@@ -190,7 +190,7 @@ def test_the_same_command_finds_everything_done(cohort: Run, tmp_path: Path) -> 
     again = run.finish()
     assert "8 of 8 results are here already" in again
     new = run.run_dir.records.read_text().removeprefix(before)
-    assert [json.loads(line.partition(" ")[2])["kind"] for line in new.splitlines()] == ["run", "run"]
+    assert [json.loads(line)["kind"] for line in new.splitlines()] == ["run", "run"]
     dry = run.finish("--train.lr", "2e-3", "--dry_run")
     assert "are here already" not in dry
     assert "are here already" not in run.finish("--proxy.layer_table", "true", "--dry_run"), "they have no tables"
