@@ -144,7 +144,7 @@ def test_a_search_from_dry_run_to_confirmation(make_stand_in_search: MakeSearch)
     rehearsed = search.finish_here("--dry_run")
     assert "25 genomes" in rehearsed
     assert "s for a job of 4: 2-4 3-4 1-2 4-4 (" in rehearsed
-    assert "s per evaluation; 4 on 1 slot(s) take" in rehearsed
+    assert "s per evaluation; 4 on 1 slot take" in rehearsed
     assert [folder.name for folder in search.folders()] == ["00000"]
     again = search.finish_here("--dry_run")
     assert "running the first job" not in again
@@ -330,7 +330,7 @@ def test_a_dry_run_evaluates_the_first_job_of_the_yardstick(make_stand_in_search
     for _ in range(2):  # the second time it runs nothing
         output = search.finish_here("--dry_run")
         assert "s for a job of 3: 2-4 3-4 1-2 (" in output
-        assert "5 on 1 slot(s) take" in output
+        assert "5 on 1 slot take" in output
         assert [folder.name for folder in (search.output_dir / "yardstick").iterdir()] == ["00000"]
     assert not (search.output_dir / "trials").exists()
     output = search.finish_here("--search.population", "7")  # the dry run has begun no search
