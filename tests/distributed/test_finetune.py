@@ -207,7 +207,9 @@ def test_teacher_patience_and_export(make_job: MakeJob) -> None:
     output = run.finish()
     assert f"{teacher.output_dir}/RTE/model: bert" in output
     for name in ("RTE", "SST-2"):
-        assert f"teacher of {name}: dev score {result_of(teacher)['tasks'][name]['score']:.4f} (one answer" in output
+        assert (
+            f"teacher of {name}: dev score {100 * result_of(teacher)['tasks'][name]['score']:.2f} (one answer" in output
+        )
     for name in ("RTE", "SST-2"):
         folder = run.output_dir / name / "seed-0"
         steps = unit_records(folder, "step")
