@@ -22,16 +22,20 @@ def wait_briefly(environ: MutableMapping[str, str]) -> None:
         environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
-def cores_of_others(ranks_here: int) -> float:
-    """Returns how many of the cores that this process may use are kept busy by other jobs, over LOOK_S seconds; ranks
-    that the same launcher has started beside this one do not count."""
+def seconds_of_others(ranks_here: int) -> dict[int, float]:
+    """Returns the CPU seconds that processes of other jobs have had, by pid; ranks that the same launcher has started
+    beside this one are left out."""
     parent = os.getppid() if ranks_here > 1 else None
-    mine = {os.getpid()}
-    before: dict[int, float] = {}
-    for process in psutil.process_iter(["ppid", "cpu_times"]):
-        if process.pid not in mine and process.info["cpu_times"] and process.info["ppid"] != parent:
-            before[process.pid] = sum(process.info["cpu_times"][:2])
-    began = time.monotonic()
+    return {
+        process.pid: sum(process.info["cpu_times"][:2])
+        for process in psutil.process_iter(["ppid", "cpu_times"])
+        if process.pid != os.getpid() and process.info["cpu_times"] and process.info["ppid"] != parent
+    }
+
+
+def cores_of_others(ranks_here: int) -> float:
+    """Returns how many of the cores that this process may use are kept busy by other jobs, over LOOK_S seconds."""
+    before, began = seconds_of_others(ranks_here), time.monotonic()
     time.sleep(LOOK_S)
     spent = 0.0
     for process in psutil.process_iter(["cpu_times"]):

@@ -136,6 +136,7 @@ def test_a_changed_what_is_refused_and_a_changed_how_is_not(finished_run, tmp_pa
     assert run.records("result")[-1]["step"] == 6
 
 
+@pytest.mark.thorough  # tests/distributed/test_proxy.py has the same of a cohort
 def test_a_run_with_a_plateau_is_made_longer_from_before_its_decay(make_run) -> None:
     """Bit by bit what it computes in one go; what it had computed beyond is set aside."""
     plateau = {"micro": 8, "train__schedule": "warmup_stable_decay", "train__decay_share": 0.5, "train__save_every": 1}
