@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from engine.config.distill import RunConfig
 from engine.config.finetune import FinetuneConfig
@@ -24,6 +24,8 @@ from engine.records.columns import labelled_lines
 from engine.records.stdout import survive_lost_readers
 
 WAIT_FOR_RANK_ZERO_S = 20.0
+
+Settings = TypeVar("Settings")
 
 QUICKSTART = "examples/quickstart.yaml"
 QUICKSTART_NEEDS = ("models/all-MiniLM-L6-v2/model.safetensors", "data/news/manifest.json")
@@ -155,6 +157,14 @@ def run_main(body: Callable[[], int]) -> int:
         raise
 
 
+def read_rank_settings(
+    argv: Sequence[str] | None, kind: type[Settings], script: str, purpose: str, *examples: str
+) -> Settings:
+    """Returns the configuration of a script whose ranks a launcher starts, and prints where it comes from."""
+    words = without_local_rank(sys.argv[1:] if argv is None else argv)
+    return parse_config(kind, words, usage(script, purpose, *examples), print_origin)
+
+
 def distill_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
         words, announce = without_local_rank(sys.argv[1:] if argv is None else argv), print_origin
@@ -178,14 +188,14 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
 
 def proxy_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        words = without_local_rank(sys.argv[1:] if argv is None else argv)
-        text = usage(
+        config = read_rank_settings(
+            argv,
+            ProxyJobConfig,
             "proxy",
             "Distils several layer mappings briefly, side by side, and scores the students on tasks.",
             "--config examples/proxy.yaml --genomes uniform last first",
             "--config examples/proxy.yaml --genomes uniform 0-3-6 --proxy.repeats 3 --output_dir runs/repeats",
         )
-        config = parse_config(ProxyJobConfig, words, text, print_origin)
         from engine.jobs.proxy.job import proxy
 
         return proxy(config)
@@ -195,14 +205,14 @@ def proxy_main(argv: Sequence[str] | None = None) -> int:
 
 def finetune_main(argv: Sequence[str] | None = None) -> int:
     def body() -> int:
-        words = without_local_rank(sys.argv[1:] if argv is None else argv)
-        text = usage(
+        config = read_rank_settings(
+            argv,
+            FinetuneConfig,
             "finetune",
             "Fine-tunes a student, or any encoder, on tasks and scores it.",
             "--config examples/finetune.yaml",
             "--model.path runs/quickstart --task.name SST-2,MRPC --task.data_dir data/glue --output_dir runs/glue",
         )
-        config = parse_config(FinetuneConfig, words, text, print_origin)
         from engine.jobs.finetune.job import finetune
 
         return finetune(config)

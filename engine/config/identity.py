@@ -16,12 +16,12 @@ FREE = frozenset(
     if one.metadata["mark"] not in FIXED
 )
 """Settings that may change; checkpoints of earlier versions hold their values, too."""
-
-
+OF_SCHEDULE = {f"train.{name}": name for name in ("steps", "lr", "schedule", "warmup_steps", "decay_share")}
+"""Names of TrainConfig's fields that decide the learning rates, by their keys in a run's identity."""
 _ADJUSTABLE = frozenset(
     {
-        *(f"train.{name}" for name in ("steps", "global_batch", "grad_clip")),
-        *(f"train.{name}" for name in ("lr", "warmup_steps", "schedule", "decay_share")),
+        *OF_SCHEDULE,
+        *(f"train.{name}" for name in ("global_batch", "grad_clip")),
         *(f"data.{name}" for name in ("content_sha256", "eval_sequences", "whole_word_mask")),
         "loss.temperature",
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.config.identity import changed_keys, describe_changes, fixed_keys
+from engine.config.identity import OF_SCHEDULE, changed_keys, describe_changes, fixed_keys
 from engine.errors import UserError
-from engine.train.schedule import SETTINGS, same_rates
+from engine.train.schedule import same_rates
 
 Identity = Mapping[str, Any]
 """Flat settings and input hashes that decide what a run computes."""
@@ -17,7 +17,7 @@ def has_changed(saved: Identity, current: Identity, step: int) -> bool:
     """Returns whether what was computed up to `step` is not what the run computes now up to there. Another schedule
     does not change it, if the learning rates are the same up to there."""
     changes = changed_keys(saved, current)
-    if not changes or not set(changes) <= SETTINGS.keys():
+    if not changes or not set(changes) <= OF_SCHEDULE.keys():
         return bool(changes)
     return not same_rates(saved, current, step)
 

@@ -15,9 +15,7 @@ from transformers import (
 )
 
 from engine.config.distill import TrainConfig
-
-SETTINGS = {f"train.{name}": name for name in ("steps", "lr", "schedule", "warmup_steps", "decay_share")}
-"""Names of the fields that decide the learning rates, by their keys in a run's identity."""
+from engine.config.identity import OF_SCHEDULE
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -46,7 +44,7 @@ def same_rates(saved: Mapping[str, Any], current: Mapping[str, Any], steps: int)
     """Returns whether two runs have the same learning rates in their first `steps` optimizer steps and in the one
     after, whose rate a checkpoint holds already, by their identities (engine/train/checkpoint.py)."""
     first, second = (
-        TrainConfig(**{name: identity[key] for key, name in SETTINGS.items() if key in identity})
+        TrainConfig(**{name: identity[key] for key, name in OF_SCHEDULE.items() if key in identity})
         for identity in (saved, current)
     )
     return steps <= second.steps and learning_rates(first, steps + 1) == learning_rates(second, steps + 1)

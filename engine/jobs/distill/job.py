@@ -230,10 +230,8 @@ class Job:
     ) -> str:
         start, steps = "fresh", self.config.train.steps
         if chosen is not None and tag_step(chosen.tag) >= steps:
-            start = (
-                f"{chosen.tag} is the last step, so the run is finished; to train longer, write more train.steps and "
-            )
-            start += "accept_changes=true"
+            start = f"{chosen.tag} is the last step, so the run is finished; to train longer, write more train.steps"
+            start += " and accept_changes=true"
         elif chosen is not None:
             start = f"continues from {chosen.tag}" + (f", {chosen.conversion}" if chosen.conversion else "")
             start += f", from here on with {'; '.join(chosen.changes)}" if chosen.changes else ""

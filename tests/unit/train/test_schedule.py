@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 
 from engine.config.distill import TrainConfig
-from engine.train.schedule import SETTINGS, learning_rates, same_rates
+from engine.config.identity import OF_SCHEDULE
+from engine.train.schedule import learning_rates, same_rates
 
 STABLE = {"schedule": "warmup_stable_decay", "decay_share": 0.5, "warmup_steps": 2, "lr": 1e-3, "log_every": 1}
 
 
 def identity(**settings: Any) -> dict[str, Any]:
     config = TrainConfig(**{**STABLE, **settings})
-    return {key: getattr(config, name) for key, name in SETTINGS.items()}
+    return {key: getattr(config, name) for key, name in OF_SCHEDULE.items()}
 
 
 def test_rates_of_warm_up_plateau_and_decay() -> None:
