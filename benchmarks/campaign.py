@@ -17,23 +17,24 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from scipy.stats import t as student_t
 
 from engine.errors import EXIT_DIVERGED, EXIT_DONE
+from engine.records.fingerprints import digest
 from engine.records.records import read_records
 from engine.records.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("SST-2", "MRPC", "STS-B")
-MEASURED = ("genome", *TASKS, "core_seconds", "code")
-"""The columns after those that name a cell."""
-YARDSTICK = json.dumps({task: {"start": 0.0, "teacher": 1.0} for task in TASKS})
-"""Raw scores: without one every job would score baselines of its own, and distil `none`."""
+RAW = {"start": 0.0, "teacher": 1.0}
+"""Yardstick of raw scores: without one every job would score baselines of its own, and distil `none`."""
 Row = dict[str, str]
 
 
@@ -47,9 +48,16 @@ class Cell:
     """Of the proxy."""
     genomes: tuple[str, ...]
     """Layer mappings in digits, as results name them."""
+    tasks: tuple[str, ...] = TASKS
+    folder: Path | None = None
+    """Run directory that is kept, so that the job of a later cell goes on from its checkpoints; None: a new one."""
 
     def held_in(self, rows: Sequence[Row]) -> bool:
         return any(all(row[name] == value for name, value in self.columns.items()) for row in rows)
+
+
+RowsOf = Callable[[Cell, Sequence[str]], list[Row]]
+"""What a cell starts with the settings of all cells -> its rows."""
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -71,50 +79,57 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def run(cells: Sequence[Cell], args: argparse.Namespace) -> None:
-    """In their order: put what is cheap first."""
+def run(cells: Sequence[Cell], args: argparse.Namespace, rows_of: RowsOf | None = None) -> None:
+    """In their order: put what is cheap first. rows_of: what a cell starts; unset: a proxy job."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # so that the running job is ended, too
-    index, count = args.shard
-    missing = [cell for cell in cells[index::count] if not cell.held_in(read([args.out]))]
+    missing = [cell for cell in share(cells, *args.shard) if not cell.held_in(read([args.out]))]
     for at, cell in enumerate(missing, start=1):
         print(f"{at} of {len(missing)}: {' '.join(cell.columns.values())}", flush=True)
-        append(args.out, run_cell(cell, ["--task.data_dir", args.task_dir, *args.settings]))
+        append(args.out, (rows_of or proxy_rows)(cell, ["--task.data_dir", args.task_dir, *args.settings]))
 
 
-def run_cell(cell: Cell, settings: Sequence[str]) -> list[Row]:
+def share(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
+    """Returns every count-th cell; those of one folder, which is one process's alone, count as one."""
+    keys = [str(cell.folder or dict(cell.columns)) for cell in cells]
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    return [cell for cell, key in zip(cells, keys, strict=True) if places[key] % count == index]
+
+
+def proxy_rows(cell: Cell, settings: Sequence[str]) -> list[Row]:
     """A genome that diverges has a row without scores. `core_seconds` is its share of the job's processor time, which
     other jobs on the machine change less than the time on the wall."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "launch/proxy.py", "--config", "examples/proxy.yaml", "--config", "examples/glue.yaml"]
-        words += [
-            "--output_dir",
-            folder,
-            "--proxy.yardstick",
-            YARDSTICK,
-            *cell.settings,
-            *settings,
-            "--genomes",
-            *cell.genomes,
-        ]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        before = processor_seconds()
-        done = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode not in (EXIT_DONE, EXIT_DIVERGED):
-            sys.exit(f"{' '.join(words)}\n{done.stdout}")
-        seconds = (processor_seconds() - before) / len(cell.genomes)
-        records = read_records(RunDir(Path(folder)).records)
-    code = next(one["fingerprint_parts"]["code"]["mapdistill"] for one in records if one["kind"] == "run")
-    scores = {one["genome"]: one["scores"] for one in records if one["kind"] == "result"}
+    words = ["launch/proxy.py", "--config", "examples/proxy.yaml", "--config", "examples/glue.yaml"]
+    words += ["--proxy.tasks", json.dumps(cell.tasks)]
+    words += ["--proxy.yardstick", json.dumps(dict.fromkeys(cell.tasks, RAW))]
+    words += [*cell.settings, *settings, "--genomes", *cell.genomes]
+    records, seconds = run_job(words, cell.folder)
+    parts = [one["fingerprint_parts"] for one in records if one.get("status") == "started"][-1]
+    results = [one for one in records if one["kind"] == "result" and one["fingerprint"] == digest(parts)]
+    scores = {one["genome"]: one["scores"] for one in results}
+    names = {name: value for name, value in cell.columns.items() if name != "genome"}
     return [
         {
-            "genome": genome,
-            **{task: f"{scores[genome][task]:.6f}" if genome in scores else "" for task in TASKS},
-            "core_seconds": f"{seconds:.1f}",
-            "code": code,
-            **cell.columns,
+            **names,
+            "genome": cell.columns.get("genome", genome),
+            **{task: f"{scores[genome][task]:.6f}" if genome in scores else "" for task in cell.tasks},
+            "core_seconds": f"{seconds / len(cell.genomes):.1f}",
+            "code": parts["code"]["mapdistill"],
         }
         for genome in cell.genomes
     ]
+
+
+def run_job(words: Sequence[str], folder: Path | None) -> tuple[list[dict[str, Any]], float]:
+    """Starts a script, on one thread. Returns the records of its folder (None: a new one), and the processor time that
+    it took, in seconds. Ends the campaign with the script's output if it fails."""
+    with nullcontext(str(folder)) if folder else tempfile.TemporaryDirectory() as place:
+        all_words = [sys.executable, *words[:1], "--output_dir", place, *words[1:]]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        before = processor_seconds()
+        done = subprocess.run(all_words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode not in (EXIT_DONE, EXIT_DIVERGED):
+            sys.exit(f"{' '.join(all_words)}\n{done.stdout}")
+        return read_records(RunDir(Path(place)).records), processor_seconds() - before
 
 
 def processor_seconds() -> float:
@@ -132,23 +147,23 @@ def read(paths: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def read_scored(paths: Sequence[Path]) -> list[Row]:
+def read_scored(paths: Sequence[Path], tasks: Sequence[str] = TASKS) -> list[Row]:
     """For a report, which says what is wrong with them."""
     rows = read(paths)
     versions = sorted({row["code"] for row in rows})
     if len(versions) > 1:
         print(f"Not of one source: {', '.join(versions)}\n")
-    scored = [row for row in rows if all(row[task] for task in TASKS)]
+    scored = [row for row in rows if all(row[task] for task in tasks)]
     if len(scored) < len(rows):
         print(f"{len(rows) - len(scored)} of {len(rows)} students diverged and are left out\n")
     return scored
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    names = [name for name in rows[0] if name not in MEASURED]
     new = not path.is_file()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*names, *MEASURED], lineterminator="\n")
+    with path.open("a+", encoding="utf-8", newline="") as file:
+        file.seek(0)
+        writer = csv.DictWriter(file, next(csv.reader(file), list(rows[0])), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)

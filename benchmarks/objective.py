@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from campaign import MEASURED, TASKS, Cell, Row, arguments, as_difference, read_scored, run
+from campaign import TASKS, Cell, Row, arguments, as_difference, read_scored, run
 from measuring import header
 
 PROJECTIONS = {
@@ -27,6 +27,7 @@ PROJECTIONS = {
 }
 NONE = "0-0-0"
 GENOMES = ("2-4-6", "4-5-6", "1-2-3", "1-0-6", NONE)
+MEASURED = {*TASKS, "core_seconds", "code"}
 COMBINATION = ("steps", "lr", "scale", "projection")
 DIFFERENCES = (("projection", "identity", "fitted"), ("projection", "fitted", "random"), ("scale", "teacher", "none"))
 
@@ -88,7 +89,7 @@ def paired(rows: Sequence[Row], column: str, one: str, other: str) -> list[tuple
     """Rows of mappings that differ in `column` alone."""
 
     def rest(row: Row) -> tuple[str, ...]:
-        return tuple(value for name, value in row.items() if name != column and name not in {*MEASURED} - {"genome"})
+        return tuple(value for name, value in row.items() if name != column and name not in MEASURED)
 
     others = {rest(row): row for row in rows if row[column] == other}
     return [

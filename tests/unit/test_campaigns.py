@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 from launching import ROOT
+from scipy.stats import spearmanr
 
+from engine.records.fingerprints import digest
 from engine.records.records import format_record
 from engine.records.run_dir import RunDir
 
-OWN = ("campaign", "measuring", "objective", "pilot")
+OWN = ("campaign", "measuring", "objective", "panel", "panel_report", "pilot")
 TASKS = ("SST-2", "MRPC", "STS-B")
 
 
@@ -44,12 +47,17 @@ def answers(monkeypatch: pytest.MonkeyPatch, *, diverges: str = "") -> list[list
     def job(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         started.append(words)
         genomes = words[words.index("--genomes") + 1 :]
-        lines = [format_record("run", fingerprint_parts={"code": {"mapdistill": "1+abc"}})]
+        tasks = json.loads(words[words.index("--proxy.tasks") + 1])
+        parts = {"code": {"mapdistill": "1+abc"}, "words": words}
+        lines = [format_record("run", status="started", fingerprint_parts=parts)]
         for genome in genomes:
             if genome != diverges:
-                score = int(genome.replace("-", "")) / 1000
-                lines.append(format_record("result", genome=genome, scores=dict.fromkeys(TASKS, score)))
-        RunDir(Path(words[words.index("--output_dir") + 1])).records.write_text("\n".join(lines))
+                scores = dict.fromkeys(tasks, int(genome.replace("-", "")) / 1000)
+                lines.append(format_record("result", genome=genome, scores=scores, fingerprint=digest(parts)))
+        folder = RunDir(Path(words[words.index("--output_dir") + 1]))
+        folder.root.mkdir(exist_ok=True)
+        with folder.records.open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
         return subprocess.CompletedProcess(words, 0, stdout="")
 
     monkeypatch.setattr(subprocess, "run", job)
@@ -79,6 +87,29 @@ def test_shards_are_the_whole(campaign, monkeypatch: pytest.MonkeyPatch, tmp_pat
     for index, out in enumerate(files):
         campaign.run(cells, argparse.Namespace(out=out, shard=(index, 2), task_dir="glue", settings=[]))
     assert [[row["seed"] for row in campaign.read([file])] for file in files] == [["0", "2", "4"], ["1", "3"]]
+
+
+def test_a_chain_stays_in_one_process_and_its_rows_are_those_of_their_own_job(
+    campaign, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cells = [
+        campaign.Cell({"steps": steps, "cohort": cohort}, (steps,), ("1-2-3", "4-5-6"), ("CoLA",), tmp_path / cohort)
+        for steps in ("60", "120")
+        for cohort in ("a", "b", "c")
+    ]
+    started = answers(monkeypatch)
+    args = argparse.Namespace(out=tmp_path / "0.csv", shard=(1, 2), task_dir="glue", settings=[])
+    campaign.run(cells[:3], args)
+    answers(monkeypatch, diverges="4-5-6")
+    campaign.run(cells, args)
+    rows = [(row["steps"], row["cohort"], row["genome"], row["CoLA"]) for row in campaign.read([args.out])]
+    assert rows == [
+        ("60", "b", "1-2-3", "0.123000"),
+        ("60", "b", "4-5-6", "0.456000"),
+        ("120", "b", "1-2-3", "0.123000"),
+        ("120", "b", "4-5-6", ""),
+    ]
+    assert started[0][started[0].index("--proxy.tasks") + 1] == '["CoLA"]'
 
 
 def test_a_genome_that_diverged_is_not_run_again_and_has_no_score(
@@ -218,4 +249,118 @@ def test_pilot_needs_no_complete_campaign(load, capsys: pytest.CaptureFixture[st
     for count in range(1, len(rows)):
         pilot.report(rows[:count])
     pilot.report([row for row in rows if row["seed"] == "0"])
+    assert "nan" not in capsys.readouterr().out
+
+
+def panel_args(tmp_path: Path, **changes: Any) -> argparse.Namespace:
+    given = {
+        "regime": "deep",
+        "horizons": ["120", "60"],
+        "seeds": ["0", "1"],
+        "cohorts": 3,
+        "warm": None,
+        "finetune": 8,
+    }
+    given |= {"data": "news", "data12": "news12", "teacher12": "e5", "work": tmp_path}
+    return argparse.Namespace(**given | changes)
+
+
+@pytest.mark.parametrize("regime", ["copied", "narrow", "deep"])
+def test_panel_draws_the_same_mappings_of_every_stratum(load, regime: str) -> None:
+    panel = load("panel")
+    mappings = panel.genomes(panel.REGIMES[regime])
+    assert mappings == panel.genomes(panel.REGIMES[regime])
+    assert len(mappings) == len(set(mappings)) == 25
+    genes = [[int(gene) for gene in mapping.split("-")] for mapping in mappings]
+    assert sum(0 in one for one in genes[6:]) == 9  # half of those drawn, and none
+    assert sum(one == sorted(set(one)) for one in genes[6:-1]) >= 5
+    assert max(map(max, genes)) == panel.REGIMES[regime].teacher_layers
+
+
+def test_panel_goes_up_its_horizons_cohort_by_cohort(load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    panel = load("panel")
+    monkeypatch.setattr(panel, "tokens_per_step", lambda corpus: 100.0)
+    cells = list(panel.cells(panel_args(tmp_path)))
+    assert [cell.columns["genome"] for cell in cells[:3]] == ["teacher", "start", "start"]
+    chains: dict[Path, list[str]] = {}
+    for cell in cells[3:]:
+        chains.setdefault(cell.folder, []).append(cell.columns["steps"])
+        kept = cell.settings[cell.settings.index("--proxy.keep_students") + 1]
+        assert kept == str(cell.columns["steps"] == "120").lower()
+    assert len(chains) == 6
+    assert set(map(tuple, chains.values())) == {("60", "120")}
+    warm = list(panel.cells(panel_args(tmp_path, warm="runs/warm")))
+    assert {cell.columns["regime"] for cell in warm} == {"deep warm"}
+    assert all("runs/warm" in cell.settings for cell in warm if cell.columns.get("genome") != "teacher")
+    assert not {cell.folder for cell in warm} & set(chains)
+
+
+def test_panel_fine_tunes_the_first_mappings(load, tmp_path: Path) -> None:
+    panel = load("panel")
+    args = panel_args(tmp_path, finetune=10)
+    cells = list(panel.finetuned_cells(args))
+    first = panel.genomes(panel.REGIMES["deep"])[:10]
+    assert [(cell.columns["seed"], *cell.genomes) for cell in cells] == [(s, g) for s in ("0", "1") for g in first]
+    assert cells[9].settings[1] == str(tmp_path / "deep-1-seed0" / "students" / f"{first[9]}-seed0")
+
+
+def panel_rows(noise: dict[int, float]) -> list[dict[str, str]]:
+    """Eight mappings, a hundredth apart; at a horizon its `noise` is added to every second one, in seed 0 alone."""
+    truth = {f"{layer}-6-6": 0.7 + layer / 100 for layer in range(1, 7)} | {"0-5-6": 0.70, "6-6-5": 0.77}
+
+    def row(genome: str, seed: int, steps: int, score: float) -> dict[str, str]:
+        return {**pilot_row("copied", genome, seed, steps, score), "MRPC": f"{score:.6f}", "cohort": "0"}
+
+    rows = [row("teacher", 0, 0, 0.9)]
+    for seed in (0, 1):
+        rows += [row("start", seed, 0, 0.705)] + [row("0-0-0", seed, steps, 0.7) for steps in noise]
+        rows += [
+            row(genome, seed, steps, score + (1 - seed) * (index % 2) * shift)
+            for steps, shift in noise.items()
+            for index, (genome, score) in enumerate(truth.items())
+        ]
+    return rows
+
+
+def test_panel_compares_horizons_with_the_end_of_the_other_seed(load, capsys: pytest.CaptureFixture[str]) -> None:
+    panel_report = load("panel_report")
+    panel_report.report(panel_rows({60: 0.05, 240: 0.0}), TASKS)
+    text = capsys.readouterr().out
+    assert "## copied: 8 mappings, 2 seeds, to 240 steps" in text
+    assert "### SST-2: ceiling 1.00 (1.00 to 1.00), seed deviation 0.0000" in text
+    section = text[text.index("### SST-2") : text.index("### MRPC")].splitlines()
+    lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in section[4:] if line}
+    assert lines["240"][:2] == ["240,000", "72"]  # a horizon costs those before it, too
+    assert lines["240"][2:5] == ["1.00 (1.00 to 1.00)", "1.00 (1.00 to 1.00)", "1.00"]
+    truth = [1, 2, 3, 4, 5, 6, 0, 7]
+    early = [value + 5 * (index % 2) for index, value in enumerate(truth)]
+    expected = (1 + spearmanr(early, truth).statistic) / 2  # only seed 0 is shifted
+    assert lines["60"][2].startswith(f"{expected:.2f} (")
+    crossed = next(line for line in text.splitlines() if line.startswith("| SST-2 | 240 |"))
+    assert crossed.startswith("| SST-2 | 240 | 0.7050 | 0.7000 | 0.9000 | 0.7350 | 6-6-5 0.7700 |")
+
+
+def test_panel_compares_probes_with_fine_tuning(load, capsys: pytest.CaptureFixture[str]) -> None:
+    panel_report = load("panel_report")
+    rows = panel_rows({60: 0.0})
+    mapped = {row["genome"]: float(row["SST-2"]) for row in rows if row["seed"] == "0" and row["steps"] == "60"}
+    del mapped["0-0-0"]
+    finetuned = [
+        {"regime": "copied", "seed": "0", "genome": genome, "finetune_seed": seed, "core_seconds": "1.0"}
+        | {"SST-2": f"{1 - score + 0.01 * int(seed):.6f}"}
+        for genome, score in mapped.items()
+        for seed in ("0", "1")
+    ]
+    panel_report.report(rows, TASKS, finetuned)
+    text = capsys.readouterr().out
+    assert "### Fine-tuned: 8 mappings" in text
+    assert "| SST-2 | -1.00 (-1.00 to -1.00) |" in text
+    assert text.rstrip().endswith("| 6-6-5 0.2350 | 0-5-6 0.3050 |")
+
+
+def test_panel_needs_no_complete_campaign(load, capsys: pytest.CaptureFixture[str]) -> None:
+    panel_report = load("panel_report")
+    rows = panel_rows({60: 0.01})
+    for count in (1, 3, 8, len(rows) // 2, len(rows) - 3):
+        panel_report.report(rows[:count], TASKS)
     assert "nan" not in capsys.readouterr().out
