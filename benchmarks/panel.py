@@ -29,7 +29,7 @@ import itertools
 import json
 import math
 import random
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,10 +43,7 @@ from engine.mapping import SKIP
 PANEL_TASKS = (*TASKS, "CoLA")
 FINETUNED_TASKS = ("SST-2", "STS-B")
 FINETUNED_SEEDS = (0, 1, 2)
-FINETUNING = (
-    *("--task.name", json.dumps(FINETUNED_TASKS), "--task.seeds", json.dumps(FINETUNED_SEEDS)),
-    *("--task.train_rows", "4000", "--task.epochs", "2", "--task.lr", "1e-4"),
-)
+FINETUNING = ("--task.train_rows", "4000", "--task.epochs", "2", "--task.lr", "1e-4")
 WARMUP_STEPS = 10
 SAVE_EVERY = 120
 DRAWN = 18
@@ -139,6 +136,7 @@ def finetuned_cells(args: Namespace) -> Iterator[Cell]:
 def finetuned_rows(cell: Cell, settings: Sequence[str]) -> list[Row]:
     """One for each seed of the fine-tuning."""
     words = ["launch/finetune.py", *cell.settings, *FINETUNING, *settings]
+    words += ["--task.name", json.dumps(cell.tasks), "--task.seeds", json.dumps(FINETUNED_SEEDS)]
     records, seconds = run_job(words, None)
     tasks = next(one["tasks"] for one in reversed(records) if one["kind"] == "result")
     return [
@@ -152,27 +150,36 @@ def finetuned_rows(cell: Cell, settings: Sequence[str]) -> list[Row]:
     ]
 
 
-def main() -> None:
-    parser = arguments(__doc__)
+def regime_arguments(parser: ArgumentParser) -> None:
+    """Adds what says in which regime, on what, and where students are distilled."""
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="for checkpoints and students")
     parser.add_argument("--regime", default="deep", choices=[name for name, regime in REGIMES.items() if regime.init])
+    parser.add_argument("--data", default="data/news", help="corpus of the six-layer teacher")
+    parser.add_argument("--teacher12", metavar="FOLDER", help="for the regime deep")
+    parser.add_argument("--data12", metavar="FOLDER", help="its corpus")
+
+
+def check_regime(parser: ArgumentParser, args: Namespace) -> None:
+    if args.work is None:
+        parser.error("--out needs --work")
+    if args.regime == "deep" and not (args.teacher12 and args.data12):
+        parser.error("the regime deep needs --teacher12 and --data12")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    regime_arguments(parser)
     parser.add_argument("--horizons", nargs="+", default=["60", "120", "240", "480", "960"], metavar="STEPS")
     parser.add_argument("--seeds", nargs="+", default=["0", "1"])
     parser.add_argument("--cohorts", type=int, default=3, help="that the mappings of a seed are divided into")
     parser.add_argument("--warm", metavar="FOLDER", help="student that all mappings branch off from")
     parser.add_argument("--finetune", type=int, metavar="N", help="fine-tune the students of the first N mappings")
     parser.add_argument("--finetuned", type=Path, nargs="+", default=[], metavar="CSV", help="for the report")
-    parser.add_argument("--data", default="data/news", help="corpus of the six-layer teacher")
-    parser.add_argument("--teacher12", metavar="FOLDER", help="for the regime deep")
-    parser.add_argument("--data12", metavar="FOLDER", help="its corpus")
     args = parser.parse_args()
     if args.report:
         report(read_scored(args.report, PANEL_TASKS), PANEL_TASKS, read(args.finetuned))
         return
-    if args.work is None:
-        parser.error("--out needs --work")
-    if args.regime == "deep" and not (args.teacher12 and args.data12):
-        parser.error("the regime deep needs --teacher12 and --data12")
+    check_regime(parser, args)
     if args.finetune:
         run(list(finetuned_cells(args)), args, finetuned_rows)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import itertools
 import json
@@ -22,7 +23,7 @@ from engine.records.fingerprints import digest
 from engine.records.records import format_record
 from engine.records.run_dir import RunDir
 
-OWN = ("campaign", "measuring", "objective", "panel", "panel_report", "pilot")
+OWN = ("campaign", "evidence", "measuring", "objective", "panel", "panel_report", "pilot")
 TASKS = ("SST-2", "MRPC", "STS-B")
 
 
@@ -364,3 +365,56 @@ def test_panel_needs_no_complete_campaign(load, capsys: pytest.CaptureFixture[st
     for count in (1, 3, 8, len(rows) // 2, len(rows) - 3):
         panel_report.report(rows[:count], TASKS)
     assert "nan" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def evidence(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, argparse.Namespace]:
+    """The campaign after a search that recommends 0-5-0-10."""
+    module = load("evidence")
+    monkeypatch.setattr(module, "tokens_per_step", lambda corpus: 100.0)
+    (tmp_path / "best.yaml").write_text("mapping: {hidden: 0-5-0-10}\n")
+    args = panel_args(tmp_path, search=tmp_path, steps=100, more_steps=50, seeds=3, finetuned=[])
+    return module, args
+
+
+def test_evidence_has_the_winner_and_uniform_in_every_seed(evidence) -> None:
+    module, args = evidence
+    cells = list(module.cells(args))
+    mappings = [cell for cell in cells if cell.columns["students"] == "mappings"]
+    assert [cell.genomes[:2] for cell in mappings] == [("0-5-0-10", "3-6-9-12")] * 3
+    assert [len(cell.genomes) for cell in mappings] == [5, 5, 2]
+    controls = [cell for cell in cells if cell not in mappings]
+    assert {cell.genomes for cell in controls} == {("3-6-9-12",)}
+    assert [cell.columns["steps"] for cell in controls] == ["100"] * 4 + ["150"] * 2
+    assert len({cell.folder for cell in cells}) == len(cells)
+    finetuned = list(module.finetuned_cells(args))
+    assert len(finetuned) == 18
+    assert finetuned[0].settings == ("--model.path", str(args.work / "seed0" / "students" / "0-5-0-10-seed0"))
+
+
+def test_evidence_compares_at_equal_seeds(evidence, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    module, args = evidence
+    tasks = (*TASKS, *module.OTHERS)
+
+    def row(students: str, genome: str, seed: int, score: float) -> dict[str, str]:
+        scores = dict.fromkeys(tasks, f"{score + 0.1 * seed:.6f}")
+        return {"students": students, "seed": str(seed), "genome": genome, **scores, "core_seconds": "36", "code": "1"}
+
+    rows = [row("mappings", "0-5-0-10", seed, 0.53 + 0.01 * seed) for seed in range(3)]
+    rows += [row("mappings", "3-6-9-12", seed, 0.50) for seed in range(3)]
+    rows += [row("uniform, longer", "3-6-9-12", seed, 0.55) for seed in range(2)]
+    args.report = [tmp_path / "rows.csv"]
+    write_rows(args.report[0], rows)
+    module.report(args)
+    text = capsys.readouterr().out
+    assert "| winner | 0-5-0-10 | 3 | 0.01 | 0.6400 ± 0.2733 |" in text
+    assert "| uniform | 3 | +0.0400 ± 0.0248 | +0.0400 ± 0.0248 |" in text
+    assert "| uniform, longer | 2 | -0.0150 ± 0.0635 |" in text
+    assert text.count("## ") == 2  # nothing is fine-tuned yet
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
