@@ -231,10 +231,21 @@ def test_pilot_says_where_mappings_differ(load, capsys: pytest.CaptureFixture[st
     assert "STS-B without crossover)" in text
     assert "| SST-2 | 240 | 240,000 | 0.7000 | 0.6600 | 0.9000 | 0.7800 | 2-4-6 0.8000 | 0.0141 | 5.5 | 36 |" in text
     summary = next(line for line in text.splitlines() if line.startswith("| copied |"))
-    assert summary.endswith("| 0.19 | SST-2 240, 240, MRPC -, -, STS-B -, - |")
+    assert summary.endswith("| 0.19 | SST-2 240, 240, MRPC -, -, STS-B -, - | 0.8 |")
     assert next(line for line in text.splitlines() if line.startswith("| deep |")).startswith(
         "| deep | - | - | - | 0.0 |"
     )
+
+
+def test_pilot_takes_harm_for_no_difference(load, capsys: pytest.CaptureFixture[str]) -> None:
+    pilot = load("pilot")
+    pilot.report(pilot_rows("copied", "0-0-0", {"2-4-6": 0.10, "4-5-6": 0.0, "1-2-3": -0.2}))
+    text = capsys.readouterr().out
+    summary = next(line for line in text.splitlines() if line.startswith("| copied |"))
+    assert summary.startswith("| copied | - | - | - | 0.0 |")
+    assert "| SST-2 240, -, MRPC -, -, STS-B -, - |" in summary
+    assert float(summary.strip("| ").rpartition(" | ")[2]) > 3
+    assert text.endswith("\nMappings differ nowhere past a crossover.\n")
 
 
 def test_pilot_takes_the_best_of_several_starts(load) -> None:
