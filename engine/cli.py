@@ -17,9 +17,21 @@ from engine.config.places import IS_INSTALLED, ROOT, SHIPPED, command
 from engine.config.proxy import ProxyJobConfig
 from engine.config.reading import parse_config, split_options
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
-from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, RunFailure, UserError
-from engine.ranks import allocator, environment, rendezvous, threads
+from engine.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_CRASH,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    Diverged,
+    Preempted,
+    RunFailure,
+    UserError,
+)
+from engine.ranks import environment, rendezvous
 from engine.ranks.exit import run_rank
+from engine.ranks.process import prepare_process
 from engine.records.columns import labelled_lines
 from engine.records.stdout import survive_lost_readers
 
@@ -98,21 +110,9 @@ def _wait_for_rank_zero() -> None:
     time.sleep(WAIT_FOR_RANK_ZERO_S)
 
 
-def _gather_errors(error: str) -> str:
-    """Returns the errors of all ranks where they are about to meet, since nobody else would end the others; else this
-    one."""
-    if not rendezvous.is_needed() or rendezvous.store() is not None:
-        return error
-    try:
-        rendezvous.agree(error)
-    except UserError as errors:
-        return str(errors)
-    return error
-
-
 def _report_error(error: str) -> None:
     """Prints an error once: rank 0 speaks for all where they know, or have met, the same."""
-    text = _gather_errors(error)
+    text = rendezvous.gather_errors(error)
     everyone_knows = rendezvous.has_failed()
     if not is_rank_zero() and not everyone_knows:
         _wait_for_rank_zero()
@@ -129,14 +129,13 @@ def run_main(body: Callable[[], int]) -> int:
     2."""
     survive_lost_readers()
     try:
-        environment.refuse_unusable(os.environ)
-        environment.complete(os.environ)
-        threads.wait_briefly(os.environ)
-        allocator.bound_compiled_kernels(os.environ)
+        prepare_process()
         return body()
     except (UserError, RunFailure) as error:
         _report_error(str(error))
         return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_CRASH
+    except Preempted:  # it has said so
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except PermissionError as error:
@@ -151,10 +150,23 @@ def run_main(body: Callable[[], int]) -> int:
         _report_error(f"the Python package {package!r} is missing; pip install {package}")
         return EXIT_BAD_INPUT
     except Exception as error:
-        _gather_errors(f"{type(error).__name__}: {error}")
+        rendezvous.gather_errors(f"{type(error).__name__}: {error}")
         if rendezvous.has_failed():
             rendezvous.leave()
         raise
+
+
+def run_job(job: Callable[[], None]) -> int:
+    """Runs a job of ranks, and leaves their group; returns the exit code. Collective."""
+    from engine.ranks.runtime import leave_ranks
+
+    code = EXIT_DONE
+    try:
+        job()
+    except (Diverged, Preempted) as end:  # it has said so
+        code = EXIT_DIVERGED if isinstance(end, Diverged) else EXIT_PREEMPTED
+    leave_ranks()  # not after another exception: it could wait for ranks that are gone
+    return code
 
 
 def read_rank_settings(
@@ -181,7 +193,7 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
         config = parse_config(RunConfig, words, text, announce)
         from engine.jobs.distill.job import distill  # heavy imports only once the configuration is known to be sound
 
-        return distill(config)
+        return run_job(lambda: distill(config))
 
     return run_main(body)
 
@@ -198,7 +210,7 @@ def proxy_main(argv: Sequence[str] | None = None) -> int:
         )
         from engine.jobs.proxy.job import proxy
 
-        return proxy(config)
+        return run_job(lambda: proxy(config))
 
     return run_main(body)
 
@@ -215,7 +227,7 @@ def finetune_main(argv: Sequence[str] | None = None) -> int:
         )
         from engine.jobs.finetune.job import finetune
 
-        return finetune(config)
+        return run_job(lambda: finetune(config))
 
     return run_main(body)
 

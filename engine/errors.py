@@ -10,6 +10,15 @@ class RunFailure(RuntimeError):
     and what to do."""
 
 
+class Diverged(RunFailure):
+    """Losses or weights were not finite, and nothing could go on with them; exit code 3. The records say where."""
+
+
+class Preempted(KeyboardInterrupt):
+    """A job was told to stop (Ctrl-C, SIGTERM, SIGUSR1), and has saved what it has; exit code 4. The same call
+    continues. No `Exception`: what runs several jobs is to stop, too."""
+
+
 EXIT_DONE, EXIT_CRASH, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = range(5)
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
 

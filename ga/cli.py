@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,8 +11,6 @@ from typing import NoReturn
 
 import engine
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Error numbers that writing may raise without naming the file."""
 LAUNCHER_SWITCHES = ("--no_ssh", "--no_ssh_check", "--force_multi", "--save_pid", "--bind_cores_to_rank", "--quiet")
 LAUNCHER_VALUES = (
     *("--hostfile", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators", "--node_rank"),
@@ -30,7 +27,7 @@ _HOSTFILE = Path("/job/hostfile")
 def search_main(argv: Sequence[str] | None = None) -> int:
     from engine.cli import print_origin, run_main, usage
     from engine.config.reading import parse_config
-    from engine.errors import UserError
+    from engine.errors import EXIT_DONE
     from ga.config import SearchConfig
 
     def body() -> int:
@@ -41,22 +38,13 @@ def search_main(argv: Sequence[str] | None = None) -> int:
             "--config examples/search.yaml --dry_run",
             "--config examples/search.yaml --search.trials 128 --output_dir runs/longer",
         )
-        from ga.study.storage import DatabaseErrors, explain, hide_password
+        from ga.study.storage import hide_password
 
         config = parse_config(SearchConfig, words, text, lambda line: print_origin(hide_password(line)))
         from ga.search import search
 
-        try:
-            return search(config)
-        except DatabaseErrors as error:
-            what = f"search.storage={hide_password(config.storage)}: {explain(error)}"
-            raise UserError(f"{what}; mend that, and the same command continues") from None
-        except OSError as error:
-            where = error.filename2 or error.filename
-            if where is None and error.errno not in _NO_ROOM:
-                raise
-            what = f"{where or config.output_dir}: {error.strerror}"
-            raise UserError(f"{what}; mend that, and the same command continues") from None
+        search(config)
+        return EXIT_DONE
 
     return run_main(body)
 

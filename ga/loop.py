@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 from typing import TypeVar
 
 from engine.config.proxy import ProxyConfig
-from engine.errors import UserError, first_line
+from engine.errors import RunFailure, UserError, first_line
 from ga.config import SearchConfig
 from ga.jobs.launcher import LOG
 from ga.jobs.outcome import JobReport, Outcome
@@ -42,7 +42,7 @@ class Interrupted(Exception):
     """The driver was told to stop; its jobs are ended, their trials open."""
 
 
-class GivenUp(Exception):
+class GivenUp(RunFailure):
     """Nothing gets a fitness."""
 
 

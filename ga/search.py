@@ -14,7 +14,7 @@ import optuna
 from optuna import Study
 
 from engine.config.proxy import ProxyConfig
-from engine.errors import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, UserError
+from engine.errors import Preempted, UserError
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick, describe_yardstick
 from ga.config import STUDY_FILE, SearchConfig
@@ -29,7 +29,7 @@ from ga.study.drivers import Driver, Drivers
 from ga.study.evaluations import Evaluation, rank_evaluations, read_history
 from ga.study.ledger import Ledger
 from ga.study.sources import ListSource, SearchSource, confirmation_name
-from ga.study.storage import SearchStorage, open_storage
+from ga.study.storage import SearchStorage, explain_errors, open_storage
 from ga.study.studies import known_evaluations, load_search, open_list, open_search, search_space
 from ga.study.yardstick import (
     KEPT,
@@ -49,11 +49,17 @@ YARDSTICK, TRIALS, CONFIRMATIONS = "yardstick", "trials", "confirmations"
 """Folders of job folders."""
 
 
-def search(config: SearchConfig) -> int:
-    """Runs a search to its report; returns the exit code. Raises UserError."""
+def search(config: SearchConfig) -> None:
+    """Runs a search to its report. Raises GivenUp when no genome gets a fitness, Preempted, and UserError."""
+    with explain_errors(config.storage, config.output_dir):
+        _search(config)
+
+
+def _search(config: SearchConfig) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if config.status:
-        return print_status(config)
+        print_status(config)
+        return
     if importlib.util.find_spec("matplotlib") is None:  # needed at the end, after days
         raise UserError("the search's report needs the Python package 'matplotlib'; pip install matplotlib")
     try:
@@ -75,14 +81,19 @@ def search(config: SearchConfig) -> int:
     with StopSignals(pool) as stop:
         facts = ask_proxy(pool, config, stop=lambda: stop.requested)
         if facts is None:
-            return EXIT_PREEMPTED
+            raise _preempted(config)
         space = search_space(config, student_layers=facts.student_layers, teacher_layers=facts.teacher_layers)
         check_budget(config, space)
         storage = open_storage(config.storage)
         try:
-            return Search(config, storage, space, facts, pool, stop).run()
+            Search(config, storage, space, facts, pool, stop).run()
         finally:
             storage.close()
+
+
+def _preempted(config: SearchConfig) -> Preempted:
+    print("stopped; the same command continues", file=sys.stderr, flush=True)
+    return Preempted(f"{config.output_dir}: stopped; the same call continues")
 
 
 def check_budget(config: SearchConfig, space: Space) -> None:
@@ -94,8 +105,8 @@ def check_budget(config: SearchConfig, space: Space) -> None:
         )
 
 
-def print_status(config: SearchConfig) -> int:
-    """Prints a table of the search; returns the exit code. Raises UserError where none was begun."""
+def print_status(config: SearchConfig) -> None:
+    """Prints a table of the search. Raises UserError where none was begun."""
     if config.search.storage is None and not (config.root / STUDY_FILE).is_file():
         raise UserError(f"output_dir={config.output_dir!r}: no search was begun there ({STUDY_FILE} is missing)")
     storage = open_storage(config.storage, existing=True)
@@ -104,7 +115,6 @@ def print_status(config: SearchConfig) -> int:
         print(status_text(study, storage.shown_url, trials=config.search.trials))
     finally:
         storage.close()
-    return EXIT_DONE
 
 
 @dataclass
@@ -117,7 +127,7 @@ class Search:
     stop: StopSignals
     began: datetime.datetime = field(default_factory=datetime.datetime.now)
 
-    def run(self) -> int:
+    def run(self) -> None:
         source = self._source()
         drivers = Drivers(source.study, Driver.this_process(), placements=len(self.pool.placements))
         try:
@@ -126,14 +136,9 @@ class Search:
             with LiveView(self.config, self.space, source.study, tasks=self.facts.tasks) as view:
                 (self._rehearse if self.config.dry_run else self._search)(source, drivers, view)
         except Interrupted:
-            print("stopped; the same command continues", file=sys.stderr, flush=True)
-            return EXIT_PREEMPTED
-        except GivenUp as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return EXIT_CRASH
+            raise _preempted(self.config) from None
         finally:
             drivers.leave()
-        return EXIT_DONE
 
     def _source(self) -> SearchSource:
         if self.config.dry_run and given_yardstick(self.config) is None:  # its one job binds no setting of the search

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, replace
+from pathlib import Path, PurePath
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -21,6 +21,9 @@ from engine.errors import EXIT_DONE, UserError
 from engine.records.run_dir import as_yaml
 
 ConfigT = TypeVar("ConfigT")
+Settings = Any
+"""Settings of a program: the path of a YAML file, a mapping with sections or with names like `train.steps`, or a
+configuration."""
 
 
 def parse_config(
@@ -99,6 +102,25 @@ def split_options(argv: Sequence[str]) -> tuple[list[tuple[str, list[str]]], lis
     return options, problems
 
 
+def read_config(config_class: type[ConfigT], *settings: Settings) -> ConfigT:
+    """Returns the resolved configuration of a program: files, mappings and configurations of this class, of which a
+    later one wins over an earlier one. Raises SettingsError with all that is wrong."""
+    schema = Schema(config_class)
+    layers: list[_File] = []
+    for one in settings:
+        if isinstance(one, str | PurePath):
+            layers.append(_File([str(one)]))
+        elif type(one) is config_class:
+            config: Any = one
+            layers.append(_Values(asdict(config)))
+        elif isinstance(one, Mapping):
+            layers.append(_Values(one))
+        else:
+            raise UserError(f"expected a file, a mapping or a {config_class.__name__}, got {one!r:.200}")
+    given = {key: value for layer in layers for key, value in layer.read(schema).items()}
+    return _build(config_class, schema, given, [problem for layer in layers for problem in layer.problems])
+
+
 class _File:
     """A `--config`, with what is wrong in it."""
 
@@ -110,9 +132,6 @@ class _File:
     def read(self, schema: Schema) -> dict[str, Given]:
         given: dict[str, Given] = {}
         try:
-            if len(self._words) != 1 or not self._words[0]:
-                raise UserError(f"--config takes one file, got {' '.join(self._words) or 'none'}")
-            self.path = str(shipped_file(expand_path(self._words[0], "--config")))
             self._add_section(self._top(), "", schema, given)
         except SettingsError as error:
             self.problems += error.problems
@@ -124,6 +143,9 @@ class _File:
         self.problems.append(Problem(text, key=key, source=self.path, line=line_of(node)))
 
     def _top(self) -> yaml.MappingNode:
+        if len(self._words) != 1 or not self._words[0]:
+            raise UserError(f"--config takes one file, got {' '.join(self._words) or 'none'}")
+        self.path = str(shipped_file(expand_path(self._words[0], "--config")))
         text = read_text(Path(self.path))
         if not text.strip():
             raise SettingsError([Problem("is empty; leave it out to have every default", source=self.path)])
@@ -161,6 +183,32 @@ class _File:
                 is_rest = node.flow_style and is_null(value) and not value.value  # of {lr: 0,5}
                 hint = "a value with a comma in it needs quotes" if is_rest else schema.hint(key)
                 self._add_problem(f"unknown setting {key!r}; {hint}", key_node)
+
+
+class _Values(_File):
+    """Settings of a program, with what is wrong in them; they are read as those of a file are."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__([])
+        self._values = values
+
+    def _top(self) -> yaml.MappingNode:
+        try:
+            text = yaml.dump(dict(self._values), Dumper=_Dumper, sort_keys=False)
+        except yaml.representer.RepresenterError as error:
+            raise UserError(
+                f"settings cannot be {error.args[-1]!r:.200}; give texts, numbers, lists or mappings"
+            ) from None
+        node = compose(text, "")
+        assert isinstance(node, yaml.MappingNode)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Paths are texts."""
+
+
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 class _Option:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from engine.config.distill import LossConfig
 from engine.data.batch import Batch, Counts
@@ -94,6 +95,8 @@ class StepInputs:
     """Counts of the global batch / (ranks * accumulation steps)."""
     projections: Projections
     kernels: Kernels = field(default_factory=Kernels)
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    """What losses train beside student and projections (Loss.build_head), by their names."""
 
     @property
     def segments(self) -> Segments | None:
@@ -195,6 +198,11 @@ class Loss(ABC):
     def wanted(self, side: Side) -> Wanted:
         """Returns what one side has to capture."""
 
+    def build_head(self) -> nn.Module | None:
+        """Returns a module that is trained along with the student and never exported, for `StepInputs.heads`; None:
+        this loss has no parameters of its own. Its weights may depend on torch's seed alone."""
+        return None
+
     @property
     def targets(self) -> dict[str, Target]:
         """Targets of the terms that are squared distances, which loss.scale=teacher divides by the target's variance"""
@@ -214,6 +222,11 @@ class Loss(ABC):
     @abstractmethod
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         """Returns the loss of one micro batch. weights: that of each term in the total."""
+
+
+OwnLosses = Mapping[type[Loss], float]
+"""Losses that a program brings, with their weights (docs/api.md)."""
+NO_LOSSES: OwnLosses = MappingProxyType({})
 
 
 class HiddenMapped(Loss):

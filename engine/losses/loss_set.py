@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import or_
+from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, LossConfig, MappingConfig
 from engine.data.batch import Batch, Counts
 from engine.errors import UserError
 from engine.kernels.choice import Kernels
-from engine.losses.base import Loss, LossSetup, Pair, StepInputs, Target
+from engine.losses.base import NO_LOSSES, Loss, LossSetup, OwnLosses, Pair, StepInputs, Target
 from engine.losses.registry import LOSSES
 from engine.mapping import LayerMapping
 from engine.models.features import Features, Wanted
@@ -42,7 +44,9 @@ def active_pairs(
     return tuple(Pair(m, g, weight / divisor) for m, g, weight in active)
 
 
-def _idle_settings(config: LossConfig, mapping: MappingConfig, *, projects: bool) -> list[str]:
+def _idle_settings(
+    config: LossConfig, mapping: MappingConfig, own: Iterable[type[Loss]], *, projects: bool
+) -> list[str]:
     """Returns a sentence for each setting that was given a value and changes nothing."""
     active = config.active
     default = LossConfig()
@@ -72,13 +76,17 @@ def _idle_settings(config: LossConfig, mapping: MappingConfig, *, projects: bool
     check("loss.projection_bias", config.projection_bias, config.projection_bias is not None, projects, projecting)
     if projects and config.projection == "identity" and config.projection_bias is not None:
         idle.append(f"loss.projection_bias={config.projection_bias} has no effect: loss.projection='identity' has none")
-    mapped = bool({*HIDDEN_MAPPED, *ATTENTION_MAPPED} & set(active))
+    mapped_by = {LOSSES[name].mapped_by for name in active} | {kind.mapped_by for kind in own}
     check(
-        "loss.average_layers", config.average_layers, config.average_layers is not None, mapped, "a layer-mapped loss"
+        "loss.average_layers",
+        config.average_layers,
+        config.average_layers is not None,
+        bool(mapped_by - {None}),
+        "a layer-mapped loss",
     )
     for name, losses in (("hidden", HIDDEN_MAPPED), ("attention", ATTENTION_MAPPED)):
         user = " or ".join(f"loss.{loss}" for loss in losses)
-        used = bool(set(losses) & set(active))
+        used = name in mapped_by
         weights = getattr(mapping, f"{name}_weights")
         check(f"mapping.{name}_weights", weights, weights is not None, used, user)
         if name == "attention":
@@ -126,8 +134,9 @@ class LossSet:
         teacher: ModelShape,
         mlm_probability: float,
         kernels: Kernels | None = None,
+        own_losses: OwnLosses = NO_LOSSES,
     ) -> None:
-        """kernels: what computes them; unset: those that run anywhere."""
+        """kernels: what computes them; unset: those that run anywhere. own_losses: beside those of `config`."""
         for layer_map in (hidden_map, attention_map):
             assert (layer_map.student_layers, layer_map.teacher_layers) == (student.layers, teacher.layers), layer_map
         self.config, self.teacher = config, teacher
@@ -145,15 +154,18 @@ class LossSet:
             ),
             mlm_probability=mlm_probability,
         )
-        self._losses, empty = self._build(setup, {"hidden": hidden_map, "attention": attention_map})
+        loss_weights = {**config.active, **{kind.name: weight for kind, weight in own_losses.items()}}
+        kinds = {**LOSSES, **{kind.name: kind for kind in own_losses}}
+        maps = {"hidden": hidden_map, "attention": attention_map}
+        self._losses, empty = self._build(setup, loss_weights, kinds, maps)
         self._kernels = kernels
         self.state_pairs = {name: pair for loss in self._losses for name, pair in loss.state_pairs.items()}
         self.targets = {term: target for loss in self._losses for term, target in loss.targets.items()}
         if self.state_pairs:
             check_projection(config.projection, student_width=student.width, teacher_width=teacher.width)
-        self.warnings = (*empty, *_idle_settings(config, mapping, projects=bool(self.state_pairs)))
+        self.warnings = (*empty, *_idle_settings(config, mapping, own_losses, projects=bool(self.state_pairs)))
         shares = {term: share for loss in self._losses for term, share in loss.shares.items()}
-        self._weights = {term: config.active[term.partition("/")[0]] * share for term, share in shares.items()}
+        self._weights = {term: loss_weights[term.partition("/")[0]] * share for term, share in shares.items()}
         self.term_names, self.coefficients = tuple(self._weights), tuple(self._weights.values())
         self.held_out_names = self.term_names
         self._observed = {name: term for loss in self._losses for name, term in loss.observed.items()}
@@ -163,15 +175,19 @@ class LossSet:
         self.wanted_teacher = reduce(or_, (loss.wanted("teacher") for loss in self._losses))
 
     @staticmethod
-    def _build(setup: LossSetup, maps: dict[str, LayerMapping]) -> tuple[list[Loss], list[str]]:
+    def _build(
+        setup: LossSetup,
+        active: Mapping[str, float],
+        kinds: Mapping[str, type[Loss]],
+        maps: Mapping[str, LayerMapping],
+    ) -> tuple[list[Loss], list[str]]:
         """Returns the losses that have something to compare, and a warning for each that is on but has no pair of
         layers."""
-        active = setup.config.active
         losses: list[Loss] = []
         empty = []
         for name, weight in active.items():
-            kind = LOSSES[name].mapped_by
-            if any(type(loss) is LOSSES[name] for loss in losses):
+            kind = kinds[name].mapped_by
+            if any(type(loss) is kinds[name] for loss in losses):
                 continue  # one object serves both names
             if kind is not None and not (setup.hidden if kind == "hidden" else setup.attention):
                 empty.append(
@@ -179,7 +195,7 @@ class LossSet:
                     "with a weight above 0"
                 )
             else:
-                losses.append(LOSSES[name](setup))
+                losses.append(kinds[name](setup))
         if losses:
             return losses, empty
         if not active:
@@ -199,6 +215,11 @@ class LossSet:
         """Whether something is measured on the corpus before the first step (engine/losses/measure.py)"""
         return bool(self.state_pairs or (self.config.scales and self.targets))
 
+    def build_heads(self) -> dict[str, nn.Module]:
+        """Returns what losses train beside student and projections, by the name of the loss."""
+        heads = {loss.name: loss.build_head() for loss in self._losses}
+        return {name: head for name, head in heads.items() if head is not None}
+
     def scaled(self, scales: Mapping[str, float]) -> LossSet:
         """Returns the same losses with these terms divided by a number each; coefficients stay as they are."""
         found = copy.copy(self)
@@ -207,14 +228,20 @@ class LossSet:
         return found
 
     def __call__(
-        self, student: Features, teacher: Features, batch: Batch, per_micro: Counts, projections: Projections
+        self,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        per_micro: Counts,
+        projections: Projections,
+        heads: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the weighted total of one micro batch (differentiable scalar) and, detached, the raw terms in the
         order of `term_names` and what is observed in that of `observed_names`, (T + O,); all float32 (float64 for
         float64 features), on the student's device and never read here.
 
         `per_micro` holds the global batch's counts / (ranks * accumulation steps): the mean of `total` over ranks and
-        micro batches is then the global mean, and so are its gradient and the terms.
+        micro batches is then the global mean, and so are its gradient and the terms. heads: as `build_heads` made them.
         """
         inputs = StepInputs(
             student=student,
@@ -223,6 +250,7 @@ class LossSet:
             per_micro=per_micro,
             projections=projections,
             kernels=self._kernels or Kernels(),
+            heads=heads,
         )
         evaluated = [loss(inputs, self._weights) for loss in self._losses]
         values = {name: value for one in evaluated for name, value in (one.terms | dict(one.observed)).items()}

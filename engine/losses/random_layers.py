@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial, reduce
 from operator import or_
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.config.distill import LossConfig, MappingConfig
 from engine.data.batch import Batch, Counts
@@ -51,10 +53,16 @@ class RandomLosses(LossSet):
         return self._losses_over(hidden_map=drawn, attention_map=drawn).scaled(self._scales)
 
     def __call__(
-        self, student: Features, teacher: Features, batch: Batch, per_micro: Counts, projections: Projections
+        self,
+        student: Features,
+        teacher: Features,
+        batch: Batch,
+        per_micro: Counts,
+        projections: Projections,
+        heads: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         of_batch = super().__call__ if batch.step is None else self.of_step(batch.step)
-        return of_batch(student, teacher, batch, per_micro, projections)
+        return of_batch(student, teacher, batch, per_micro, projections, heads)
 
 
 def build_losses(

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import os
 import platform
+import sys
 from typing import Any
 
 from engine.config.places import command
@@ -29,6 +30,8 @@ def is_needed() -> bool:
     torchrun."""
     if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return False  # it is not known where
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        return False  # they have met
     # until PyTorch > 2.13: torchrun's store keeps what the ranks of a failed attempt have written, and gloo would
     # connect to the dead; `agree` gives each attempt a part of its own
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
@@ -80,6 +83,18 @@ def _wait_for_all(world: int) -> list[str]:
         missing = [rank for rank, key in enumerate(keys) if not _store.check([key])]
         raise RuntimeError(f"ranks {missing} did not arrive within {ARRIVE_WITHIN}") from None
     return [value.decode() for value in _store.multi_get(keys)]
+
+
+def gather_errors(error: str) -> str:
+    """Returns the errors of all ranks where they are about to meet, since nobody else would end the others; else this
+    one."""
+    if not is_needed() or store() is not None:
+        return error
+    try:
+        agree(error)
+    except UserError as errors:
+        return str(errors)
+    return error
 
 
 def has_failed() -> bool:

@@ -7,6 +7,7 @@ import datetime
 import os
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from engine.errors import UserError, first_line
 from engine.ranks import allocator, environment, extension_builds, rendezvous, threads, watchdog
 from engine.ranks.collectives import summed
+from engine.ranks.process import STOPPING
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 DEFAULT_PORT = "29500"
@@ -138,10 +140,12 @@ def _unlink_shared_buffers(local_rank: int) -> None:
 
 
 def join_ranks(seed: int) -> Runtime:
-    """Joins the distributed group of the launcher (or a group of one when started with plain `python`).
+    """Joins the distributed group of the launcher (or a group of one when started with plain `python`); that of an
+    earlier job, or of the program that runs this one, where this process has a group already.
 
-    Raises UserError when srun or mpirun started several ranks and it is not known where they meet, or, on several
-    hosts, when any rank has found an error or does not arrive."""
+    Raises UserError when srun or mpirun started several ranks and it is not known where they meet, when the environment
+    does not say the same as a group that is there already, or, on several hosts, when any rank has found an error or
+    does not arrive."""
     environment.complete(os.environ)
     name_accelerator()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -150,7 +154,11 @@ def join_ranks(seed: int) -> Runtime:
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = environment.local_size(os.environ) or 1
     watchdog.start_guard()
-    _choose_port(local_size)
+    has_group = torch.distributed.is_initialized()
+    if has_group:
+        _require_same_group()
+    else:
+        _choose_port(local_size)
     on_gpu = uses_gpu()
     if not on_gpu:
         allocator.keep_freed_memory()
@@ -168,7 +176,7 @@ def join_ranks(seed: int) -> Runtime:
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     extension_builds.prepare()
     backend = "nccl" if on_gpu else "gloo"
-    if rendezvous.is_needed():
+    if not has_group and rendezvous.is_needed():
         rendezvous.agree(None)
         torch.distributed.init_process_group(
             backend,
@@ -179,7 +187,7 @@ def join_ranks(seed: int) -> Runtime:
         )
     with extension_builds.explain_failures(), _explain_meeting():
         deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
-    if not on_gpu:
+    if not on_gpu and not has_group:
         _unlink_shared_buffers(local_rank)
     torch.manual_seed(seed)
     return Runtime(
@@ -193,6 +201,22 @@ def join_ranks(seed: int) -> Runtime:
     )
 
 
+def _require_same_group() -> None:
+    """Raises UserError where the environment, by which batches were planned, says another place than this rank has."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if (rank, world) != (launcher_rank(), launcher_world_size()):
+        raise UserError(
+            f"this process is rank {rank} of {world} in a group of torch.distributed, but its environment says RANK="
+            f"{launcher_rank()} and WORLD_SIZE={launcher_world_size()}: set these and LOCAL_RANK as torchrun does"
+        )
+
+
+def leave_ranks() -> None:
+    """Leaves the group, if there is one. Collective."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def seed_micro_step(seed: int, step: int, micro: int, rank: int) -> None:
     """Seeds torch. Dropout's random numbers are a function of (seed, step, micro step, rank), so that a resumed run
     needs no saved RNG state, and a member of a cohort draws the same as alone."""
@@ -201,11 +225,15 @@ def seed_micro_step(seed: int, step: int, micro: int, rank: int) -> None:
 
 class StopRequest:
     """Remembers Ctrl-C, SIGTERM and SIGUSR1; the loop finishes its step, writes a checkpoint and leaves. A second
-    Ctrl-C ends the process at once."""
+    Ctrl-C ends the process at once, or goes to whoever has heard it before, if that is not Python's own handler. Hears
+    nothing in another thread than the main one."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        self._second = signal.getsignal(signal.SIGINT)
+        if self._second is signal.default_int_handler:
+            self._second = signal.SIG_DFL
+        for number in STOPPING if threading.current_thread() is threading.main_thread() else ():
             if signal.getsignal(number) is not signal.SIG_IGN:  # a job in the background of a script
                 signal.signal(number, self._remember)
 
@@ -213,7 +241,7 @@ class StopRequest:
         if self.signal is None:  # the launcher, which gets the same Ctrl-C, sends SIGTERM after it
             self.signal = number
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, self._second)
             if launcher_rank() == 0:
                 with contextlib.suppress(OSError):  # it would be raised wherever training is just now
                     os.write(_STDERR, b"\nstopping after this step; Ctrl-C once more ends at once\n")

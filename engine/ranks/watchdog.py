@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import math
 import mmap
 import os
 import subprocess
@@ -36,7 +37,11 @@ LAUNCHER_MODULES = (
     "torch.distributed.launch",
 )
 
+_STDERR = 2
+"""sys.stderr may be a notebook's, which has no number."""
+
 _heartbeat: mmap.mmap | None = None
+_guard: subprocess.Popen[bytes] | None = None
 _limit_s = 0.0
 
 
@@ -79,28 +84,44 @@ def _is_adopted(process: psutil.Process) -> bool:
 def start_guard() -> None:
     """Starts the guard process of this rank (Linux only), which ends with it. As early as possible: it can only watch
     over launchers that are still there."""
-    global _heartbeat
+    global _heartbeat, _guard
     if _heartbeat is not None:
         return
     stdout.survive_lost_readers()
-    faulthandler.enable(sys.stderr.fileno())  # for the guard's SIGABRT, and for crashes in native code
+    faulthandler.enable(_STDERR)  # for the guard's SIGABRT, and for crashes in native code
     with tempfile.TemporaryFile() as file:
         file.truncate(guard.SHARED_BYTES)
         _heartbeat = mmap.mmap(file.fileno(), guard.SHARED_BYTES)
         if not sys.platform.startswith("linux"):
             return
         pids = ",".join(str(launcher.pid) for launcher in launchers())
-        subprocess.Popen(
+        _guard = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), pids, str(file.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[file.fileno()],
         )
 
 
+def stop_guard() -> None:
+    """Ends the guard process, where there is one: the rank's work is done, and its process goes on with other
+    things."""
+    global _heartbeat, _guard
+    if _guard is not None:
+        _guard.kill()  # it ignores what is meant for its rank
+        _guard.wait()
+    _heartbeat = _guard = None
+
+
 def beat() -> None:
     """Notes that something was finished. Costs less than a microsecond; does nothing outside of `watch`."""
     if _heartbeat is not None:
         guard.HEARTBEAT.pack_into(_heartbeat, 0, time.monotonic(), _limit_s)
+
+
+def rest() -> None:
+    """Expects no sign of life until the next `beat`: what comes may take any time."""
+    if _heartbeat is not None:
+        guard.HEARTBEAT.pack_into(_heartbeat, 0, math.inf, _limit_s)
 
 
 @contextmanager
@@ -165,7 +186,7 @@ class _Watch(threading.Thread):
             self._dump.parent.mkdir(parents=True, exist_ok=True)
             with self._dump.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        faulthandler.dump_traceback(sys.stderr.fileno(), all_threads=True)
+        faulthandler.dump_traceback(_STDERR, all_threads=True)
         with contextlib.suppress(Exception):
             self._report()
         os._exit(EXIT_CRASH)

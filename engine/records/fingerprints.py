@@ -1,11 +1,15 @@
-"""Nested settings as flat ones, and short hashes of them. No torch here."""
+"""Nested settings as flat ones, and short hashes of them and of source. No torch here."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any
+
+from engine.errors import UserError
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -15,6 +19,24 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         value = asdict(node) if is_dataclass(node) and not isinstance(node, type) else node
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def source_hash(code: Callable[..., Any]) -> str:
+    """Returns a short hash of the source of a function, or of a class with those that it extends and that are not of
+    this library; of what else is called, that of its class. Raises UserError where there is none to read."""
+    kind = code if inspect.isroutine(code) or isinstance(code, type) else type(code)
+    parts = [kind] if not isinstance(kind, type) else [one for one in kind.__mro__ if not _is_known(one.__module__)]
+    try:
+        return digest([inspect.getsource(part) for part in parts])
+    except (OSError, TypeError):
+        raise UserError(
+            f"the source of {kind.__qualname__} cannot be read, by which a later start could tell that it is the same; "
+            "write it into a file"
+        ) from None
+
+
+def _is_known(module: str) -> bool:
+    return module.partition(".")[0] in ("engine", "builtins", "abc", "typing", "torch")
 
 
 def digest(tree: object) -> str:

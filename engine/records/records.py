@@ -21,6 +21,8 @@ from engine.records.files import AppendFile
 SENTINEL = "@record "
 VERSION = 1
 KINDS = ("run", "step", "checkpoint", "result", "error")
+OnRecord = Callable[[dict[str, Any]], None]
+"""Function that is called with records as `read_records` returns them."""
 
 
 def _finite(value: Any) -> Any:
@@ -95,11 +97,18 @@ class RecordWriter:
     """
 
     def __init__(
-        self, path: Path | None, *, stream: Stream | None = None, tell: Callable[[str], None] | None = None
+        self,
+        path: Path | None,
+        *,
+        stream: Stream | None = None,
+        tell: Callable[[str], None] | None = None,
+        on_record: OnRecord | None = None,
     ) -> None:
-        """tell: is told when the file cannot be written, and when it can again; unset: stdout."""
+        """tell: is told when the file cannot be written, and when it can again; unset: stdout. on_record: is called
+        with each record after it was written."""
         self._stream: Stream = stream if stream is not None else sys.stdout
         self._path, self._tell = path, tell or functools.partial(print, flush=True)
+        self._on_record = on_record
         self._file = AppendFile(path) if path is not None else None
         # a killed writer left half a line: keep ours whole
         self._head = b"\n" if self._file is not None and self._file.ends_within_a_line else b""
@@ -115,6 +124,8 @@ class RecordWriter:
         self._stream.flush()
         if self._file is not None:
             self._append(line.encode(), is_result=kind == "result")
+        if self._on_record is not None:
+            self._on_record(json.loads(line))
 
     def _append(self, line: bytes, *, is_result: bool) -> None:
         assert self._file is not None

@@ -152,8 +152,9 @@ def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any])
 
 
 def split_state(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Returns the student's weights and those of the projections, without their prefixes."""
-    parts: dict[str, dict[str, torch.Tensor]] = {"student": {}, "projections": {}}
+    """Returns the student's weights and those of the projections, without their prefixes; heads of losses are left
+    out."""
+    parts: dict[str, dict[str, torch.Tensor]] = {"student": {}, "projections": {}, "heads": {}}
     for name, tensor in state.items():
         owner, _, rest = name.partition(".")
         parts[owner][rest] = tensor

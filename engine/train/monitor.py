@@ -16,7 +16,7 @@ import torch
 from engine.ranks import watchdog
 from engine.records.events import EventFile
 from engine.records.history import History
-from engine.records.records import RecordWriter
+from engine.records.records import OnRecord, RecordWriter
 from engine.records.run_dir import RunDir
 from engine.train import failures
 from engine.train.failures import Failure
@@ -38,10 +38,18 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def open_records(path: Path, *, echo: bool = True, tell: Callable[[str], None] | None = None) -> RecordWriter:
+def open_records(
+    path: Path,
+    *,
+    echo: bool = True,
+    tell: Callable[[str], None] | None = None,
+    on_record: OnRecord | None = None,
+) -> RecordWriter:
     """Opens records.jsonl for appending. On a terminal the bar is for the eyes, and the file alone holds the records;
-    logs and pipes get them too (`echo`). tell: prints a line, when the disk does not take a record."""
-    return RecordWriter(path, stream=None if echo and not sys.stdout.isatty() else _Silent(), tell=tell)
+    logs and pipes get them too (`echo`), unless a program gets them itself. tell: prints a line, when the disk does not
+    take a record. on_record: is called with each record."""
+    echo = echo and on_record is None and not sys.stdout.isatty()
+    return RecordWriter(path, stream=None if echo else _Silent(), tell=tell, on_record=on_record)
 
 
 class Monitor:
@@ -60,12 +68,13 @@ class Monitor:
         labels: dict[str, Any] | None = None,
         part_of_a_job: bool = False,
         name: str = "",
+        on_record: OnRecord | None = None,
     ) -> None:
         """Shows nothing before `begin`.
 
         active: whether this rank shows anything (rank 0). labels: fields that every record gets, e.g. which of several
         models it is about. part_of_a_job: the records go to the file alone, since stdout is the job's. name: of the
-        model, where lines of several are mixed; they then have no bar.
+        model, where lines of several are mixed; they then have no bar. on_record: is called with each record.
         """
         self._active = active
         self._progress = Progress(steps, name)
@@ -74,7 +83,9 @@ class Monitor:
         self._config_text = config_text
         self._tensorboard_dir = tensorboard
         self._curves: EventFile | None = None
-        self.records = open_records(records, echo=not part_of_a_job, tell=self.say) if active else None
+        self.records = (
+            open_records(records, echo=not part_of_a_job, tell=self.say, on_record=on_record) if active else None
+        )
         self.history = History()
         self._records_path = records
         self._speedometer = Speedometer(flops_per_token)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
 
 from engine.config.distill import TrainConfig
 from engine.data.batch import Batch
 from engine.data.loader import StepBatches
-from engine.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, RunFailure, first_line
+from engine.errors import Diverged, Preempted, RunFailure, first_line
 from engine.models.features import Features
 from engine.ranks import watchdog
 from engine.ranks.collectives import summed
@@ -34,10 +35,12 @@ class Outcome(Enum):
     DIVERGED = "diverged"
     PREEMPTED = "preempted"
 
-    @property
-    def exit_code(self) -> int:
-        """Exit code of a process whose training ended so"""
-        return {Outcome.DONE: EXIT_DONE, Outcome.DIVERGED: EXIT_DIVERGED, Outcome.PREEMPTED: EXIT_PREEMPTED}[self]
+    def require_done(self, folder: Path) -> None:
+        """Raises Diverged or Preempted for the job of this folder, which has said so, unless it is done."""
+        if self is Outcome.DIVERGED:
+            raise Diverged(f"{folder}: the losses or weights were not finite; its records say where")
+        if self is Outcome.PREEMPTED:
+            raise Preempted(f"{folder}: stopped, and saved; the same call continues")
 
 
 class BatchSource(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sqlite3
@@ -18,6 +19,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
+from engine.errors import UserError
 from ga.optuna_private import share_storage
 from ga.study.locks import FileLock, Lock, ServerLock, refuse
 
@@ -50,6 +52,26 @@ REMEDIES = (
 
 DatabaseErrors = (sqlite3.Error, SQLAlchemyError, StorageInternalError)
 """Errors that an open storage raises."""
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Error numbers that writing may raise without naming the file."""
+
+
+@contextmanager
+def explain_errors(url: str, folder: str) -> Iterator[None]:
+    """Turns what a database or a disk raises inside of the block into a UserError."""
+    try:
+        yield
+    except DatabaseErrors as error:
+        what = f"search.storage={hide_password(url)}: {explain(error)}"
+        raise UserError(f"{what}; mend that, and the same command continues") from None
+    except OSError as error:
+        where = error.filename2 or error.filename
+        if where is None and error.errno not in _NO_ROOM:
+            raise
+        what = f"{where or folder}: {error.strerror}"
+        raise UserError(f"{what}; mend that, and the same command continues") from None
 
 
 class SearchStorage:

@@ -21,7 +21,7 @@ from engine.data.prepare.shard_pool import ShardPool, SourceShards
 from engine.data.prepare.sources import SourceReader
 from engine.data.prepare.units import UnitSettings, unit_settings
 from engine.data.shards import remove_strays, shard_name
-from engine.errors import EXIT_PREEMPTED, UserError
+from engine.errors import Preempted, UserError
 from engine.hub.tokenizer import load_tokenizer
 from engine.records.flock import Flock, no_locks_text, try_flock
 
@@ -193,6 +193,6 @@ def _stoppable(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print(f"{folder}: stopped; finished shards are kept, the same command continues", file=sys.stderr)
-        raise SystemExit(EXIT_PREEMPTED) from None
+        raise Preempted(f"{folder}: stopped; the same call continues") from None
     finally:
         signal.signal(signal.SIGTERM, before)

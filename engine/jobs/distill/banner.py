@@ -80,7 +80,7 @@ def describe_run(
         (
             "losses",
             [
-                ", ".join(f"{name} {weight:g}" for name, weight in cfg.loss.active.items())
+                ", ".join(f"{name} {weight:g}" for name, weight in plan.loss_weights.items())
                 + f"; preset {cfg.loss.preset}, projection {plan.projection}",
                 *describe_start(plan, module.projections, measured),
             ],

@@ -8,18 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from engine.config.distill import RunConfig
 from engine.config.places import command
 from engine.data.loader import CorpusLoader
-from engine.errors import EXIT_DONE, RunFailure
+from engine.errors import RunFailure
 from engine.jobs.distill import banner
 from engine.jobs.distill.build import build_module, flops_per_token, load_teacher, open_corpus
 from engine.jobs.distill.held_out import HeldOutLosses
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
+from engine.losses.base import NO_LOSSES, OwnLosses
 from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.models.teacher import FrozenTeacher
 from engine.ranks import run_lock
@@ -28,6 +28,7 @@ from engine.ranks.run_lock import RunLock
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.columns import counted
 from engine.records.history import History
+from engine.records.records import OnRecord
 from engine.records.run_dir import RunDir, as_yaml, step_tag, tag_step
 from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.checkpoint_storage import storage_of
@@ -40,11 +41,15 @@ from engine.train.trainee import Trainee
 from engine.train.trainer import Outcome, Trainer
 
 
-def distill(config: RunConfig) -> int:
-    """Runs or continues the distillation; returns the exit code."""
+def distill(config: RunConfig, *, own_losses: OwnLosses = NO_LOSSES, on_record: OnRecord | None = None) -> None:
+    """Runs or continues the distillation. Collective. Raises Diverged, Preempted, UserError and RunFailure.
+
+    own_losses: losses beside those of the configuration, with their weights. on_record: is called with each record, on
+    rank 0.
+    """
     run_dir = RunDir(Path(config.output_dir))
     run_dir.require_no_patterns()
-    plan = make_plan(config)
+    plan = make_plan(config, own_losses)
     loader = open_corpus(plan)
     writes = launcher_rank() == 0 and not config.dry_run
     with run_lock.hold(run_dir.root, writes=writes) as lock:
@@ -60,9 +65,8 @@ def distill(config: RunConfig) -> int:
             accept_changes=config.accept_changes,
         )
         chosen = checkpointer.choose(config.resume, set_aside=not config.dry_run)
-        code = Job(plan, run_dir, checkpointer, runtime, loader, lock).run(chosen)
-        torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
-        return code
+        outcome = Job(plan, run_dir, checkpointer, runtime, loader, lock, on_record).run(chosen)
+    outcome.require_done(run_dir.root)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Job:
         runtime: Runtime,
         loader: CorpusLoader,
         lock: RunLock | None,
+        on_record: OnRecord | None = None,
     ) -> None:
         self.plan, self.run_dir, self.checkpointer, self.runtime, self.loader = (
             plan,
@@ -96,12 +101,12 @@ class Job:
             runtime,
             loader,
         )
-        self.lock = lock
+        self.lock, self._on_record = lock, on_record
         self.config = plan.config
         self.turns: list[Turn] = []
 
-    def run(self, chosen: Chosen | None) -> int:
-        """Trains from the checkpoint `chosen`, or anew, to the end; returns the exit code. Collective."""
+    def run(self, chosen: Chosen | None) -> Outcome:
+        """Trains from the checkpoint `chosen`, or anew, to the end; returns how it ended. Collective."""
         plan, config = self.plan, self.config
         if not config.dry_run:
             from_rank_zero(self._write_settings)
@@ -113,7 +118,7 @@ class Job:
         if self.runtime.is_rank_zero:
             print(self._banner(teacher, module, optimizer, chosen, measured), flush=True)
         if config.dry_run:
-            return EXIT_DONE
+            return Outcome.DONE
         monitor = self._open_monitor(flops_per_token(plan, teacher, module))
         model = DeepSpeedModel(module, optimizer.optimizer, config.train, plan.execution)
         step = 0
@@ -144,7 +149,8 @@ class Job:
             self._finish(outcome, trainer, monitor)
         finally:
             monitor.close()
-        return outcome.exit_code
+            model.release()
+        return outcome
 
     def _turn(self, chosen: Chosen, step: int) -> None:
         """Notes what a run goes on with that it did not begin with, and where it is in the corpus."""
@@ -263,6 +269,7 @@ class Job:
             flops_per_token=flops_per_token,
             device=self.runtime.device,
             config_text=as_yaml(self.config),
+            on_record=self._on_record,
         )
 
     def _finish(self, outcome: Outcome, trainer: Trainer, monitor: Monitor) -> None:

@@ -27,6 +27,8 @@ class DistilModule(nn.Module):
         self.projections = projections
         self.losses = losses
         """Losses; replaced once their scales are known."""
+        self.heads = nn.ModuleDict(losses.build_heads())
+        """What losses train of their own, and what is never exported."""
 
     def forward(
         self,
@@ -45,4 +47,4 @@ class DistilModule(nn.Module):
         if teacher is None or per_micro is None:
             return hidden_states(self.student, batch, layers, unpadded=self.unpadded)
         features = capture(self.student, batch, self.losses.wanted_student, unpadded=self.unpadded)
-        return self.losses(features, teacher, batch, per_micro, self.projections)
+        return self.losses(features, teacher, batch, per_micro, self.projections, dict(self.heads.items()))

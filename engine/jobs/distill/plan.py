@@ -17,6 +17,8 @@ from engine.hub.files import allow_pickle, require_whole
 from engine.hub.tokenizer import load_tokenizer
 from engine.jobs.execution import attention_backend, compute_device, plan_execution
 from engine.kernels.choice import Kernels, choose_kernels
+from engine.losses import own
+from engine.losses.base import NO_LOSSES, OwnLosses
 from engine.losses.loss_set import LossSet
 from engine.losses.random_layers import build_losses
 from engine.mapping import LayerMapping, MappingPair
@@ -46,6 +48,8 @@ class Plan:
     teacher_shape: ModelShape
     student_shape: ModelShape
     mapping: MappingPair
+    own_losses: OwnLosses
+    """Losses beside those of the configuration, with their weights."""
     losses: LossSet
     teacher_attention: Backend
     student_attention: Backend
@@ -96,13 +100,19 @@ class Plan:
         return file if file.exists() else None
 
     @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of all losses by their names"""
+        return {**self.config.loss.active, **{kind.name: weight for kind, weight in self.own_losses.items()}}
+
+    @property
     def mlm_head(self) -> bool:
         """Whether the student has a head that predicts tokens"""
         return self.losses.wanted_student.logits
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, own_losses: OwnLosses = NO_LOSSES) -> Plan:
     """Reads configuration files, manifest and tokenizer, and checks them against each other. Raises UserError."""
+    own.check_own_losses(own_losses)
     allow_pickle(config.allow_pickle)
     execution = plan_execution(config.deepspeed_config, config.train, config.optim)
     if config.checkpoint.storage == "local":
@@ -134,7 +144,7 @@ def make_plan(config: RunConfig) -> Plan:
         student_layers=student_shape.layers,
         teacher_layers=teacher_shape.layers,
     )
-    losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels)
+    losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels, own_losses)
     plan = Plan(
         config=config,
         execution=execution,
@@ -146,6 +156,7 @@ def make_plan(config: RunConfig) -> Plan:
         teacher_shape=teacher_shape,
         student_shape=student_shape,
         mapping=mapping,
+        own_losses=own_losses,
         losses=losses,
         kernels=kernels,
         teacher_attention=attention_backend(
@@ -186,7 +197,12 @@ def _parts(
 
 
 def mapped_losses(
-    config: RunConfig, mapping: MappingPair, student: ModelShape, teacher: ModelShape, kernels: Kernels
+    config: RunConfig,
+    mapping: MappingPair,
+    student: ModelShape,
+    teacher: ModelShape,
+    kernels: Kernels,
+    own_losses: OwnLosses,
 ) -> LossSet:
     """Builds the losses over `mapping`, which is that of `config`. Raises UserError for what does not fit the two
     models."""
@@ -203,6 +219,7 @@ def mapped_losses(
         teacher=teacher,
         mlm_probability=config.data.mlm_probability,
         kernels=kernels,
+        own_losses=own_losses,
     )
 
 
@@ -214,7 +231,8 @@ def with_mapping(plan: Plan, mapping: MappingPair) -> Plan:
         mapping=MappingConfig(hidden=str(mapping.hidden), attention=attention),
         student=starting_student(plan.config.student, mapping),
     )
-    losses = mapped_losses(config, mapping, plan.student_shape, plan.teacher_shape, plan.kernels)
+    shapes = plan.student_shape, plan.teacher_shape
+    losses = mapped_losses(config, mapping, *shapes, plan.kernels, plan.own_losses)
     idle = idle_settings(config, losses, plan.student_shape, plan.execution.world_size)
     return replace(plan, config=config, mapping=mapping, losses=losses, warnings=(*losses.warnings, *idle))
 
@@ -255,6 +273,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "data.content_sha256": corpus_hash(plan.manifest),
         "mapping.hidden_resolved": str(plan.hidden_map),
         "mapping.attention_resolved": str(plan.attention_map),
+        **own.identity_of(plan.own_losses),
     }
 
 
@@ -273,7 +292,7 @@ def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[st
             "initialised from": started_from,
             "hidden-state mapping": str(plan.hidden_map),
             "attention mapping": str(plan.attention_map),
-            "losses": ", ".join(f"{name} x {weight:g}" for name, weight in config.loss.active.items()),
+            "losses": ", ".join(f"{name} x {weight:g}" for name, weight in plan.loss_weights.items()),
             "data": f"{public_name(config.data.path)}, {plan.manifest.sequences:,} sequences of {plan.seq_len} tokens",
             "planned steps": f"{config.train.steps} x {config.train.global_batch} sequences",
             "seed": config.seed,

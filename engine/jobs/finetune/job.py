@@ -26,6 +26,7 @@ from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.events import EventFile
 from engine.records.files import relative_link
+from engine.records.records import OnRecord
 from engine.records.run_dir import RunDir, as_yaml
 from engine.tasks.encode import EncodedTask, encode_task
 from engine.tasks.evaluation import constant_score, predict_split, score_dev
@@ -37,8 +38,10 @@ from engine.train.optim import build_optimizer
 from engine.train.trainer import Outcome
 
 
-def finetune(config: FinetuneConfig) -> int:
-    """Runs or continues all fine-tunings; returns the exit code."""
+def finetune(config: FinetuneConfig, *, on_record: OnRecord | None = None) -> None:
+    """Runs or continues all fine-tunings. Collective. Raises Diverged when a task has no score, Preempted, UserError
+    and RunFailure. on_record: is called with each record, on rank 0; those of one fine-tuning have its name as `unit`.
+    """
     RunDir(Path(config.output_dir)).require_no_patterns()
     plan = make_finetune_plan(config)
     root = Path(config.output_dir)
@@ -47,15 +50,21 @@ def finetune(config: FinetuneConfig) -> int:
         earlier = {unit.folder: look_back(plan, unit, runtime) for unit in plan.units}
         if not config.dry_run:
             from_rank_zero(lambda: RunDir(root).write_settings(config))
-        outcome = FinetuneJob(plan, earlier, runtime).run()
-        torch.distributed.destroy_process_group()  # not after an exception: it could wait for ranks that are gone
-        return outcome.exit_code
+        outcome = FinetuneJob(plan, earlier, runtime, on_record).run()
+    outcome.require_done(root)
 
 
 class FinetuneJob:
     """One start of a job on this rank."""
 
-    def __init__(self, plan: FinetunePlan, earlier: dict[Path, Earlier], runtime: Runtime) -> None:
+    def __init__(
+        self,
+        plan: FinetunePlan,
+        earlier: dict[Path, Earlier],
+        runtime: Runtime,
+        on_record: OnRecord | None = None,
+    ) -> None:
+        self._on_record = on_record
         self.plan, self.earlier, self.runtime = plan, earlier, runtime
         self.config, self.root = plan.config, Path(plan.config.output_dir)
         self.results: dict[Path, dict[str, Any]] = {
@@ -67,7 +76,8 @@ class FinetuneJob:
         self._say(self._banner())
         if self.config.dry_run:
             return Outcome.DONE
-        records = open_records(self.root / "records.jsonl") if self.runtime.is_rank_zero else None
+        path = self.root / "records.jsonl"
+        records = open_records(path, on_record=self._on_record) if self.runtime.is_rank_zero else None
         if records is not None:
             records.write("run", status="started", tasks=[t.name for t in self.plan.tasks], **self._facts())
         self.stop = StopRequest()  # not before: until here a signal may simply end the process
@@ -127,7 +137,7 @@ class FinetuneJob:
                 return False
             self._say(f"\n{unit.name}  (fine-tuning {self.plan.units.index(unit) + 1} of {len(self.plan.units)})")
             chosen = self.earlier[unit.folder].chosen
-            run = UnitRun(self.plan, unit, chosen, runtime=self.runtime, stop=self.stop)
+            run = UnitRun(self.plan, unit, chosen, runtime=self.runtime, stop=self.stop, on_record=self._on_record)
             result = run.run(encoded, teacher)
             if result is None:
                 return False

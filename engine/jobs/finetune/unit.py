@@ -22,7 +22,7 @@ from engine.models.teacher import FrozenTeacher
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.events import EventFile
-from engine.records.records import final_result, read_records
+from engine.records.records import OnRecord, final_result, read_records
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.tasks.encode import EncodedTask
 from engine.tasks.model import head_of, load_task_model
@@ -147,7 +147,10 @@ class UnitRun:
         *,
         runtime: Runtime,
         stop: StopRequest,
+        on_record: OnRecord | None = None,
     ) -> None:
+        """on_record: is called with each record, which has the unit's name."""
+        self._on_record = on_record
         self.plan, self.unit, self.chosen = plan, unit, chosen
         self.tag = None if chosen is None else chosen.tag
         self.runtime, self.stop = runtime, stop
@@ -172,6 +175,7 @@ class UnitRun:
             device=self.runtime.device,
             config_text=as_yaml(self.unit_config),
             part_of_a_job=True,
+            on_record=None if self._on_record is None else self._pass_on,
         )
         checkpointer.export.update(self._description(module))
         monitor.write_record("run", status="started", step=0, resumed_from=self.tag, steps=train.steps, **self._facts())
@@ -212,6 +216,10 @@ class UnitRun:
         for old, new in self.run_dir.set_aside_logs() if self.tag is None else ():
             print(f"renamed {old} to {new.name}: this fine-tuning starts anew")
         self.run_dir.write_settings(self.unit_config, ds_config=self.execution.resolved, tokenizer=self.plan.tokenizer)
+
+    def _pass_on(self, record: dict[str, Any]) -> None:
+        assert self._on_record is not None
+        self._on_record({"unit": self.unit.name, **record})
 
     def _flops_per_token(self, module: TaskModule, teacher: FrozenTeacher | None, task: EncodedTask) -> float:
         """Returns the FLOPs of training for a token as TFLOPS_NOTE of engine/train/monitor.py defines them, at the mean

@@ -25,6 +25,7 @@ from engine.models.capture import hidden_states
 from engine.models.compact_embedding import whole_vocabulary
 from engine.ranks.collectives import gathered
 from engine.ranks.runtime import Runtime
+from engine.records.records import OnRecord
 from engine.records.run_dir import RunDir, as_yaml
 from engine.train.deepspeed_engine import DeepSpeedModel, full_state
 from engine.train.export import rebuild_student, write_model
@@ -148,6 +149,8 @@ class Cohort:
     run_dir: RunDir
     checkpoints: StudentCheckpoints | None
     """Checkpoints of the students, where they have any."""
+    on_record: OnRecord | None = None
+    """Function that is called with each record."""
 
     def _measure_slice(self) -> TeacherSlice | None:
         """Returns what losses of new students are measured on; None where no loss looks at it. Collective."""
@@ -183,6 +186,7 @@ class Cohort:
             labels={"genome": genome.key, "seed": config.seed},
             part_of_a_job=True,
             name=genome.key,
+            on_record=self.on_record,
         )
         model = DeepSpeedModel(module, chosen.optimizer, config.train, plan.execution)
         checkpointer = None if self.checkpoints is None else self.checkpoints.checkpointer(genome, plan)

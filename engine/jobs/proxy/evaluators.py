@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from engine.data.batch import Batch
+from engine.errors import UserError
 from engine.jobs.execution import plan_execution
-from engine.jobs.proxy.plan import ProxyPlan
+from engine.jobs.proxy.plan import OwnEvaluator, ProxyPlan
 from engine.models.fit import longest_input
 from engine.ranks import watchdog
 from engine.ranks.collectives import gather_rows
@@ -75,8 +76,8 @@ class Scores:
 class Evaluator(Protocol):
     """A way to score students."""
 
-    tokens: torch.Tensor
-    """(n,) int64 ids that the student itself meets when it is scored, each once."""
+    tokens: torch.Tensor | None
+    """(n,) int64 ids that the student itself meets when it is scored, each once; None: any."""
 
     def __call__(self, student: Student) -> Scores:
         """Returns the scores of a student, the same on every rank. Collective."""
@@ -122,7 +123,9 @@ class ProbeEvaluator:
         seq_len = min(longest, max(task.spec.defaults.seq_len for task in tasks))
         self._encoded: Encoded = encode_split(texts, None, tokenizer, seq_len=seq_len)
         self._pad_id = tokenizer.pad_token_id or 0
-        self.tokens = torch.from_numpy(np.union1d(self._encoded.ids, [self._pad_id]).astype(np.int64))
+        self.tokens: torch.Tensor | None = torch.from_numpy(
+            np.union1d(self._encoded.ids, [self._pad_id]).astype(np.int64)
+        )
 
     def __call__(self, student: Student) -> Scores:
         """Returns the scores of a student, which depend on no seed. Collective."""
@@ -199,6 +202,30 @@ def scores_of(tasks: Sequence[TaskData], metrics: dict[str, dict[str, float]]) -
     return Scores(metrics, {task.spec.name: task_score(task.spec, metrics[task.spec.name]) for task in tasks})
 
 
+class ProgramEvaluator:
+    """An evaluator that a program brings, checked."""
+
+    tokens: torch.Tensor | None = None
+
+    def __init__(self, score: OwnEvaluator, tasks: Sequence[str]) -> None:
+        self._score, self._tasks = score, tasks
+
+    def __call__(self, student: Student) -> Scores:
+        """Returns the scores of a student. Collective. Raises UserError unless there is a finite one of each task."""
+        watchdog.rest()
+        found = {task: float(score) for task, score in self._score(student).items()}
+        watchdog.beat()
+        if found.keys() != set(self._tasks):
+            raise UserError(
+                f"proxy.tasks and proxy.other_tasks are {', '.join(self._tasks)}, but the evaluator returns scores of "
+                f"{', '.join(found) or 'nothing'}: name the same"
+            )
+        if wrong := [task for task, score in found.items() if not math.isfinite(score)]:
+            raise UserError(f"the evaluator returns no finite score of {', '.join(wrong)}")
+        tasks = {task: found[task] for task in self._tasks}
+        return Scores({task: {"score": score} for task, score in tasks.items()}, tasks)
+
+
 class Stopped(Exception):
     """The job was told to stop while a student was being scored."""
 
@@ -211,7 +238,9 @@ class FinetuneEvaluator:
         """Tokenises the tasks. scratch: a folder that all ranks see; a student lies there while it is scored."""
         self._plan, self._runtime, self._scratch = plan, runtime, scratch
         self._stop = stop
-        self.tokens = torch.empty(0, dtype=torch.int64)  # a copy with the whole vocabulary is fine-tuned
+        self.tokens: torch.Tensor | None = torch.empty(
+            0, dtype=torch.int64
+        )  # a copy with the whole vocabulary is fine-tuned
         longest = longest_input(plan.base.student_config)
         self._tasks = []
         for data in (hold_out(task, parts=plan.config.proxy.folds) for task in plan.tasks):
@@ -256,7 +285,10 @@ class FinetuneEvaluator:
 
 
 def build_evaluator(plan: ProxyPlan, runtime: Runtime, stop: StopRequest, scratch: Path) -> Evaluator:
-    """Returns the evaluator that proxy.evaluator names. scratch: a folder that all ranks see."""
+    """Returns the evaluator of the program, or the one that proxy.evaluator names. scratch: a folder that all ranks
+    see."""
+    if plan.own_evaluator is not None:
+        return ProgramEvaluator(plan.own_evaluator, plan.scored)
     if plan.config.proxy.evaluator == "finetune":
         return FinetuneEvaluator(plan, runtime, stop, scratch)
     longest = longest_input(plan.base.student_config) or plan.base.seq_len

@@ -16,11 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
-import torch
 
 from engine.config.proxy import ProxyJobConfig
 from engine.data.shard_check import ShardCheck
-from engine.errors import EXIT_DONE, EXIT_PREEMPTED
 from engine.jobs.distill.build import load_teacher, open_corpus
 from engine.jobs.proxy.baselines import baselines
 from engine.jobs.proxy.checkpoints import Start, StudentCheckpoints
@@ -28,14 +26,16 @@ from engine.jobs.proxy.clock import PhaseClock
 from engine.jobs.proxy.cohort import Cohort, IntermediateScores, Member, tokens_met
 from engine.jobs.proxy.evaluators import Evaluator, Scores, Stopped, build_evaluator
 from engine.jobs.proxy.layer_table import LayerTables
-from engine.jobs.proxy.plan import Genome, ProxyPlan, make_proxy_plan
+from engine.jobs.proxy.plan import Genome, OwnEvaluator, ProxyPlan, make_proxy_plan
 from engine.jobs.proxy.report import Result, describe_start
 from engine.jobs.proxy.results import Results, listed
 from engine.jobs.proxy.teacher_cache import AnyTeacher, CachedTeacher, open_cached_teacher
+from engine.losses.base import NO_LOSSES, OwnLosses
 from engine.ranks import run_lock, watchdog
 from engine.ranks.agreement import require_agreement
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.fingerprints import flatten
+from engine.records.records import OnRecord
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import equal_scales, fitness_of
 from engine.train.monitor import Monitor, peak_memory_gib
@@ -43,11 +43,23 @@ from engine.train.portable import copy_files
 from engine.train.trainer import Outcome, Trainer
 
 
-def proxy(config: ProxyJobConfig) -> int:
-    """Runs the genomes that have no result yet; returns the exit code: 0 when any genome has one, 3 when all diverged,
-    4 when told to stop (finished results are recorded, and the same command runs the others)."""
-    began = psutil.Process().create_time()  # starting Python and importing are part of what a proxy costs
-    plan = make_proxy_plan(config)
+def proxy(
+    config: ProxyJobConfig,
+    *,
+    own_losses: OwnLosses = NO_LOSSES,
+    own_evaluator: OwnEvaluator | None = None,
+    on_record: OnRecord | None = None,
+    began: float | None = None,
+) -> None:
+    """Runs the genomes that have no result yet. Collective. Raises Diverged when no genome has one, Preempted when told
+    to stop (finished results are recorded, and the same job runs the others), UserError and RunFailure.
+
+    own_losses: losses beside those of the configuration, with their weights. own_evaluator: takes the place of that of
+    the configuration. on_record: is called with each record, on rank 0. began: when the job did, in seconds since the
+    epoch; unset: with this process, since starting Python and importing are part of what a proxy costs.
+    """
+    began = psutil.Process().create_time() if began is None else began
+    plan = make_proxy_plan(config, own_losses, own_evaluator)
     run_dir = RunDir(Path(config.output_dir))
     writes = launcher_rank() == 0 and not config.dry_run
     with run_lock.hold(run_dir.root, writes=writes):
@@ -60,19 +72,20 @@ def proxy(config: ProxyJobConfig) -> int:
             )
         runtime = join_ranks(config.seed)
         require_agreement({**flatten(plan.fingerprint_parts), **plan.base.execution.facts})
-        code = ProxyJob(plan, run_dir, runtime, began).run()
-        torch.distributed.destroy_process_group()
-        return code
+        outcome = ProxyJob(plan, run_dir, runtime, began, on_record).run()
+    outcome.require_done(run_dir.root)
 
 
 class ProxyJob:
     """One start on this rank."""
 
-    def __init__(self, plan: ProxyPlan, run_dir: RunDir, runtime: Runtime, began: float) -> None:
-        """Reads the results of earlier starts. Collective. began: when the process started."""
+    def __init__(
+        self, plan: ProxyPlan, run_dir: RunDir, runtime: Runtime, began: float, on_record: OnRecord | None = None
+    ) -> None:
+        """Reads the results of earlier starts. Collective. began: as of `proxy`."""
         self.plan, self.run_dir, self.runtime = plan, run_dir, runtime
-        self.config = plan.config
-        self.results = Results(plan, run_dir, runtime)
+        self.config, self._on_record = plan.config, on_record
+        self.results = Results(plan, run_dir, runtime, on_record)
         self.clock = PhaseClock(time.time() - began)
         self.stop = StopRequest()
         self._shard_check: ShardCheck | None = None
@@ -80,20 +93,20 @@ class ProxyJob:
         self._layer_tables = LayerTables(runtime) if self.config.proxy.layer_table else None
         self._checkpoints = StudentCheckpoints(plan, run_dir, runtime) if self.config.proxy.save_every else None
 
-    def run(self) -> int:
-        """Runs what is missing and prints the table; returns the exit code. Collective."""
+    def run(self) -> Outcome:
+        """Runs what is missing and prints the table; returns how it ended. Collective."""
         results = self.results
         results.say(describe_start(self.plan, self.runtime, results.seeds, set(results.known)))
         if self.config.dry_run:
             results.say_record("run", status="planned", **results.facts, **self.plan.facts)
-            return EXIT_DONE
+            return Outcome.DONE
         results.open()
         try:
             results.take_yardstick()
             results.record("run", status="started", fingerprint_parts=self.plan.fingerprint_parts)
             if any(results.missing.values()) and not self._run_missing(results.missing):
                 results.record("run", status="preempted", signal=self.stop.signal)
-                return EXIT_PREEMPTED
+                return Outcome.PREEMPTED
             return results.finish(self.clock.seconds)
         finally:
             results.close()
@@ -180,12 +193,16 @@ class ProxyJob:
         base = replace(self.plan.base, config=replace(self.plan.base.config, seed=seed))
         loader = open_corpus(base, self._shard_check)
         self._shard_check = loader.check
-        tokens = None if self._checkpoints is not None else tokens_met(base, loader, evaluator.tokens)
+        tokens = None
+        if self._checkpoints is None and evaluator.tokens is not None:
+            tokens = tokens_met(base, loader, evaluator.tokens)
         if isinstance(teacher, CachedTeacher):
             steps = range(start.step, self.config.proxy.steps)
             batches = (micro for step in steps for micro in loader.step(step).micro)
             teacher.expect(batches, ranks=self.runtime.world_size)
-        return Cohort(base, start, teacher, loader, tokens, self.runtime, self.run_dir, self._checkpoints)
+        return Cohort(
+            base, start, teacher, loader, tokens, self.runtime, self.run_dir, self._checkpoints, self._on_record
+        )
 
     def _train(self, cohort: Cohort, members: Sequence[Member], score: Callable[[Member], Scores]) -> bool:
         """Trains the members that learn; returns False when told to stop. Collective."""

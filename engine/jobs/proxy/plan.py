@@ -3,7 +3,7 @@ makes two fitness values comparable."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -11,7 +11,7 @@ from typing import Any
 
 from engine import __version__
 from engine.config.deepspeed_file import FOLDER
-from engine.config.distill import ATTENTION_MAPPED, HIDDEN_MAPPED, RunConfig
+from engine.config.distill import RunConfig
 from engine.config.marks import Mark, settings
 from engine.config.places import ROOT
 from engine.config.proxy import ProxyJobConfig
@@ -20,11 +20,14 @@ from engine.errors import UserError
 from engine.hub.files import weights_fingerprint
 from engine.jobs.distill.plan import Plan, make_plan, starting_student, with_mapping
 from engine.jobs.execution import plan_execution
+from engine.losses.base import NO_LOSSES, OwnLosses
+from engine.losses.own import identity_of
+from engine.losses.registry import LOSSES
 from engine.mapping import MappingPair
 from engine.models.hub import model_hashes
 from engine.ranks.hosts.agent import COMPARED, code_hash
 from engine.ranks.runtime import has_fast_bf16, uses_gpu
-from engine.records.fingerprints import digest
+from engine.records.fingerprints import digest, source_hash
 from engine.tasks.load import TaskData, load_task, resolve_names
 from engine.tasks.specs import task_spec
 
@@ -55,6 +58,11 @@ class Genome:
         return replace(base, mapping=self.mapping, config=replace(base.config, student=student))
 
 
+OwnEvaluator = Callable[[Any], Mapping[str, float]]
+"""Evaluator that a program brings: takes a student (engine/jobs/proxy/evaluators.py:Student), and returns its score in
+each of proxy.tasks and proxy.other_tasks (docs/api.md)."""
+
+
 @dataclass(frozen=True)
 class ProxyPlan:
     """Facts and choices of a job that are known before any model is loaded."""
@@ -64,7 +72,10 @@ class ProxyPlan:
     """Plan with the uniform mapping; what does not depend on the mapping is the same for all genomes."""
     genomes: tuple[Genome, ...]
     tasks: tuple[TaskData, ...]
-    """Tasks that make the fitness, then those of proxy.other_tasks."""
+    """Tasks that make the fitness, then those of proxy.other_tasks; none with an evaluator of a program."""
+    own_evaluator: OwnEvaluator | None
+    scored: tuple[str, ...]
+    """Names of all tasks."""
     counted: tuple[str, ...]
     """Names of the tasks that make the fitness."""
     fingerprint: str
@@ -86,16 +97,21 @@ class ProxyPlan:
         }
 
 
-def make_proxy_plan(config: ProxyJobConfig) -> ProxyPlan:
+def make_proxy_plan(
+    config: ProxyJobConfig, own_losses: OwnLosses = NO_LOSSES, own_evaluator: OwnEvaluator | None = None
+) -> ProxyPlan:
     """Reads configuration files, manifest, tokenizer and task rows, and checks them. Raises UserError."""
-    names, absent = resolve_names(config.proxy.tasks, config.task)
-    others = [name for name in resolve_names(config.proxy.other_tasks, config.task)[0] if name not in names]
+    names, others, absent = list(config.proxy.tasks), list(config.proxy.other_tasks), list[str]()
+    if own_evaluator is None:
+        names, absent = resolve_names(names, config.task)
+        others, _ = resolve_names(others, config.task)
+    others = [name for name in others if name not in names]
     if config.proxy.yardstick and set(config.proxy.yardstick) != set(names):
         raise UserError(
             f"proxy.yardstick has {', '.join(config.proxy.yardstick)}, but proxy.tasks are {', '.join(names)}: give a "
             "start, a teacher and a weight for each of them, or leave the yardstick out and it is measured"
         )
-    if config.proxy.evaluator == "probe":
+    if own_evaluator is None and config.proxy.evaluator == "probe":
         for key, group in (("proxy.tasks", names), ("proxy.other_tasks", others)):
             for name in group:
                 if task_spec(name, config.task).kind == "span":
@@ -103,15 +119,21 @@ def make_proxy_plan(config: ProxyJobConfig) -> ProxyPlan:
                         f"{key}={name!r}: a probe cannot find answers in a text; write proxy.evaluator=finetune or "
                         "leave it out"
                     )
-    base = make_plan(run_config(config))
-    if config.proxy.evaluator == "finetune":
+    base = make_plan(run_config(config), own_losses)
+    if own_evaluator is None and config.proxy.evaluator == "finetune":
         check_finetune_batch(config, base)
     genomes = parse_genomes(config, base)
-    tasks = tuple(load_task(name, config.task) for name in (*names, *others))
+    scored = (*names, *others)
+    tasks = () if own_evaluator is not None else tuple(load_task(name, config.task) for name in scored)
     parts = fingerprint_parts(config, base, tasks[: len(names)])
+    parts["loss"] |= {key.partition(".")[2]: value for key, value in identity_of(own_losses).items()}
+    if own_evaluator is not None:
+        parts["tasks"] = {"names": names, "source": source_hash(own_evaluator)}
     warnings = [f"no folder of {', '.join(absent)} under {config.task.data_dir}: left out"] if absent else []
     warnings += [text for task in tasks for text in task.warnings]
-    return ProxyPlan(config, base, genomes, tasks, tuple(names), digest(parts), parts, tuple(warnings))
+    return ProxyPlan(
+        config, base, genomes, tasks, own_evaluator, scored, tuple(names), digest(parts), parts, tuple(warnings)
+    )
 
 
 def check_finetune_batch(config: ProxyJobConfig, base: Plan) -> None:
@@ -165,11 +187,9 @@ def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
             )
         if mapping in genomes:
             continue
-        learns = any(
-            not (name in HIDDEN_MAPPED and not mapping.hidden.pairs)
-            and not (name in ATTENTION_MAPPED and not mapping.attention.pairs)
-            for name in config.loss.active
-        )
+        pairs = {"hidden": mapping.hidden.pairs, "attention": mapping.attention.pairs}
+        kinds = [*(LOSSES[name] for name in config.loss.active), *base.own_losses]
+        learns = any(kind.mapped_by is None or pairs[kind.mapped_by] for kind in kinds)
         genomes[mapping] = Genome(
             mapping, text, i < len(config.genomes), with_mapping(base, mapping) if learns else None
         )

@@ -111,6 +111,15 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
     return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
+def _evaluator_text(plan: ProxyPlan) -> str:
+    if plan.own_evaluator is not None:
+        return f"own, {getattr(plan.own_evaluator, '__qualname__', type(plan.own_evaluator).__qualname__)}"
+    folds = plan.config.proxy.folds
+    if plan.config.proxy.evaluator == "probe":
+        return f"probe, {folds}-fold cross-validation"
+    return f"finetune, scored on one row in {folds}"
+
+
 def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], known: Collection[tuple[str, int]]) -> str:
     """Returns the banner. known: genome and seed of the results that are there already."""
     config, base, proxy = plan.config, plan.base, plan.config.proxy
@@ -122,7 +131,7 @@ def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], know
         f"{task.spec.name}: {len(task.splits['train']):,} training rows, {' + '.join(task.spec.metrics)}"
         + ("" if task.spec.name in plan.counted else " (does not count)")
         for task in plan.tasks
-    ]
+    ] or list(plan.scored)
     positions = proxy.steps * config.train.global_batch * base.seq_len
     rows: list[tuple[str, str | list[str]]] = [
         ("teacher", f"{config.teacher.path}: {t.layers} layers, width {t.width}, {base.teacher_dtype}"),
@@ -138,12 +147,7 @@ def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], know
         ),
         (
             "evaluator",
-            (
-                f"probe, {proxy.folds}-fold cross-validation"
-                if proxy.evaluator == "probe"
-                else f"finetune, scored on one row in {proxy.folds}"
-            )
-            + (f", also after steps {proxy.report_at}" if proxy.report_at else ""),
+            _evaluator_text(plan) + (f", also after steps {proxy.report_at}" if proxy.report_at else ""),
         ),
         ("tasks", tasks),
         ("fitness", describe_yardstick(proxy.yardstick) if proxy.yardstick else MEASURED_FIRST),

@@ -8,23 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EXIT_DIVERGED, EXIT_DONE
 from engine.jobs.proxy.plan import Genome, ProxyPlan
 from engine.jobs.proxy.report import Result, closing_text, earlier_results, signal_of
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime
-from engine.records.records import RecordWriter, format_record
+from engine.records.records import OnRecord, RecordWriter, format_record
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import TaskScale, Yardstick, fitness_of
 from engine.train.monitor import open_records
+from engine.train.trainer import Outcome
 
 
 class Results:
     """The results of one proxy job, in memory, on the screen and in records.jsonl; rank 0 shows and writes them."""
 
-    def __init__(self, plan: ProxyPlan, run_dir: RunDir, runtime: Runtime) -> None:
-        """Reads the results of earlier starts. Collective."""
+    def __init__(self, plan: ProxyPlan, run_dir: RunDir, runtime: Runtime, on_record: OnRecord | None = None) -> None:
+        """Reads the results of earlier starts. Collective. on_record: is called with each record."""
         self.plan, self.run_dir = plan, run_dir
+        self._on_record = on_record
         self.genomes = {genome.key: genome for genome in plan.genomes}
         self.seeds = range(plan.config.seed, plan.config.seed + plan.config.proxy.repeats)
         self.failed: list[str] = []
@@ -48,7 +49,7 @@ class Results:
         """Returns whether something is wanted now that an earlier start has not left: a score, the student, or its
         layer table."""
         proxy = self.plan.config.proxy
-        if any(task.spec.name not in result["scores"] for task in self.plan.tasks):
+        if any(task not in result["scores"] for task in self.plan.scored):
             return True
         key, seed = pair
         if key not in self.genomes or seed not in self.seeds:
@@ -72,7 +73,7 @@ class Results:
 
     def open(self) -> None:
         """Begins to write records."""
-        self._writer = open_records(self.run_dir.records) if self._shows else None
+        self._writer = open_records(self.run_dir.records, on_record=self._on_record) if self._shows else None
 
     def close(self) -> None:
         """Closes records.jsonl. Raises RunFailure when a result could not be recorded."""
@@ -90,8 +91,8 @@ class Results:
             self._writer.write(kind, **self.facts, **fields)
 
     def say_record(self, kind: str, **fields: Any) -> None:
-        """Prints a record that no file gets, unless on a terminal."""
-        if self._shows and not sys.stdout.isatty():
+        """Prints a record that no file gets, unless on a terminal or for a program that gets them itself."""
+        if self._shows and self._on_record is None and not sys.stdout.isatty():
             print(format_record(kind, **fields), flush=True)
 
     @property
@@ -140,17 +141,16 @@ class Results:
                 fingerprint=self.plan.fingerprint,
             )
 
-    def finish(self, wall_s: Mapping[str, float]) -> int:
-        """Records the end and prints the table; returns the exit code. wall_s: seconds by phase."""
+    def finish(self, wall_s: Mapping[str, float]) -> Outcome:
+        """Records the end and prints the table; returns how the job ended. wall_s: seconds by phase."""
         results = list(self.known.values())
         signal = signal_of(results)
         self.record("run", status="finished", signal=None if signal is None else asdict(signal), wall_s=dict(wall_s))
         given = {key: genome.given for key, genome in self.genomes.items()}
-        tasks = [task.spec.name for task in self.plan.tasks]
-        self.say("\n" + closing_text(results, given, self.failed, self.yardstick, tasks=tasks))
+        self.say("\n" + closing_text(results, given, self.failed, self.yardstick, tasks=self.plan.scored))
         asked = [genome.key for genome in self.plan.genomes if genome.asked]
         done = self._any_stopped or any((key, seed) in self.known for key in asked for seed in self.seeds)
-        return EXIT_DONE if done else EXIT_DIVERGED
+        return Outcome.DONE if done else Outcome.DIVERGED
 
 
 def listed(scores: Mapping[str, float]) -> str:

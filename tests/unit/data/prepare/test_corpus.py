@@ -104,11 +104,11 @@ def test_started_again_with_everything_done_it_reads_nothing(reference, tokenize
 
 COMMAND = """
 import sys
-from engine.config.tools import PrepareConfig, SourceConfig
-from engine.data.prepare.corpus import prepare
+from engine.cli import prepare_main
 if __name__ == "__main__":
-    prepare(PrepareConfig(sources=[SourceConfig(path=sys.argv[1])], output_dir=sys.argv[2], tokenizer=sys.argv[3],
-                          seq_len=64, shard_mb=1, workers=int(sys.argv[4]), short_seq_prob=0.1))
+    text, out, tokenizer, workers = sys.argv[1:]
+    sys.exit(prepare_main(["--sources", text, "--output_dir", out, "--tokenizer", tokenizer, "--workers", workers,
+                           "--seq_len", "64", "--shard_mb", "1", "--short_seq_prob", "0.1"]))
 """
 
 
@@ -192,7 +192,7 @@ def test_sigterm_and_ctrl_c_leave_no_orphan_and_no_manifest(tmp_path, tokenizer,
 def test_a_worker_that_dies_is_reported(tmp_path, tokenizer, text):
     code, log = interrupt(text, tmp_path / "a", tokenizer, signal.SIGKILL, worker=True)
     assert code != 0
-    assert "UserError: a worker process died" in log
+    assert "error: a worker process died" in log
 
 
 def test_an_old_sidecar_never_vouches_for_a_new_shard(tmp_path, monkeypatch):
