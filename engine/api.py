@@ -56,12 +56,12 @@ class Distillation(JobResult):
     @property
     def held_out(self) -> list[Record]:
         """Held-out losses, oldest first: `step`, `total` (weighted sum), `terms` (each by its name, without weights)"""
-        steps = {one["step"]: one["held_out"] for one in self.records if "held_out" in one}
+        steps = {one["step"]: one["held_out"] for one in self.records if one["kind"] == "step" and "held_out" in one}
         return [{"step": step, **losses} for step, losses in sorted(steps.items())]
 
     def load(self) -> PreTrainedModel:
         """Returns the student, on the CPU, in fp32."""
-        return load_model(self.student)
+        return _load(self.student)
 
 
 class FineTuning(JobResult):
@@ -77,7 +77,7 @@ class FineTuning(JobResult):
 
     def load(self, task: str) -> PreTrainedModel:
         """Returns the model of a task with its head, on the CPU, in fp32."""
-        return load_model(self.model(task))
+        return _load(self.model(task))
 
 
 class ProxyScores(JobResult):
@@ -136,15 +136,14 @@ def finetune(*settings: Settings, on_record: OnRecord | None = None) -> FineTuni
 def proxy(
     *settings: Settings,
     own_losses: Mapping[type[Loss], float] | None = None,
-    own_evaluator: Callable[[Any], Mapping[str, float]] | None = None,
+    own_evaluator: Callable[[PreTrainedModel], Mapping[str, float]] | None = None,
     on_record: OnRecord | None = None,
 ) -> ProxyScores:
     """Distils and scores several layer mappings side by side, as launch/proxy.py does. Collective.
 
     settings: files, mappings or a ProxyJobConfig; later ones win. own_losses, on_record: as of `distill`.
-    own_evaluator: takes a student (Student in engine/jobs/proxy/evaluators.py) on every rank, and returns the same
-    score for each name in proxy.tasks (and proxy.other_tasks) on all of them; larger is better. Raises as `distill`
-    does; Diverged when no student has a score.
+    own_evaluator: takes a student as a Hugging Face model, on rank 0, and returns a score (larger is better) for each
+    name in proxy.tasks and proxy.other_tasks. Raises as `distill` does; Diverged when no student has a score.
     """
     began = time.time()
     config = read_config(ProxyJobConfig, *settings)
@@ -171,13 +170,10 @@ def prepare_data(*settings: Settings) -> Path:
     return Path(config.output_dir)
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Returns an exported model as the class that it was exported as, on the CPU, in fp32."""
-    import transformers
+def _load(folder: Path) -> PreTrainedModel:
+    from engine.train.export import load_export
 
-    (architecture,) = transformers.AutoConfig.from_pretrained(folder).architectures
-    model: PreTrainedModel = getattr(transformers, architecture).from_pretrained(folder)
-    return model
+    return load_export(folder)
 
 
 @contextmanager

@@ -23,15 +23,16 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def source_hash(code: Callable[..., Any]) -> str:
     """Returns a short hash of the source of a function, or of a class with those that it extends and that are not of
-    this library; of what else is called, that of its class. Raises UserError where there is none to read."""
-    kind = code if inspect.isroutine(code) or isinstance(code, type) else type(code)
-    parts = [kind] if not isinstance(kind, type) else [one for one in kind.__mro__ if not _is_known(one.__module__)]
+    this library. Raises UserError where there is none to read."""
+    parts = [code]
+    if isinstance(code, type):
+        parts += [above for above in code.__mro__[1:] if not _is_known(above.__module__)]
     try:
         return digest([inspect.getsource(part) for part in parts])
     except (OSError, TypeError):
         raise UserError(
-            f"the source of {kind.__qualname__} cannot be read, by which a later start could tell that it is the same; "
-            "write it into a file"
+            f"the source of {getattr(code, '__qualname__', repr(code))} cannot be read, by which a later start could "
+            "tell that it is the same; give a function or a class that is written in a file or a notebook"
         ) from None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -149,6 +151,17 @@ def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any])
     if torch.distributed.get_rank() == 0:
         student, projections = split_state(state)
         write_model(rebuild_student(description, student), description, projections, run_dir.tokenizer, run_dir.student)
+
+
+def load_export(folder: Path) -> PreTrainedModel:
+    """Returns an exported model as the class that it was exported as, on the CPU, in fp32, in eval mode; without a
+    pooler, which no student has."""
+    (name,) = AutoConfig.from_pretrained(folder).architectures
+    kind = getattr(transformers, name)
+    has_pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    with quiet():
+        model: PreTrainedModel = kind.from_pretrained(folder, **({"add_pooling_layer": False} if has_pooler else {}))
+    return model.eval()
 
 
 def split_state(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -18,7 +18,7 @@ from engine.jobs.execution import plan_execution
 from engine.jobs.proxy.plan import OwnEvaluator, ProxyPlan
 from engine.models.fit import longest_input
 from engine.ranks import watchdog
-from engine.ranks.collectives import gather_rows
+from engine.ranks.collectives import from_rank_zero, gather_rows
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.run_dir import RunDir
 from engine.tasks.encode import EncodedTask, encode_split, encode_task
@@ -30,6 +30,7 @@ from engine.tasks.module import TaskModule
 from engine.tasks.probe import ProbeFeatures, map_in_threads, pool, probe_outputs
 from engine.tasks.rows import Encoded, Split
 from engine.tasks.train import Recipe, task_train_config, train_on_task
+from engine.train.export import load_export
 from engine.train.monitor import Monitor
 from engine.train.trainer import Outcome
 
@@ -203,27 +204,36 @@ def scores_of(tasks: Sequence[TaskData], metrics: dict[str, dict[str, float]]) -
 
 
 class ProgramEvaluator:
-    """An evaluator that a program brings, checked."""
+    """The evaluator of a program, which rank 0 asks about an exported copy."""
 
     tokens: torch.Tensor | None = None
 
-    def __init__(self, score: OwnEvaluator, tasks: Sequence[str]) -> None:
-        self._score, self._tasks = score, tasks
+    def __init__(self, score: OwnEvaluator, tasks: Sequence[str], device: torch.device, scratch: Path) -> None:
+        """scratch: a folder of rank 0's host; a student lies there until it is loaded."""
+        self._score, self._tasks, self._device, self._scratch = score, tasks, device, scratch
 
     def __call__(self, student: Student) -> Scores:
-        """Returns the scores of a student. Collective. Raises UserError unless there is a finite one of each task."""
+        """Returns the scores of a student. Collective. Raises UserError on every rank unless there is a finite one of
+        each task."""
+        student.save(self._scratch)
         watchdog.rest()
-        found = {task: float(score) for task, score in self._score(student).items()}
+        tasks = from_rank_zero(self._ask)
         watchdog.beat()
-        if found.keys() != set(self._tasks):
+        return Scores({task: {"score": score} for task, score in tasks.items()}, tasks)
+
+    def _ask(self) -> dict[str, float]:
+        model = load_export(self._scratch)
+        shutil.rmtree(self._scratch)
+        model.to(self._device)  # type: ignore[arg-type]
+        scores = {task: float(score) for task, score in self._score(model).items()}
+        if scores.keys() != set(self._tasks):
             raise UserError(
                 f"proxy.tasks and proxy.other_tasks are {', '.join(self._tasks)}, but the evaluator returns scores of "
-                f"{', '.join(found) or 'nothing'}: name the same"
+                f"{', '.join(scores) or 'nothing'}: name the same"
             )
-        if wrong := [task for task, score in found.items() if not math.isfinite(score)]:
+        if wrong := [task for task, score in scores.items() if not math.isfinite(score)]:
             raise UserError(f"the evaluator returns no finite score of {', '.join(wrong)}")
-        tasks = {task: found[task] for task in self._tasks}
-        return Scores({task: {"score": score} for task, score in tasks.items()}, tasks)
+        return {task: scores[task] for task in self._tasks}
 
 
 class Stopped(Exception):
@@ -288,7 +298,7 @@ def build_evaluator(plan: ProxyPlan, runtime: Runtime, stop: StopRequest, scratc
     """Returns the evaluator of the program, or the one that proxy.evaluator names. scratch: a folder that all ranks
     see."""
     if plan.own_evaluator is not None:
-        return ProgramEvaluator(plan.own_evaluator, plan.scored)
+        return ProgramEvaluator(plan.own_evaluator, plan.scored, runtime.device, scratch)
     if plan.config.proxy.evaluator == "finetune":
         return FinetuneEvaluator(plan, runtime, stop, scratch)
     longest = longest_input(plan.base.student_config) or plan.base.seq_len

@@ -59,8 +59,8 @@ class Genome:
 
 
 OwnEvaluator = Callable[[Any], Mapping[str, float]]
-"""Evaluator that a program brings: takes a student (engine/jobs/proxy/evaluators.py:Student), and returns its score in
-each of proxy.tasks and proxy.other_tasks (docs/api.md)."""
+"""Evaluator that a program brings: takes a Hugging Face model, and returns its score in each of proxy.tasks and
+proxy.other_tasks (docs/api.md)."""
 
 
 @dataclass(frozen=True)

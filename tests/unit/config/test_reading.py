@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config.distill import RunConfig
+from engine.config.distill import RunConfig, StudentConfig, TrainConfig
 from engine.config.finetune import FinetuneConfig
 from engine.config.proxy import ProxyJobConfig
-from engine.config.reading import parse_config
+from engine.config.reading import parse_config, read_config
 from engine.config.schema import Schema
 from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
 from engine.errors import UserError
@@ -346,3 +347,58 @@ def test_any_file_is_read_or_refused_in_one_line(
         path.write_text(read_back)
         said = "" if as_yaml(parse_config(kind, ["--config", str(path)], "test")) == read_back else "another\none"
     assert "\n" not in said
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    steps: int = 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "layers"),
+    [
+        ((), 300, None),
+        (({"train": {"steps": 7}, "student": None},), 7, None),
+        (({"train.steps": 7, "student.layers": 2},), 7, 2),
+        (("a.yaml", {"train.steps": 7}), 7, 4),
+        (({"train.steps": 7}, Path("a.yaml")), 5, 4),
+        ((RunConfig(train=TrainConfig(steps=9)), {"student.layers": 3}), 9, 3),
+    ],
+    ids=str,
+)
+def test_programs_give_files_mappings_and_configurations(
+    settings: tuple[object, ...], steps: int, layers: int | None
+) -> None:
+    Path("a.yaml").write_text("train: {steps: 5}\nstudent: {layers: 4}\n")
+    config = read_config(RunConfig, *settings)
+    assert (config.train.steps, config.student.layers) == (steps, layers)
+
+
+def test_a_configuration_of_a_program_stays_what_it_is() -> None:
+    for config in (RunConfig(student=StudentConfig(path=".")), ProxyJobConfig(genomes=["1-2"]), RunConfig()):
+        assert read_config(type(config), config) == config
+
+
+def test_values_of_a_program_are_read_as_text_would_be() -> None:
+    config = read_config(RunConfig, {"output_dir": Path("runs/a"), "optim.betas": (0.9, 0.98), "mapping.hidden": "0-3"})
+    assert (config.output_dir, config.optim.betas, config.mapping.hidden) == ("runs/a", [0.9, 0.98], "0-3")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (({"train": {"stesp": 3}},), "unknown setting 'train.stesp'; did you mean 'train.steps'?"),
+        (({"train": {"steps": "many"}},), "train.steps: expected a whole number, got many"),
+        (({"train.steps": 0},), "train.steps=0: must be at least 1"),
+        (({"train.steps": 3, "train": {"steps": 4}},), "train.steps is there twice"),
+        (({"output_dir": object},), "settings cannot be <class 'object'>; give texts, numbers, lists or mappings"),
+        ((RunConfig(train=TrainConfig(steps=2.5)),), "train.steps: expected a whole number, got 2.5"),
+        ((NoConfig(),), "expected a file, a mapping or a RunConfig, got NoConfig(steps=3)"),
+        (("nowhere.yaml",), "nowhere.yaml: cannot be read: No such file or directory"),
+        (({"seed": -1}, {"train.stesp": 3}), "2 problems: (1) unknown setting"),
+    ],
+    ids=str,
+)
+def test_mistakes_of_a_program_are_said_as_those_of_a_file(settings: tuple[object, ...], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        read_config(RunConfig, *settings)

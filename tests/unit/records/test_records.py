@@ -83,3 +83,13 @@ def test_only_the_last_start_proves_success() -> None:
     assert final_result([start, step, first]) == first
     assert final_result([start, first, start, step]) is None
     assert final_result([start, first, start, step, second]) == second
+
+
+def test_a_program_is_given_each_record_as_the_file_has_it(tmp_path: Path) -> None:
+    heard: list[dict[str, object]] = []
+    writer = RecordWriter(tmp_path / "records.jsonl", stream=io.StringIO(), on_record=heard.append)
+    writer.write("step", step=1, total=math.nan, terms={"hidden/1-2": (0.5,)})
+    writer.write("result", status="done")
+    writer.close()
+    assert heard == read_records(tmp_path / "records.jsonl")
+    assert heard[0]["total"] is None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compare import assert_same_bits
 from glue_sample import write_glue_sample
 from tiny_world import TinyWorld
-from transformers import AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 from engine.config.finetune import TaskDataConfig
 from engine.data.batch import Batch
-from engine.jobs.proxy.evaluators import ProbeEvaluator, Scores
+from engine.errors import UserError
+from engine.jobs.proxy.baselines import Start
+from engine.jobs.proxy.evaluators import ProbeEvaluator, ProgramEvaluator, Scores
 from engine.ranks.runtime import Runtime
 from engine.records.records import read_records
 from engine.records.run_dir import RunDir
@@ -122,3 +126,43 @@ def test_what_ends_a_silent_fine_tuning_is_in_the_jobs_folder(tmp_path: Path) ->
     monitor.record_from_any_rank(failures.out_of_memory(4, rank=1, why="DefaultCPUAllocator: can't allocate memory"))
     (record,) = read_records(run_dir.records)
     assert (record["status"], record["step"], record["rank"]) == ("out_of_memory", 4, 1)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_program_is_asked_about_the_model_itself(tiny_world: TinyWorld, tmp_path: Path) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(tiny_world.teacher).bert
+    student = Start(model, layers=4, seed=0)
+    asked: list[PreTrainedModel] = []
+
+    def score(given: PreTrainedModel) -> dict[str, float]:
+        asked.append(given)
+        return {"b": torch.tensor(2.0), "a": 1}
+
+    evaluator = ProgramEvaluator(score, ["a", "b"], torch.device("cpu"), tmp_path / "scored")
+    assert evaluator(student) == Scores({"a": {"score": 1.0}, "b": {"score": 2.0}}, {"a": 1.0, "b": 2.0})
+    assert list(evaluator(student).tasks) == ["a", "b"]
+    assert not (tmp_path / "scored").exists()
+    assert type(asked[0]) is type(model)
+    assert not asked[0].training
+    assert_same_bits(asked[0].state_dict(), model.state_dict())
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        (
+            {"a": 1.0},
+            "proxy.tasks and proxy.other_tasks are a, b, but the evaluator returns scores of a: name the same",
+        ),
+        ({}, "the evaluator returns scores of nothing"),
+        ({"a": math.nan, "b": math.inf}, "the evaluator returns no finite score of a, b"),
+    ],
+)
+def test_scores_of_a_program_are_checked(
+    scores: dict[str, float], says: str, tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    student = Start(AutoModelForMaskedLM.from_pretrained(tiny_world.teacher).bert, layers=4, seed=0)
+    evaluator = ProgramEvaluator(lambda model: scores, ["a", "b"], torch.device("cpu"), tmp_path / "scored")
+    with pytest.raises(UserError, match=says):
+        evaluator(student)

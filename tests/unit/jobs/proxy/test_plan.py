@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from glue_sample import write_glue_sample
 from tiny_world import TinyWorld
 
 from engine.config.proxy import ProxyJobConfig
-from engine.config.reading import parse_config
+from engine.config.reading import parse_config, read_config
 from engine.errors import UserError
-from engine.jobs.proxy.plan import ProxyPlan, code_version, make_proxy_plan
+from engine.jobs.proxy.plan import OwnEvaluator, ProxyPlan, code_version, make_proxy_plan
 from engine.jobs.proxy.report import earlier_results, fitness_table, signal_of
+from engine.losses.base import NO_LOSSES, Evaluated, HiddenMapped, Loss, OwnLosses, StepInputs
+from engine.losses.hidden import EmbeddingLoss
 from engine.records.records import format_record
 from engine.records.yardstick import TaskScale
 
@@ -242,3 +245,64 @@ def test_the_table_shows_the_best_first_with_its_noise() -> None:
     assert signal.ratio == pytest.approx(((0.81 - 0.6) ** 2 / 2) / ((0.02**2 / 2 + 0.2**2 / 2) / 2))
     assert signal_of([*results, *({**result("0-0", seed, 0.5), "steps": 0} for seed in (0, 1))]) == signal
     assert signal_of(results[:2]) is None
+
+
+class FromTheStart(HiddenMapped):
+    name = "from_the_start"
+
+    def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
+        raise AssertionError("nothing is trained here")
+
+
+def judge(model: object) -> dict[str, float]:
+    raise AssertionError("nothing is scored here")
+
+
+def other_judge(model: object) -> dict[str, float]:
+    raise AssertionError("nor here")
+
+
+def test_own_losses_and_an_own_evaluator_are_part_of_the_fingerprint(tiny_world: TinyWorld, glue: Path) -> None:
+    settings = {
+        "genomes": ["2-4"],
+        "teacher.path": tiny_world.teacher,
+        "student.layers": 2,
+        "data.path": tiny_world.corpus,
+        "task.data_dir": glue,
+        "train.warmup_steps": 2,
+        "proxy.steps": 6,
+    }
+
+    def made(tasks: list[str], losses: OwnLosses = NO_LOSSES, evaluator: OwnEvaluator | None = None) -> ProxyPlan:
+        return make_proxy_plan(read_config(ProxyJobConfig, settings, {"proxy.tasks": tasks}), losses, evaluator)
+
+    plans = [
+        made(["SST-2"]),
+        made(["SST-2"], {FromTheStart: 1.0}),
+        made(["SST-2"], {FromTheStart: 2.0}),
+        made(["mine"], evaluator=judge),
+        made(["ours"], evaluator=judge),
+        made(["mine"], evaluator=other_judge),
+    ]
+    assert len({one.fingerprint for one in plans}) == len(plans)
+    assert [one.counted for one in plans] == [("SST-2",)] * 3 + [("mine",), ("ours",), ("mine",)]
+    assert plans[3].tasks == ()
+    assert plans[3].facts["tasks"] == ["mine"]
+    terms = plans[1].genomes[0].plan.losses.term_names
+    assert terms[-2:] == ("from_the_start/1-2", "from_the_start/2-4")
+    with pytest.raises(UserError, match="task 'mine'"):
+        made(["mine"])
+
+
+class Embedded(EmbeddingLoss):
+    name = "embedded"
+
+
+@pytest.mark.parametrize(("own", "learns"), [(FromTheStart, False), (Embedded, True)])
+def test_a_genome_without_pairs_learns_from_own_losses_without_layers(
+    own: type[Loss], learns: bool, tiny_world: TinyWorld, glue: Path
+) -> None:
+    settings = {"genomes": ["none"], "teacher.path": tiny_world.teacher, "student.layers": 2}
+    settings |= {"data.path": tiny_world.corpus, "task.data_dir": glue, "loss.embedding": 0}
+    genome = make_proxy_plan(read_config(ProxyJobConfig, settings), {own: 1.0}).genomes[0]
+    assert (genome.plan is not None) == learns
