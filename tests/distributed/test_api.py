@@ -161,6 +161,7 @@ def test_jobs_of_one_process_do_not_see_each_other(
         "reached the end",
     ):
         assert output.count(f"\n{line}") == ranks, line
+    assert "mapped trains 0.00 M parameters of its own, which are not exported" in output
     stopped, whole = (
         load_file(tmp_path / "runs" / name / "student" / "model.safetensors") for name in ("stopped", "whole")
     )

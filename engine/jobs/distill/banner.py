@@ -83,6 +83,10 @@ def describe_run(
                 ", ".join(f"{name} {weight:g}" for name, weight in plan.loss_weights.items())
                 + f"; preset {cfg.loss.preset}, projection {plan.projection}",
                 *describe_start(plan, module.projections, measured),
+                *(
+                    f"{name} trains {parameters_of(head) / 1e6:.2f} M parameters of its own, which are not exported"
+                    for name, head in module.heads.items()
+                ),
             ],
         ),
         (
