@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ _STDERR = 2
 
 class StopSignals:
     """Ctrl-C, SIGTERM and SIGHUP ask for an orderly end; a second one kills the jobs, but for SIGHUP: a terminal that
-    goes often sends two."""
+    goes often sends two. Only Python's main thread hears them."""
 
     def __init__(self, pool: JobPool) -> None:
         self._pool = pool
@@ -223,7 +224,8 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main_thread else ():
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 self._before[number] = signal.signal(number, self._handle)
         return self
