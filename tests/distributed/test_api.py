@@ -70,7 +70,7 @@ def test_the_code_of_the_page_runs(tiny_world: TinyWorld, glue: Path, tmp_path: 
     jobs_of_search += "from stand_in_driver import StandInPool"
     output = run_program(tmp_path, f"{jobs_of_search}\nga.search.JobPool = StandInPool\n" + "\n".join(code))
     runs = tmp_path / "runs"
-    assert f"{Path('runs/short/student')}\n" in output
+    assert "\nruns/short/student\n" in output
     for name in ("short", "l1", "best"):
         assert (runs / name / "student" / "model.safetensors").is_file()
     step = next(one for one in read_records(runs / "l1" / "records.jsonl") if one["kind"] == "step" and "terms" in one)
