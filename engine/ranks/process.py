@@ -38,6 +38,7 @@ def guest() -> Iterator[None]:
     if not _running.acquire(blocking=False):
         raise UserError("another job is running in this process; wait for its end, or start a process for each")
     variables, streams = dict(os.environ), (sys.stdout, sys.stderr)
+    excepthook = sys.excepthook  # torch.distributed puts one of its own in its place
     had_faulthandler = faulthandler.is_enabled()
     handlers = _handlers()
     if handlers.get(signal.SIGINT) is signal.default_int_handler:
@@ -57,6 +58,7 @@ def guest() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sys.stdout, sys.stderr = streams
+        sys.excepthook = excepthook
         if not had_faulthandler:
             faulthandler.disable()
         for name in os.environ.keys() - variables.keys():

@@ -115,7 +115,7 @@ class Mapped(HiddenMapped):
 
 def state():
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    return dict(os.environ), handlers, sys.stdout, sys.stderr, psutil.Process().children()
+    return dict(os.environ), handlers, sys.stdout, sys.stderr, sys.excepthook, psutil.Process().children()
 
 
 def call(name, own_losses=None, on_record=None, **more):
