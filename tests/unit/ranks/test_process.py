@@ -7,14 +7,16 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from engine.errors import UserError
 from engine.ranks import guard, watchdog
 from engine.ranks.process import STOPPING, guest
-from engine.ranks.runtime import StopRequest
+from engine.ranks.runtime import StopRequest, join_ranks
 
 
 def test_a_guest_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +102,18 @@ def test_what_may_take_any_time_is_not_overdue() -> None:
         assert not guard.is_overdue(watchdog._heartbeat)
         watchdog.beat()
         assert guard.HEARTBEAT.unpack_from(watchdog._heartbeat)[0] < float("inf")
+
+
+def test_a_group_of_the_program_must_be_what_its_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    for name, number in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, number)
+    says = "is rank 0 of 1 in a group .* its environment says RANK=1 and WORLD_SIZE=2"
+    try:
+        with pytest.raises(UserError, match=says), guest():
+            join_ranks(0)
+    finally:
+        torch.distributed.destroy_process_group()
