@@ -123,10 +123,14 @@ def call(name, own_losses=None, on_record=None, **more):
     before = state()
     try:
         result = distill("examples/quickstart.yaml", settings, own_losses=own_losses, on_record=on_record)
-        print(name, "done, held out", [loss["step"] for loss in result.held_out], flush=True)
+        say(f"{name} done, held out {[loss['step'] for loss in result.held_out]}")
     except (Diverged, Preempted, UserError) as error:
-        print(name, type(error).__name__, str(error), flush=True)
+        say(f"{name} {type(error).__name__} {error}")
     assert state() == before
+
+
+def say(line):
+    os.write(1, f"{line}\\n".encode())  # at once: the ranks share a pipe
 
 
 def stop(record):
@@ -140,7 +144,7 @@ call("stopped", own)
 call("whole", own)
 call("stopped")
 call("bad", **{"train.lr": 1e30})
-print("reached the end", flush=True)
+say("reached the end")
 """
 """Several jobs of one process, with a loss that trains weights of its own."""
 
