@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.data.batch import Batch
+from engine.hub.files import quiet
 from engine.jobs.distill.build import initial_student, load_teacher
 from engine.jobs.distill.plan import Plan
 from engine.models.capture import hidden_states, padded_states
@@ -60,7 +61,8 @@ class Teacher:
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
     torch.distributed.barrier()
 
 
