@@ -7,11 +7,11 @@ the JSON owns precision, ZeRO stage, offload and micro batch. Two different valu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.config.deepspeed_file import ZERO, Check, load_ds_config, section
+from engine.config.deepspeed_file import TRACKERS, ZERO, Check, load_ds_config, section
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.errors import UserError
 
@@ -37,6 +37,9 @@ class Execution:
     zero_stage: int
     offload_optimizer: bool
     offload_param: bool
+    trackers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Sections of the services that are sent a run's curves, by name. They are not in `resolved`: DeepSpeed's engine
+    would send points of its own against samples, and a service's key would be copied into the run directory."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -89,8 +92,8 @@ def _micro_batch(ds: dict[str, Any], global_batch: int, world_size: int, source:
     return value
 
 
-def _enabled(ds: dict[str, Any], precision: str) -> bool:
-    return section(ds, precision).get("enabled", False) is True
+def _enabled(ds: dict[str, Any], name: str) -> bool:
+    return section(ds, name).get("enabled", False) is True
 
 
 def _offload_device(ds: dict[str, Any], name: str) -> Any:
@@ -99,7 +102,7 @@ def _offload_device(ds: dict[str, Any], name: str) -> Any:
 
 def _contradictions(ds: dict[str, Any], train: TrainConfig) -> Iterator[tuple[str, str]]:
     """Yields what does not go together, or not with the run config: key and fault."""
-    for name in ("bf16", "fp16"):
+    for name in ("bf16", "fp16", *TRACKERS):
         if name in ds and "enabled" not in section(ds, name):
             yield name, f"{name} has no effect without enabled; write it, true or false"
     if _enabled(ds, "bf16") and _enabled(ds, "fp16"):
@@ -144,6 +147,7 @@ def resolve_execution(
         "gradient_clipping": train.grad_clip,
     }
     fill_auto(ds, owned, source)
+    trackers = {name: values for name in TRACKERS if (values := ds.pop(name, {})).get("enabled")}
     ds.setdefault("steps_per_print", 1_000_000_000)  # the monitor prints; DeepSpeed's own line would double it
     offload = {name: _offload_device(ds, name) == "cpu" for name in OFFLOAD_NEEDS_STAGE}
     if optim.name.endswith("lamb") and stage > 0:
@@ -166,4 +170,5 @@ def resolve_execution(
         zero_stage=stage,
         offload_optimizer=offload["offload_optimizer"],
         offload_param=offload["offload_param"],
+        trackers=trackers,
     )

@@ -20,6 +20,8 @@ from engine.errors import UserError
 FOLDER = SHIPPED / "ds_configs"
 
 ZERO = "zero_optimization"
+TRACKERS = {"wandb": "wandb", "comet": "comet_ml", "csv_monitor": None}
+"""Sections of services that are sent a run's curves, and the Python package that each needs."""
 _OFFLOAD = "device nvme_path buffer_count pin_memory"
 NAMES: dict[str, frozenset[str]] = {
     place: frozenset(names.split())
@@ -29,7 +31,7 @@ NAMES: dict[str, frozenset[str]] = {
             steps_per_print zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer bf16 fp16
             data_types communication_data_type prescale_gradients gradient_predivide_factor wall_clock_breakdown
             dump_state memory_breakdown comms_logger flops_profiler aio checkpoint torch_autocast compile timers
-            hybrid_engine""",
+            hybrid_engine wandb comet csv_monitor""",
         "bf16": "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states",
         "fp16": """
             enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
@@ -56,6 +58,9 @@ NAMES: dict[str, frozenset[str]] = {
         "checkpoint": "tag_validation parallel_write",
         "data_types": "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules",
         "torch_autocast": "enabled dtype lower_precision_safe_modules",
+        "wandb": "enabled group team project",
+        "comet": "enabled project workspace api_key experiment_name online",
+        "csv_monitor": "enabled",
     }.items()
 }
 """Names that each checked object may have; "" is the file. `checkpoint` has no more than these:
@@ -66,9 +71,7 @@ _OLD_OFFLOAD = 'an old name; to offload write "{}": {{"device": "cpu"}} in its p
 REMEDIES = {
     "optimizer": "remove it: optim.* and train.lr of the run config own the optimizer",
     "scheduler": "remove it: train.schedule and train.warmup_steps of the run config own the schedule",
-    "tensorboard": "remove it: engine/train/monitor.py owns the TensorBoard writer",
-    "wandb": "remove it: engine/train/monitor.py owns the logs",
-    "csv_monitor": "remove it: records.jsonl holds the same numbers",
+    "tensorboard": "remove it: every run writes TensorBoard's events into its output_dir",
     "activation_checkpointing": "remove it: student.activation_checkpointing (fine-tuning: model.…) owns it",
     "bfloat16": "the old name of bf16; write that",
     "amp": _GONE,
@@ -82,6 +85,11 @@ REMEDIES = {
     f"{ZERO}.stage3_gather_fp16_weights_on_model_save": (
         "an old name; write stage3_gather_16bit_weights_on_model_save in its place"
     ),
+    "comet.samples_log_interval": "remove it: train.log_every of the run config owns it",
+    "comet.experiment_key": "remove it: each run has a key of its own, which it keeps when it is continued",
+    "comet.mode": "remove it: a run that is continued continues its experiment",
+    "csv_monitor.output_path": "remove it: the files are in the folder csv of the run's output_dir",
+    "csv_monitor.job_name": "remove it: the files are in the folder csv of the run's output_dir",
     "checkpoint.use_node_local_storage": "remove it: checkpoint.storage of the run config owns it",
     "checkpoint.load_universal": "remove it: universal checkpoints are made and loaded as needed",
 }
@@ -105,7 +113,8 @@ VALUES = {
     for kind, keys in {
         "true or false": """
             zero_allow_untested_optimizer zero_force_ds_cpu_optimizer prescale_gradients wall_clock_breakdown dump_state
-            memory_breakdown bf16.enabled bf16.check_grad_overflow fp16.enabled torch_autocast.enabled""",
+            memory_breakdown bf16.enabled bf16.check_grad_overflow fp16.enabled torch_autocast.enabled wandb.enabled
+            comet.enabled csv_monitor.enabled""",
         "a whole number": f"""
             train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print
             {ZERO}.stage""",
@@ -114,7 +123,7 @@ VALUES = {
         "a precision like fp32, fp16 or bf16": """
             data_types.grad_accum_dtype data_types.param_dtype data_types.buffer_dtype
             torch_autocast.dtype""",
-        'an object like {"enabled": true}': "bf16 fp16",
+        'an object like {"enabled": true}': "bf16 fp16 wandb comet csv_monitor",
         'an object like {"stage": 1}': ZERO,
         'an object like {"device": "cpu"}': f"{ZERO}.offload_param {ZERO}.offload_optimizer",
         "an object": """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from engine import __version__
 from engine.config.deepspeed import Execution, default_config_name, resolve_execution
-from engine.config.deepspeed_file import FOLDER, NAMES, REMEDIES, section
+from engine.config.deepspeed_file import FOLDER, NAMES, REMEDIES, TRACKERS, section
 from engine.config.distill import OptimConfig, TrainConfig
 from engine.config.places import shipped_file
 from engine.errors import UserError
@@ -39,9 +40,21 @@ def plan_execution(deepspeed_config: str, train: TrainConfig, optim: OptimConfig
         path = FOLDER / default_config_name(has_gpu=uses_gpu(), has_fast_bf16=has_fast_bf16())
     execution = resolve_execution(train, optim, path, launcher_world_size(), refused_by_deepspeed)
     check_precision(execution)
+    _require_packages(execution)
     if optim.name.startswith("apex_"):
         require_apex(optim.name)
     return execution
+
+
+def _require_packages(execution: Execution) -> None:
+    """Raises UserError for a tracker whose Python package is missing."""
+    for name in execution.trackers:
+        package = TRACKERS[name]
+        if package is not None and find_spec(package) is None:
+            raise UserError(
+                f"{execution.source}: {name}.enabled=true, but the Python package {package!r} is missing; "
+                f"pip install {package}, or write false there"
+            )
 
 
 def refused_by_deepspeed(ds: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -49,6 +62,7 @@ def refused_by_deepspeed(ds: dict[str, Any]) -> Iterator[tuple[str, str]]:
     both models are loaded, and with a traceback."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
+    from deepspeed.monitor.config import CometConfig, WandbConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -58,6 +72,8 @@ def refused_by_deepspeed(ds: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "fp16": DeepSpeedFP16Config,
         "comms_logger": CommsLoggerConfig,
         "compile": CompileConfig,
+        "wandb": WandbConfig,
+        "comet": CometConfig,
     }
     for name, kind in classes.items():
         known = {key: value for key, value in section(ds, name).items() if f"{name}.{key}" not in REMEDIES}

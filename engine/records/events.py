@@ -21,15 +21,19 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.text.metadata import create_summary_metadata
 
 from engine.records.files import AppendFile
+from engine.records.run_dir import EVENT_FILES
 
 _NUMBERS = itertools.count()
 
 
 class EventFile:
-    def __init__(self, folder: Path, *, purge_step: int | None = None, tell: Callable[[str], None]) -> None:
-        """purge_step: TensorBoard then leaves out what earlier files of the folder have from that step on. tell: is
-        told when events cannot be written, and when they can again. The file is made with its first event."""
-        self._folder, self._tell = folder, tell
+    def __init__(
+        self, folder: Path, *, purge_step: int | None = None, suffix: str = "", tell: Callable[[str], None]
+    ) -> None:
+        """purge_step: TensorBoard then leaves out what earlier files of the folder have from that step on. suffix: end
+        of its name. tell: is told when events cannot be written, and when they can again. The file is made with its
+        first event."""
+        self._folder, self._suffix, self._tell = folder, suffix, tell
         self._file: AppendFile | None = None
         self._lost = 0
         self._head = _tfrecord(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -75,10 +79,8 @@ class EventFile:
         try:
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                name = (
-                    f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
-                )
-                self._file = AppendFile(self._folder / name)
+                name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+                self._file = AppendFile(self._folder / f"{EVENT_FILES}{name}{self._suffix}")
             self._file.append(self._head + _tfrecord(event))
         except OSError as error:
             if not self._lost:

@@ -15,6 +15,10 @@ import yaml
 from engine.errors import UserError, first_line
 
 COMPLETE = "COMPLETE"
+EVENT_FILES = "events.out.tfevents."
+"""Beginning of the names of TensorBoard's files."""
+HELD_OUT = "held_out"
+"""Folder of TensorBoard's files of held-out losses: a run beside that of training, so that one chart shows both."""
 _JOBS = {
     "checkpoint": "launch/distill.py",
     "model": "launch/finetune.py",
@@ -72,7 +76,15 @@ class RunDir:
 
     @property
     def tensorboard(self) -> Path:
-        return self.root / "tensorboard"
+        """Folder of TensorBoard's files: its page names a run as its folder, so that it is the run directory itself;
+        where an earlier version began the run in a folder of its own, that one."""
+        old = self.root / "tensorboard"
+        return old if old.is_dir() else self.root
+
+    @property
+    def csv(self) -> Path:
+        """Folder of the files that `csv_monitor` of a DeepSpeed file asks for."""
+        return self.root / "csv"
 
     @property
     def records(self) -> Path:
@@ -141,20 +153,26 @@ class RunDir:
         return next((script for name, script in _JOBS.items() if re.search(rf"^{name}:", text, re.MULTILINE)), None)
 
     def set_aside_logs(self) -> list[tuple[Path, Path]]:
-        """Renames records and TensorBoard events of an earlier run in this folder to superseded-…, so that its result
-        is not taken for the next one's. Returns their old and new paths."""
+        """Renames records and curves of an earlier run in this folder to superseded-…, so that its result is not taken
+        for the next one's. Returns their old and new paths; one pattern stands for all of TensorBoard's files."""
         moved = []
-        for path in (self.records, self.tensorboard):
-            if not path.exists():
-                continue
-            target = path.with_name(f"superseded-{path.name}")
-            for number in itertools.count(2):
-                if not target.exists():
-                    break
-                target = path.with_name(f"superseded-{number}-{path.name}")
-            path.rename(target)
-            moved.append((path, target))
+        old = [self.tensorboard] if self.tensorboard != self.root else []
+        for path in (self.records, self.csv, *old):
+            if path.exists():
+                moved.append((path, path.rename(self._superseded(path.name))))
+        events = self.root / f"{EVENT_FILES}*"
+        if files := [*self.root.glob(events.name), *self.root.glob(HELD_OUT)]:
+            folder = self._superseded("tensorboard")
+            folder.mkdir()
+            for path in files:
+                path.rename(folder / path.name)
+            moved.append((events, folder))
         return moved
+
+    def _superseded(self, name: str) -> Path:
+        """Returns the first free name for what an earlier run has left."""
+        names = itertools.chain([f"superseded-{name}"], (f"superseded-{n}-{name}" for n in itertools.count(2)))
+        return next(path for path in map(self.root.joinpath, names) if not path.exists())
 
     def complete_tags(self) -> list[str]:
         """Lists the tags that hold a COMPLETE marker, oldest first; the others are what killed writers left."""

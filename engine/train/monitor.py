@@ -6,9 +6,10 @@ import contextlib
 import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from engine.ranks import watchdog
 from engine.records.events import EventFile
 from engine.records.history import History
 from engine.records.records import OnRecord, RecordWriter
-from engine.records.run_dir import RunDir
+from engine.records.run_dir import HELD_OUT, RunDir
 from engine.train import failures
 from engine.train.failures import Failure
+from engine.train.hparams import write_hparams
 from engine.train.progress import Progress
 from engine.train.step_report import Speedometer, StepReport
+from engine.train.trackers import TRACKED, Section, Trackers
 
 TFLOPS_NOTE = (
     "Achieved TFLOP/s of all ranks: real tokens per second times the FLOPs of a token: the teacher's forward plus "
@@ -65,6 +68,7 @@ class Monitor:
         flops_per_token: float,
         device: torch.device,
         config_text: str,
+        trackers: Mapping[str, Section] = MappingProxyType({}),
         labels: dict[str, Any] | None = None,
         part_of_a_job: bool = False,
         name: str = "",
@@ -72,9 +76,10 @@ class Monitor:
     ) -> None:
         """Shows nothing before `begin`.
 
-        active: whether this rank shows anything (rank 0). labels: fields that every record gets, e.g. which of several
-        models it is about. part_of_a_job: the records go to the file alone, since stdout is the job's. name: of the
-        model, where lines of several are mixed; they then have no bar. on_record: is called with each record.
+        active: whether this rank shows anything (rank 0). trackers: sections of the DeepSpeed file, for Trackers.
+        labels: fields that every record gets, e.g. which of several models it is about. part_of_a_job: the records go
+        to the file alone, since stdout is the job's. name: of the model, where lines of several are mixed; they then
+        have no bar. on_record: is called with each record.
         """
         self._active = active
         self._progress = Progress(steps, name)
@@ -83,6 +88,9 @@ class Monitor:
         self._config_text = config_text
         self._tensorboard_dir = tensorboard
         self._curves: EventFile | None = None
+        self._held_out_curves: EventFile | None = None
+        self._tracker_sections = trackers
+        self._trackers: Trackers | None = None
         self.records = (
             open_records(records, echo=not part_of_a_job, tell=self.say, on_record=on_record) if active else None
         )
@@ -121,15 +129,24 @@ class Monitor:
 
     def begin(self, step: int) -> None:
         """Starts to show and to count, after `step`."""
+        if self._active:
+            self._open_curves(step)
+            self._progress.begin(step)
         self._speedometer.begin()
-        if not self._active:
-            return
+
+    def _open_curves(self, step: int) -> None:
+        """Reads what earlier starts have shown, and opens what shows the rest."""
         self.history = History.read(self._records_path, until=step, labels=self._labels)
         # a resumed run overwrites the points that a killed one wrote past its last checkpoint
-        self._curves = EventFile(self._tensorboard_dir, purge_step=step + 1 if step else None, tell=self.say)
+        purge = step + 1 if step else None
+        self._curves = EventFile(self._tensorboard_dir, purge_step=purge, tell=self.say)
+        self._held_out_curves = EventFile(self._tensorboard_dir / HELD_OUT, purge_step=purge, tell=self.say)
         texts = {"config": f"```yaml\n{self._config_text}\n```", "how speed/tflops is counted": TFLOPS_NOTE}
         self._curves.texts(texts, step)
-        self._progress.begin(step)
+        if self._tracker_sections:
+            run_dir = RunDir(self._records_path.parent)
+            self._trackers = Trackers(self._tracker_sections, run_dir, tell=self.say)
+            self.write_record("run", status=TRACKED, step=step, key=self._trackers.key)
 
     def write_record(self, kind: str, **fields: Any) -> None:
         """Writes a record, on rank 0."""
@@ -147,7 +164,6 @@ class Monitor:
             return
         shares = {name: value / seconds for name, value in report.interval.phases.items()}
         peak = peak_memory_gib(self._device)
-        self._plot(report, speed, shares, peak)
         fields = {
             "step": report.step,
             "total": report.total,
@@ -166,6 +182,7 @@ class Monitor:
         }
         self.history.add(fields)
         self.write_record("step", **fields)
+        self._plot(report, speed, shares, peak)
         self._progress.step(report, speed["tokens_per_s"])
 
     def _plot(self, report: StepReport, speed: dict[str, float], shares: dict[str, float], peak: float) -> None:
@@ -182,11 +199,16 @@ class Monitor:
             points["optimizer/grad_norm"] = report.grad_norm
         if report.loss_scale is not None:
             points["optimizer/loss_scale"] = report.loss_scale
-        self._scalars(points, report.step)
+        self._show("total", points, report.step)
 
-    def _scalars(self, points: dict[str, float], step: int) -> None:
-        if self._curves is not None:
-            self._curves.scalars(points, step)
+    def _show(self, kind: str, points: dict[str, float], step: int) -> None:
+        """Writes points for TensorBoard, and sends them to the trackers after their record (Trackers.send)."""
+        curves = self._held_out_curves if kind == "held_out" else self._curves
+        if curves is not None:
+            curves.scalars(points, step)
+        if self._trackers is not None:
+            prefix = f"{HELD_OUT}/" if kind == "held_out" else ""
+            self._trackers.send(kind, {prefix + tag: value for tag, value in points.items()}, step)
 
     def say(self, text: str) -> None:
         """Prints a line, on rank 0."""
@@ -196,15 +218,15 @@ class Monitor:
     def held_out(self, step: int, total: float, terms: dict[str, float]) -> None:
         """Shows and records held-out losses after `step`."""
         self.history.add({"step": step, "held_out": {"total": total, "terms": terms}})
-        points = {"total": total, **terms}
-        self._scalars({f"loss_held_out/{name}": value for name, value in points.items()}, step)
         self.write_record("step", step=step, held_out={"total": total, "terms": terms})
+        points = {f"pair/{name}": value for name, value in terms.items()}
+        self._show("held_out", {"loss/total": total, **points}, step)
         self.say(f"step {step}/{self._progress.steps}  held-out loss {total:.4g}")
 
     def scores(self, step: int, scores: dict[str, float], *, aloud: bool = True, **fields: Any) -> None:
         """Records task scores after `step`, and prints them when `aloud`."""
-        self._scalars({f"score/{name}": value for name, value in scores.items()}, step)
         self.write_record("step", step=step, scores=scores, **fields)
+        self._show("scores", {f"score/{name}": value for name, value in scores.items()}, step)
         if aloud:
             listed = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             self.say(f"step {step}/{self._progress.steps}  {listed}")
@@ -231,6 +253,10 @@ class Monitor:
             records.write("error", **self._labels, **failure.fields)
             records.close()
 
+    def write_hparams(self, values: Mapping[str, float | str], metrics: Mapping[str, float]) -> None:
+        """Writes the row of a run that has ended on TensorBoard's HPARAMS page, on rank 0 (hparams.write_hparams)."""
+        write_hparams(self._tensorboard_dir, values, metrics, tell=self.say)
+
     def end_progress(self) -> None:
         """Leaves the bar where it is; further lines come under it."""
         self._progress.end()
@@ -238,8 +264,9 @@ class Monitor:
     def close(self) -> None:
         """Closes the files. Raises RunFailure when a result could not be recorded."""
         self.end_progress()
-        if self._curves is not None:
-            self._curves.close()
+        for curves in (self._curves, self._held_out_curves, self._trackers):
+            if curves is not None:
+                curves.close()
         if self.records is not None:
             self.records.close()
 

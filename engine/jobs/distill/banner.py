@@ -102,6 +102,7 @@ def describe_run(
         ("start", start),
         ("output", cfg.output_dir),
     ]
+    rows += [("trackers", ", ".join(ex.trackers))] if ex.trackers else []
     rows += [("warning", text) for text in plan.warnings]
     return labelled_lines(rows) + "\n"
 

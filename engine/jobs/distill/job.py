@@ -18,7 +18,7 @@ from engine.jobs.distill import banner
 from engine.jobs.distill.build import build_module, flops_per_token, load_teacher, open_corpus
 from engine.jobs.distill.held_out import HeldOutLosses
 from engine.jobs.distill.module import DistilModule
-from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
+from engine.jobs.distill.plan import Plan, describe_for_export, hyperparameters, identity, make_plan
 from engine.losses.base import NO_LOSSES, OwnLosses
 from engine.losses.measure import Measured, TeacherSlice, begin, sequences_of
 from engine.models.teacher import FrozenTeacher
@@ -269,6 +269,7 @@ class Job:
             flops_per_token=flops_per_token,
             device=self.runtime.device,
             config_text=as_yaml(self.config),
+            trackers=self.plan.execution.trackers,
             on_record=self._on_record,
         )
 
@@ -299,6 +300,8 @@ class Job:
             student=str(self.run_dir.student),
             **self._facts(),
         )
+        held_out = {} if history.held_out is None else {"held_out_loss": history.held_out["total"]}
+        monitor.write_hparams(hyperparameters(self.plan), {"loss": history.last["total"], **held_out})
         monitor.say("\n" + self._closing_table(history))
 
     def _export(self, module: nn.Module, step: int) -> None:
@@ -321,7 +324,7 @@ class Job:
             ),
             ("student", f"{self.run_dir.student}   (AutoModel.from_pretrained)"),
             ("checkpoint", str(self.run_dir.checkpoints / step_tag(last["step"]))),
-            ("tensorboard", f"tensorboard --logdir {self.run_dir.tensorboard}"),
+            ("tensorboard", f"tensorboard --logdir {self.run_dir.root}"),
         ]
         if history.held_out is not None and history.first_held_out is not None:
             first_loss, last_loss = (

@@ -277,6 +277,21 @@ def identity(plan: Plan) -> dict[str, Any]:
     }
 
 
+def hyperparameters(plan: Plan) -> dict[str, float | str]:
+    """Returns the row of a run on TensorBoard's HPARAMS page."""
+    config, shape = plan.config, plan.student_shape
+    return {
+        "teacher": public_name(config.teacher.path),
+        "student": f"{shape.layers} x {shape.width}",
+        "mapping": str(plan.mapping),
+        "losses": ", ".join(f"{name} {weight:g}" for name, weight in config.loss.active.items()),
+        "lr": config.train.lr,
+        "batch": config.train.global_batch,
+        "steps": config.train.steps,
+        "seed": config.seed,
+    }
+
+
 def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[str, Any]:
     """Returns what a checkpoint tells launch/export.py: the student's configuration, and the facts of its model
     card."""

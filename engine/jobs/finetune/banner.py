@@ -56,6 +56,7 @@ def describe_job(plan: FinetunePlan, *, optimizer: str, device: str, finished: i
         ("start", [f"continues {line}" for line in unfinished] or ("goes on" if finished else "fresh")),
         ("output", config.output_dir),
     ]
+    rows += [("trackers", ", ".join(how.trackers))] if how.trackers else []
     rows += [("warning", text) for text in plan.warnings]
     return labelled_lines(rows) + "\n"
 

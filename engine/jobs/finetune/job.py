@@ -27,7 +27,7 @@ from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.events import EventFile
 from engine.records.files import relative_link
 from engine.records.records import OnRecord
-from engine.records.run_dir import RunDir, as_yaml
+from engine.records.run_dir import EVENT_FILES, RunDir, as_yaml
 from engine.tasks.encode import EncodedTask, encode_task
 from engine.tasks.evaluation import constant_score, predict_split, score_dev
 from engine.tasks.model import head_problem, load_task_model
@@ -282,8 +282,9 @@ class FinetuneJob:
         }
 
     def _write_tensorboard(self, scores: Sequence[TaskScore]) -> None:
-        folder = self.root / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, which had the same scores or fewer
+        folder = RunDir(self.root).tensorboard
+        for earlier in folder.glob(f"{EVENT_FILES}*"):  # of an earlier start, which had the same scores or fewer
+            earlier.unlink()
         file = EventFile(folder, tell=self._say)
         file.texts({"config": f"```yaml\n{as_yaml(self.config)}\n```"}, 0)
         points = {f"score/{score.task}": score.score for score in scores}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensorboard.plugins.hparams import api_pb2
 from torch import nn
 
 from engine.config.identity import describe_changes
@@ -21,7 +19,6 @@ from engine.models.student import enable_activation_checkpointing
 from engine.models.teacher import FrozenTeacher
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime, StopRequest
-from engine.records.events import EventFile
 from engine.records.records import OnRecord, final_result, read_records
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.tasks.encode import EncodedTask
@@ -174,6 +171,7 @@ class UnitRun:
             flops_per_token=self._flops_per_token(module, teacher, task),
             device=self.runtime.device,
             config_text=as_yaml(self.unit_config),
+            trackers=self.execution.trackers,
             part_of_a_job=True,
             on_record=None if self._on_record is None else self._pass_on,
         )
@@ -282,21 +280,12 @@ class UnitRun:
             scores = {name: f"{value:.4f}" for name, value in {"dev score": result.score, **result.metrics}.items()}
             export_checkpoint(self.run_dir, step_tag(result.step), self.run_dir.model, scores=scores)
             fields["model"] = str(self.run_dir.model)
-            self._write_hparams(result.score, monitor)
+            models = {"student": self.plan.config.model.path, "teacher": self.plan.config.teacher.path}
+            names = {role: public_name(path) for role, path in models.items() if path is not None}
+            monitor.write_hparams({**names, **self._hparams()}, {"score": result.score})
         monitor.write_record("result", **fields)
         remove_checkpoints(self.run_dir)
         return fields
-
-    def _write_hparams(self, score: float, monitor: Monitor) -> None:
-        """Writes TensorBoard's table of hyper-parameters, beside the curves of this unit."""
-        values = self._hparams()
-        types = {True: api_pb2.DATA_TYPE_STRING, False: api_pb2.DATA_TYPE_FLOAT64}
-        infos = [api_pb2.HParamInfo(name=name, type=types[isinstance(value, str)]) for name, value in values.items()]
-        metric = api_pb2.MetricInfo(name=api_pb2.MetricName(tag="hparam/score"))
-        file = EventFile(self.run_dir.tensorboard, tell=monitor.say)
-        file.hparam_columns(infos, [metric])
-        file.hparam_session(values, {"hparam/score": score}, when=time.time())
-        file.close()
 
 
 def remove_checkpoints(run_dir: RunDir) -> None:

@@ -131,6 +131,9 @@ def make_proxy_plan(
         parts["tasks"] = {"names": names, "source": source_hash(own_evaluator)}
     warnings = [f"no folder of {', '.join(absent)} under {config.task.data_dir}: left out"] if absent else []
     warnings += [text for task in tasks for text in task.warnings]
+    if trackers := base.execution.trackers:
+        what = f"a proxy trains many students at once, and {' and '.join(trackers)} would take them for one run"
+        warnings.append(f"{base.execution.source}: {what}; nothing is sent to it")
     return ProxyPlan(
         config, base, genomes, tasks, own_evaluator, scored, tuple(names), digest(parts), parts, tuple(warnings)
     )
