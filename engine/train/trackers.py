@@ -52,12 +52,15 @@ class Trackers:
             self._tell(f"warning: {name} has failed ({first_line(error)}); training continues without it")
 
     def close(self) -> None:
-        """Ends the run at the services."""
-        if "wandb" in self._monitors:
-            with self._left_out_on_failure("wandb"):
-                import wandb
+        """Ends the run at the services: the next fine-tuning of a job is a run of its own."""
+        for name, monitor in list(self._monitors.items()):
+            with self._left_out_on_failure(name):
+                if name == "wandb":  # DeepSpeed's monitor has no end
+                    import wandb
 
-                wandb.teardown()  # DeepSpeed's monitor has no end, and the next fine-tuning is a run of its own
+                    wandb.teardown()
+                elif name == "comet":
+                    monitor.comet_monitor.experiment.end()
 
 
 def _read_sent(records: Path) -> tuple[str | None, dict[str, int]]:
@@ -85,8 +88,14 @@ def _open(name: str, section: Section, key: str, run_dir: RunDir) -> Any:
         "comet": {"experiment_name": folder, **section, "experiment_key": key, "samples_log_interval": 1},
         "csv_monitor": {**section, "output_path": folder, "job_name": run_dir.csv.name},
     }
-    of_wandb = {"WANDB_RUN_ID": key, "WANDB_RESUME": "allow", "WANDB_NAME": folder[-128:], "WANDB_DIR": folder}
-    with _default_environment(of_wandb):
+    environment = {
+        "WANDB_RUN_ID": key,
+        "WANDB_RESUME": "allow",
+        "WANDB_NAME": folder[-128:],
+        "WANDB_DIR": folder,
+        "COMET_OFFLINE_DIRECTORY": str(run_dir.root / "comet"),
+    }
+    with _default_environment(environment):
         monitor = MonitorMaster(get_monitor_config({name: ours.get(name, section)}))
     if monitor.csv_monitor is not None:  # until DeepSpeed > 0.19.8: it writes the header again
         monitor.csv_monitor.filenames += [path.stem for path in run_dir.csv.glob("*.csv")]
