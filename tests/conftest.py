@@ -93,6 +93,7 @@ def run_maker(tiny_world: TinyWorld, folder: Path) -> MakeRun:
         ranks: int = 1,
         launcher: Launcher = "forked",
         zero: dict[str, Any] | None = None,
+        trackers: dict[str, Any] | None = None,
         **settings: object,
     ) -> Run:
         ds = write_ds_config(
@@ -100,6 +101,7 @@ def run_maker(tiny_world: TinyWorld, folder: Path) -> MakeRun:
             train_micro_batch_size_per_gpu=micro,
             zero_optimization={"stage": stage, **(zero or {})},
             **PRECISION[precision],
+            **(trackers or {}),
         )
         values: dict[str, object] = {
             "deepspeed_config": ds,

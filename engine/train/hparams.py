@@ -47,4 +47,4 @@ def write_hparams(
 
 
 def _tag(metric: str) -> str:
-    return f"hparam/{metric}"
+    return f"result/{metric}"  # below the curves on the page

@@ -50,7 +50,9 @@ def make_job(tiny_world: TinyWorld, tmp_path: Path) -> MakeJob:
             "task.batch": 8,
             "task.lr": 3e-3,
             "train.log_every": 1,
-            "deepspeed_config": write_ds_config(tmp_path / f"ds {stage}", zero_optimization={"stage": stage}),
+            "deepspeed_config": write_ds_config(
+                tmp_path / f"ds {stage}", zero_optimization={"stage": stage}, csv_monitor={"enabled": True}
+            ),
         }
         given = set(argv[::2])
         words = [word for key, value in usual.items() if f"--{key}" not in given for word in (f"--{key}", str(value))]
@@ -103,6 +105,8 @@ def test_stopped_and_continued_equals_uninterrupted(make_job: MakeJob) -> None:
     for unit in ("RTE/seed-0", "STS-B/seed-0"):
         assert_same_bits(weights(half, unit), weights(whole, unit))
         assert not (half.output_dir / unit / "checkpoints").exists()
+        files = [run.output_dir / unit / "csv" / "loss_total.csv" for run in (half, whole)]
+        assert files[0].read_text() == files[1].read_text(), "no row is missing, and none is there twice"
 
 
 def test_ranks_agree(make_job: MakeJob) -> None:
@@ -150,12 +154,12 @@ def test_grid_seeds_and_predictions(make_job: MakeJob, tiny_world: TinyWorld) ->
     assert "best of the grid" in output
     card = (model / "README.md").read_text()
     assert f"| dev score | {task['seeds']['0']:.4f} |" in card
-    events = EventAccumulator(str(run.output_dir / "tensorboard"))
+    events = EventAccumulator(str(run.output_dir))
     events.Reload()
     assert events.Scalars("score/RTE")[0].value == pytest.approx(task["score"])
-    unit = EventAccumulator(str(model.resolve().parent / "tensorboard"))
+    unit = EventAccumulator(str(model.resolve().parent))
     unit.Reload()
-    assert {"score/accuracy", "score/score", "loss/labels", "hparam/score"} <= set(unit.Tags()["scalars"])
+    assert {"score/accuracy", "score/score", "loss/labels", "result/score"} <= set(unit.Tags()["scalars"])
 
 
 def test_changed_settings_and_resume_never_are_refused(make_job: MakeJob) -> None:

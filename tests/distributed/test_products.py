@@ -29,7 +29,7 @@ from engine.jobs.distill.plan import make_plan
 from engine.models.install import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
-from engine.records.run_dir import RunDir
+from engine.records.run_dir import HELD_OUT, RunDir
 
 pytestmark = pytest.mark.launcher
 
@@ -145,8 +145,8 @@ def test_export_looks_at_the_runs_tokenizer(finished_run: FinishedRun, tmp_path:
     assert not (tmp_path / "exported").exists()
 
 
-def curves(run: Run) -> EventAccumulator:
-    events = EventAccumulator(str(run.run_dir.tensorboard), size_guidance={"scalars": 0, "tensors": 0})
+def curves(run: Run, folder: str = "") -> EventAccumulator:
+    events = EventAccumulator(str(run.output_dir / folder), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     return events
 
@@ -162,15 +162,18 @@ def test_tensorboard_has_every_promised_number_by_optimizer_step(finished_run: F
         "optimizer/lr", "optimizer/grad_norm", "optimizer/skipped_steps",
         "speed/tokens_per_s", "speed/samples_per_s", "speed/tflops", "speed/data_wait_share",
         "time_share/teacher", "time_share/student", "time_share/optimizer",
-        "memory/peak_gib", "loss_held_out/total", "loss_held_out/hidden/1-2",
+        "memory/peak_gib", "result/loss", "result/held_out_loss",
     }  # fmt: skip
     assert promised <= tags, promised - tags
     assert [e.step for e in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
-    assert [e.step for e in events.Scalars("loss_held_out/total")] == [0, 3, 6]
+    held_out = curves(run, HELD_OUT)
+    assert [e.step for e in held_out.Scalars("loss/total")] == [0, 3, 6]
+    pairs = {tag for tag in tags if tag.startswith("pair/")}
+    assert set(held_out.Tags()["scalars"]) == {"loss/total", *pairs}, "in the charts of training"
     shares = [events.Scalars(f"share/{name}")[0].value for name in ("hidden", "attention", "embedding")]
     assert sum(shares) == pytest.approx(1.0, abs=1e-5)
     assert "config/text_summary" in events.Tags()["tensors"]
-    assert len(list(run.run_dir.tensorboard.glob("events*"))) == 1, "one writer"
+    assert len(list(run.output_dir.glob("events*"))) == 2, "one writer, and a row of the HPARAMS page"
 
 
 def test_a_student_that_starts_from_an_export_has_its_projections(

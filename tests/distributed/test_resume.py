@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from compare import assert_same_bits
-from launching import kill_session
+from launching import kill_session, write_ds_config
 from safetensors.torch import load_file, save_file
 
 from engine.ranks.runtime import DEFAULT_PORT
@@ -39,7 +39,13 @@ TWO_RANKS = {
 RANDOM = {"mapping__hidden": "random-each-step", "student__init": "uniform"}
 LONG = {"ranks": 2, "train__steps": 120}
 """To be stopped on the way."""
-ONE_RANK = {"micro": 8, "train__steps": 6, "train__save_every": 1, "train__keep": 3}
+ONE_RANK = {
+    "micro": 8,
+    "train__steps": 6,
+    "train__save_every": 1,
+    "train__keep": 3,
+    "trackers": {"csv_monitor": {"enabled": True}},
+}
 
 
 @pytest.mark.parametrize(("stage", "mapping"), [(1, {}), (3, {}), (1, RANDOM)], ids=["1", "3", "1-random"])
@@ -131,7 +137,9 @@ def test_a_changed_what_is_refused_and_a_changed_how_is_not(finished_run, tmp_pa
     assert "loss.attention: 1.0 -> 2.0" in errors[0]
     assert "log_every" not in errors[0]
     assert sorted(p.name for p in run.run_dir.checkpoints.iterdir()) == before
-    output = run.finish("--train.log_every", "2", "--student.activation_checkpointing", "true")
+    no_trackers = write_ds_config(tmp_path, train_micro_batch_size_per_gpu=8, zero_optimization={"stage": 1})
+    how = ["--deepspeed_config", str(no_trackers), "--student.activation_checkpointing", "true"]
+    output = run.finish("--train.log_every", "2", *how)
     assert "continues from step-00000005" in output
     assert run.records("result")[-1]["step"] == 6
 
@@ -175,6 +183,9 @@ def test_unfinished_checkpoints_are_removed_and_never_used(finished_run, tmp_pat
     assert "removed step-00000006: an unfinished checkpoint" in output
     assert "continues from step-00000005" in output
     assert run.run_dir.complete_tags() == [step_tag(s) for s in (4, 5, 6)]
+    rows = (run.run_dir.csv / "loss_total.csv").read_text().splitlines()
+    assert [row.partition(",")[0] for row in rows] == ["step", *"123456"], "step 6 was sent before"
+    assert len({record["key"] for record in run.records("run") if record["status"] == "tracked"}) == 1
 
 
 def test_resume_by_name_sets_later_checkpoints_aside(finished_run, tmp_path) -> None:
@@ -212,7 +223,12 @@ def test_a_fresh_start_sets_the_logs_of_an_earlier_run_aside(finished_run, tmp_p
     shutil.rmtree(run.run_dir.checkpoints)
     output = run.finish("--train.lr", "1e-3")
     assert "renamed records.jsonl to superseded-records.jsonl: the run starts anew" in output
-    assert len(run.records("run")) == len(run.records("result")) == 1
+    assert [record["status"] for record in run.records("run")] == ["started", "tracked"]
+    assert len(run.records("result")) == 1
+    assert [path.name for path in (run.output_dir / "superseded-tensorboard").iterdir() if path.is_dir()] == [
+        "held_out"
+    ]
+    assert len((run.run_dir.csv / "loss_total.csv").read_text().splitlines()) == 1 + 6
 
 
 def test_weights_that_are_not_finite_are_never_saved(make_run) -> None:

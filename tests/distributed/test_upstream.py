@@ -24,6 +24,7 @@ MENDS = {
     "zero_3_shares_one_step_count": "engine/train/universal.py:_own_step_counts",
     "zero_3_cannot_load_what_zero_1_wrote": "engine/train/universal.py:_relay",
     "zero_1_cannot_load_what_zero_3_wrote": "engine/train/universal.py:_relay",
+    "a_csv_file_gets_a_second_header": "engine/train/trackers.py:_open",
     "shared_buffers_keep_their_names": "engine/ranks/runtime.py:_unlink_shared_buffers",
     "a_build_waits_for_the_dead": "engine/ranks/extension_builds.py:_Baton",
     "a_collective_is_deprecated": "engine/ranks/runtime.py:join_ranks",

@@ -24,6 +24,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
 from torch.utils.file_baton import FileBaton
 
@@ -101,6 +103,13 @@ def the_scale_grows_before_the_step(_: Path) -> bool:
     before = float(ds_engine.module.bias)
     step(ds_engine)
     return abs(float(ds_engine.module.bias) - before) < 0.4
+
+
+def a_csv_file_gets_a_second_header(folder: Path) -> bool:
+    section = {"csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "csv"}}
+    for step in range(2):
+        MonitorMaster(get_monitor_config(section)).write_events([("loss", 1.0, step)])
+    return (folder / "csv" / "loss.csv").read_text().count("step,loss") == 2
 
 
 def an_exhausted_scale_has_no_class_of_error(_: Path) -> bool:
@@ -227,6 +236,7 @@ def torchrun_keeps_the_store_of_a_failed_attempt(folder: Path) -> bool:
 
 DEFECTS: list[Callable[[Path], bool]] = [
     stage_0_makes_a_first_step,
+    a_csv_file_gets_a_second_header,
     one_rank_reduces_gradients,
     fp32_stage_0_keeps_no_norm,
     fp32_stage_0_steps_with_gradients_that_are_not_finite,

@@ -57,7 +57,12 @@ def test_accumulation_is_derived(tmp_path: Path) -> None:
         ({"train_micro_batch_size_per_gpu": "4"}, "whole number"),
         ({"optimizer": {"type": "Adam"}}, "optimizer: remove it: optim"),
         ({"scheduler": {}}, "scheduler: remove it: train.schedule"),
-        ({"tensorboard": {"enabled": True}}, "owns the TensorBoard writer"),
+        ({"tensorboard": {"enabled": True}}, "remove it: every run writes TensorBoard's events into its output_dir"),
+        ({"wandb": {"project": "mine"}}, "wandb has no effect without enabled; write it, true or false"),
+        ({"wandb": {"enabled": True, "entity": "me"}}, "unknown key 'wandb.entity'"),
+        ({"csv_monitor": {"enabled": True, "output_path": "x"}}, "the files are in the folder csv of the run's output"),
+        ({"comet": {"enabled": True, "samples_log_interval": 5}}, "remove it: train.log_every of the run config owns"),
+        ({"comet": True}, "comet=true must be an object"),
         ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"stage": 4}}, "stage=4"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "choose one"),
@@ -79,6 +84,15 @@ def test_conflicts_name_file_key_and_remedy(tmp_path: Path, ds: dict[str, Any], 
     with pytest.raises(UserError, match=says) as error:
         resolve(run(32), path, 1)
     assert str(path) in str(error.value)
+
+
+def test_trackers_are_not_for_deepspeeds_engine(tmp_path: Path) -> None:
+    """It would send them points of its own."""
+    mine = {"enabled": True, "project": "mine"}
+    path = write(tmp_path, wandb=mine, comet={"enabled": False}, csv_monitor={"enabled": True})
+    execution = resolve(run(32), path, 1)
+    assert execution.trackers == {"wandb": mine, "csv_monitor": {"enabled": True}}
+    assert not {"wandb", "comet", "csv_monitor"} & execution.resolved.keys()
 
 
 def test_global_batch_must_fit_the_ranks(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from engine.config.distill import RunConfig
 from engine.config.proxy import ProxyJobConfig
 from engine.errors import UserError
-from engine.records.run_dir import COMPLETE, RunDir, step_tag, tag_step
+from engine.records.run_dir import COMPLETE, EVENT_FILES, HELD_OUT, RunDir, step_tag, tag_step
 
 
 def test_only_marked_folders_count(tmp_path: Path) -> None:
@@ -31,18 +31,33 @@ def test_a_folder_of_another_script_is_refused(tmp_path: Path) -> None:
 
 
 def test_logs_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
+    run, events = RunDir(tmp_path), f"{EVENT_FILES}1.host"
     for text in ("first", "second"):
         run.records.write_text(text)
-        run.tensorboard.mkdir()
-        (run.tensorboard / text).write_text("")
+        for folder in (run.csv, tmp_path / HELD_OUT):
+            folder.mkdir()
+        for path in (tmp_path / events, tmp_path / HELD_OUT / events, run.csv / "loss.csv"):
+            path.write_text(text)
         moved = run.set_aside_logs()
-        assert [old for old, _ in moved] == [run.records, run.tensorboard]
+        assert [old.name for old, _ in moved] == ["records.jsonl", "csv", f"{EVENT_FILES}*"]
     assert run.set_aside_logs() == []
+    names = ["superseded-2-records.jsonl", "superseded-2-csv", "superseded-2-tensorboard"]
+    assert [new.name for _, new in moved] == names
     assert (tmp_path / "superseded-records.jsonl").read_text() == "first"
     assert (tmp_path / "superseded-2-records.jsonl").read_text() == "second"
-    assert [p.name for p in (tmp_path / "superseded-2-tensorboard").iterdir()] == ["second"]
-    assert [new.name for _, new in moved] == ["superseded-2-records.jsonl", "superseded-2-tensorboard"]
+    assert (tmp_path / "superseded-csv" / "loss.csv").read_text() == "first"
+    for path in (Path(events), Path(HELD_OUT, events)):
+        assert (tmp_path / "superseded-2-tensorboard" / path).read_text() == "second"
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith("superseded-")]
+
+
+def test_events_of_an_earlier_version_are_continued_where_they_are(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.tensorboard == tmp_path
+    (tmp_path / "tensorboard").mkdir()
+    assert run.tensorboard == tmp_path / "tensorboard"
+    assert run.set_aside_logs() == [(tmp_path / "tensorboard", tmp_path / "superseded-tensorboard")]
+    assert run.tensorboard == tmp_path
 
 
 @pytest.mark.parametrize("tag", ["latest", "step-1", "step-0000010x", "../step-00000100"])

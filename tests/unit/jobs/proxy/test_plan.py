@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from glue_sample import write_glue_sample
+from launching import write_ds_config
 from tiny_world import TinyWorld
 
 from engine.config.proxy import ProxyJobConfig
@@ -135,6 +136,17 @@ def test_the_fingerprint_changes_with_what_changes_fitness_and_with_nothing_else
     others = [plan(tiny_world, glue, "2-4", **settings).fingerprint for settings in CHANGES_FITNESS]
     assert len({base, *others}) == 1 + len(CHANGES_FITNESS)
     assert code_version().startswith("0.1.0+")
+
+
+def test_trackers_get_nothing_and_are_no_part_of_the_fingerprint(
+    tiny_world: TinyWorld, glue: Path, tmp_path: Path
+) -> None:
+    with_tracker = write_ds_config(tmp_path / "with", csv_monitor={"enabled": True})
+    made = plan(tiny_world, glue, "2-4", deepspeed_config=with_tracker)
+    without = plan(tiny_world, glue, "2-4", deepspeed_config=write_ds_config(tmp_path / "without"))
+    assert made.fingerprint == without.fingerprint
+    says = "a proxy trains many students at once, and csv_monitor would take them for one run; nothing is sent to it"
+    assert made.warnings == (f"{with_tracker}: {says}", *without.warnings)
 
 
 @pytest.mark.parametrize(
