@@ -15,6 +15,7 @@ from compare import assert_same_bits
 from in_process import only_error, refuse, refuse_run, succeed
 from launching import Launcher, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 from tiny_world import TinyWorld
 from transformers import AutoModel, AutoTokenizer
 
@@ -173,6 +174,10 @@ def test_tensorboard_has_every_promised_number_by_optimizer_step(finished_run: F
     shares = [events.Scalars(f"share/{name}")[0].value for name in ("hidden", "attention", "embedding")]
     assert sum(shares) == pytest.approx(1.0, abs=1e-5)
     assert "config/text_summary" in events.Tags()["tensors"]
+    row = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    values = metadata.parse_session_start_info_plugin_data(row).hparams
+    assert (values["mapping"].string_value, values["student"].string_value) == ("2-4", "2 x 16")
+    assert events.Scalars("result/held_out_loss")[0].value == held_out.Scalars("loss/total")[-1].value
     assert len(list(run.output_dir.glob("events*"))) == 2, "one writer, and a row of the HPARAMS page"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_a_tracker_whose_package_is_missing_is_refused(tmp_path: Path, name: str
     if find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
     path = tmp_path / "ds.json"
-    path.write_text('{"%s": {"enabled": true}}' % name)
+    path.write_text(json.dumps({name: {"enabled": True}}))
     says = f"{name}.enabled=true, but the Python package '{package}' is missing; pip install {package}, or write false"
     with pytest.raises(UserError, match=says):
         plan_execution(str(path), TrainConfig(), OptimConfig())
