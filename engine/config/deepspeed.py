@@ -92,8 +92,8 @@ def _micro_batch(ds: dict[str, Any], global_batch: int, world_size: int, source:
     return value
 
 
-def _enabled(ds: dict[str, Any], name: str) -> bool:
-    return section(ds, name).get("enabled", False) is True
+def _enabled(ds: dict[str, Any], precision: str) -> bool:
+    return section(ds, precision).get("enabled", False) is True
 
 
 def _offload_device(ds: dict[str, Any], name: str) -> Any:
