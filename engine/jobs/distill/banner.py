@@ -95,6 +95,7 @@ def describe_run(
             f"({plan.manifest.fill:.0%} filled), {cfg.data.eval_sequences} held out",
         ),
         ("batch", _batch_line(plan, epoch_sequences)),
+        ("stopping", _stopping(plan)),
         ("execution", f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {device}"),
         ("optimizer", str(optimizer)),
         ("kernels", [str(plan.kernels), describe_pads(plan, teacher=teacher.unpadded, student=module.unpadded)]),
@@ -138,8 +139,24 @@ def _batch_line(plan: Plan, epoch_sequences: int) -> str:
     )
 
 
+def _stopping(plan: Plan) -> str:
+    train = plan.config.train
+    when = f"held-out loss every {counted(train.eval_every, 'step')}" if train.eval_every else "no held-out loss"
+    if not train.keeps_best:
+        return f"none; {when}, the last step is exported"
+    if train.patience is None:
+        return f"none; {when}, the best step is exported"
+    by = f" by more than {train.patience_threshold:g}" if train.patience_threshold else ""
+    evaluations = counted(train.patience, "evaluation")
+    return f"after {evaluations} without a better one{by} ({when}); the best step is exported"
+
+
 def closing_table(
-    first: dict[str, float], last: dict[str, float], facts: Sequence[tuple[str, str]], *, steps: tuple[int, int]
+    first: dict[str, float],
+    last: dict[str, float],
+    facts: Sequence[tuple[str, str | list[str]]],
+    *,
+    steps: tuple[int, int],
 ) -> str:
     """Returns a table of the first and last logged value of each loss (at `steps`), and the facts below it."""
     width = max(len(name) for name in [*first, "loss"]) + 2
