@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import psutil
+
 from engine.jobs.distill.memory import estimate_memory
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan
@@ -71,7 +73,6 @@ def describe_run(
 ) -> str:
     """Returns the whole banner. measured: None where a checkpoint has it. device, start: what its rows say."""
     cfg, ex = plan.config, plan.execution
-    memory = estimate_memory(plan, teacher, parameters_of(module))
     rows: list[tuple[str, str | list[str]]] = [
         ("versions", versions()),
         ("teacher", _teacher_lines(plan, teacher)),
@@ -98,8 +99,14 @@ def describe_run(
         ("stopping", _stopping(plan)),
         ("execution", f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {device}"),
         ("optimizer", str(optimizer)),
-        ("kernels", [str(plan.kernels), describe_pads(plan, teacher=teacher.unpadded, student=module.unpadded)]),
-        ("memory", str(memory)),
+        (
+            "kernels",
+            [
+                plan.kernels.describe(cfg.loss.active),
+                describe_pads(plan, teacher=teacher.unpadded, student=module.unpadded),
+            ],
+        ),
+        ("memory", _memory(plan, teacher, parameters_of(module))),
         ("start", start),
         ("output", cfg.output_dir),
     ]
@@ -137,6 +144,13 @@ def _batch_line(plan: Plan, epoch_sequences: int) -> str:
         f"{counted(ex.world_size, 'rank')}; {counted(train.steps, 'step')} = {sequences * plan.seq_len / 1e6:.2f} M "
         f"positions = {sequences / epoch_sequences:.2f} epochs"
     )
+
+
+def _memory(plan: Plan, teacher: FrozenTeacher, parameters: int) -> str:
+    estimate = estimate_memory(plan, teacher, parameters)
+    if compute_device().type == "cuda":
+        return estimate.on_gpu()
+    return estimate.in_process(resident=psutil.Process().memory_info().rss, parameters=parameters)
 
 
 def _stopping(plan: Plan) -> str:
