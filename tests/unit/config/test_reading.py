@@ -138,7 +138,10 @@ WRONG = [
     ("offload_optimizer: {}", "'offload_optimizer' belongs into the DeepSpeed JSON"),
     ("xyz: 1", "unknown setting 'xyz'; --help lists every setting"),
     ("learning_rate: 1", "unknown setting 'learning_rate'; did you mean 'train.lr'?"),
-    ("train: {load_best_model_at_end: true}", "'load_best_model_at_end'; did you mean 'train.keep_best'?"),
+    (
+        "train: {load_best_model_at_end: true}",
+        "best_model_at_end'; did you mean 'train.keep_best'?",
+    ),
     ("early_stopping_patience: 1", "'early_stopping_patience'; did you mean 'train.patience'?"),
     ("early_stopping_threshold: 1", "'early_stopping_threshold'; did you mean 'train.patience_threshold'?"),
     ("train: {patience: 0}", "train.patience=0: must be at least 1"),
