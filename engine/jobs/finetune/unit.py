@@ -174,7 +174,6 @@ class UnitRun:
             flops_per_token=self._flops_per_token(module, teacher, task),
             device=self.runtime.device,
             config_text=as_yaml(self.unit_config),
-            part_of_a_job=True,
             on_record=None if self._on_record is None else self._pass_on,
         )
         checkpointer.export.update(self._description(module))
