@@ -20,7 +20,7 @@ from engine.train.trainee import Trainee
 from engine.train.trainer import Teacher
 
 COMPARED = ("loss.", "data.")
-"""Beginnings of the settings without whose change held-out losses of a run can be compared."""
+"""Sections whose settings decide what a held-out loss is."""
 
 
 @dataclass(frozen=True)
