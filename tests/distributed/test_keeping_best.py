@@ -67,6 +67,7 @@ def test_a_run_killed_behind_its_best_step_loses_nothing(finished_run, tmp_path)
     assert f"continues from {step_tag(best)}" in run.finish()
     assert held_out(run) == held_out(whole)
     assert_same_bits(run.student(), whole.student())
+    assert f"{step_tag(last)} ended early, so the run is finished" in run.finish("--dry_run", "true")
     one_rank = replace(run, ranks=1)
     output = one_rank.finish("--train.patience", "4")
     assert f"continues from {step_tag(last)}" in output

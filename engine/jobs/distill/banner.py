@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import psutil
 
+from engine.config.distill import TrainConfig
 from engine.jobs.distill.memory import estimate_memory
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan
@@ -16,6 +17,9 @@ from engine.models.capture import FULL_FROM
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
 from engine.records.columns import counted, labelled_lines
+from engine.records.records import final_result, read_records
+from engine.records.run_dir import RunDir, tag_step
+from engine.train.checkpoint import Chosen
 from engine.train.optim import ChosenOptimizer, parameters_of
 
 
@@ -58,6 +62,26 @@ def describe_start(plan: Plan, projections: Projections, measured: Measured | No
         names = ", ".join(dict.fromkeys(term.partition("/")[0] for term in measured.scales))
         lines.append(f"{names}: each term as a share of its target's variance")
     return lines
+
+
+def describe_continuing(chosen: Chosen | None, run_dir: RunDir, train: TrainConfig) -> str:
+    """Returns what a start goes on from, and that nothing is left to do where that is so. chosen: its checkpoint."""
+    if chosen is None:
+        return "fresh"
+    step = tag_step(chosen.tag)
+    if step >= train.steps:
+        return (
+            f"{chosen.tag} is the last step, so the run is finished; to train longer, write more train.steps and "
+            "accept_changes=true"
+        )
+    result = final_result(read_records(run_dir.records)) if run_dir.records.is_file() else None
+    is_end = result is not None and result.get("steps_run") == step and not chosen.changes
+    waited = result["bad_evaluations"] if result is not None and is_end else 0
+    if train.patience is not None and waited >= train.patience:
+        return f"{chosen.tag} ended early, so the run is finished; to train longer, write more train.patience"
+    converted = f", {chosen.conversion}" if chosen.conversion else ""
+    changed = f", from here on with {'; '.join(chosen.changes)}" if chosen.changes else ""
+    return f"continues from {chosen.tag}{converted}{changed}"
 
 
 def describe_run(

@@ -27,7 +27,7 @@ from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.columns import counted
 from engine.records.history import History
 from engine.records.records import OnRecord
-from engine.records.run_dir import RunDir, as_yaml, step_tag, tag_step
+from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.checkpoint_storage import storage_of
 from engine.train.deepspeed_engine import DeepSpeedModel
@@ -235,13 +235,6 @@ class Job:
         chosen: Chosen | None,
         measured: Measured | None,
     ) -> str:
-        start, steps = "fresh", self.config.train.steps
-        if chosen is not None and tag_step(chosen.tag) >= steps:
-            start = f"{chosen.tag} is the last step, so the run is finished; to train longer, write more train.steps"
-            start += " and accept_changes=true"
-        elif chosen is not None:
-            start = f"continues from {chosen.tag}" + (f", {chosen.conversion}" if chosen.conversion else "")
-            start += f", from here on with {'; '.join(chosen.changes)}" if chosen.changes else ""
         return banner.describe_run(
             self.plan,
             teacher=teacher,
@@ -250,7 +243,7 @@ class Job:
             optimizer=optimizer,
             epoch_sequences=self.loader.order.slots,
             device=self.runtime.where,
-            start=start,
+            start=banner.describe_continuing(chosen, self.run_dir, self.config.train),
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -293,6 +286,7 @@ class Job:
             status="done",
             step=step,
             steps_run=trainer.step,
+            bad_evaluations=self.held_out.bad,
             losses=exported["losses"],
             total=exported["total"],
             held_out=history.held_out if self.held_out.best is None else asdict(self.held_out.best),
