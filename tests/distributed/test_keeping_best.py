@@ -50,7 +50,7 @@ def test_an_early_end_exports_the_best_step(finished_run) -> None:
     student, projections = split_state(load_full_state(run.run_dir.checkpoints, step_tag(best)))
     assert_same_bits(run.student(), {name: student[name] for name in run.student()})
     assert_same_bits(run.projections(), projections)
-    assert "after 2 evaluations without a better one (held-out loss every 1 step)" in run.output
+    assert "after 2 evaluations without a better one (held-out loss every step)" in run.output
     why = f"step {best} of {last}, the best by held-out loss ({held_out(run)[best]:.4g}); stopped early: 2 evaluations"
     assert why in run.output
     assert why in (run.run_dir.student / "README.md").read_text()

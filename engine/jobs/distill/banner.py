@@ -179,7 +179,9 @@ def _memory(plan: Plan, teacher: FrozenTeacher, parameters: int) -> str:
 
 def _stopping(plan: Plan) -> str:
     train = plan.config.train
-    when = f"held-out loss every {counted(train.eval_every, 'step')}" if train.eval_every else "no held-out loss"
+    every = "step" if train.eval_every == 1 else f"{train.eval_every} steps"
+    measures = train.eval_every and plan.config.data.eval_sequences
+    when = f"held-out loss every {every}" if measures else "no held-out loss"
     if not train.keeps_best:
         return f"none; {when}, the last step is exported"
     if train.patience is None:
