@@ -120,7 +120,7 @@ def describe_run(
             f"({plan.manifest.fill:.0%} filled), {cfg.data.eval_sequences} held out",
         ),
         ("batch", _batch_line(plan, epoch_sequences)),
-        ("stopping", _stopping(plan)),
+        ("stopping", describe_stopping(plan)),
         ("execution", f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {device}"),
         ("optimizer", str(optimizer)),
         (
@@ -177,7 +177,8 @@ def _memory(plan: Plan, teacher: FrozenTeacher, parameters: int) -> str:
     return estimate.in_process(resident=psutil.Process().memory_info().rss, parameters=parameters)
 
 
-def _stopping(plan: Plan) -> str:
+def describe_stopping(plan: Plan) -> str:
+    """Returns when training ends before its last step, and which step is exported."""
     train = plan.config.train
     every = "step" if train.eval_every == 1 else f"{train.eval_every} steps"
     measures = train.eval_every and plan.config.data.eval_sequences
