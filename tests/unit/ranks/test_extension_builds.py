@@ -124,7 +124,7 @@ def test_a_minute_of_compiling_is_announced(lock: Path, capsys: pytest.CaptureFi
         said.append(capsys.readouterr().out)
         (lock.parent / "cpu_adam.so").touch()
         baton.release()
-    assert said == ["compiling DeepSpeed's cpu_adam, once on this machine: up to 3 minutes\n", ""]
+    assert said == ["compiling DeepSpeed's operator cpu_adam, once on this machine: up to 3 minutes\n", ""]
 
 
 @pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "HOME"])
