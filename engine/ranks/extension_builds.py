@@ -80,7 +80,8 @@ class _Baton(FileBaton):
             print(f"took over {lock}: whoever built this extension is gone; building it", flush=True)
             lock.unlink()
         elif flock is Flock.TAKEN and not waited and not any(lock.parent.glob("*.so")):
-            print(f"compiling DeepSpeed's operator {lock.parent.name}, once on this machine: up to 3 minutes", flush=True)
+            name = lock.parent.name
+            print(f"compiling DeepSpeed's operator {name}, once on this machine: up to 3 minutes", flush=True)
         elif flock is Flock.TAKEN and waited:
             self._file.close()
             return False
