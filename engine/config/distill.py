@@ -376,6 +376,17 @@ class TrainConfig:
     keep: int = how(2)
     """Newest complete checkpoints that are kept."""
 
+    keep_best: bool = how(False)
+    """Export the student of the step with the lowest held-out loss, in place of the last step's. Every evaluation
+    (`eval_every`) that is better than all before it writes a checkpoint, which is kept beside the newest ones."""
+
+    patience: int | None = how(None)
+    """Early stopping: end after so many evaluations in a row without a better held-out loss, and export the best step
+    as `keep_best` does. Unset: all steps. Not with warmup_stable_decay, whose loss falls in the decay at its end."""
+
+    patience_threshold: float = how(0.0)
+    """How far below the best held-out loss a new one must be to count as better for `patience`; 0: any."""
+
     hang_timeout_s: float = how(600.0)
     """Seconds without a finished micro step, evaluation batch or checkpoint after which a rank writes its stacks to
     `hangs/` in the run directory and ends with code 1 (a lost network, a stuck rank elsewhere); 0: never."""
@@ -400,6 +411,7 @@ class TrainConfig:
             f"must not exceed the number of steps, {self.steps}",
         )
         require_decay(self.schedule, self.decay_share)
+        self._check_keeping()
         if self.schedule == "warmup_stable_decay" and 0.0 < decay_share_of(self.decay_share) <= 1.0:
             require(
                 self.resolved_warmup_steps + self.decay_steps <= self.steps,
@@ -408,6 +420,35 @@ class TrainConfig:
                 f"{self.decay_steps} steps of decay and {self.resolved_warmup_steps} of warm-up must not exceed the "
                 f"number of steps, {self.steps}",
             )
+
+    def _check_keeping(self) -> None:
+        patience, threshold = self.patience, self.patience_threshold
+        require(patience is None or patience >= 1, "train.patience", patience, "must be at least 1")
+        require(threshold >= 0, "train.patience_threshold", threshold, "must be >= 0")
+        require(
+            patience is not None or threshold == 0,
+            "train.patience_threshold",
+            threshold,
+            "remove it, or write train.patience: nothing is stopped early",
+        )
+        require(
+            patience is None or self.schedule != "warmup_stable_decay",
+            "train.patience",
+            patience,
+            "remove it: the loss of train.schedule='warmup_stable_decay' falls in the decay at its end, which an early "
+            "stop would leave out; train.keep_best works with it",
+        )
+        require(
+            self.eval_every > 0 or not self.keeps_best,
+            "train.eval_every",
+            self.eval_every,
+            "must be > 0: train.keep_best and train.patience compare the held-out losses of evaluations",
+        )
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best step is exported, and not the last one"""
+        return self.keep_best or self.patience is not None
 
     @property
     def resolved_warmup_steps(self) -> int:
@@ -506,4 +547,10 @@ class RunConfig:
             "student.init",
             self.student.init,
             f"mapping.hidden={RANDOM_EACH_STEP} has no layers of its own to copy; write student.init=uniform",
+        )
+        require(
+            self.data.eval_sequences > 0 or not self.train.keeps_best,
+            "data.eval_sequences",
+            self.data.eval_sequences,
+            "must be > 0: train.keep_best and train.patience compare losses of held-out sequences",
         )

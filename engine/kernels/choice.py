@@ -38,15 +38,21 @@ class Kernels:
     gram_sums: torch.dtype = torch.float32
     """Dtype in which Gram matrices are summed"""
     why: str = ""
-    """Reason of the choice, for the banner"""
+    """Reason of the choice of the implementation, for the banner"""
+    attention_why: str = ""
+    """Reason of the way to attention scores, for the banner"""
 
-    def __str__(self) -> str:
+    def describe(self, losses: Collection[str]) -> str:
+        """Returns in words what computes these losses."""
         if self.backend == "reference":
             return f"plain formulas of engine/kernels/reference.py, by autograd ({self.why})"
-        scores = "Gram matrices" if self.attention == "gram" else "tiles"
-        sums = ", summed in float64" if self.attention == "gram" and self.gram_sums == torch.float64 else ""
         name = "Triton" if self.backend == "triton" else "PyTorch"
-        return f"{name}, values and gradients in one pass; attention scores by {scores}{sums} ({self.why})"
+        text = f"{name}, values and gradients in one pass ({self.why})"
+        if "attention" in losses:
+            scores = "Gram matrices" if self.attention == "gram" else "tiles"
+            sums = ", summed in float64" if self.attention == "gram" and self.gram_sums == torch.float64 else ""
+            text += f"; attention scores by {scores}{sums} ({self.attention_why})"
+        return text
 
     def attention_score_mse(
         self, inputs: Attention, *, pairs: float, tinybert: bool = False
@@ -154,16 +160,18 @@ def choose_kernels(
             "kernels.attention=gram: Gram matrices cannot leave out single scores, as loss.preset=tinybert does; write "
             "tile or auto"
         )
-    attention = config.attention
-    if attention == "auto":
-        attention = "gram" if seq_len >= GRAM_FROM[device.type] and not tinybert else "tile"
+    attention, attention_why = config.attention, f"kernels.attention={config.attention}"
+    if attention == "auto" and tinybert:
+        attention, attention_why = "tile", "auto: loss.preset=tinybert leaves out single scores"
+    elif attention == "auto":
+        attention = "gram" if seq_len >= GRAM_FROM[device.type] else "tile"
         how = "measured" if device.type == "cpu" else "modelled to be"
-        why += f", {how} faster at length {seq_len}" if backend != "reference" else ""
+        attention_why = f"auto: {how} faster at length {seq_len}"
     sums = config.gram_sums
     if sums == "auto":
         fast = device.type == "cpu" or torch.cuda.get_device_capability(device) in FAST_FLOAT64
         sums = "float64" if fast else "float32"
-    return Kernels(backend, attention, getattr(torch, sums), why)
+    return Kernels(backend, attention, getattr(torch, sums), why, attention_why)
 
 
 def _backend(config: KernelConfig, device: torch.device, *, wide: bool) -> tuple[str, str]:

@@ -79,6 +79,9 @@ class _Baton(FileBaton):
         if flock is Flock.TAKEN and lock.exists():
             print(f"took over {lock}: whoever built this extension is gone; building it", flush=True)
             lock.unlink()
+        elif flock is Flock.TAKEN and not waited and not any(lock.parent.glob("*.so")):
+            name = lock.parent.name
+            print(f"compiling DeepSpeed's operator {name}, once on this machine: up to 3 minutes", flush=True)
         elif flock is Flock.TAKEN and waited:
             self._file.close()
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import os
 import signal
 import socket
@@ -174,7 +175,7 @@ def join_ranks(seed: int) -> Runtime:
         torch.cuda.set_device(local_rank)
     # until DeepSpeed > 0.19.8: it calls a collective that PyTorch 2.13 has renamed, which says so at every call
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
-    extension_builds.prepare()
+    extension_builds.require_operators()
     backend = "nccl" if on_gpu else "gloo"
     if not has_group and rendezvous.is_needed():
         rendezvous.agree(None)
@@ -185,7 +186,8 @@ def join_ranks(seed: int) -> Runtime:
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=COLLECTIVE_TIMEOUT,
         )
-    with extension_builds.explain_failures(), _explain_meeting():
+    quiet = contextlib.redirect_stdout(io.StringIO())  # every rank prints that it has an operator
+    with extension_builds.explain_failures(), _explain_meeting(), quiet:
         deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     if not on_gpu and not has_group:
         _unlink_shared_buffers(local_rank)

@@ -1,5 +1,5 @@
-"""What other programs read of a job: JSON lines in records.jsonl, and the same behind `@record ` on stdout. Writer and
-parser side by side.
+"""What other programs read of a job: JSON lines in records.jsonl; and behind `@record ` on stdout those of a job that a
+search reads, and those that the file has no room for. Writer and parser side by side.
 
 Kinds: run (start and end of a run), step, checkpoint, result, error. Numbers that JSON cannot hold (nan, inf) are
 written as null beside `"status"`, never as invalid JSON.
@@ -89,29 +89,32 @@ class Stream(Protocol):
 
 
 class RecordWriter:
-    """The writer of a run's records, to stdout and to `path`, one `write` each. Rank 0 owns the only one.
+    """The writer of a run's records to `path`, one `write` each. Rank 0 owns the only one.
 
-    A record that the disk has no room for leaves no half line. The job goes on; when the file can be written again, a
-    record of kind run with status `records_lost` says how many are missing. A `result` is not given up: it is written
-    before the next record, or at the end.
+    A record that the disk has no room for leaves no half line, and goes to stdout. The job goes on; when the file can
+    be written again, a record of kind run with status `records_lost` says how many are missing. A `result` is not given
+    up: it is written before the next record, or at the end.
     """
 
     def __init__(
         self,
-        path: Path | None,
+        path: Path,
         *,
+        echo: bool = False,
         stream: Stream | None = None,
         tell: Callable[[str], None] | None = None,
         on_record: OnRecord | None = None,
     ) -> None:
-        """tell: is told when the file cannot be written, and when it can again; unset: stdout. on_record: is called
-        with each record after it was written."""
+        """echo: whether every record goes to the stream, too. stream: in place of stdout. tell: is told when the file
+        cannot be written, and when it can again; unset: stdout. on_record: is called with each record after it was
+        written."""
+        self._echo = echo
         self._stream: Stream = stream if stream is not None else sys.stdout
         self._path, self._tell = path, tell or functools.partial(print, flush=True)
         self._on_record = on_record
-        self._file = AppendFile(path) if path is not None else None
+        self._file: AppendFile | None = AppendFile(path)
         # a killed writer left half a line: keep ours whole
-        self._head = b"\n" if self._file is not None and self._file.ends_within_a_line else b""
+        self._head = b"\n" if self._file.ends_within_a_line else b""
         self._lost = 0
         self._results: list[bytes] = []
         """Lines of kind result that are not in the file yet."""
@@ -120,14 +123,15 @@ class RecordWriter:
 
     def write(self, kind: str, **fields: Any) -> None:
         line = _as_json(kind, **fields) + "\n"
-        self._stream.write(SENTINEL + line)
-        self._stream.flush()
-        if self._file is not None:
-            self._append(line.encode(), is_result=kind == "result")
+        is_kept = self._append(line.encode(), is_result=kind == "result")
+        if self._echo or not is_kept:
+            self._stream.write(SENTINEL + line)
+            self._stream.flush()
         if self._on_record is not None:
             self._on_record(json.loads(line))
 
-    def _append(self, line: bytes, *, is_result: bool) -> None:
+    def _append(self, line: bytes, *, is_result: bool) -> bool:
+        """Writes what is waiting and a line; returns whether the file has it."""
         assert self._file is not None
         lost = (_as_json("run", status="records_lost", lost=self._lost) + "\n").encode() if self._lost else b""
         try:
@@ -140,10 +144,11 @@ class RecordWriter:
                 self._results.append(line)
             elif line:
                 self._lost += 1
-            return
+            return False
         if self.error is not None:
             self._tell(f"{self._path} is written again; {self._lost} records are missing in it")
         self._head, self._lost, self._results, self.error = b"", 0, [], None
+        return True
 
     def close(self) -> None:
         """Raises RunFailure when a result is not in the file: whoever reads it there would miss it."""

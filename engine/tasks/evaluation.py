@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -15,9 +16,11 @@ from engine.ranks import watchdog
 from engine.ranks.collectives import gathered
 from engine.ranks.runtime import Runtime
 from engine.tasks.encode import EncodedTask
+from engine.tasks.load import TaskData
 from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.predictions import decode, squad_metrics
+from engine.tasks.specs import TaskSpec
 from engine.tasks.squad import SquadSplit, Windows
 from engine.train import failures
 from engine.train.trainee import Trainee
@@ -124,19 +127,41 @@ def score_dev(
     return math.fsum(scores) / len(scores), named
 
 
-def constant_score(task: EncodedTask) -> float:
-    """Returns the best dev score of one answer to everything: a label, "no answer" for spans; 0 for regressions."""
-    spec = task.spec
-    if spec.kind == "regression":
-        return 0.0
-    scores = []
-    for name in spec.dev_splits:
-        split = task.splits[name]
-        answers: list[Outputs] = [dict.fromkeys(split.ids, "")]
-        if spec.kind == "classification":
-            answers = [np.tile(row, (len(split), 1)) for row in np.eye(len(spec.labels))]
-        scores.append([task_score(spec, _metrics(task, name, outputs)) for outputs in answers])
-    return float(np.mean(scores, axis=0).max())
+@dataclass(frozen=True)
+class ConstantAnswer:
+    """The best that one answer to everything scores on the dev splits: what a model has to beat."""
+
+    answer: str
+    """A label, "no answer" for spans, "the mean" for regressions."""
+    score: float
+    metrics: dict[str, float]
+    """Means over the dev splits, by name."""
+
+
+def constant_answer(data: TaskData) -> ConstantAnswer:
+    """Returns the best answer to everything, by the score of a task's dev splits."""
+    spec = data.spec
+    found = []
+    for number, answer in enumerate(_constants(spec)):
+        by_split = []
+        for name in spec.dev_splits:
+            split = data.splits[name]
+            if isinstance(split, SquadSplit):
+                by_split.append(squad_metrics(split, dict.fromkeys(split.ids, "")))
+                continue
+            assert split.labels is not None, f"{name} is unlabelled"
+            outputs = np.zeros((len(split), max(1, len(spec.labels))))
+            outputs[:, number] = 1.0
+            by_split.append(score_task(spec, outputs, split.labels))
+        metrics = {name: float(np.mean([one[name] for one in by_split])) for name in by_split[0]}
+        found.append(ConstantAnswer(answer, task_score(spec, metrics), metrics))
+    return max(found, key=lambda one: one.score)
+
+
+def _constants(spec: TaskSpec) -> Sequence[str]:
+    if spec.kind == "classification":
+        return [repr(label) for label in spec.labels]
+    return ["no answer"] if spec.kind == "span" else ["the mean"]
 
 
 def _metrics(task: EncodedTask, name: str, outputs: Outputs) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.deepspeed import Execution
-from engine.errors import UserError
+from engine.errors import RunFailure, UserError
 from engine.ranks.agreement import require_agreement
 from engine.ranks.collectives import gathered
 from engine.ranks.runtime import Runtime
@@ -111,8 +111,7 @@ class Checkpointer:
                 ]
                 batch = None if sound is None else sound["identity"].get("train.global_batch")
                 return Chosen(tag, conversion, tuple(notes), changes, batch)
-            shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-            damaged[tag] = f"{tag} is damaged: {shown}"
+            damaged[tag] = f"{tag} is damaged: {_shown(problems)}"
         if damaged:
             remedy = f"remove {self.run_dir.checkpoints} to start anew"
             if resume != "auto":
@@ -122,6 +121,21 @@ class Checkpointer:
                 f"the files, or {remedy}"
             )
         return None
+
+    def has(self, step: int) -> bool:
+        """Returns whether the checkpoint of a step is complete on every host. Collective."""
+        complete = (self.run_dir.checkpoints / step_tag(step) / COMPLETE).is_file()
+        return all(gathered(complete or not self.storage.is_keeper))
+
+    def at(self, step: int) -> Chosen:
+        """Returns the checkpoint of a step that `has` is true of. Raises RunFailure where its files are not what its
+        marker says. Collective."""
+        tag = step_tag(step)
+        markers = self._markers()[tag]
+        if problems := self._problems(tag, markers):
+            raise RunFailure(f"{self.run_dir.checkpoints / tag} is damaged: {_shown(problems)}")
+        marker = next(marker for marker in markers.values() if marker)
+        return Chosen(tag, self._conversion(tag, marker), ())
 
     def _set_aside(self, tag: str) -> str:
         """Renames a damaged checkpoint; returns the end of a line that says so."""
@@ -231,7 +245,7 @@ class Checkpointer:
         """
         tag = step_tag(step)
         folder = self.run_dir.checkpoints / tag
-        if all(gathered((folder / COMPLETE).is_file() or not self.storage.is_keeper)):
+        if self.has(step):
             return folder
         client_state = {**state, "step": step, **universal.INFO}
         files = model.save_checkpoint(self.run_dir.checkpoints, tag, client_state)
@@ -303,3 +317,8 @@ class Checkpointer:
                 "whole; go back to another one with resume=step-…"
             )
         return state
+
+
+def _shown(problems: Sequence[str]) -> str:
+    """Returns the first of them in one line."""
+    return "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")

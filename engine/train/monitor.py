@@ -44,15 +44,15 @@ def peak_memory_gib(device: torch.device) -> float:
 def open_records(
     path: Path,
     *,
-    echo: bool = True,
+    echo: bool = False,
     tell: Callable[[str], None] | None = None,
     on_record: OnRecord | None = None,
 ) -> RecordWriter:
-    """Opens records.jsonl for appending. On a terminal the bar is for the eyes, and the file alone holds the records;
-    logs and pipes get them too (`echo`), unless a program gets them itself. tell: prints a line, when the disk does not
-    take a record. on_record: is called with each record."""
-    echo = echo and on_record is None and not sys.stdout.isatty()
-    return RecordWriter(path, stream=None if echo else _Silent(), tell=tell, on_record=on_record)
+    """Opens records.jsonl for appending. echo: whether stdout gets all records, and not only those that the file has no
+    room for; a terminal, and a program that gets them itself, has none there. tell: prints a line, when the disk does
+    not take a record. on_record: is called with each record."""
+    silent = on_record is not None or sys.stdout.isatty()
+    return RecordWriter(path, echo=echo, stream=_Silent() if silent else None, tell=tell, on_record=on_record)
 
 
 class Monitor:
@@ -70,16 +70,14 @@ class Monitor:
         config_text: str,
         trackers: Mapping[str, Section] = MappingProxyType({}),
         labels: dict[str, Any] | None = None,
-        part_of_a_job: bool = False,
         name: str = "",
         on_record: OnRecord | None = None,
     ) -> None:
         """Shows nothing before `begin`.
 
         active: whether this rank shows anything (rank 0). trackers: sections of the DeepSpeed file, for Trackers.
-        labels: fields that every record gets, e.g. which of several models it is about. part_of_a_job: the records go
-        to the file alone, since stdout is the job's. name: of the model, where lines of several are mixed; they then
-        have no bar. on_record: is called with each record.
+        labels: fields that every record gets, e.g. which of several models it is about. name: of the model, where lines
+        of several are mixed; they then have no bar. on_record: is called with each record.
         """
         self._active = active
         self._progress = Progress(steps, name)
@@ -91,9 +89,7 @@ class Monitor:
         self._held_out_curves: EventFile | None = None
         self._tracker_sections = trackers
         self._trackers: Trackers | None = None
-        self.records = (
-            open_records(records, echo=not part_of_a_job, tell=self.say, on_record=on_record) if active else None
-        )
+        self.records = open_records(records, tell=self.say, on_record=on_record) if active else None
         self.history = History()
         self._records_path = records
         self._speedometer = Speedometer(flops_per_token)
@@ -272,7 +268,7 @@ class Monitor:
 
 
 class _Silent:
-    """A stream that shows nothing: on a terminal, records go to the file only."""
+    """A stream that shows nothing: a terminal is for the eyes."""
 
     def write(self, text: str) -> int:
         return len(text)

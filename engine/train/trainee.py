@@ -78,6 +78,8 @@ class Trainee:
         """Whether its evaluation has ended it before the others."""
         self.skipped: list[int] = []
         """Steps of this start whose loss was not finite, and which were left out (train.skip_bad_steps)."""
+        self.unsaved: set[int] = set()
+        """Steps of this start whose checkpoint could not be written (checkpoint.on_error=continue)."""
         self._may_skip = train.skip_bad_steps
         self._sequence_ids = sequence_ids
         self._window = LossWindow(
@@ -180,5 +182,6 @@ class Trainee:
                 raise RunFailure(
                     f"{error}. Earlier checkpoints are intact; mend that, and the same command continues from them"
                 ) from None
+            self.unsaved.add(step)
         else:
             self.monitor.checkpoint(step, folder)

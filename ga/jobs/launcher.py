@@ -64,7 +64,7 @@ def command(
             words += ["--no_ssh_check", "--master_addr", placement.hosts[0]]
         if len(placement.hosts) == 1:
             words += ["--force_multi"]  # or the ranks start on this machine
-    return [deepspeed, *words, "--master_port", str(port), script, *arguments]
+    return [deepspeed, "--quiet", *words, "--master_port", str(port), script, *arguments]
 
 
 def environment(

@@ -98,7 +98,7 @@ def test_stopped_and_continued_equals_uninterrupted(make_job: MakeJob) -> None:
     assert not half.records("result")
     first_before = (half.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes()
     output = half.finish()
-    assert "2 fine-tunings, seeds 0, 1 of them finished before" in output
+    assert "2 fine-tunings, 1 of them finished before; seed" in output
     assert "continues STS-B, seed 0 from step-" in output
     assert (half.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes() == first_before  # not run again
     assert without_speed(result_of(half)) == without_speed(result_of(whole))
@@ -270,7 +270,7 @@ def test_squad_from_windows_to_answers(make_job: MakeJob, tmp_path: Path) -> Non
 def test_dry_run_writes_nothing(make_job: MakeJob) -> None:
     run = make_job("run", "--task.name", "glue", "--dry_run", "true")
     output = run.finish()
-    assert "MNLI: 24 rows, 8 + 8 dev; 3 labels; score: accuracy" in output
+    assert "MNLI: 24 training rows, 8 + 8 dev rows; 3 labels; score: accuracy" in output
     assert "9 fine-tunings" in output
     assert not run.output_dir.exists()
 

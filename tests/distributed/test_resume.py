@@ -281,14 +281,14 @@ def test_divergence_exits_3_and_leaves_the_last_checkpoint(make_run) -> None:
 def test_no_shared_memory_is_left_behind(make_run) -> None:
     """DeepSpeed's own CPU all-reduce would leave 66 MiB a rank in /dev/shm."""
     before = set(Path("/dev/shm").glob("deepspeed_*"))
-    output = make_run("run", ranks=2).finish()
-    assert "deepspeed_shm_comm_op" in output, "the operator that makes them is in use"
+    make_run("run", ranks=2).finish()
     assert set(Path("/dev/shm").glob("deepspeed_*")) <= before
 
 
-def test_records_on_stdout_are_the_records_in_the_file(finished_run) -> None:
+def test_what_the_file_holds_is_said_once_on_stdout(finished_run) -> None:
     run = finished_run(stage=1, **TWO_RANKS)
-    printed = [record for line in run.output.splitlines() if (record := parse_record(line)) is not None]
-    kept = [r for kind in ("run", "step", "checkpoint", "result") for r in run.records(kind)]
-    assert len(printed) == len(kept) > 0
-    assert printed[-1]["kind"] == "result"
+    assert all(run.records(kind) for kind in ("run", "step", "checkpoint", "result"))
+    assert not [line for line in run.output.splitlines() if parse_record(line) is not None]
+    for step in range(1, 2 * HALF + 1):
+        assert run.output.count(f"step {step}/{2 * HALF}  loss") == 1
+    assert run.output.startswith("settings "), "nothing of DeepSpeed's comes before it"

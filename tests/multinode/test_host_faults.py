@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulting import TIMES, assert_checkpoints_whole, seed_of, unfinished_checkpoints, wait_for_start
+from faulting import TIMES, assert_checkpoints_whole, seed_of, starts_of, unfinished_checkpoints, wait_for_start
 from hosts import LOGIN, Hosts, why_not
 from launching import Run, finished, kill_session, spawn
 from safetensors.torch import load_file, save_file
@@ -83,10 +83,10 @@ def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
     took, torn = [], 0
     for turn in range(max(1, TIMES)):
         newest = (run.run_dir.complete_tags() or [None])[-1]
-        log = tmp_path / f"log {turn}"
+        log, earlier = tmp_path / f"log {turn}", len(starts_of(run))
         process = launch(hosts, run, log)
         try:
-            assert wait_for_start(log, process)["resumed_from"] == newest
+            assert wait_for_start(run, log, process, earlier=earlier)["resumed_from"] == newest
             if newest is None:
                 wait_for_step(run, 3, process)  # there is a checkpoint then
             time.sleep(rng.uniform(0.5, 4))
@@ -105,10 +105,10 @@ def test_a_killed_host(make_run, hosts: Hosts, tmp_path: Path) -> None:
             process.wait()
             for name in hosts.names:
                 hosts.boot(name)
-    newest = run.run_dir.complete_tags()[-1]
-    process = launch(hosts, run, tmp_path / "log at last")
+    newest, log, earlier = run.run_dir.complete_tags()[-1], tmp_path / "log at last", len(starts_of(run))
+    process = launch(hosts, run, log)
     try:
-        assert wait_for_start(tmp_path / "log at last", process)["resumed_from"] == newest
+        assert wait_for_start(run, log, process, earlier=earlier)["resumed_from"] == newest
     finally:
         kill_session(process)
         process.wait()

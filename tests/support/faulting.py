@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import psutil
 from launching import Run, kill_session
 
-from engine.records.records import read_records
 from engine.records.run_dir import COMPLETE
 from engine.train.checkpoint_files import problems_of
 
@@ -67,15 +67,22 @@ def output_file(run: Run) -> Path:
     return run.output_dir.with_name(f"{run.output_dir.name}.log")
 
 
-def wait_for_start(output: Path, process: subprocess.Popen[str], *, within_s: float = 400) -> dict[str, Any]:
-    """The `started` record of the start that writes to `output`, once it is there. Not from records.jsonl: a start
-    without a checkpoint renames that of the start before."""
+def starts_of(run: Run) -> list[dict[str, Any]]:
+    """The `started` records of records.jsonl."""
+    return [record for record in run.records("run") if record["status"] == "started"]
+
+
+def wait_for_start(
+    run: Run, output: Path, process: subprocess.Popen[str], *, earlier: int, within_s: float = 400
+) -> dict[str, Any]:
+    """The `started` record of the start that writes to `output`, once it is there. earlier: number of those before it,
+    which a start without a checkpoint puts aside before its banner."""
     until = time.monotonic() + within_s
     while True:
-        records = read_records(output) if output.is_file() else []
-        for record in records:
-            if record["kind"] == "run" and record["status"] == "started":
-                return record
+        text = output.read_text() if output.is_file() else ""
+        banner = re.search(r"\bstart {7}(fresh|continues)", text)
+        if banner is not None and len(starts_of(run)) > (0 if banner.group(1) == "fresh" else earlier):
+            return starts_of(run)[-1]
         assert process.poll() is None, output.read_text()[-4000:]
         assert time.monotonic() < until, output.read_text()[-4000:]
         time.sleep(0.05)
@@ -86,10 +93,11 @@ def start_again(run: Run, *more: str, damaged: str | None = None) -> subprocess.
     `damaged`."""
     whole = [tag for tag in run.run_dir.complete_tags() if tag != damaged]
     expected = whole[-1] if whole else None
+    earlier = len(starts_of(run))
     with output_file(run).open("w") as output:
         process = run.start(*more, output=output)
     try:
-        assert wait_for_start(output_file(run), process)["resumed_from"] == expected
+        assert wait_for_start(run, output_file(run), process, earlier=earlier)["resumed_from"] == expected
     except BaseException:
         kill_session(process)
         raise

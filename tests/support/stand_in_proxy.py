@@ -11,7 +11,6 @@ otherwise than well:
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -107,8 +106,8 @@ class StandIn:
             print(format_record("run", status="planned", **self.facts, **known))
             return EXIT_DONE
         records = RunDir(Path(self.config.output_dir)).records
-        self.aloud = RecordWriter(records)
-        self.silent = RecordWriter(records, stream=io.StringIO())  # what the students' monitors write
+        self.aloud = RecordWriter(records, echo=True)
+        self.silent = RecordWriter(records)  # what the students' monitors write
         self.aloud.write("run", status="started", fingerprint_parts=self.parts, **self.facts)
         if not self.proxy.yardstick:
             start = {task: one.start for task, one in self.yardstick.items()}

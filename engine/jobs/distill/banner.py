@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import psutil
+
+from engine.config.distill import TrainConfig
 from engine.jobs.distill.memory import estimate_memory
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan
@@ -14,6 +17,9 @@ from engine.models.capture import FULL_FROM
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
 from engine.records.columns import counted, labelled_lines
+from engine.records.records import final_result, read_records
+from engine.records.run_dir import RunDir, tag_step
+from engine.train.checkpoint import Chosen
 from engine.train.optim import ChosenOptimizer, parameters_of
 
 
@@ -58,6 +64,26 @@ def describe_start(plan: Plan, projections: Projections, measured: Measured | No
     return lines
 
 
+def describe_continuing(chosen: Chosen | None, run_dir: RunDir, train: TrainConfig) -> str:
+    """Returns what a start goes on from, and that nothing is left to do where that is so. chosen: its checkpoint."""
+    if chosen is None:
+        return "fresh"
+    step = tag_step(chosen.tag)
+    if step >= train.steps:
+        return (
+            f"{chosen.tag} is the last step, so the run is finished; to train longer, write more train.steps and "
+            "accept_changes=true"
+        )
+    result = final_result(read_records(run_dir.records)) if run_dir.records.is_file() else None
+    is_end = result is not None and result.get("steps_run") == step and not chosen.changes
+    waited = result["bad_evaluations"] if result is not None and is_end else 0
+    if train.patience is not None and waited >= train.patience:
+        return f"{chosen.tag} ended early, so the run is finished; to train longer, write more train.patience"
+    converted = f", {chosen.conversion}" if chosen.conversion else ""
+    changed = f", from here on with {'; '.join(chosen.changes)}" if chosen.changes else ""
+    return f"continues from {chosen.tag}{converted}{changed}"
+
+
 def describe_run(
     plan: Plan,
     *,
@@ -71,7 +97,6 @@ def describe_run(
 ) -> str:
     """Returns the whole banner. measured: None where a checkpoint has it. device, start: what its rows say."""
     cfg, ex = plan.config, plan.execution
-    memory = estimate_memory(plan, teacher, parameters_of(module))
     rows: list[tuple[str, str | list[str]]] = [
         ("versions", versions()),
         ("teacher", _teacher_lines(plan, teacher)),
@@ -95,10 +120,17 @@ def describe_run(
             f"({plan.manifest.fill:.0%} filled), {cfg.data.eval_sequences} held out",
         ),
         ("batch", _batch_line(plan, epoch_sequences)),
+        ("stopping", describe_stopping(plan)),
         ("execution", f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {device}"),
         ("optimizer", str(optimizer)),
-        ("kernels", [str(plan.kernels), describe_pads(plan, teacher=teacher.unpadded, student=module.unpadded)]),
-        ("memory", str(memory)),
+        (
+            "kernels",
+            [
+                plan.kernels.describe(cfg.loss.active),
+                describe_pads(plan, teacher=teacher.unpadded, student=module.unpadded),
+            ],
+        ),
+        ("memory", _memory(plan, teacher, parameters_of(module))),
         ("start", start),
         ("output", cfg.output_dir),
     ]
@@ -139,8 +171,34 @@ def _batch_line(plan: Plan, epoch_sequences: int) -> str:
     )
 
 
+def _memory(plan: Plan, teacher: FrozenTeacher, parameters: int) -> str:
+    estimate = estimate_memory(plan, teacher, parameters)
+    if compute_device().type == "cuda":
+        return estimate.on_gpu()
+    return estimate.in_process(resident=psutil.Process().memory_info().rss, parameters=parameters)
+
+
+def describe_stopping(plan: Plan) -> str:
+    """Returns when training ends before its last step, and which step is exported."""
+    train = plan.config.train
+    every = "step" if train.eval_every == 1 else f"{train.eval_every} steps"
+    measures = train.eval_every and plan.config.data.eval_sequences
+    when = f"held-out loss every {every}" if measures else "no held-out loss"
+    if not train.keeps_best:
+        return f"none; {when}, the last step is exported"
+    if train.patience is None:
+        return f"none; {when}, the best step is exported"
+    by = f" by more than {train.patience_threshold:g}" if train.patience_threshold else ""
+    evaluations = counted(train.patience, "evaluation")
+    return f"after {evaluations} without a better one{by} ({when}); the best step is exported"
+
+
 def closing_table(
-    first: dict[str, float], last: dict[str, float], facts: Sequence[tuple[str, str]], *, steps: tuple[int, int]
+    first: dict[str, float],
+    last: dict[str, float],
+    facts: Sequence[tuple[str, str | list[str]]],
+    *,
+    steps: tuple[int, int],
 ) -> str:
     """Returns a table of the first and last logged value of each loss (at `steps`), and the facts below it."""
     width = max(len(name) for name in [*first, "loss"]) + 2

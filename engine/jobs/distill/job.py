@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from engine.config.distill import RunConfig
 from engine.config.places import command
 from engine.data.loader import CorpusLoader
@@ -29,7 +27,7 @@ from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.columns import counted
 from engine.records.history import History
 from engine.records.records import OnRecord
-from engine.records.run_dir import RunDir, as_yaml, step_tag, tag_step
+from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.checkpoint_storage import storage_of
 from engine.train.deepspeed_engine import DeepSpeedModel
@@ -103,6 +101,8 @@ class Job:
         )
         self.lock, self._on_record = lock, on_record
         self.config = plan.config
+        self.held_out: HeldOutLosses
+        """Once there is a trainer"""
         self.turns: list[Turn] = []
 
     def run(self, chosen: Chosen | None) -> Outcome:
@@ -132,6 +132,8 @@ class Job:
             self._turn(chosen, step)
         assert measured is not None
         trainer = self._build_trainer(model, teacher, monitor, step, measured)
+        if chosen is not None:
+            self.held_out.restore(state, self.checkpointer, chosen)
         monitor.write_record(
             "run",
             status="started",
@@ -188,6 +190,7 @@ class Job:
             checkpointer=self.checkpointer,
             kept={"measured": asdict(measured), "turns": [asdict(turn) for turn in self.turns]},
         )
+        self.held_out = HeldOutLosses(train, trainee, teacher, self.loader, plan.losses.held_out_names)
         return Trainer(
             train=train,
             seed=self.config.seed,
@@ -196,9 +199,7 @@ class Job:
             trainees=[trainee],
             teacher=teacher,
             loader=self.loader,
-            evaluation=HeldOutLosses(
-                trainee, teacher, self.loader, every=train.eval_every, names=plan.losses.held_out_names
-            ),
+            evaluation=self.held_out,
             step=step,
         )
 
@@ -234,13 +235,6 @@ class Job:
         chosen: Chosen | None,
         measured: Measured | None,
     ) -> str:
-        start, steps = "fresh", self.config.train.steps
-        if chosen is not None and tag_step(chosen.tag) >= steps:
-            start = f"{chosen.tag} is the last step, so the run is finished; to train longer, write more train.steps"
-            start += " and accept_changes=true"
-        elif chosen is not None:
-            start = f"continues from {chosen.tag}" + (f", {chosen.conversion}" if chosen.conversion else "")
-            start += f", from here on with {'; '.join(chosen.changes)}" if chosen.changes else ""
         return banner.describe_run(
             self.plan,
             teacher=teacher,
@@ -249,7 +243,7 @@ class Job:
             optimizer=optimizer,
             epoch_sequences=self.loader.order.slots,
             device=self.runtime.where,
-            start=start,
+            start=banner.describe_continuing(chosen, self.run_dir, self.config.train),
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -275,8 +269,7 @@ class Job:
 
     def _finish(self, outcome: Outcome, trainer: Trainer, monitor: Monitor) -> None:
         """Exports, and records and prints how it ended (rank 0); what diverged is reported already. Collective."""
-        if outcome is Outcome.DONE:
-            self._export(trainer.trainees[0].model.module, trainer.step)
+        step = self._export(trainer) if outcome is Outcome.DONE else trainer.step
         if not self.runtime.is_rank_zero or outcome is Outcome.DIVERGED:
             return
         monitor.end_progress()
@@ -288,47 +281,64 @@ class Job:
         if not history.steps:  # records.jsonl was removed from a finished run
             monitor.say(f"finished before; student {self.run_dir.student}")
             return
+        exported = history.steps.get(step, history.last)
+        held_out = history.held_out if self.held_out.best is None else asdict(self.held_out.best)
         monitor.write_record(
             "result",
             status="done",
-            step=trainer.step,
-            losses=history.last["losses"],
-            total=history.last["total"],
-            held_out=history.held_out,
+            step=step,
+            steps_run=trainer.step,
+            bad_evaluations=self.held_out.bad,
+            losses=exported["losses"],
+            total=exported["total"],
+            held_out=held_out,
             tokens_per_s=history.tokens_per_s,
             peak_memory_gib=history.peak_memory_gib,
             student=str(self.run_dir.student),
             **self._facts(),
         )
-        held_out = {} if history.held_out is None else {"held_out_loss": history.held_out["total"]}
-        monitor.write_hparams(hyperparameters(self.plan), {"loss": history.last["total"], **held_out})
-        monitor.say("\n" + self._closing_table(history))
+        held_out_loss = {} if held_out is None else {"held_out_loss": held_out["total"]}
+        monitor.write_hparams(hyperparameters(self.plan), {"loss": exported["total"], **held_out_loss})
+        monitor.say("\n" + self._closing_table(history, step, trainer.step))
 
-    def _export(self, module: nn.Module, step: int) -> None:
-        """Writes the student. Collective. Raises RunFailure with the remedy."""
+    def _export(self, trainer: Trainer) -> int:
+        """Writes the student of the last step, or of the best one; returns that step. Collective. Raises RunFailure
+        with the remedy."""
+        model, best, description = trainer.trainees[0].model, self.held_out.best, self.checkpointer.export
+        step = trainer.step if best is None else best.step
+        if step != trainer.step:
+            self.checkpointer.load(model, self.checkpointer.at(step))
+        why = self.held_out.describe_end(trainer.step)
+        if why is not None:
+            description["card"]["chosen"] = why
         try:
-            export_live(self.run_dir, module, {**self.checkpointer.export, "step": step})
+            export_live(self.run_dir, model.module, {**description, "step": step})
         except RunFailure as error:
+            tag = f" --tag {step_tag(step)}" if step != trainer.step else ""
             raise RunFailure(
                 f"{error}. Training is done and checkpoint {step_tag(step)} is complete: make room, then start "
-                f"the same command again, or {command('export')} --run {shlex.quote(str(self.run_dir.root))}"
+                f"the same command again, or {command('export')} --run {shlex.quote(str(self.run_dir.root))}{tag}"
             ) from None
+        return step
 
-    def _closing_table(self, history: History) -> str:
-        first, last, peak = history.first, history.last, history.peak_memory_gib
-        facts = [
+    def _closing_table(self, history: History, step: int, steps_run: int) -> str:
+        """Returns the table of the end. step: of the student."""
+        first, last, peak = history.first, history.steps.get(step, history.last), history.peak_memory_gib
+        why = self.held_out.describe_end(steps_run)
+        facts: list[tuple[str, str | list[str]]] = [
             (
                 "speed",
                 f"{history.tokens_per_s:,.0f} tokens/s over {counted(self.runtime.world_size, 'rank')}, "
                 f"peak {peak:.2f} GiB",
             ),
-            ("student", f"{self.run_dir.student}   (AutoModel.from_pretrained)"),
+            ("student", [f"{self.run_dir.student}   (AutoModel.from_pretrained)", *([why] if why else [])]),
             ("checkpoint", str(self.run_dir.checkpoints / step_tag(last["step"]))),
             ("tensorboard", f"tensorboard --logdir {self.run_dir.root}"),
         ]
         if history.held_out is not None and history.first_held_out is not None:
+            at_end = history.held_out if self.held_out.best is None else asdict(self.held_out.best)
             first_loss, last_loss = (
-                f"{of['total']:.4g} at step {of['step']}" for of in (history.first_held_out, history.held_out)
+                f"{of['total']:.4g} at step {of['step']}" for of in (history.first_held_out, at_end)
             )
             facts.insert(0, ("held out", f"loss {last_loss}, {first_loss}"))
         return banner.closing_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.config.deepspeed import Execution
@@ -9,6 +10,7 @@ from engine.config.distill import ATTENTION_MAPPED
 from engine.jobs.distill.plan import Plan
 from engine.models.teacher import FrozenTeacher
 
+GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number, by dtype."""
 
@@ -25,19 +27,34 @@ class MemoryEstimate:
     host_states: float
     """Bytes moved to host memory by offload (0 otherwise)."""
 
-    def __str__(self) -> str:
-        gib = 2**30
-        host = f", and {self.host_states / gib:.2f} in host memory" if self.host_states else ""
-        parts = {
-            "teacher": self.teacher,
-            "student weights, gradients and optimizer": self.student_states,
+    def on_gpu(self) -> str:
+        """Returns the device memory of a rank in words, for the banner."""
+        host = f", and {self.host_states / GIB:.2f} in host memory" if self.host_states else ""
+        parts = {"teacher": self.teacher, "student's weights, gradients and optimizer": self.student_states}
+        parts |= self._of_a_step
+        return f"about {sum(parts.values()) / GIB:.2f} GiB per rank beside allocator slack: {_listed(parts)}{host}"
+
+    def in_process(self, *, resident: float, parameters: int) -> str:
+        """Returns the resident memory of a rank's process in words, for the banner of a run on a CPU.
+
+        resident: bytes that it has now, libraries, teacher and the `parameters` that are trained, in fp32, among them.
+        """
+        states = self.student_states + self.host_states - parameters * BYTES["float32"]
+        parts = {"now": resident, "student's gradients and optimizer": max(states, 0.0)} | self._of_a_step
+        return f"about {sum(parts.values()) / GIB:.2f} GiB for each rank's process: {_listed(parts)}"
+
+    @property
+    def _of_a_step(self) -> dict[str, float]:
+        return {
             "its activations": self.activations,
             "captured tensors": self.captured,
             "attention maps of the losses": self.loss_maps,
         }
-        listed = ", ".join(f"{name} {value / gib:.2f}" for name, value in parts.items())
-        total = sum(parts.values()) / gib
-        return f"about {total:.2f} GiB per rank beside libraries and allocator slack: {listed}{host}"
+
+
+def _listed(parts: Mapping[str, float]) -> str:
+    """Returns the parts that are not 0.00 GiB."""
+    return ", ".join(f"{name} {text}" for name, value in parts.items() if (text := f"{value / GIB:.2f}") != "0.00")
 
 
 def estimate_memory(plan: Plan, teacher: FrozenTeacher, parameters: int) -> MemoryEstimate:

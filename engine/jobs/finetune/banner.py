@@ -10,6 +10,7 @@ from engine.jobs.finetune.plan import FinetunePlan, PlannedTask
 from engine.mapping import mapping_table
 from engine.models import hub
 from engine.records.columns import counted, labelled_lines
+from engine.tasks.evaluation import constant_answer
 from engine.tasks.rows import Split
 from engine.train.optim import parameters_of
 
@@ -49,7 +50,7 @@ def describe_job(plan: FinetunePlan, *, optimizer: str, device: str, finished: i
     ]
     rows += [("teacher", _teacher_lines(plan))] if any(task.teacher for task in plan.tasks) else []
     rows += [
-        ("runs", f"{len(plan.units)} fine-tunings, seeds {', '.join(map(str, config.task.seeds))}{kept}"),
+        ("runs", _runs(plan, kept)),
         ("batch", [_batch_line(plan, batch) for batch in plan.executions]),
         ("execution", f"{how.precision}, ZeRO stage {how.zero_stage} ({how.source}), {device}"),
         ("optimizer", optimizer),
@@ -72,10 +73,24 @@ def _task_lines(plan: FinetunePlan, task: PlannedTask) -> list[str]:
     }
     chosen = ", ".join(f"{name} {' | '.join(f'{value:g}' for value in grid)}" for name, grid in values.items())
     line = (
-        f"{spec.name}: {task.train_rows:,} rows, {dev} dev; {kind}; score: {' and '.join(spec.metrics)}; {chosen}, "
-        f"{task.seq_len} tokens"
+        f"{spec.name}: {task.train_rows:,} training rows, {dev} dev rows; {kind}; score: {' and '.join(spec.metrics)}; "
+        f"{chosen}, {task.seq_len} tokens"
     )
-    return [line, f"  labels of the training rows: {_label_counts(task)}"] if spec.labels else [line]
+    constant = constant_answer(task.data)
+    scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in constant.metrics.items())
+    lines = [line, f"  to beat: {scores} on the dev rows, for {constant.answer} to everything"]
+    return [*lines, f"  labels of the training rows: {_label_counts(task)}"] if spec.labels else lines
+
+
+def _runs(plan: FinetunePlan, kept: str) -> str:
+    """Returns how much there is to do; a span task has more steps, since its rows may have several windows."""
+    steps = sum(plan.train_config(unit, unit.task.train_rows).steps for unit in plan.units)
+    least = "at least " if any(task.data.spec.kind == "span" for task in plan.tasks) else ""
+    seeds = "seed" if len(plan.config.task.seeds) == 1 else "seeds"
+    return (
+        f"{counted(len(plan.units), 'fine-tuning')}{kept}; {seeds} {', '.join(map(str, plan.config.task.seeds))}; "
+        f"{least}{counted(steps, 'step')} in all (the progress of the first ones tells how long that takes)"
+    )
 
 
 def _label_counts(task: PlannedTask) -> str:

@@ -17,6 +17,7 @@ from engine.config.distill import TrainConfig
 from engine.config.finetune import FinetuneConfig
 from engine.errors import UserError
 from engine.jobs.finetune import banner
+from engine.jobs.finetune.clock import TaskClock
 from engine.jobs.finetune.plan import FinetunePlan, PlannedTask, Unit, make_finetune_plan
 from engine.jobs.finetune.scores import TaskScore, averages, choose, render_table, speed
 from engine.jobs.finetune.unit import Earlier, UnitRun, look_back, remove_checkpoints, score_of
@@ -29,7 +30,7 @@ from engine.records.files import relative_link
 from engine.records.records import OnRecord
 from engine.records.run_dir import EVENT_FILES, RunDir, as_yaml
 from engine.tasks.encode import EncodedTask, encode_task
-from engine.tasks.evaluation import constant_score, predict_split, score_dev
+from engine.tasks.evaluation import constant_answer, predict_split, score_dev
 from engine.tasks.model import head_problem, load_task_model
 from engine.tasks.module import TaskModule, teacher_wanted
 from engine.tasks.predictions import write_predictions, write_submission
@@ -132,16 +133,19 @@ class FinetuneJob:
             return True
         encoded = self._encode(task)
         teacher = self._load_teacher(task, encoded)
+        clock = TaskClock(sum(unit.at.epochs for unit in pending))
         for unit in pending:
             if self.stop.requested_anywhere():
                 return False
-            self._say(f"\n{unit.name}  (fine-tuning {self.plan.units.index(unit) + 1} of {len(self.plan.units)})")
+            number, units = self.plan.units.index(unit) + 1, len(self.plan.units)
+            self._say(f"\n{unit.name}  (fine-tuning {number} of {units}{clock.time_left(task.name)})")
             chosen = self.earlier[unit.folder].chosen
             run = UnitRun(self.plan, unit, chosen, runtime=self.runtime, stop=self.stop, on_record=self._on_record)
             result = run.run(encoded, teacher)
             if result is None:
                 return False
             self.results[unit.folder] = result
+            clock.add(unit.at.epochs)
             score = "diverged, no score" if result["score"] is None else f"score {100 * result['score']:.2f}"
             self._say(f"{unit.name}: {score} after {result['steps_run']} steps")
         return True
@@ -180,7 +184,7 @@ class FinetuneJob:
         module = TaskModule(model, kind=task.data.spec.kind, unpadded=self.config.kernels.unpadded)
         batch_size = 2 * self.plan.executions[task.points[0].batch].micro_batch_size
         result = score_dev(module, encoded, runtime=self.runtime, batch_size=batch_size)
-        score, constant = math.nan if result is None else result[0], constant_score(encoded)
+        score, constant = math.nan if result is None else result[0], constant_answer(task.data).score
         self._say(
             f"\nteacher of {task.name}: dev score {100 * score:.2f} (one answer to everything: {100 * constant:.2f})"
         )

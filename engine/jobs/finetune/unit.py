@@ -172,7 +172,6 @@ class UnitRun:
             device=self.runtime.device,
             config_text=as_yaml(self.unit_config),
             trackers=self.execution.trackers,
-            part_of_a_job=True,
             on_record=None if self._on_record is None else self._pass_on,
         )
         checkpointer.export.update(self._description(module))

@@ -184,7 +184,6 @@ class Cohort:
             device=device,
             config_text=as_yaml(config),
             labels={"genome": genome.key, "seed": config.seed},
-            part_of_a_job=True,
             name=genome.key,
             on_record=self.on_record,
         )

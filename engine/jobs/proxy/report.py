@@ -157,7 +157,7 @@ def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], know
             f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {counted(runtime.world_size, 'rank')}, "
             f"{runtime.where}",
         ),
-        ("kernels", str(base.kernels)),
+        ("kernels", base.kernels.describe(base.config.loss.active)),
         ("fingerprint", plan.fingerprint),
         ("output", config.output_dir),
     ]

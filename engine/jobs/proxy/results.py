@@ -73,7 +73,7 @@ class Results:
 
     def open(self) -> None:
         """Begins to write records."""
-        self._writer = open_records(self.run_dir.records, on_record=self._on_record) if self._shows else None
+        self._writer = open_records(self.run_dir.records, echo=True, on_record=self._on_record) if self._shows else None
 
     def close(self) -> None:
         """Closes records.jsonl. Raises RunFailure when a result could not be recorded."""

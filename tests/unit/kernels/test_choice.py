@@ -29,12 +29,20 @@ def test_by_default_a_cpu_takes_pytorch_with_tiles_for_short_sequences_and_gram_
     assert (choose(edge - 1).backend, choose(edge - 1).attention) == ("torch", "tile")
     assert (choose(edge).backend, choose(edge).attention) == ("torch", "gram")
     assert choose(edge).gram_sums == torch.float64
-    assert f"measured faster at length {edge}" in str(choose(edge))
-    assert "summed in float64" in str(choose(edge))
+    text = choose(edge).describe(["attention"])
+    assert f"attention scores by Gram matrices, summed in float64 (auto: measured faster at length {edge})" in text
+
+
+def test_words_of_the_banner_are_about_the_losses_that_are_on() -> None:
+    on, other = choose().describe(["hidden", "attention"]), choose().describe(["relation"])
+    assert other == "PyTorch, values and gradients in one pass (auto: on a CPU)"
+    assert on == f"{other}; attention scores by tiles (auto: measured faster at length 128)"
 
 
 def test_the_cut_off_of_tinybert_needs_tiles() -> None:
-    assert choose(4096, tinybert=True).attention == "tile"
+    chosen = choose(4096, tinybert=True)
+    assert chosen.attention == "tile"
+    assert "by tiles (auto: loss.preset=tinybert leaves out single scores)" in chosen.describe(["attention"])
     with pytest.raises(UserError, match=r"kernels\.attention=gram.*tile or auto"):
         choose(attention="gram", tinybert=True)
 
@@ -43,7 +51,8 @@ def test_what_is_asked_for_is_taken() -> None:
     assert choose(8192, attention="tile").attention == "tile"
     asked = choose(16, attention="gram", gram_sums="float32")
     assert (asked.attention, asked.gram_sums) == ("gram", torch.float32)
-    assert "by autograd (kernels.backend=reference)" in str(choose(backend="reference"))
+    assert "by tiles (kernels.attention=tile)" in choose(8192, attention="tile").describe(["attention"])
+    assert "by autograd (kernels.backend=reference)" in choose(backend="reference").describe(["attention"])
 
 
 def test_triton_without_a_gpu_or_without_triton_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     extension_builds.prepare()
     (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
     return tmp_path / "cpu_adam" / "lock"
 
 
@@ -111,6 +112,19 @@ def test_without_file_locks_it_is_as_in_pytorch_and_said(
     )
     first.release()
     second.wait()
+
+
+def test_a_minute_of_compiling_is_announced(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only where nothing is compiled yet: PyTorch takes its lock at every start."""
+    (lock.parent / "cpu_adam.so").unlink()
+    said = []
+    for _ in range(2):
+        baton = cpp_extension.FileBaton(str(lock))
+        assert baton.try_acquire()
+        said.append(capsys.readouterr().out)
+        (lock.parent / "cpu_adam.so").touch()
+        baton.release()
+    assert said == ["compiling DeepSpeed's operator cpu_adam, once on this machine: up to 3 minutes\n", ""]
 
 
 @pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "HOME"])

@@ -67,7 +67,7 @@ def test_writer_appends_after_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(LINE + "\n" + LINE[:20])
     stream = io.StringIO()
-    writer = RecordWriter(path, stream=stream)
+    writer = RecordWriter(path, echo=True, stream=stream)
     writer.write("result", status="done")
     writer.close()
     assert [r["kind"] for r in read_records(path)] == ["step", "result"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from launching import ROOT
@@ -57,4 +59,26 @@ def test_parts_of_a_run(tiny_world: TinyWorld) -> None:
         captured=4.0 * 3 * plan.teacher_shape.width * tokens,
         loss_maps=3 * 4.5 * 4 * scores,
         host_states=0.0,
+    )
+
+
+GIB = 2**30
+ESTIMATE = MemoryEstimate(
+    teacher=GIB, student_states=4 * GIB, activations=2 * GIB, captured=GIB, loss_maps=0.004 * GIB, host_states=0.0
+)
+
+
+def test_device_memory_in_words() -> None:
+    assert ESTIMATE.on_gpu() == (
+        "about 8.00 GiB per rank beside allocator slack: teacher 1.00, student's weights, gradients and optimizer 4.00"
+        ", its activations 2.00, captured tensors 1.00"
+    )
+    assert replace(ESTIMATE, host_states=GIB).on_gpu().endswith(", and 1.00 in host memory")
+
+
+def test_memory_of_a_process_in_words() -> None:
+    """Teacher and the student's fp32 weights are in what it has already; offload moves nothing out of it."""
+    assert replace(ESTIMATE, host_states=GIB).in_process(resident=10 * GIB, parameters=GIB // 4) == (
+        "about 17.00 GiB for each rank's process: now 10.00, student's gradients and optimizer 4.00, its activations "
+        "2.00, captured tensors 1.00"
     )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from launching import ROOT
 from tiny_world import TinyWorld
 
-from engine.config.distill import RunConfig
+from engine.config.distill import RunConfig, TrainConfig
 from engine.config.reading import parse_config
 from engine.errors import UserError
+from engine.jobs.distill import banner
 from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
+from engine.records.records import format_record
+from engine.records.run_dir import RunDir
+from engine.train.checkpoint import Chosen
 
 PRESETS = {
     "tinybert": ("hidden/1-2", "hidden/2-4", "attention/1-2", "attention/2-4", "embedding"),
@@ -56,6 +61,42 @@ def test_the_last_file_wins_and_the_command_line_over_all(tmp_path: Path) -> Non
         files += ["--config", str(path)]
     config = parse_config(RunConfig, ["--loss.mlm", "2", *files], "test")
     assert (config.seed, config.train.steps, config.train.lr, config.loss.mlm) == (1, 50, 0.1, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "none; held-out loss every 100 steps, the last step is exported"),
+        ({"data.eval_sequences": 0}, "none; no held-out loss, the last step is exported"),
+        ({"train.eval_every": 0}, "none; no held-out loss, the last step is exported"),
+        (
+            {"train.keep_best": "true", "train.eval_every": 1},
+            "none; held-out loss every step, the best step is exported",
+        ),
+        (
+            {"train.patience": 2, "train.patience_threshold": 0.1},
+            "after 2 evaluations without a better one by more than 0.1 (held-out loss every 100 steps); the best step "
+            "is exported",
+        ),
+    ],
+)
+def test_which_step_is_exported_is_in_the_banner(plan_of, settings: dict[str, object], says: str) -> None:
+    plan = plan_of(*(word for key, value in settings.items() for word in (f"--{key}", str(value))))
+    assert banner.describe_stopping(plan) == says
+
+
+def test_what_a_start_goes_on_from(tmp_path: Path) -> None:
+    train, run_dir = TrainConfig(steps=9, patience=2), RunDir(tmp_path)
+    chosen = Chosen("step-00000004", None, ())
+    assert banner.describe_continuing(None, run_dir, train) == "fresh"
+    assert banner.describe_continuing(chosen, run_dir, train) == "continues from step-00000004"
+    assert "the run is finished" in banner.describe_continuing(Chosen("step-00000009", None, ()), run_dir, train)
+    run_dir.records.write_text(format_record("result", steps_run=4, bad_evaluations=2) + "\n")
+    assert "ended early, so the run is finished; to train longer, write more train.patience" in (
+        banner.describe_continuing(chosen, run_dir, train)
+    )
+    assert "continues" in banner.describe_continuing(chosen, run_dir, replace(train, patience=3))
+    assert "continues" in banner.describe_continuing(replace(chosen, changes=("loss.mlm: 1 -> 2",)), run_dir, train)
 
 
 def test_random_each_step_is_what_a_run_says_of_itself(plan_of) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from transformers import PreTrainedModel
 from engine.cli import parse_config
 from engine.config.finetune import FinetuneConfig
 from engine.jobs.finetune import banner
+from engine.jobs.finetune.clock import TaskClock
 from engine.jobs.finetune.job import FinetuneJob
 from engine.jobs.finetune.plan import make_finetune_plan
 from engine.models.teacher import FrozenTeacher
 from engine.ranks.runtime import Runtime
-from engine.tasks.encode import encode_task
-from engine.tasks.evaluation import constant_score
+from engine.tasks.evaluation import ConstantAnswer, constant_answer
 from engine.tasks.load import load_task
 from engine.tasks.model import load_task_model
 from engine.tasks.specs import BUILT_IN
@@ -83,12 +84,22 @@ def test_a_teacher_without_names_must_be_better_than_a_constant(
 def test_what_the_banner_says_of_labels_and_heads(glue: Path, tuned: Path) -> None:
     job = job_of(glue, tuned, ["yes", "no", "maybe"], **{"teacher.path": "null"})
     text = banner.describe_job(job.plan, optimizer="o", device="d", finished=0, unfinished=[])
+    assert "MNLI: 24 training rows, 8 + 8 dev rows; 3 labels; score: accuracy" in text
+    assert "to beat: accuracy 37.50 on the dev rows, for 'entailment' to everything" in text
+    assert "1 fine-tuning; seed 0; " in text
     assert "labels of the training rows: 'entailment' 8, 'neutral' 8, 'contradiction' 8" in text
     assert "its outputs are yes, no, maybe, those of MNLI entailment, neutral, contradiction; its head is rep" in text
 
 
-def test_scores_of_one_answer_to_everything(glue: Path, tuned: Path, tmp_path: Path) -> None:
-    tokenizer = job_of(glue, tuned, list(MNLI.labels)).plan.tokenizer
+def test_the_time_left_of_a_task_is_that_of_its_fine_tunings_so_far() -> None:
+    clock = TaskClock(epochs=7.0)
+    assert clock.time_left("RTE") == ""
+    clock.add(3.0)
+    clock._began = time.perf_counter() - 6.0
+    assert clock.time_left("RTE") == ", about 8 s left of RTE"
+
+
+def test_scores_of_one_answer_to_everything(glue: Path, tmp_path: Path) -> None:
     questions = [
         {"id": f"q{i}", "question": "what?", "answers": [{"text": "small", "answer_start": 4}]} for i in range(3)
     ]
@@ -98,11 +109,18 @@ def test_scores_of_one_answer_to_everything(glue: Path, tuned: Path, tmp_path: P
     for name in ("train", "dev"):
         (tmp_path / "SQuAD-v2" / f"{name}-v2.0.json").write_text(json.dumps(squad))
 
-    def score(name: str, folder: Path) -> float:
-        data = load_task(name, parse_config(FinetuneConfig, ["--task.data_dir", str(folder)], "test").task)
-        return constant_score(encode_task(data, tokenizer, seq_len=64, doc_stride=16))
+    def best(name: str, folder: Path) -> ConstantAnswer:
+        return constant_answer(
+            load_task(name, parse_config(FinetuneConfig, ["--task.data_dir", str(folder)], "test").task)
+        )
 
-    assert score("MNLI", glue) == pytest.approx(3 / 8)
-    assert score("CoLA", glue) == score("STS-B", glue) == 0.0
-    assert score("QQP", glue) == pytest.approx(np.mean([1 / 2, 2 / 3]))  # always 1: accuracy and F1
-    assert score("SQuAD-v2", tmp_path) == pytest.approx(1 / 4)
+    assert best("MNLI", glue).score == pytest.approx(3 / 8)
+    assert best("CoLA", glue).score == 0.0
+    assert best("STS-B", glue) == ConstantAnswer("the mean", 0.0, {"pearson": 0.0, "spearman": 0.0})
+    qqp = best("QQP", glue)
+    assert qqp.answer == "'1'"
+    assert qqp.metrics == pytest.approx({"accuracy": 1 / 2, "f1": 2 / 3})
+    assert qqp.score == pytest.approx(np.mean([1 / 2, 2 / 3]))
+    squad_v2 = best("SQuAD-v2", tmp_path)
+    assert squad_v2.answer == "no answer"
+    assert squad_v2.metrics == pytest.approx({"exact_match": 1 / 4, "f1": 1 / 4})
