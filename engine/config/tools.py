@@ -9,6 +9,9 @@ from typing import Literal
 from engine.config.checks import require
 from engine.config.marks import PathText, how, located, result
 
+BATCH_SIZES = (1, 32)
+"""Sequences in a forward pass, of one who asks and of a service, at which speed is measured."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -116,7 +119,7 @@ class MeasureConfig:
     """Encoders to measure: folders, hub names, or run directories. The first is what the others are compared with; a
     single student of launch/distill.py is compared with its teacher."""
 
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
+    batch_sizes: list[int] = field(default_factory=lambda: list(BATCH_SIZES))
     """Sequences in a forward pass."""
 
     seq_len: int | None = None

@@ -50,6 +50,7 @@ OTHER_LOSSES: dict[str, Any] = {
     "loss__temperature": 2.0,
     "train__steps": 8,
     "train__save_every": 3,
+    "measure": True,
 }
 
 
@@ -117,6 +118,9 @@ def test_export_script_needs_neither_ranks_nor_teacher(
         hidden = model(**tokenizer("one small model", return_tensors="pt")).last_hidden_state
     assert torch.isfinite(hidden).all()
     card = (target / "README.md").read_text()
+    [_, compared] = Comparison.from_record(run.records("result")[-1]["comparison"]).encoders
+    assert compared.parameters == sum(parameter.numel() for parameter in model.base_model.parameters())
+    assert "| parameters | 36," in card
     for fact in (
         "| optimizer step | 6 |",
         "| hidden-state mapping | 2-4 |",

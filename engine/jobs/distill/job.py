@@ -16,6 +16,7 @@ from engine.data.loader import CorpusLoader
 from engine.errors import RunFailure
 from engine.jobs.distill import banner
 from engine.jobs.distill.build import build_module, flops_per_token, load_teacher, open_corpus
+from engine.jobs.distill.comparison import compare_with_teacher
 from engine.jobs.distill.held_out import HeldOutLosses
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
@@ -27,6 +28,7 @@ from engine.ranks.collectives import from_rank_zero
 from engine.ranks.run_lock import RunLock
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.columns import counted
+from engine.records.comparison import Comparison
 from engine.records.history import History
 from engine.records.records import OnRecord
 from engine.records.run_dir import RunDir, as_yaml, step_tag, tag_step
@@ -287,6 +289,12 @@ class Job:
         if not history.steps:  # records.jsonl was removed from a finished run
             monitor.say(f"finished before; student {self.run_dir.student}")
             return
+        comparison = None
+        if self.config.measure:
+            exported = self._describe_export(trainer.step)
+            comparison = compare_with_teacher(
+                self.plan, self.run_dir, exported, device=self.runtime.device, tell=monitor.say
+            )
         monitor.write_record(
             "result",
             status="done",
@@ -297,21 +305,25 @@ class Job:
             tokens_per_s=history.tokens_per_s,
             peak_memory_gib=history.peak_memory_gib,
             student=str(self.run_dir.student),
+            comparison=None if comparison is None else asdict(comparison),
             **self._facts(),
         )
-        monitor.say("\n" + self._closing_table(history))
+        monitor.say("\n" + self._closing_table(history, comparison))
+
+    def _describe_export(self, step: int) -> dict[str, Any]:
+        return {**self.checkpointer.export, "step": step}
 
     def _export(self, module: nn.Module, step: int) -> None:
         """Writes the student. Collective. Raises RunFailure with the remedy."""
         try:
-            export_live(self.run_dir, module, {**self.checkpointer.export, "step": step})
+            export_live(self.run_dir, module, self._describe_export(step))
         except RunFailure as error:
             raise RunFailure(
                 f"{error}. Training is done and checkpoint {step_tag(step)} is complete: make room, then start "
                 f"the same command again, or {command('export')} --run {shlex.quote(str(self.run_dir.root))}"
             ) from None
 
-    def _closing_table(self, history: History) -> str:
+    def _closing_table(self, history: History, comparison: Comparison | None) -> str:
         first, last, peak = history.first, history.last, history.peak_memory_gib
         facts = [
             (
@@ -328,6 +340,8 @@ class Job:
                 f"{of['total']:.4g} at step {of['step']}" for of in (history.first_held_out, history.held_out)
             )
             facts.insert(0, ("held out", f"loss {last_loss}, {first_loss}"))
+        if comparison is not None:
+            facts.insert(2, ("vs teacher", f"{comparison.summary} ({comparison.seq_len} tokens, {comparison.dtype})"))
         return banner.closing_table(
             {"total": first["total"], **first["losses"]},
             {"total": last["total"], **last["losses"]},
