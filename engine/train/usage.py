@@ -19,17 +19,23 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {auto}.from_pretrained(folder{arguments})
 """
 STATES = """\
-batch = tokenizer(["One sentence.", "And another one."], padding=True, truncation=True, return_tensors="pt")
+texts = ["A small model.", "It has learned from a large teacher."]
+batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
 with torch.inference_mode():
     states = model(**batch).last_hidden_state  # sentences x tokens x {width}
 """
-SIMILARITIES = """\
+POOL = {
+    "mean": """\
 mask = batch["attention_mask"].unsqueeze(-1)
-vectors = torch.nn.functional.normalize({pooled})
+pooled = (states * mask).sum(1) / mask.sum(1)
+""",
+    "cls": "pooled = states[:, 0]\n",
+}
+"""How a vector is made of the states of a sentence, by the mode of sentence-transformers."""
+SIMILARITIES = """\
+vectors = torch.nn.functional.normalize(pooled)
 print(vectors @ vectors.T)  # cosine similarities
 """
-POOLED = {"mean": "(states * mask).sum(1) / mask.sum(1)", "cls": "states[:, 0]"}
-"""How a vector is made of the states of a sentence, by the mode of sentence-transformers."""
 SHAPE = "print(states.shape)\n"
 FILL_MASK = """\
 batch = tokenizer(f"The capital of France is {tokenizer.mask_token}.", return_tensors="pt")
@@ -70,9 +76,9 @@ def _use(folder: Path, config: PretrainedConfig, head: Head, *, pairs: bool) -> 
     if head == "classification":
         texts = '"One text.", "And another one."' if pairs else '"One text."'
         return TEXTS.format(texts=texts) + (NUMBER if config.num_labels == 1 else LABEL)
-    pooled = POOLED.get(pooling_mode(folder))
+    pool = POOL.get(pooling_mode(folder))
     states = STATES.format(width=config.hidden_size)
-    return states + (SHAPE if pooled is None else SIMILARITIES.format(pooled=pooled))
+    return states + (SHAPE if pool is None else pool + SIMILARITIES)
 
 
 def pooling_mode(folder: Path) -> str:

@@ -29,6 +29,7 @@ from engine.jobs.distill.plan import make_plan
 from engine.models.install import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
+from engine.records.comparison import Comparison
 from engine.records.run_dir import RunDir
 
 pytestmark = pytest.mark.launcher
@@ -119,8 +120,8 @@ def test_export_script_needs_neither_ranks_nor_teacher(
     assert torch.isfinite(hidden).all()
     card = (target / "README.md").read_text()
     [_, compared] = Comparison.from_record(run.records("result")[-1]["comparison"]).encoders
-    assert compared.parameters == sum(parameter.numel() for parameter in model.base_model.parameters())
-    assert "| parameters | 36," in card
+    assert compared.parameters == sum(p.numel() for name, p in model.named_parameters() if "pooler" not in name)
+    assert f"| {compared.parameters:,} (" in card
     for fact in (
         "| optimizer step | 6 |",
         "| hidden-state mapping | 2-4 |",

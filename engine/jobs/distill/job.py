@@ -335,13 +335,13 @@ class Job:
             ("checkpoint", str(self.run_dir.checkpoints / step_tag(last["step"]))),
             ("tensorboard", f"tensorboard --logdir {self.run_dir.tensorboard}"),
         ]
+        if comparison is not None:
+            facts.insert(1, ("vs teacher", f"{comparison.summary} ({comparison.seq_len} tokens, {comparison.dtype})"))
         if history.held_out is not None and history.first_held_out is not None:
             first_loss, last_loss = (
                 f"{of['total']:.4g} at step {of['step']}" for of in (history.first_held_out, history.held_out)
             )
             facts.insert(0, ("held out", f"loss {last_loss}, {first_loss}"))
-        if comparison is not None:
-            facts.insert(2, ("vs teacher", f"{comparison.summary} ({comparison.seq_len} tokens, {comparison.dtype})"))
         return banner.closing_table(
             {"total": first["total"], **first["losses"]},
             {"total": last["total"], **last["losses"]},
