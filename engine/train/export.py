@@ -114,7 +114,11 @@ def export_checkpoint(run_dir: RunDir, tag: str, target: Path, *, scores: dict[s
     """Writes the model of a complete checkpoint. scores: of a fine-tuned model, for its card. Raises RunFailure."""
     description = _description(run_dir, tag)
     description["card"] |= scores or {}
-    student, projections = split_state(load_full_state(run_dir.checkpoints, tag))
+    _write_state(run_dir, description, load_full_state(run_dir.checkpoints, tag), target)
+
+
+def _write_state(run_dir: RunDir, description: dict[str, Any], state: dict[str, torch.Tensor], target: Path) -> None:
+    student, projections = split_state(state)
     write_model(
         rebuild_student(description, student),
         description,
@@ -162,15 +166,7 @@ def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any])
     """Writes the student of the model in training. Collective; rank 0 writes. Raises RunFailure."""
     state = full_state(module)
     if torch.distributed.get_rank() == 0:
-        student, projections = split_state(state)
-        write_model(
-            rebuild_student(description, student),
-            description,
-            projections,
-            run_dir.tokenizer,
-            run_dir.student,
-            history=History.read(run_dir.records, until=description["step"]),
-        )
+        _write_state(run_dir, description, state, run_dir.student)
 
 
 def add_comparison(run_dir: RunDir, description: dict[str, Any], comparison: Comparison) -> None:
