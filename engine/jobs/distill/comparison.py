@@ -10,6 +10,7 @@ import torch
 
 from engine.config.places import command
 from engine.config.tools import BATCH_SIZES, MeasureConfig
+from engine.errors import UserError
 from engine.jobs.distill.plan import Plan
 from engine.jobs.measure.encoders import compare_encoders
 from engine.models.hub import SavedModel
@@ -24,8 +25,8 @@ LIMIT_S = 3.0
 def compare_with_teacher(
     plan: Plan, run_dir: RunDir, description: dict[str, Any], *, device: torch.device, tell: Callable[[str], None]
 ) -> Comparison | None:
-    """Measures the student of a run beside its teacher, and adds that to its card; None where a GPU has no room for
-    both beside the training, which `tell` is told.
+    """Measures the student of a run beside its teacher, and adds that to its card; None where that cannot be, for want
+    of memory beside the training, which `tell` is told.
 
     description: of the export. Raises RunFailure when the card cannot be written.
     """
@@ -40,9 +41,9 @@ def compare_with_teacher(
             rounds=MeasureConfig.rounds,
             limit_s=LIMIT_S,
         )
-    except torch.OutOfMemoryError:
+    except UserError as error:
         by_hand = f"{command('measure')} --models {shlex.quote(str(run_dir.root))}"
-        tell(f"not measured: the GPU has no room for that beside the training; {by_hand} does it")
+        tell(f"not measured: {error}. {by_hand} does it")
         return None
     add_comparison(run_dir, description, comparison)
     return comparison

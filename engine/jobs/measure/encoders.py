@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.errors import UserError, first_line, is_out_of_memory
 from engine.hub.files import weight_files
 from engine.jobs.execution import versions
 from engine.jobs.measure.turns import Times, take_turns
@@ -36,15 +35,27 @@ def compare_encoders(
     compared with.
 
     models: by the names that they get. limit_s: seconds for each batch size after which no further round begins. Raises
-    UserError for a model that cannot be read, torch.OutOfMemoryError where the device has no room.
+    UserError for a model that cannot be read, and where memory runs out.
     """
-    loaded = {name: _load(saved, getattr(torch, dtype), device) for name, saved in models.items()}
-    times = [
-        take_turns(
-            {name: _forward(model, batch, seq_len) for name, model in loaded.items()}, rounds, device, limit_s=limit_s
-        )
-        for batch in batch_sizes
-    ]
+    try:
+        loaded = {name: _load(saved, getattr(torch, dtype), device) for name, saved in models.items()}
+        times = [
+            take_turns(
+                {name: _forward(model, batch, seq_len) for name, model in loaded.items()},
+                rounds,
+                device,
+                limit_s=limit_s,
+            )
+            for batch in batch_sizes
+        ]
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+        shapes = " and ".join(f"{batch} x {seq_len}" for batch in batch_sizes)
+        raise UserError(
+            f"out of memory at {shapes} tokens ({first_line(error)[:200]}); write smaller batch_sizes or seq_len, or "
+            "measure fewer models"
+        ) from None
     threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     return Comparison(
         encoders=[_measured(name, models[name], model, times) for name, model in loaded.items()],
@@ -61,11 +72,17 @@ def _load(saved: SavedModel, dtype: torch.dtype, device: torch.device) -> PreTra
     return model.to(device)
 
 
-def _forward(model: PreTrainedModel, batch: int, seq_len: int) -> Callable[[], Any]:
+def _forward(model: PreTrainedModel, batch: int, seq_len: int) -> Callable[[], None]:
     """Returns a forward pass over random tokens, (batch, seq_len), without pads."""
     tokens = torch.randint(model.config.vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(0))
     ids = tokens.to(model.device)
-    return partial(torch.inference_mode()(model), input_ids=ids, attention_mask=torch.ones_like(ids))
+    mask = torch.ones_like(ids)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        model(input_ids=ids, attention_mask=mask)
+
+    return forward
 
 
 def _measured(

@@ -11,6 +11,7 @@ from tiny_encoders import VOCAB, save_tiny, tiny_model
 
 from engine.config.distill import DataConfig, RunConfig, TeacherConfig
 from engine.config.tools import MeasureConfig
+from engine.errors import UserError
 from engine.jobs.measure.job import measure
 from engine.records.comparison import Comparison
 from engine.records.run_dir import RunDir, as_yaml
@@ -94,6 +95,13 @@ def test_the_script_prints_a_table_and_a_line(run_dir: RunDir, bert: str) -> Non
     assert lines[-1].startswith("float32 forward passes over 2 x 40 tokens in turns, medians of 1 round; ")
     assert f", {threads}" in lines[-1]
     assert f"torch {torch.__version__}" in lines[-1]
+
+
+def test_a_batch_that_no_memory_holds_is_one_line(bert: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^out of memory at 1 x 8 and 10\d* x 8 tokens \(.*; write smaller batch_sizes"
+    ):
+        measure(MeasureConfig(models=[bert], batch_sizes=[1, 10**13], seq_len=8, rounds=1))
 
 
 @pytest.mark.parametrize(
