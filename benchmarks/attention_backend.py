@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
-import transformers
+from measuring import machine
 from transformers import BertConfig, BertModel
 
 from engine.data.batch import Batch, Counts
@@ -88,14 +86,6 @@ def interleaved_medians(passes: Mapping[str, Callable[[], None]], seconds: float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
@@ -111,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    print(f"{device_name(device)}; torch {torch.__version__}, transformers {transformers.__version__}")
+    print(machine(device, ["transformers"]))
     print(f"{args.layers} layers x {args.width}, {args.tokens} tokens, {'padded' if args.padded else 'no pads'}; ms\n")
     print("| dtype | length | head | forward sdpa | forward eager | eager/sdpa | both sdpa | both eager | eager/sdpa |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import base_memory, header, in_a_fresh_process, machine, peak_above, take_turns
+from measuring import base_memory, header, in_a_fresh_process, machine, peak_above
 from step import LEVERS, STUDENTS, Ours, make_batch, student_step
 
 from engine.data.batch import Batch
+from engine.jobs.measure.turns import take_turns
 from engine.jobs.proxy.teacher_cache import CachedTeacher
 from engine.ranks.runtime import join_ranks
 

@@ -12,9 +12,10 @@ import argparse
 from itertools import cycle
 
 import torch
-from measuring import header, machine, take_turns
+from measuring import header, machine
 from torch import nn
 
+from engine.jobs.measure.turns import take_turns
 from engine.models.frozen_linear import FrozenLinear
 from engine.ranks import allocator
 

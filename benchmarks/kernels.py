@@ -28,9 +28,9 @@ from measuring import (
     in_a_fresh_process,
     machine,
     peak_above,
-    take_turns,
 )
 
+from engine.jobs.measure.turns import take_turns
 from engine.kernels.choice import Kernels
 from engine.kernels.inputs import Attention, Head, HiddenPairs, MlmLogits, Weights
 

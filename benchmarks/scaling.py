@@ -20,9 +20,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measuring import base_memory, header, machine, peak_above, take_turns
+from measuring import base_memory, header, machine, peak_above
 from step import LEVERS, STUDENTS, Ours, make_batch, student_step
 
+from engine.jobs.measure.turns import take_turns
 from engine.mapping import LayerMapping
 from engine.ranks.runtime import join_ranks
 

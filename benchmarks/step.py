@@ -27,7 +27,7 @@ os.environ.setdefault("DS_LOG_LEVEL", "error")
 
 import torch
 import torch.nn.functional as F
-from measuring import base_memory, header, in_a_fresh_process, machine, peak_above, synchronise, take_turns
+from measuring import base_memory, header, in_a_fresh_process, machine, peak_above
 from torch import nn
 from transformers import AttentionInterface, BertConfig, BertModel
 
@@ -37,6 +37,7 @@ from engine.config.distill import KernelConfig, LossConfig, MappingConfig, Optim
 from engine.data.batch import Batch, Counts
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.execution import attention_backend
+from engine.jobs.measure.turns import synchronise, take_turns
 from engine.kernels.choice import choose_kernels
 from engine.losses.loss_set import LossSet
 from engine.mapping import LayerMapping

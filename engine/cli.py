@@ -16,7 +16,7 @@ from engine.config.finetune import FinetuneConfig
 from engine.config.places import IS_INSTALLED, ROOT, SHIPPED, command
 from engine.config.proxy import ProxyJobConfig
 from engine.config.reading import parse_config, split_options
-from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
+from engine.config.tools import ExportConfig, HostCheckConfig, MeasureConfig, PrepareConfig
 from engine.errors import (
     EXIT_BAD_INPUT,
     EXIT_CRASH,
@@ -263,6 +263,24 @@ def export_main(argv: Sequence[str] | None = None) -> int:
         from engine.train.export import export_run
 
         export_run(config)
+        return EXIT_DONE
+
+    return run_main(body)
+
+
+def measure_main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        words = sys.argv[1:] if argv is None else argv
+        text = usage(
+            "measure",
+            "Measures how large and how fast encoders are on this machine: a student and its teacher, or any others.",
+            "--models runs/quickstart",
+            "--models models/all-MiniLM-L6-v2 runs/quickstart runs/longer --seq_len 64 --dtype bfloat16",
+        )
+        config = parse_config(MeasureConfig, words, text)
+        from engine.jobs.measure.job import measure
+
+        measure(config)
         return EXIT_DONE
 
     return run_main(body)

@@ -21,6 +21,8 @@ class Preempted(KeyboardInterrupt):
 
 EXIT_DONE, EXIT_CRASH, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED = range(5)
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""Parts of what PyTorch says where memory runs out."""
 
 
 def first_line(error: BaseException) -> str:
@@ -28,3 +30,8 @@ def first_line(error: BaseException) -> str:
     nothing."""
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
     return f"{first.rstrip()} {others[0].strip()}" if others and first.rstrip().endswith(":") else first
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether memory ran out, of a GPU or of the machine: for a CPU, PyTorch has no class of its own."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -57,6 +57,7 @@ usage: mapdistill COMMAND [SETTINGS]
   proxy          distils several layer mappings briefly, side by side, and scores them
   search         searches the layer mapping with proxy jobs
   export         makes a Hugging Face folder of a checkpoint
+  measure        measures how large and how fast a student and its teacher are
   prepare_data   turns text into a corpus
   check_hosts    checks whether the hosts of a hostfile can train together
 
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "proxy": cli.proxy_main,
         "search": search_main,
         "export": cli.export_main,
+        "measure": cli.measure_main,
         "prepare_data": cli.prepare_main,
         "check_hosts": cli.check_hosts_main,
     }

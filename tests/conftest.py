@@ -118,6 +118,7 @@ def run_maker(tiny_world: TinyWorld, folder: Path) -> MakeRun:
             "train.log_every": 1,
             "train.eval_every": 0,
             "train.save_every": 0,
+            "measure": False,
         }
         values.update({key.replace("__", "."): value for key, value in settings.items()})
         argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]

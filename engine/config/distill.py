@@ -520,6 +520,10 @@ class RunConfig:
     require_fused: bool = how(False)
     """Make a fall-back to a slower optimizer or kernel an error."""
 
+    measure: bool = how(True)
+    """Measure at the end how much smaller and faster the student is than its teacher, for the result and the model
+    card."""
+
     allow_pickle: bool = how(False)
     """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
     only."""

@@ -1,13 +1,16 @@
-"""What the scripts beside training take: preparing a corpus, exporting a student, checking hosts. No torch here."""
+"""What the scripts beside training take: preparing a corpus, exporting, measuring, checking hosts. No torch here."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config.checks import require
 from engine.config.marks import PathText, how, located, result
+
+BATCH_SIZES = (1, 32)
+"""Sequences in a forward pass, of one who asks and of a service, at which speed is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,41 @@ class ExportConfig:
 
     tag: str = "newest"
     """Which checkpoint, like step-00000100; newest: the newest complete one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    models: list[PathText]
+    """Encoders to measure: folders, hub names, or run directories. The first is what the others are compared with; a
+    single student of launch/distill.py is compared with its teacher."""
+
+    batch_sizes: list[int] = field(default_factory=lambda: list(BATCH_SIZES))
+    """Sequences in a forward pass."""
+
+    seq_len: int | None = None
+    """Tokens of each sequence; unset: as many as the run's corpus has, else 128, and no more than all models take."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights, and of what is computed."""
+
+    rounds: int = 10
+    """Timed forward passes of each model and batch size, of which the median counts."""
+
+    allow_pickle: bool = False
+    """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.models), "models", self.models, "name at least one model")
+        twice = sorted({path for path in self.models if self.models.count(path) > 1})
+        require(not twice, "models", ", ".join(twice), "is there twice; name each model once")
+        require(
+            bool(self.batch_sizes) and min(self.batch_sizes) >= 1,
+            "batch_sizes",
+            self.batch_sizes,
+            "must be whole numbers of at least 1",
+        )
+        require(self.seq_len is None or self.seq_len >= 1, "seq_len", self.seq_len, "must be at least 1 token")
+        require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

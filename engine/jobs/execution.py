@@ -22,7 +22,9 @@ from engine.models.attention import Backend, resolve_backend
 from engine.models.shape import ModelShape
 from engine.ranks import extension_builds
 from engine.ranks.hosts.agent import COMPARED
+from engine.ranks.machine import device_name
 from engine.ranks.runtime import has_fast_bf16, has_fp16, launcher_world_size, name_accelerator, uses_gpu
+from engine.records.columns import counted
 
 
 def compute_device() -> torch.device:
@@ -113,3 +115,11 @@ def attention_backend(requested: str, dtype: str, shape: ModelShape, seq_len: in
 def versions() -> str:
     """Returns the versions of this library and of those that all hosts must agree on, for a banner."""
     return ", ".join([f"mapdistill {__version__}", *(f"{name} {version(name)}" for name in COMPARED)])
+
+
+def hardware(execution: Execution) -> str:
+    """Returns ranks, device, precision and ZeRO stage of a job, for a model card."""
+    device = compute_device()
+    threads = f" of {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    ranks = f"{counted(execution.world_size, 'rank')}{threads} on {device_name(device)}"
+    return f"{ranks}, {execution.precision}, ZeRO stage {execution.zero_stage}"

@@ -20,18 +20,19 @@ from engine.errors import RunFailure, UserError, first_line
 from engine.hub.files import quiet
 from engine.hub.tokenizer import load_tokenizer
 from engine.models.fit import CHECKS, EACH_AND_TOKENIZER, Parts, check_fit
-from engine.models.hub import SavedModel, init_arguments, model_class
+from engine.models.hub import AUTO_CLASSES, SavedModel, init_arguments, model_class
 from engine.models.projections import PROJECTIONS_FILE
-from engine.records.files import replaced
+from engine.records.comparison import Comparison
+from engine.records.files import replaced, write_whole
+from engine.records.history import History
 from engine.records.run_dir import COMPLETE, RunDir
+from engine.train.card import TUNED, is_card, last_comparison, model_card
 from engine.train.checkpoint import EXPORT_FILE
 from engine.train.checkpoint_files import is_sound, load_full_state, problems_of, read_marker
 from engine.train.deepspeed_engine import full_state
 from engine.train.portable import make_portable
 
-CARD_TAG = "- mapdistill"
-TASK_HEADS = {"classification": "AutoModelForSequenceClassification", "span": "AutoModelForQuestionAnswering"}
-"""Heads of fine-tuned models, and the class that loads them."""
+CARD = "README.md"
 
 
 def export_run(config: ExportConfig) -> Path:
@@ -48,7 +49,7 @@ def export_run(config: ExportConfig) -> Path:
     _check_files(run_dir, tag)
     description = _description(run_dir, tag)
     head = description["head"]
-    usual = run_dir.model if head in TASK_HEADS else run_dir.student
+    usual = run_dir.model if head in TUNED else run_dir.student
     target = Path(config.to).resolve() if config.to is not None else usual
     if target.exists() and not target.is_dir():
         raise UserError(f"to={config.to!r} is a file; name a folder")
@@ -59,7 +60,7 @@ def export_run(config: ExportConfig) -> Path:
     _check_tokenizer(run_dir, config.run, description)
     place = ", in place of the earlier export" if is_export(target) else ""
     export_checkpoint(run_dir, tag, target)
-    loader = TASK_HEADS.get(head, "AutoModel")
+    loader = AUTO_CLASSES[head][0].__name__
     print(f"model of {tag} written to {target}{place}; load it with {loader}.from_pretrained({str(target)!r})")
     return target
 
@@ -99,8 +100,8 @@ def _lost_here(folder: Path, marker: dict[str, Any]) -> list[str]:
 def is_export(folder: Path) -> bool:
     """Returns whether a new export may replace the folder: it is an earlier one, and no clone of a repository that
     holds one."""
-    card = folder / "README.md"
-    is_tagged = card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace")
+    card = folder / CARD
+    is_tagged = card.is_file() and is_card(card.read_text(encoding="utf-8", errors="replace"))
     return is_tagged and not (folder / ".git").exists()
 
 
@@ -113,9 +114,20 @@ def export_checkpoint(run_dir: RunDir, tag: str, target: Path, *, scores: dict[s
     """Writes the model of a complete checkpoint. scores: of a fine-tuned model, for its card. Raises RunFailure."""
     description = _description(run_dir, tag)
     description["card"] |= scores or {}
-    state = load_full_state(run_dir.checkpoints, tag)
+    _write_state(run_dir, description, load_full_state(run_dir.checkpoints, tag), target)
+
+
+def _write_state(run_dir: RunDir, description: dict[str, Any], state: dict[str, torch.Tensor], target: Path) -> None:
     student, projections = split_state(state)
-    write_model(rebuild_student(description, student), description, projections, run_dir.tokenizer, target)
+    write_model(
+        rebuild_student(description, student),
+        description,
+        projections,
+        run_dir.tokenizer,
+        target,
+        history=History.read(run_dir.records, until=description["step"]),
+        comparison=last_comparison(run_dir.records),
+    )
 
 
 def write_model(
@@ -124,9 +136,14 @@ def write_model(
     projections: dict[str, torch.Tensor],
     tokenizer: Path,
     target: Path,
+    *,
+    history: History,
+    comparison: Comparison | None = None,
 ) -> None:
-    """Writes a Hugging Face folder with model card, never half; `tokenizer`: a folder, which may be missing. Raises
-    RunFailure."""
+    """Writes a Hugging Face folder, never half. Raises RunFailure.
+
+    tokenizer: a folder, which may be missing. The rest is for the model card (engine/train/card.py).
+    """
     try:
         with replaced(target) as folder:
             with quiet():
@@ -136,8 +153,8 @@ def write_model(
             if tokenizer.is_dir():
                 shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
             make_portable(folder, model)
-            card = folder / "README.md"
-            card.write_text(model_card(description), encoding="utf-8")
+            card = folder / CARD
+            card.write_text(model_card(folder, model.config, description, history, comparison), encoding="utf-8")
             for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
                 weights.chmod(card.stat().st_mode)
     except (OSError, SafetensorError) as error:
@@ -149,8 +166,17 @@ def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any])
     """Writes the student of the model in training. Collective; rank 0 writes. Raises RunFailure."""
     state = full_state(module)
     if torch.distributed.get_rank() == 0:
-        student, projections = split_state(state)
-        write_model(rebuild_student(description, student), description, projections, run_dir.tokenizer, run_dir.student)
+        _write_state(run_dir, description, state, run_dir.student)
+
+
+def add_comparison(run_dir: RunDir, description: dict[str, Any], comparison: Comparison) -> None:
+    """Writes the card of an exported student anew, with the comparison. Raises RunFailure."""
+    history = History.read(run_dir.records, until=description["step"])
+    text = model_card(run_dir.student, _student_config(description), description, history, comparison)
+    try:
+        write_whole(run_dir.student / CARD, text.encode())
+    except OSError as error:
+        raise RunFailure(f"{run_dir.student / CARD} cannot be written: {error.strerror}") from None
 
 
 def load_export(folder: Path) -> PreTrainedModel:
@@ -192,25 +218,3 @@ def _student_config(description: dict[str, Any]) -> PretrainedConfig:
     settings = dict(description["student_config"])
     config: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
     return config
-
-
-def model_card(description: dict[str, Any]) -> str:
-    """Returns the README.md of an export."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in description["card"].items())
-    tuned = description["head"] in TASK_HEADS
-    tags = "" if tuned else "- knowledge-distillation\n"
-    about = (
-        "# Fine-tuned model\n\nTrained with mapdistill (launch/finetune.py). Scores are of the dev split, which also "
-        "chose among checkpoints and hyper-parameters where that was asked for.\n\n"
-        if tuned
-        else "# Distilled student\n\nTrained with mapdistill (layer-mapped distillation on DeepSpeed). Numbers are of "
-        "the distillation itself; the model has not been scored on any task.\n\n"
-    )
-    maps = (
-        f"\n`{PROJECTIONS_FILE}`, if there, holds the training-only projections to the teacher's width; the model does "
-        "not need it.\n"
-    )
-    return (
-        f"---\nlibrary_name: transformers\ntags:\n{tags}{CARD_TAG}\n---\n\n{about}"
-        f"| | |\n| --- | --- |\n| optimizer step | {description['step']} |\n{rows}\n{maps}"
-    )

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_load
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 from yaml import YAMLError
@@ -94,14 +96,25 @@ def public_name(path: str) -> str:
     return folder.name if folder.exists() or Path(path).is_absolute() else path
 
 
-def license_of(teacher: str) -> str | None:
-    """Returns the licence that the teacher's model card names; None where it names none."""
-    card = _file_of(teacher, "README.md")
+def base_model_of(path: str) -> str | None:
+    """Returns the public name of a model, where a card may have it as that of the model it was made from; None where
+    the hub takes no such name."""
+    name = public_name(path)
     try:
-        named = ((metadata_load(card) if card is not None else None) or {}).get("license")
-    except (OSError, ValueError, YAMLError):  # no UTF-8, or no front matter that can be read
+        validate_repo_id(name)
+    except HFValidationError:
         return None
-    return ", ".join(map(str, named)) if isinstance(named, list) else named
+    return name
+
+
+def licences_of(model: str) -> list[str]:
+    """Returns the licences that a model's card names; none where it names none, or cannot be read."""
+    card = _file_of(model, "README.md")
+    try:
+        named = ((metadata_load(card) if card is not None else None) or {}).get("license") or []
+    except (OSError, ValueError, YAMLError):  # no UTF-8, or no front matter that can be read
+        return []
+    return [str(name) for name in (named if isinstance(named, list) else [named])]
 
 
 def _file_of(model: str, name: str) -> Path | None:

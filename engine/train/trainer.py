@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from engine.config.distill import TrainConfig
 from engine.data.batch import Batch
 from engine.data.loader import StepBatches
-from engine.errors import Diverged, Preempted, RunFailure, first_line
+from engine.errors import Diverged, Preempted, RunFailure, first_line, is_out_of_memory
 from engine.models.features import Features
 from engine.ranks import watchdog
 from engine.ranks.collectives import summed
@@ -25,7 +25,6 @@ from engine.train.step_report import Interval, IntervalMeter
 from engine.train.trainee import MicroStep, Trainee
 
 Teacher = Callable[[Batch], Features]
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Outcome(Enum):
@@ -208,9 +207,8 @@ class Trainer:
         """Turns an error of memory that runs out inside into a record of what did not fit, and a RunFailure."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU has no class
-            out_of_memory = isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
-            if not out_of_memory or isinstance(error, RunFailure):
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not is_out_of_memory(error) or isinstance(error, RunFailure):
                 raise
             rank, why = self.runtime.rank, first_line(error)[:200]
             where, facts = f"after step {self.step}", {}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from compare import assert_same_bits
 from glue_sample import write_glue_sample
+from huggingface_hub import ModelCard
 from launching import ROOT, Launcher, Run, finished, kill_session, start, write_ds_config
 from odd_name import ODD_NAME
 from safetensors.torch import load_file
@@ -155,6 +156,10 @@ def test_grid_seeds_and_predictions(make_job: MakeJob, tiny_world: TinyWorld) ->
     assert "best of the grid" in output
     card = (model / "README.md").read_text()
     assert f"| dev score | {task['seeds']['0']:.4f} |" in card
+    assert "| labels | " in card, "the loss"
+    data = ModelCard.load(model / "README.md").data
+    assert (data.pipeline_tag, data.base_model, data.get("license")) == ("text-classification", "teacher", None)
+    assert 'tokenizer("One text.", "And another one.", ' in card
     events = EventAccumulator(str(run.output_dir))
     events.Reload()
     assert events.Scalars("score/RTE")[0].value == pytest.approx(task["score"])

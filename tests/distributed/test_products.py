@@ -30,6 +30,7 @@ from engine.jobs.distill.plan import make_plan
 from engine.models.install import install
 from engine.models.projections import Projections
 from engine.models.teacher import FrozenTeacher
+from engine.records.comparison import Comparison
 from engine.records.run_dir import HELD_OUT, RunDir
 
 pytestmark = pytest.mark.launcher
@@ -51,6 +52,7 @@ OTHER_LOSSES: dict[str, Any] = {
     "loss__temperature": 2.0,
     "train__steps": 8,
     "train__save_every": 3,
+    "measure": True,
 }
 
 
@@ -118,6 +120,9 @@ def test_export_script_needs_neither_ranks_nor_teacher(
         hidden = model(**tokenizer("one small model", return_tensors="pt")).last_hidden_state
     assert torch.isfinite(hidden).all()
     card = (target / "README.md").read_text()
+    [_, compared] = Comparison.from_record(run.records("result")[-1]["comparison"]).encoders
+    assert compared.parameters == sum(p.numel() for name, p in model.named_parameters() if "pooler" not in name)
+    assert f"| {compared.parameters:,} (" in card
     for fact in (
         "| optimizer step | 6 |",
         "| hidden-state mapping | 2-4 |",

@@ -14,6 +14,7 @@ from engine.data.loader import CorpusLoader
 from engine.errors import RunFailure
 from engine.jobs.distill import banner
 from engine.jobs.distill.build import build_module, flops_per_token, load_teacher, open_corpus
+from engine.jobs.distill.comparison import compare_with_teacher
 from engine.jobs.distill.held_out import HeldOutLosses
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan, describe_for_export, hyperparameters, identity, make_plan
@@ -25,6 +26,7 @@ from engine.ranks.collectives import from_rank_zero
 from engine.ranks.run_lock import RunLock
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.columns import counted
+from engine.records.comparison import Comparison
 from engine.records.history import History
 from engine.records.records import OnRecord
 from engine.records.run_dir import RunDir, as_yaml, step_tag
@@ -283,6 +285,12 @@ class Job:
             return
         exported = history.steps.get(step, history.last)
         held_out = history.held_out if self.held_out.best is None else asdict(self.held_out.best)
+        comparison = None
+        if self.config.measure:
+            description = self._describe_export(step, trainer.step)
+            comparison = compare_with_teacher(
+                self.plan, self.run_dir, description, device=self.runtime.device, tell=monitor.say
+            )
         monitor.write_record(
             "result",
             status="done",
@@ -295,24 +303,27 @@ class Job:
             tokens_per_s=history.tokens_per_s,
             peak_memory_gib=history.peak_memory_gib,
             student=str(self.run_dir.student),
+            comparison=None if comparison is None else asdict(comparison),
             **self._facts(),
         )
         held_out_loss = {} if held_out is None else {"held_out_loss": held_out["total"]}
         monitor.write_hparams(hyperparameters(self.plan), {"loss": exported["total"], **held_out_loss})
-        monitor.say("\n" + self._closing_table(history, step, trainer.step))
+        monitor.say("\n" + self._closing_table(history, comparison, step, trainer.step))
+
+    def _describe_export(self, step: int, steps_run: int) -> dict[str, Any]:
+        why = self.held_out.describe_end(steps_run)
+        card = self.checkpointer.export["card"] | ({} if why is None else {"chosen": why})
+        return {**self.checkpointer.export, "card": card, "step": step}
 
     def _export(self, trainer: Trainer) -> int:
         """Writes the student of the last step, or of the best one; returns that step. Collective. Raises RunFailure
         with the remedy."""
-        model, best, description = trainer.trainees[0].model, self.held_out.best, self.checkpointer.export
+        model, best = trainer.trainees[0].model, self.held_out.best
         step = trainer.step if best is None else best.step
         if step != trainer.step:
             self.checkpointer.load(model, self.checkpointer.at(step))
-        why = self.held_out.describe_end(trainer.step)
-        if why is not None:
-            description["card"]["chosen"] = why
         try:
-            export_live(self.run_dir, model.module, {**description, "step": step})
+            export_live(self.run_dir, model.module, self._describe_export(step, trainer.step))
         except RunFailure as error:
             tag = f" --tag {step_tag(step)}" if step != trainer.step else ""
             raise RunFailure(
@@ -321,7 +332,7 @@ class Job:
             ) from None
         return step
 
-    def _closing_table(self, history: History, step: int, steps_run: int) -> str:
+    def _closing_table(self, history: History, comparison: Comparison | None, step: int, steps_run: int) -> str:
         """Returns the table of the end. step: of the student."""
         first, last, peak = history.first, history.steps.get(step, history.last), history.peak_memory_gib
         why = self.held_out.describe_end(steps_run)
@@ -335,6 +346,8 @@ class Job:
             ("checkpoint", str(self.run_dir.checkpoints / step_tag(last["step"]))),
             ("tensorboard", f"tensorboard --logdir {self.run_dir.root}"),
         ]
+        if comparison is not None:
+            facts.insert(1, ("vs teacher", f"{comparison.summary} ({comparison.seq_len} tokens, {comparison.dtype})"))
         if history.held_out is not None and history.first_held_out is not None:
             at_end = history.held_out if self.held_out.best is None else asdict(self.held_out.best)
             first_loss, last_loss = (

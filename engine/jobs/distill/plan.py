@@ -15,7 +15,7 @@ from engine.data.manifest import Manifest, corpus_hash, load_manifest
 from engine.errors import UserError
 from engine.hub.files import allow_pickle, require_whole
 from engine.hub.tokenizer import load_tokenizer
-from engine.jobs.execution import attention_backend, compute_device, plan_execution
+from engine.jobs.execution import attention_backend, compute_device, hardware, plan_execution, versions
 from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses import own
 from engine.losses.base import NO_LOSSES, OwnLosses
@@ -30,7 +30,7 @@ from engine.models.initialise import resolve_init
 from engine.models.projections import PROJECTIONS_FILE
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config, pattern_layers, with_dropout
-from engine.train.portable import license_of, public_name, sentence_modules
+from engine.train.portable import base_model_of, licences_of, public_name, sentence_modules
 
 
 @dataclass(frozen=True)
@@ -296,13 +296,16 @@ def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[st
     """Returns what a checkpoint tells launch/export.py: the student's configuration, and the facts of its model
     card."""
     config, shape = plan.config, plan.student_shape
+    licences = licences_of(config.teacher.path)
     started_from = config.student.init or "random" if config.student.path is None else public_name(config.student.path)
     return {
         "student_config": student_config.to_dict(),
         "head": "mlm" if plan.mlm_head else "none",
+        "base_model": base_model_of(config.teacher.path),
+        "licences": licences,
         "card": {
             "teacher": public_name(config.teacher.path),
-            "licence of the teacher": license_of(config.teacher.path) or "not named in its card",
+            "licence of the teacher": ", ".join(licences) or "not named in its card",
             "student": f"{shape.layers} layers x {shape.width}, {shape.heads} heads",
             "initialised from": started_from,
             "hidden-state mapping": str(plan.hidden_map),
@@ -311,5 +314,7 @@ def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[st
             "data": f"{public_name(config.data.path)}, {plan.manifest.sequences:,} sequences of {plan.seq_len} tokens",
             "planned steps": f"{config.train.steps} x {config.train.global_batch} sequences",
             "seed": config.seed,
+            "hardware": hardware(plan.execution),
+            "libraries": versions(),
         },
     }

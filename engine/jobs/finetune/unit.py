@@ -11,6 +11,7 @@ from torch import nn
 
 from engine.config.identity import describe_changes
 from engine.errors import UserError
+from engine.jobs.execution import hardware, versions
 from engine.jobs.finetune.plan import FinetunePlan, Unit, unit_identity
 from engine.jobs.finetune.scores import UnitScore
 from engine.models.projections import Projections
@@ -29,7 +30,7 @@ from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.checkpoint_storage import SharedFolder
 from engine.train.export import export_checkpoint
 from engine.train.monitor import Monitor
-from engine.train.portable import public_name
+from engine.train.portable import base_model_of, licences_of, public_name
 from engine.train.trainer import Outcome
 
 
@@ -243,17 +244,28 @@ class UnitRun:
         unit, config = self.unit, self.plan.config
         spec, student = unit.task.data.spec, module.student
         teacher = unit.task.teacher
+        licences = licences_of(self.plan.model.path)
         card = {
             "task": spec.name,
             "fine-tuned from": public_name(config.model.path),
+            "its licence": ", ".join(licences) or "not named in its card",
             "training rows": f"{unit.task.train_rows:,}",
             "epochs, learning rate, batch": f"{unit.at.epochs:g}, {unit.at.lr:g}, {unit.at.batch}",
             "longest input": f"{unit.task.seq_len} tokens",
             "seed": unit.seed,
+            "hardware": hardware(self.execution),
+            "libraries": versions(),
         }
         if teacher is not None:
             card["teacher"] = public_name(teacher.saved.path)
-        return {"student_config": student.config.to_dict(), "head": head_of(spec), "card": card}
+        return {
+            "student_config": student.config.to_dict(),
+            "head": head_of(spec),
+            "pairs": spec.pair,
+            "base_model": base_model_of(config.model.path),
+            "licences": licences,
+            "card": card,
+        }
 
     def _finish(self, result: TaskResult, monitor: Monitor, identity: dict[str, Any], batch: int) -> dict[str, Any]:
         """Exports, writes the result, removes the checkpoints (rank 0)."""

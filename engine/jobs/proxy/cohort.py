@@ -25,6 +25,7 @@ from engine.models.capture import hidden_states
 from engine.models.compact_embedding import whole_vocabulary
 from engine.ranks.collectives import gathered
 from engine.ranks.runtime import Runtime
+from engine.records.history import History
 from engine.records.records import OnRecord
 from engine.records.run_dir import RunDir, as_yaml
 from engine.train.deepspeed_engine import DeepSpeedModel, full_state
@@ -81,7 +82,9 @@ class Member:
         """Writes the student as a Hugging Face folder, in fp32. Collective."""
         student = self.copy_student()
         if student is not None:
-            write_model(student, {**self._description, "step": self.steps}, {}, self.tokenizer, folder)
+            history = History() if self.trainee is None else self.trainee.monitor.history
+            description = {**self._description, "step": self.steps}
+            write_model(student, description, {}, self.tokenizer, folder, history=history)
         torch.distributed.barrier()
 
     @property

@@ -26,6 +26,7 @@ from engine.config.distill import RunConfig
 from engine.errors import RunFailure, UserError
 from engine.records.events import EventFile
 from engine.records.files import AppendFile
+from engine.records.history import History
 from engine.records.records import RecordWriter, final_result, parse_record, read_records
 from engine.records.run_dir import RunDir
 from engine.train import failures
@@ -186,7 +187,7 @@ def test_an_export_is_whole_or_not_there(small_disk: MakeDisk, tmp_path: Path) -
     (target / "config.json").write_text("{}")
     description = {"card": {}, "head": "none", "step": 1}
     with pytest.raises(RunFailure, match=r"student cannot be written: .*No space left on device"):
-        write_model(BertModel(config), description, {}, tmp_path / "none", target)
+        write_model(BertModel(config), description, {}, tmp_path / "none", target, history=History())
     assert [path.name for path in disk.folder.iterdir()] == ["student"]
     assert json.loads((target / "config.json").read_text()) == {}, "the export before it was touched"
 

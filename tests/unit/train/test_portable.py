@@ -16,8 +16,9 @@ from transformers import AutoModel, AutoTokenizer, BertModel
 
 from engine.errors import UserError
 from engine.hub.tokenizer import load_tokenizer
+from engine.records.history import History
 from engine.train.export import is_export, write_model
-from engine.train.portable import OF_THIS_MACHINE, copy_files, license_of, public_name, sentence_modules
+from engine.train.portable import OF_THIS_MACHINE, copy_files, licences_of, public_name, sentence_modules
 
 TEXTS = ["The small model learns.", "not much [MASK] today, " * 30, "unknown ☃ words"]
 POOLING = {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True}
@@ -50,11 +51,13 @@ def export(teacher: Path, target: Path, family: str = "bert") -> Path:
     run_dir = target.parent / "run"
     load_tokenizer(str(teacher), "teacher.path").save_pretrained(run_dir / "tokenizer")
     copy_files(sentence_modules(str(teacher), "teacher.path"), run_dir / "tokenizer")
-    card = {"teacher": public_name(str(teacher)), "licence of the teacher": license_of(str(teacher))}
+    licences = licences_of(str(teacher))
+    card = {"teacher": public_name(str(teacher)), "licence of the teacher": ", ".join(licences)}
     model = tiny_model(family)
     model.config._name_or_path = str(teacher)
     model.config.auto_map = {"AutoModel": "modeling_own.OwnModel"}
-    write_model(model, {"card": card, "head": "none", "step": 7}, {}, run_dir / "tokenizer", target)
+    description = {"card": card, "licences": licences, "base_model": "teacher", "head": "none", "step": 7}
+    write_model(model, description, {}, run_dir / "tokenizer", target, history=History())
     return target
 
 
@@ -142,16 +145,16 @@ def test_modules_that_are_not_whole_are_refused_at_the_start(name: str, teacher:
 @pytest.mark.parametrize(
     ("card", "found"),
     [
-        ("---\r\nlanguage: en\r\nlicense: mit\r\n---\r\n# A\n", "mit"),
-        ("---\nlicense:\n- mit\n- apache-2.0\n---\n", "mit, apache-2.0"),
-        ("---\nlanguage: en\n---\n# A\nlicense: of something else\n", None),
-        ("---\nlicense: [\n---\n", None),
-        ("# A model\n", None),
+        ("---\r\nlanguage: en\r\nlicense: mit\r\n---\r\n# A\n", ["mit"]),
+        ("---\nlicense:\n- mit\n- apache-2.0\n---\n", ["mit", "apache-2.0"]),
+        ("---\nlanguage: en\n---\n# A\nlicense: of something else\n", []),
+        ("---\nlicense: [\n---\n", []),
+        ("# A model\n", []),
     ],
 )
-def test_the_licence_is_that_of_the_cards_front_matter(card: str, found: str | None, tmp_path: Path) -> None:
+def test_the_licence_is_that_of_the_cards_front_matter(card: str, found: list[str], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card, newline="")
-    assert license_of(str(tmp_path)) == found
+    assert licences_of(str(tmp_path)) == found
 
 
 def test_a_clone_of_a_repository_with_an_export_is_not_replaced(tmp_path: Path, teacher: Path) -> None:
@@ -165,4 +168,4 @@ def test_hub_names_stay_and_folders_lose_their_place(tmp_path: Path) -> None:
     assert public_name("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
     assert public_name(str(tmp_path / "gone")) == "gone"
     assert public_name(str(tmp_path / "models--org--a-name" / "snapshots" / "0123abc")) == "org/a-name"
-    assert license_of(str(tmp_path)) is None
+    assert licences_of(str(tmp_path)) == []

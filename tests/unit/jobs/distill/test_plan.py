@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT
 from tiny_world import TinyWorld
 
@@ -105,8 +106,13 @@ def test_random_each_step_is_what_a_run_says_of_itself(plan_of) -> None:
     known = identity(plan)
     assert known["mapping.hidden"] == known["mapping.hidden_resolved"] == "random-each-step"
     assert known["mapping.attention_resolved"] == "random-each-step"
-    card = describe_for_export(plan, plan.student_config)["card"]
+    description = describe_for_export(plan, plan.student_config)
+    card = description["card"]
     assert card["hidden-state mapping"] == card["attention mapping"] == "random-each-step"
+    assert (description["base_model"], description["licences"]) == ("teacher", [])
+    assert card["licence of the teacher"] == "not named in its card"
+    assert card["hardware"].startswith("1 rank of 1 thread on ")
+    assert f"torch {torch.__version__}" in card["libraries"]
     assert plan.warnings == ()
     with pytest.raises(UserError, match="5 student layers, but the teacher has 4"):
         plan_of("--mapping.hidden", "random-each-step", "--student.layers", "5", "--student.init", "random")
