@@ -25,13 +25,12 @@ from ga.jobs.outcome import JobReport, Outcome, read_job
 from ga.optuna_private import id_of, note, report, resume_trial, set_trial_attr, trial_attrs, trial_now
 from ga.study import evaluations
 from ga.study.drivers import Drivers
-from ga.study.evaluations import Evaluation
+from ga.study.evaluations import OWNER, Evaluation
 from ga.study.sources import Proposal, Source
 from ga.study.storage import SearchStorage
 
-OWNER, LOSSES, FOLDER = "mapdistill:owner", "mapdistill:losses", "mapdistill:folder"
-"""System attributes of a trial: id of its driver (empty: open), how often it was lost and to what, folder of its
-job."""
+LOSSES, FOLDER = "mapdistill:losses", "mapdistill:folder"
+"""System attributes of a trial: how often it was lost and to what, folder of its job."""
 RETRIES = {"job": 1, "driver": 3}
 """Number of tries more after a trial's job died while its driver lived, and after its driver died."""
 ORPHANS_GRACE_S = 5.0

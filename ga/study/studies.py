@@ -18,12 +18,13 @@ from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.study.evaluations import Evaluation, rank_evaluations, read_history
-from ga.study.sources import SearchSource
+from ga.study.sources import SearchSource, confirmation_name
 from ga.study.storage import SearchStorage
+from ga.study.yardstick import yardstick_name
 
-SETTINGS, COMPARABLE, PARTS = "settings", "comparable with", "fingerprint parts"
-"""User attributes of a study: what must not change, what makes its fitness comparable with other studies', and what the
-proxy's fingerprint is made of."""
+SETTINGS, COMPARABLE, PARTS, BUDGET = "settings", "comparable with", "fingerprint parts", "budget"
+"""User attributes of a study: what must not change, what makes its fitness comparable with other studies', what the
+proxy's fingerprint is made of, and search.trials of the driver that was started last."""
 
 
 def search_space(config: SearchConfig, *, student_layers: int, teacher_layers: int) -> Space:
@@ -79,6 +80,7 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
             study.set_user_attr(PARTS, facts.fingerprint_parts)
             study.set_user_attr(COMPARABLE, comparable(config, facts))
             study.set_user_attr(SETTINGS, wanted)  # last: it says that the others are there
+        study.set_user_attr(BUDGET, config.search.trials)
     return source
 
 
@@ -97,10 +99,26 @@ def open_list(storage: SearchStorage, name: str) -> Study:
 def load_search(storage: SearchStorage, config: SearchConfig) -> Study:
     """Opens the study of a search that was begun. Raises UserError."""
     try:
-        return optuna.load_study(storage=storage.optuna, study_name=config.study)
+        study = optuna.load_study(storage=storage.optuna, study_name=config.study)
     except KeyError:
         there = ", ".join(sorted(optuna.get_all_study_names(storage.optuna))) or "none"
         raise UserError(f"search.study={config.study!r} is not in {storage.shown_url}; there: {there}") from None
+    if SETTINGS not in study.user_attrs:
+        raise UserError(f"search.study={config.study!r} in {storage.shown_url} was not begun by a search")
+    return study
+
+
+def begun_lists(storage: SearchStorage, study: Study) -> dict[str, Study]:
+    """Returns the studies of a search's yardstick and of its confirmation by what they are, as far as they were
+    begun."""
+    fingerprint, seed = study.user_attrs[COMPARABLE][:2]
+    names = {
+        "yardstick": yardstick_name(fingerprint, seed),
+        "confirmation": confirmation_name(study.study_name, fingerprint),
+    }
+    there = optuna.get_all_study_names(storage.optuna)
+    begun = {what: name for what, name in names.items() if name in there}
+    return {what: optuna.load_study(storage=storage.optuna, study_name=name) for what, name in begun.items()}
 
 
 def comparable_searches(storage: SearchStorage, study: Study) -> dict[str, list[Evaluation]]:

@@ -278,7 +278,7 @@ def test_a_search_measures_its_yardstick_first_and_once(make_stand_in_search: Ma
     }
     search = make_stand_in_search("first", trials=8, confirm_top=1, confirm_seeds=2, **settings)
     output = search.finish_here()
-    assert "measuring the yardstick: 2-4 3-4 1-2 4-4 0-0 with seeds 0, 1" in output
+    assert "yardstick: 2-4 3-4 1-2 4-4 0-0 with seeds 0, 1" in output
     assert "confirmation: " in output
     assert " with seeds 2, 3" in output, "seeds that neither search nor yardstick has seen"
     yardstick = sorted((search.output_dir / "yardstick").iterdir())

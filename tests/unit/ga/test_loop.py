@@ -157,7 +157,7 @@ def test_a_search_that_gave_up_may_try_again(tmp_path: Path) -> None:
 
     for _ in range(2):  # the second driver does not look at the first one's failures
         began = datetime.datetime.now()
-        with LiveView(config, space, study, tasks=["SST-2"]) as view:
+        with LiveView(config, space, study, tasks=["SST-2"]) as view, view.search_stage():
 
             def look(view: LiveView = view, began: datetime.datetime = began) -> None:
                 give_up_after_failures(view.update(), since=began, most=config.search.max_failures)
