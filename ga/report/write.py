@@ -22,7 +22,7 @@ from ga.config import SearchConfig
 from ga.evolution.genome import Space
 from ga.jobs.proxy_facts import ProxyFacts
 from ga.report.confirmation import Confirmed, winner
-from ga.report.effects import fitted_models, gene_labels
+from ga.report.effects import fitted_models
 from ga.report.facts import Facts, report_facts
 from ga.report.layers import KnownLayers, known_layers
 from ga.report.plots import draw_all
@@ -57,16 +57,7 @@ def write_report(
     confirmed = {genome: by_seed for genome, by_seed in confirmed.items() if by_seed}
     effects = fitted_models(facts, evaluations)
     with replaced(folder) as draft:
-        plots = draw_all(
-            draft,
-            evaluations,
-            others,
-            confirmed,
-            heuristics=facts.heuristics,
-            population=facts.population,
-            effects=effects,
-            labels=gene_labels(facts.space),
-        )
+        plots = draw_all(draft, facts, evaluations, others, confirmed, effects)
         write_leaderboard(draft / LEADERBOARD, facts, evaluations)
         text = report_text(
             facts,

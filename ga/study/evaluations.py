@@ -61,6 +61,7 @@ class Evaluation:
     """Id of the driver that has claimed it, while it runs; empty: it is open."""
     message: str = ""
     """Reason why there is no fitness."""
+    began: datetime.datetime | None = None
     finished: datetime.datetime | None = None
 
     @property
@@ -89,6 +90,7 @@ def read_evaluation(trial: FrozenTrial) -> Evaluation:
         job=str(attrs.get(JOB, "")),
         owner="" if finished else str(trial_attrs(trial).get(OWNER, "")),
         message=str(attrs.get(MESSAGE, "")),
+        began=trial.datetime_start,
         finished=trial.datetime_complete,
     )
 
