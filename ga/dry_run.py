@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from engine.jobs.proxy.facts import ProxyFacts
 from engine.records.columns import counted, duration_text, labelled_lines
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
-from ga.jobs.proxy_facts import ProxyFacts
 from ga.jobs.slots import Placement
 from ga.study.evaluations import Evaluation, read_history, spent_evaluations
 from ga.study.sources import SearchSource
@@ -40,7 +40,6 @@ def describe_search(
             f"weights {'given' if proxy.yardstick else 'measured first'}; {counted(proxy.repeats, 'seed')} from "
             f"{config.seed}",
         ),
-        ("fingerprint", facts.fingerprint),
         ("slots", [f"{one}, up to {s.cohort} genomes a job" for one in placements]),
         ("output", config.output_dir),
     ]

@@ -15,6 +15,7 @@ from optuna import Study
 
 from engine.config.proxy import ProxyConfig
 from engine.errors import Preempted, UserError
+from engine.jobs.proxy.facts import ProxyFacts, read_facts
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick, describe_yardstick
 from ga.config import STUDY_FILE, SearchConfig
@@ -22,12 +23,12 @@ from ga.dry_run import describe_search, estimate
 from ga.evolution.genome import Space
 from ga.jobs.launcher import LOG
 from ga.jobs.pool import JobPool, find_placements
-from ga.jobs.proxy_facts import ProxyFacts, ask_proxy
 from ga.loop import GivenUp, Interrupted, Loop, StopSignals, give_up_after_failures
 from ga.report.write import publish
 from ga.study.drivers import Driver, Drivers
 from ga.study.evaluations import Evaluation, rank_evaluations, read_history
 from ga.study.ledger import Ledger
+from ga.study.proxy_identity import adopt_proxy
 from ga.study.sources import ListSource, SearchSource, confirmation_name
 from ga.study.storage import SearchStorage, explain_errors, open_storage
 from ga.study.studies import (
@@ -85,11 +86,8 @@ def _search(config: SearchConfig) -> None:
         hostfile=None if config.hostfile is None else Path(config.hostfile),
         limit_s=60 * config.search.job_minutes,
     )
-    print(f"asking a proxy job on {pool.placements[0]} what it would do ...", flush=True)
     with StopSignals(pool) as stop:
-        facts = ask_proxy(pool, config, stop=lambda: stop.requested)
-        if facts is None:
-            raise _preempted(config)
+        facts = read_facts(config.job(output_dir=str(config.root), genomes=["none"]))
         space = search_space(config, student_layers=facts.student_layers, teacher_layers=facts.teacher_layers)
         check_budget(config, space)
         storage = open_storage(config.storage)
@@ -219,6 +217,7 @@ class Search:
                 raise GivenUp(
                     f"none of {', '.join(yardstick_genomes(self.space))} got a score: see {YARDSTICK}/*/output.log"
                 )
+            adopt_proxy(source.study, study)
             if kept is None:
                 source.study.set_user_attr(KEPT, found.kept())
                 view.say(f"fitness: {describe_yardstick(found.scales)}")
@@ -273,8 +272,11 @@ class Search:
         if not best:
             return
         first = yardstick_seeds(self.config).stop
+        study = open_list(self.storage, confirmation_name(self.config.study, self.facts.fingerprint))
+        with self.storage.lock():
+            adopt_proxy(study, source.study)
         self._run_list(
-            open_list(self.storage, confirmation_name(self.config.study, self.facts.fingerprint)),
+            study,
             drivers,
             self.space,
             dict.fromkeys([*best, reference], range(first, first + s.confirm_seeds)),

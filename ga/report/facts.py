@@ -7,11 +7,12 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from engine.jobs.proxy.facts import ProxyFacts
 from engine.records.yardstick import counting_tasks, fitness_of
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
-from ga.jobs.proxy_facts import ProxyFacts
 from ga.study.storage import hide_password
 from ga.study.yardstick import Measured
 
@@ -78,7 +79,11 @@ class Facts:
         return self.heuristics["uniform"]
 
 
-def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts, yardstick: Measured) -> Facts:
+def report_facts(
+    config: SearchConfig, space: Space, facts: ProxyFacts, yardstick: Measured, proxy_found: Mapping[str, Any] | None
+) -> Facts:
+    """Returns what a report says of a search. proxy_found: fingerprint and parts of its jobs; None: none has
+    started."""
     s, proxy = config.search, config.proxy
     init = "as the genome says" if s.space != "mapping" else config.student.init or "random"
     student = f"{config.student.path or 'a student'} of {space.student_layers} layers"
@@ -91,7 +96,7 @@ def report_facts(config: SearchConfig, space: Space, facts: ProxyFacts, yardstic
         trials=s.trials,
         population=s.operators.population,
         cohort=s.cohort,
-        fingerprint=facts.fingerprint,
+        fingerprint="of no job" if proxy_found is None else proxy_found["fingerprint"],
         teacher=f"{config.teacher.path} ({space.teacher_layers} layers)",
         student=student,
         tasks=facts.tasks,

@@ -10,12 +10,12 @@ import pytest
 from engine.config.distill import RunConfig
 from engine.config.reading import parse_config
 from engine.errors import UserError
+from engine.jobs.proxy.facts import ProxyFacts
 from ga.cli import search_main
 from ga.config import SearchConfig
 from ga.dry_run import notes
 from ga.evolution.operators import PRESETS, Settings
 from ga.jobs.pool import find_placements, visible_gpus
-from ga.jobs.proxy_facts import ProxyFacts
 from ga.report.write import as_commented_yaml, best_config
 from ga.search import check_budget, search
 from ga.study.storage import open_storage
