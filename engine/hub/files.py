@@ -17,8 +17,6 @@ from urllib.request import getproxies
 
 from huggingface_hub.constants import ENDPOINT
 from safetensors import safe_open
-from transformers.utils import logging as hf_logging
-from transformers.utils.hub import cached_file
 
 from engine.errors import UserError, first_line
 
@@ -74,6 +72,8 @@ def safety() -> dict[str, Any]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences progress bars and the table of unexpected keys; what matters of it is checked and raised here."""
+    from transformers.utils import logging as hf_logging
+
     verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -178,8 +178,13 @@ def _likely_weights(folder: Path) -> str:
 def find_file(path: str, file_name: str, key: str, *, what: str = "weights") -> Path | None:
     """Returns a file of a folder or hub model; None where the model has none of that name. what: what it holds, for
     errors. Raises UserError."""
-    if (Path(path) / file_name).is_symlink():
-        require_whole(Path(path) / file_name, key)
+    inside = Path(path) / file_name
+    if inside.is_symlink():
+        require_whole(inside, key)
+    if Path(path).is_dir():
+        return inside if inside.is_file() else None
+    from transformers.utils.hub import cached_file
+
     try:
         found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **lookup(path))
     except Exception as error:

@@ -242,7 +242,10 @@ def test_a_job_that_refuses_its_configuration_stops_the_search(make_stand_in_sea
     assert len(errors) == 1
     assert "NoSuchTask" in errors[0]
     assert "Traceback" not in output
-    assert not (search.output_dir / "study.db").exists()
+    search.told = {}
+    search.argv += ["--proxy.steps", "5", "--search.trials", "2", "--search.confirm_top", "0"]
+    search.finish_here()
+    assert len(search.evaluations()) == 2, "what a job refuses can be corrected"
 
     blocked = make_stand_in_search("blocked", trials=4)
     (blocked.output_dir / "leader.lock").mkdir(parents=True)
