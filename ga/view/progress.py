@@ -143,15 +143,14 @@ def status_text(study: Study, lists: Mapping[str, Study], storage: str, *, trial
         drivers |= present_drivers(listed)
     rows.append(("drivers", _drivers_text(drivers) or "none: the same command without --status continues"))
     by_job: dict[str, list[str]] = {}
+    at_work = {id for id, driver in drivers.items() if not driver.is_silent}
     for one in unfinished:
-        if one.owner in drivers and not drivers[one.owner].is_silent:
+        if one.owner in at_work:
             by_job.setdefault(one.job or "starting", []).append(one.genome)
     rows.append(("running", [f"{job}: {' '.join(names)}" for job, names in by_job.items()] or "nothing"))
-    begun = len(unfinished) - sum(map(len, by_job.values()))
-    if begun:
-        rows.append(
-            ("open", f"{counted(begun, 'genome')} begun by drivers that have ended; the same command continues")
-        )
+    if unfinished and not at_work:
+        begun = counted(len(unfinished), "genome")
+        rows.append(("open", f"{begun} begun by drivers that have ended; the same command continues"))
     return labelled_lines(rows) + "\n\n" + best_table(evaluations, SHOWN)
 
 

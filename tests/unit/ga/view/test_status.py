@@ -47,6 +47,7 @@ def rows(study: optuna.Study, **lists: optuna.Study) -> dict[str, str]:
 @pytest.mark.parametrize("driver", [ME, FAR], ids=["here", "elsewhere"])
 def test_jobs_of_a_driver_at_work_are_running(storage: SearchStorage, driver: Driver) -> None:
     study = begin(storage, "search", driver.id)
+    study.ask()  # of another seed than its job, so that it waits
     Drivers(study, driver, placements=1)
     found = rows(study)
     assert found["evaluations"] == "0 of 12 done"
