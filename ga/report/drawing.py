@@ -63,11 +63,11 @@ def whole_numbers(axes: Axes) -> None:
 
 def limits(values: npt.NDArray[np.float64], levels: Iterable[float] = ()) -> tuple[float, float]:
     """Returns the ends of an axis: a few very bad genomes (`none` is one) must not flatten the rest. levels: to be
-    within as well where the axis grows by no more than half to that side."""
+    within as well where the axis grows by no more than its length to that side."""
     low, quarter, three_quarters, high = np.nanquantile(values, [0, 0.25, 0.75, 1])
     floor = max(low, quarter - 2 * (three_quarters - quarter)) if three_quarters > quarter else low
     span = high - floor
-    near = [level for level in levels if floor - span / 2 <= level <= high + span / 2]
+    near = [level for level in levels if floor - span <= level <= high + span]
     floor, high = min([floor, *near]), max([high, *near])
     margin = 0.05 * (high - floor) or 0.01 * max(abs(high), 1.0)
     return float(floor - margin), float(high + margin)

@@ -49,7 +49,7 @@ def draw_effects(path: Path, facts: Facts, models: Models) -> bool:
         for gene, by_value in enumerate(effects):
             for value, one in by_value.items():
                 _mark_cell(axes, gene, rows.index(value), one, most=most, labelled=cells.size <= MOST_LABELLED_CELLS)
-        axes.set_xticks(range(len(labels)), [label.replace(" (", "\n(") for label in labels])
+        axes.set_xticks(range(len(labels)), labels, rotation=90 if any(" (" in label for label in labels) else 0)
         axes.set_yticks(range(len(rows)), [value_label(value) for value in rows])
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("student layer")
