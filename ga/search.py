@@ -18,7 +18,7 @@ from engine.errors import Preempted, UserError
 from engine.jobs.proxy.facts import ProxyFacts, read_facts
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick, describe_yardstick
-from ga.config import STUDY_FILE, SearchConfig
+from ga.config import SearchConfig
 from ga.dry_run import describe_search, estimate
 from ga.evolution.genome import Space
 from ga.jobs.launcher import LOG
@@ -32,10 +32,7 @@ from ga.study.proxy_identity import adopt_proxy
 from ga.study.sources import ListSource, SearchSource, confirmation_name
 from ga.study.storage import SearchStorage, explain_errors, open_storage
 from ga.study.studies import (
-    BUDGET,
-    begun_lists,
     known_evaluations,
-    load_search,
     open_list,
     open_search,
     search_space,
@@ -52,7 +49,7 @@ from ga.study.yardstick import (
     yardstick_space,
 )
 from ga.view.live import LiveView
-from ga.view.progress import status_text
+from ga.view.status import print_status
 
 YARDSTICK, TRIALS, CONFIRMATIONS = "yardstick", "trials", "confirmations"
 """Folders of job folders."""
@@ -109,19 +106,6 @@ def check_budget(config: SearchConfig, space: Space) -> None:
             f"search.trials={config.search.trials}: the space has {space.size():,} genomes; write search.trials="
             f"{space.size()}, narrow it with search.constraint, or take another search.sampler"
         )
-
-
-def print_status(config: SearchConfig) -> None:
-    """Prints a table of the search. Raises UserError where none was begun."""
-    if config.search.storage is None and not (config.root / STUDY_FILE).is_file():
-        raise UserError(f"output_dir={config.output_dir!r}: no search was begun there ({STUDY_FILE} is missing)")
-    storage = open_storage(config.storage, existing=True)
-    try:
-        study = load_search(storage, config)
-        budget = study.user_attrs.get(BUDGET, config.search.trials)
-        print(status_text(study, begun_lists(storage, study), storage.shown_url, trials=budget))
-    finally:
-        storage.close()
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pytest
 
 from ga.evolution.genome import Space
 from ga.study.evaluations import REPEATED, RUNNING, Evaluation
-from ga.view.progress import Pace, Progress, best_table, blocks
+from ga.view.progress import Pace, Progress, blocks
 
 SPACE = Space(student_layers=2, teacher_layers=4)
 
@@ -81,10 +81,3 @@ def test_samplers_without_generations_get_lines_of_the_same_length() -> None:
         ("no. 3 to 4", 2),
         ("no. 5 to 6", 1),
     ]
-
-
-def test_the_best_table_has_each_genome_once_best_first() -> None:
-    spent = [*generation(0, 0.25, 0.75), Evaluation(7, "1-0", REPEATED, fitness=0.75)]
-    rows = best_table(spent, 5).splitlines()
-    assert [row.split()[:3] for row in rows[1:]] == [["1", "1-0", "0.7500"], ["2", "0-0", "0.2500"]]
-    assert best_table([], 5) == "no genome has a fitness yet"

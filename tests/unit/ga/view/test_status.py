@@ -13,9 +13,9 @@ import pytest
 from ga.optuna_private import id_of, set_trial_attr
 from ga.study import drivers
 from ga.study.drivers import Driver, Drivers
-from ga.study.evaluations import GENOME, JOB, OWNER
+from ga.study.evaluations import GENOME, JOB, OWNER, REPEATED, Evaluation
 from ga.study.storage import SearchStorage, open_storage
-from ga.view.progress import status_text
+from ga.view.status import best_table, status_text
 
 ME = Driver.this_process()
 KILLED = dataclasses.replace(ME, started=ME.started - 1)
@@ -87,3 +87,14 @@ def test_yardstick_and_confirmation_are_told_too(storage: SearchStorage) -> None
     assert found["confirmation"] == "0 of 2 done"
     assert found["drivers"] == f"process {ME.pid} on {ME.host}"
     assert found["running"] == "here:trials/00000: 1-4"
+
+
+def test_the_best_table_has_each_genome_once_best_first() -> None:
+    spent = [
+        Evaluation(0, "0-0", "ok", fitness=0.25),
+        Evaluation(1, "1-0", "ok", fitness=0.75),
+        Evaluation(7, "1-0", REPEATED, fitness=0.75),
+    ]
+    rows = best_table(spent, 5).splitlines()
+    assert [row.split()[:3] for row in rows[1:]] == [["1", "1-0", "0.7500"], ["2", "0-0", "0.2500"]]
+    assert best_table([], 5) == "no genome has a fitness yet"
