@@ -144,6 +144,6 @@ def present_drivers(study: Study) -> dict[str, PresentDriver]:
         is_local = (lease["boot"], lease["namespace"]) == here
         if lease["left"] or (is_local and start_ticks(lease["pid"]) != lease["started"]):
             continue
-        is_silent = not is_local and time.time() - lease["at"] > LEASE_S
+        is_silent = not is_local and time.time() - lease.get("at", 0.0) > LEASE_S
         shown[id] = PresentDriver(f"process {lease['pid']} on {lease['host']}", is_silent)
     return shown
