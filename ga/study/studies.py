@@ -129,7 +129,7 @@ def begun_lists(storage: SearchStorage, study: Study) -> dict[str, Study]:
     fingerprint, seed = study.user_attrs[COMPARABLE][:2]
     names = {
         "yardstick": yardstick_name(fingerprint, seed),
-        "confirmation": confirmation_name(study.study_name, fingerprint),
+        "confirmed": confirmation_name(study.study_name, fingerprint),
     }
     there = optuna.get_all_study_names(storage.optuna)
     begun = {what: name for what, name in names.items() if name in there}

@@ -83,8 +83,8 @@ def test_yardstick_and_confirmation_are_told_too(storage: SearchStorage) -> None
     confirmation.enqueue_trial({})
     Drivers(study, ME, placements=1)
     Drivers(confirmation, ME, placements=1)
-    found = rows(study, confirmation=confirmation)
-    assert found["confirmation"] == "0 of 2 done"
+    found = rows(study, confirmed=confirmation)
+    assert found["confirmed"] == "0 of 2 done"
     assert found["drivers"] == f"process {ME.pid} on {ME.host}"
     assert found["running"] == "here:trials/00000: 1-4"
 
