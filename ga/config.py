@@ -90,7 +90,7 @@ class SearchSection(Settings):
     scored at that step go on; the others count as trials without fitness. Unset: every student runs to the end."""
 
     confirm_top: int = how(3)
-    """Best genomes that are run again with new seeds at the end, beside uniform; 0: none."""
+    """Best genomes beside uniform that are run again with it and new seeds at the end; 0: none."""
 
     confirm_seeds: int = how(4)
     """New seeds of each of them."""

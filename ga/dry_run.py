@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from engine.jobs.proxy.facts import ProxyFacts
 from engine.records.columns import counted, duration_text, labelled_lines
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
-from ga.jobs.proxy_facts import ProxyFacts
 from ga.jobs.slots import Placement
-from ga.study.evaluations import RUNNING, Evaluation, read_history
+from ga.study.evaluations import Evaluation, read_history, spent_evaluations
 from ga.study.sources import SearchSource
 
 
@@ -24,7 +24,7 @@ def describe_search(
 ) -> str:
     """Returns the banner."""
     s, proxy = config.search, config.proxy
-    done = count_finished(evaluations)
+    done = len(spent_evaluations(evaluations))
     rows: list[tuple[str, str | list[str]]] = [
         ("search", f"{config.study}: {s.sampler}, seed {s.seed}"),
         ("space", space.describe()),
@@ -40,7 +40,6 @@ def describe_search(
             f"weights {'given' if proxy.yardstick else 'measured first'}; {counted(proxy.repeats, 'seed')} from "
             f"{config.seed}",
         ),
-        ("fingerprint", facts.fingerprint),
         ("slots", [f"{one}, up to {s.cohort} genomes a job" for one in placements]),
         ("output", config.output_dir),
     ]
@@ -50,11 +49,6 @@ def describe_search(
             operators += f", the best of {s.operators.prerank} times as many offspring by the effects model"
         rows.insert(3, ("generations", f"of {s.operators.population}: {operators}"))
     return labelled_lines(rows + [("note", text) for text in notes(config, space, placements)]) + "\n"
-
-
-def count_finished(evaluations: Sequence[Evaluation]) -> int:
-    """Returns how much of the budget is spent."""
-    return sum(one.counts and one.outcome != RUNNING for one in evaluations)
 
 
 def notes(config: SearchConfig, space: Space, placements: Sequence[Placement]) -> list[str]:
@@ -89,7 +83,7 @@ def estimate(
     s, slots = config.search, len(placements)
     first = [one for one in paid if one.job == paid[0].job]
     each = fmean(one.seconds or 0.0 for one in paid)
-    left = s.trials - count_finished(read_history(source.study))
+    left = s.trials - len(spent_evaluations(read_history(source.study)))
     batch = max(1, source.batch(source.study.get_trials(deepcopy=False)))
     size = min(s.cohort, math.ceil(batch / slots))
     rounds = math.ceil(math.ceil(batch / size) / slots)  # of a generation; the other samplers have one

@@ -33,6 +33,8 @@ from ga.study.storage import transient
 POLL_S = 0.2
 ASK_AGAIN_S = 3.0
 """Seconds between questions for work while other drivers have what there is."""
+MOST_LOST_AT_START = 2
+"""Number of jobs, from the first of a study on, after which a driver gives up when they are lost before they begin."""
 OUTAGE_S = 600.0
 """Seconds that the storage may not answer before the driver gives up."""
 
@@ -83,6 +85,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.cohort = self.config.search.cohort
         self._has_settled = False
+        self._lost_at_start = 0
         self._claims: dict[Path, list[Claim]] = {}
         self._ask_at = 0.0
 
@@ -167,13 +170,21 @@ class Loop:
             any_ended = True
             self.ask_patiently(self.drivers.beat)
             claims = self._claims.pop(running.folder)
-            if Outcome.BAD_CONFIGURATION in report.outcomes.values():
+            if Outcome.BAD_CONFIGURATION in report.outcomes.values() or self._cannot_start(report):
                 self._give_back(running, claims, report)
                 raise UserError(f"{report.message} (a job said so: {running.folder / LOG})")
             again = self._too_many_for_memory(claims, report)
             self.ask_patiently(functools.partial(self.ledger.release, again))
             self._settle(running, [claim for claim in claims if claim not in again], report)
         return any_ended
+
+    def _cannot_start(self, report: JobReport) -> bool:
+        """Tells whether jobs are lost before they begin, and none of the study has ever begun: the launcher, the hosts
+        or the installation is at fault, and no genome."""
+        if report.fingerprint is not None or self.ledger.has_begun or Outcome.LOST not in report.outcomes.values():
+            return False
+        self._lost_at_start += 1
+        return self._lost_at_start == MOST_LOST_AT_START
 
     def _settle(self, running: Running, claims: Sequence[Claim], report: JobReport) -> None:
         self._has_settled = self._has_settled or bool(claims)

@@ -15,22 +15,28 @@ from optuna import Study
 
 from engine.config.proxy import ProxyConfig
 from engine.errors import Preempted, UserError
+from engine.jobs.proxy.facts import ProxyFacts, read_facts
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick, describe_yardstick
-from ga.config import STUDY_FILE, SearchConfig
+from ga.config import SearchConfig
 from ga.dry_run import describe_search, estimate
 from ga.evolution.genome import Space
 from ga.jobs.launcher import LOG
 from ga.jobs.pool import JobPool, find_placements
-from ga.jobs.proxy_facts import ProxyFacts, ask_proxy
 from ga.loop import GivenUp, Interrupted, Loop, StopSignals, give_up_after_failures
 from ga.report.write import publish
 from ga.study.drivers import Driver, Drivers
 from ga.study.evaluations import Evaluation, rank_evaluations, read_history
 from ga.study.ledger import Ledger
+from ga.study.proxy_identity import adopt_proxy
 from ga.study.sources import ListSource, SearchSource, confirmation_name
 from ga.study.storage import SearchStorage, explain_errors, open_storage
-from ga.study.studies import known_evaluations, load_search, open_list, open_search, search_space
+from ga.study.studies import (
+    known_evaluations,
+    open_list,
+    open_search,
+    search_space,
+)
 from ga.study.yardstick import (
     KEPT,
     Measured,
@@ -43,7 +49,7 @@ from ga.study.yardstick import (
     yardstick_space,
 )
 from ga.view.live import LiveView
-from ga.view.progress import status_text
+from ga.view.status import print_status
 
 YARDSTICK, TRIALS, CONFIRMATIONS = "yardstick", "trials", "confirmations"
 """Folders of job folders."""
@@ -77,11 +83,8 @@ def _search(config: SearchConfig) -> None:
         hostfile=None if config.hostfile is None else Path(config.hostfile),
         limit_s=60 * config.search.job_minutes,
     )
-    print(f"asking a proxy job on {pool.placements[0]} what it would do ...", flush=True)
     with StopSignals(pool) as stop:
-        facts = ask_proxy(pool, config, stop=lambda: stop.requested)
-        if facts is None:
-            raise _preempted(config)
+        facts = read_facts(config.job(output_dir=str(config.root), genomes=["none"]))
         space = search_space(config, student_layers=facts.student_layers, teacher_layers=facts.teacher_layers)
         check_budget(config, space)
         storage = open_storage(config.storage)
@@ -103,18 +106,6 @@ def check_budget(config: SearchConfig, space: Space) -> None:
             f"search.trials={config.search.trials}: the space has {space.size():,} genomes; write search.trials="
             f"{space.size()}, narrow it with search.constraint, or take another search.sampler"
         )
-
-
-def print_status(config: SearchConfig) -> None:
-    """Prints a table of the search. Raises UserError where none was begun."""
-    if config.search.storage is None and not (config.root / STUDY_FILE).is_file():
-        raise UserError(f"output_dir={config.output_dir!r}: no search was begun there ({STUDY_FILE} is missing)")
-    storage = open_storage(config.storage, existing=True)
-    try:
-        study = load_search(storage, config)
-        print(status_text(study, storage.shown_url, trials=config.search.trials))
-    finally:
-        storage.close()
 
 
 @dataclass
@@ -149,10 +140,11 @@ class Search:
     def _search(self, source: SearchSource, drivers: Drivers, view: LiveView) -> None:
         shown = replace(self.config.search, storage=self.storage.shown_url)
         RunDir(self.config.root).write_settings(replace(self.config, search=shown))
-        yardstick, known = self._yardstick(source, view)
-        self._evaluate(source, drivers, view, yardstick, known)
-        self._look(view, over=True)
-        self._confirm(source, view, yardstick)
+        yardstick, known = self._yardstick(source, drivers, view)
+        with view.search_stage():
+            self._evaluate(source, drivers, view, yardstick, known)
+            self._look(view, over=True)
+        self._confirm(source, drivers, view, yardstick)
         with self.storage.lock():  # of drivers that end together one writes after the other
             publish(self.config, self.storage, source.study, self.space, self.facts, yardstick, say=view.say)
         if not rank_evaluations(read_history(source.study)):
@@ -165,7 +157,7 @@ class Search:
         if not rank_evaluations(read_history(study)):
             view.say("running the first job to measure its cost ...")
             if own is None:
-                self._measure(study, view)
+                self._measure(study, drivers, view)
             else:
                 self._evaluate(source, drivers, view, own, {})
         scored = [one for one in read_history(study) if one.fitness is not None]
@@ -179,26 +171,29 @@ class Search:
     def _yardstick_study(self) -> Study:
         return open_list(self.storage, yardstick_name(self.facts.fingerprint, self.config.seed))
 
-    def _measure(self, study: Study, view: LiveView) -> None:
+    def _measure(self, study: Study, drivers: Drivers, view: LiveView) -> None:
         """Evaluates the genomes of the yardstick."""
         self._run_list(
             study,
+            drivers,
             yardstick_space(self.space),
             {genome: yardstick_seeds(self.config) for genome in yardstick_genomes(self.space)},
             view,
             folders=self.config.root / YARDSTICK,
             proxy=replace(self.config.proxy, repeats=1, report_at=[], other_tasks=[]),
             yardstick={},
-            say="measuring the yardstick",
+            name="yardstick",
         )
 
-    def _yardstick(self, source: SearchSource, view: LiveView) -> tuple[Measured, dict[str, Evaluation]]:
+    def _yardstick(
+        self, source: SearchSource, drivers: Drivers, view: LiveView
+    ) -> tuple[Measured, dict[str, Evaluation]]:
         """Returns what fitness is measured by, kept in the study, and the evaluations that measuring it has brought.
         Raises GivenUp when there is nothing to measure it by."""
         if (own := given_yardstick(self.config)) is not None:
             return own, {}
         study = self._yardstick_study()
-        self._measure(study, view)
+        self._measure(study, drivers, view)
         with self.storage.lock():
             kept = source.study.user_attrs.get(KEPT)
             found = measure_yardstick(study, yardstick_seeds(self.config)) if kept is None else Measured.of(kept)
@@ -206,6 +201,7 @@ class Search:
                 raise GivenUp(
                     f"none of {', '.join(yardstick_genomes(self.space))} got a score: see {YARDSTICK}/*/output.log"
                 )
+            adopt_proxy(source.study, study)
             if kept is None:
                 source.study.set_user_attr(KEPT, found.kept())
                 view.say(f"fitness: {describe_yardstick(found.scales)}")
@@ -225,8 +221,14 @@ class Search:
     ) -> None:
         known = {**known, **known_evaluations(self.storage, source.study)}
         ledger = Ledger(self.storage, source, drivers, yardstick=yardstick.scales, known=known)
-        folders = self.config.root / TRIALS
-        self._loop(ledger, drivers, view, folders=folders, proxy=lambda: self._proxy(source, yardstick)).run()
+        self._loop(
+            ledger,
+            drivers,
+            view,
+            folders=self.config.root / TRIALS,
+            proxy=lambda: self._proxy(source, yardstick),
+            changed=lambda: self._look(view),
+        ).run()
 
     def _look(self, view: LiveView, *, over: bool = False) -> None:
         """Raises GivenUp when too many genomes in a row got no fitness."""
@@ -245,16 +247,21 @@ class Search:
                 thresholds[step] = scores[-int(len(scores) / rate)]
         return replace(proxy, stop_below=thresholds)
 
-    def _confirm(self, source: SearchSource, view: LiveView, yardstick: Measured) -> None:
-        """Runs the best genomes and uniform again with seeds that the search has not seen."""
+    def _confirm(self, source: SearchSource, drivers: Drivers, view: LiveView, yardstick: Measured) -> None:
+        """Runs the best genomes beside uniform, and uniform, again with seeds that the search has not seen."""
         s = self.config.search
-        best = [one.genome for one in rank_evaluations(read_history(source.study))[: s.confirm_top]]
+        reference = self.space.text(self.space.heuristics()["uniform"])
+        best = [one.genome for one in rank_evaluations(read_history(source.study)) if one.genome != reference]
+        best = best[: s.confirm_top]
         if not best:
             return
-        reference = self.space.text(self.space.heuristics()["uniform"])
         first = yardstick_seeds(self.config).stop
+        study = open_list(self.storage, confirmation_name(self.config.study, self.facts.fingerprint))
+        with self.storage.lock():
+            adopt_proxy(study, source.study)
         self._run_list(
-            open_list(self.storage, confirmation_name(self.config.study, self.facts.fingerprint)),
+            study,
+            drivers,
             self.space,
             dict.fromkeys([*best, reference], range(first, first + s.confirm_seeds)),
             view,
@@ -263,12 +270,13 @@ class Search:
                 self.config.proxy, repeats=1, report_at=[], layer_table=True, yardstick=dict(yardstick.scales)
             ),
             yardstick=yardstick.scales,
-            say="confirmation",
+            name="confirmation",
         )
 
     def _run_list(
         self,
         study: Study,
+        searching: Drivers,
         space: Space,
         wanted: Mapping[str, range],
         view: LiveView,
@@ -276,25 +284,40 @@ class Search:
         folders: Path,
         proxy: ProxyConfig,
         yardstick: Yardstick,
-        say: str,
+        name: str,
     ) -> None:
-        """Evaluates each of these genomes with each of its seeds, as trials of `study`."""
+        """Evaluates each of these genomes with each of its seeds, as trials of `study`. searching: the drivers of the
+        search itself, whose study this one still drives."""
         source = ListSource(study, space)
         with self.storage.lock():
             for seed, genome in sorted((seed, place) for place, seeds in enumerate(wanted.values()) for seed in seeds):
                 source.add(list(wanted)[genome], seed)
+        if all(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
+            return
         drivers = Drivers(study, Driver.this_process(), placements=len(self.pool.placements))
+
+        def changed() -> None:
+            searching.beat()
+            view.count()
+
         try:
-            if any(not trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
+            with view.list_stage(study, name=name):
                 seeds = sorted({seed for seeds in wanted.values() for seed in seeds})
-                view.say(f"{say}: {' '.join(wanted)} with seeds {', '.join(map(str, seeds))}")
-            ledger = Ledger(self.storage, source, drivers, yardstick=yardstick)
-            self._loop(ledger, drivers, view, folders=folders, proxy=lambda: proxy).run()
+                view.say(f"{name}: {' '.join(wanted)} with seeds {', '.join(map(str, seeds))}")
+                ledger = Ledger(self.storage, source, drivers, yardstick=yardstick)
+                self._loop(ledger, drivers, view, folders=folders, proxy=lambda: proxy, changed=changed).run()
         finally:
             drivers.leave()
 
     def _loop(
-        self, ledger: Ledger, drivers: Drivers, view: LiveView, *, folders: Path, proxy: Callable[[], ProxyConfig]
+        self,
+        ledger: Ledger,
+        drivers: Drivers,
+        view: LiveView,
+        *,
+        folders: Path,
+        proxy: Callable[[], ProxyConfig],
+        changed: Callable[[], None],
     ) -> Loop:
         return Loop(
             config=self.config,
@@ -304,7 +327,7 @@ class Search:
             stop=lambda: self.stop.requested,
             say=view.say,
             proxy=proxy,
-            changed=lambda: None if self.config.dry_run else self._look(view),
+            changed=(lambda: None) if self.config.dry_run else changed,
             folders=folders,
             only_first=self.config.dry_run,
         )

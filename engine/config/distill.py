@@ -83,6 +83,10 @@ class StudentConfig:
                     f"remove it: student.path={self.path!r} already fixes the architecture and the weights",
                 )
 
+    def layer_count(self, teacher_layers: int) -> int:
+        """Returns the number of layers of a student that is made from a teacher of that many."""
+        return self.layers or max(1, teacher_layers // 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MappingConfig:

@@ -15,11 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-import torch
 from huggingface_hub.constants import ENDPOINT
 from safetensors import safe_open
-from transformers.utils import logging as hf_logging
-from transformers.utils.hub import cached_file
 
 from engine.errors import UserError, first_line
 
@@ -75,6 +72,8 @@ def safety() -> dict[str, Any]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences progress bars and the table of unexpected keys; what matters of it is checked and raised here."""
+    from transformers.utils import logging as hf_logging
+
     verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -124,7 +123,7 @@ def require_whole(file: Path, key: str) -> None:
         read_json(file, key)
     elif file.suffix == ".safetensors":
         try:
-            with safe_open(file, framework="pt"):
+            with safe_open(file, framework="np"):  # torch need not be there for that
                 pass
         except Exception as error:  # its own, and OSError
             raise UserError(f"{key}: {file} is cut, or no safetensors file ({error}); copy it again") from None
@@ -155,7 +154,7 @@ def weight_file(path: str, key: str) -> Path:
     """Returns the first of WEIGHT_FILES that the model has. Raises UserError where it has none, and for a pickle that
     is not allowed or a file that is not whole."""
     for file_name in WEIGHT_FILES:
-        found = _find_file(path, file_name, key)
+        found = find_file(path, file_name, key)
         if found is not None:
             _require_no_pickle(path, key, file_name)
             require_whole(found, key)
@@ -176,13 +175,20 @@ def _likely_weights(folder: Path) -> str:
     return f"{others[0]} has another format or name; save the model with save_pretrained in PyTorch, as safetensors"
 
 
-def _find_file(path: str, file_name: str, key: str) -> Path | None:
-    if (Path(path) / file_name).is_symlink():
-        require_whole(Path(path) / file_name, key)
+def find_file(path: str, file_name: str, key: str, *, what: str = "weights") -> Path | None:
+    """Returns a file of a folder or hub model; None where the model has none of that name. what: what it holds, for
+    errors. Raises UserError."""
+    inside = Path(path) / file_name
+    if inside.is_symlink():
+        require_whole(inside, key)
+    if Path(path).is_dir():
+        return inside if inside.is_file() else None
+    from transformers.utils.hub import cached_file
+
     try:
         found = cached_file(path, file_name, _raise_exceptions_for_missing_entries=False, **lookup(path))
     except Exception as error:
-        raise unreadable(path, key, "weights", error) from None
+        raise unreadable(path, key, what, error) from None
     return None if found is None else Path(found)
 
 
@@ -205,7 +211,7 @@ def weight_files(path: str, key: str) -> list[Path]:
         raise UserError(f"{key}: {index} has no weight_map; copy or download it again")
     files = []
     for name in sorted(set(named.values())):
-        file = _find_file(path, name, key)
+        file = find_file(path, name, key)
         if file is None:
             raise UserError(f"{key}: {index} names {name}, which is not there; copy or download it too")
         require_whole(file, key)
@@ -216,6 +222,8 @@ def weight_files(path: str, key: str) -> list[Path]:
 def stored_tensors(path: str, key: str) -> dict[str, tuple[int, ...]]:
     """Returns name and shape of every tensor of a checkpoint, without reading the tensors. Raises UserError for files
     that are missing or torn, or hold something else."""
+    import torch
+
     stored: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path, key):
         if file.suffix == ".safetensors":

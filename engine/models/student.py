@@ -41,7 +41,7 @@ def build_student_config(
     sources: teacher layer of each student layer; where layers differ in kind (ModernBERT) a copied one keeps its kind.
     """
     teacher = shape_of(teacher_config, has_mlm_head=False)
-    layers = student_layers(cfg, teacher)
+    layers = cfg.layer_count(teacher.layers)
     hidden = cfg.hidden_size or teacher.width
     heads = cfg.heads or teacher.heads
     _check_heads(hidden, heads, teacher_config)
@@ -79,11 +79,6 @@ def with_dropout(config: PretrainedConfig, dropout: float) -> PretrainedConfig:
         if hasattr(config, name):
             setattr(config, name, dropout)
     return config
-
-
-def student_layers(cfg: StudentConfig, teacher: ModelShape) -> int:
-    """Returns the number of layers of a student that is made from the teacher."""
-    return cfg.layers or max(1, teacher.layers // 2)
 
 
 def _check_heads(hidden: int, heads: int, teacher_config: PretrainedConfig) -> None:
@@ -144,7 +139,7 @@ def build_student(
     else:
         init = cfg.init or "random"
         shape = shape_of(teacher.config, has_mlm_head=False)
-        sources = resolve_init(init, student_layers(cfg, shape), shape.layers, hidden_map)
+        sources = resolve_init(init, cfg.layer_count(shape.layers), shape.layers, hidden_map)
         student = new_model(build_student_config(cfg, teacher.config, sources), with_mlm_head, seed)
         if init != "random":
             head = teacher.mlm_or_none if with_mlm_head else "none"

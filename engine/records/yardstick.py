@@ -86,22 +86,29 @@ def beaten_text(scores: Mapping[str, Mapping[str, float]], yardstick: Yardstick)
 
     scores: genome -> task -> score.
     """
+    if all(is_none(genome) for genome in scores):
+        return ""
+    lines = beaten_tasks(scores, yardstick)
+    if lines:
+        return f"{NOT_A_RESULT} for {'; '.join(lines.values())}"
+    bar = "the untrained student and none" if any(map(is_none, scores)) else "the untrained student"
+    return f"on every task ({', '.join(yardstick)}) the best mapping beats {bar}"
+
+
+def beaten_tasks(scores: Mapping[str, Mapping[str, float]], yardstick: Yardstick) -> dict[str, str]:
+    """Returns a sentence for each task on which the best of these mappings is no better than the untrained student or
+    `none`. scores: genome -> task -> score; with a mapping beside `none`."""
     none = next((one for genome, one in scores.items() if is_none(genome)), {})
     mapped = {genome: one for genome, one in scores.items() if not is_none(genome)}
-    if not mapped:
-        return ""
-    lines = []
+    lines = {}
     for task, scale in yardstick.items():
         best = max(mapped, key=lambda genome: mapped[genome][task])
         bars = {"the untrained student": scale.start} | ({"none": none[task]} if none else {})
         bar = max(bars, key=lambda name: bars[name])
         if mapped[best][task] <= bars[bar]:
             found = f"the best, {best}, has {mapped[best][task]:.4f}"
-            lines.append(f"{task}: no mapping beats {bar} ({bars[bar]:.4f}); {found}")
-    if lines:
-        return f"{NOT_A_RESULT} for {'; '.join(lines)}"
-    bar = "the untrained student and none" if none else "the untrained student"
-    return f"on every task ({', '.join(yardstick)}) the best mapping beats {bar}"
+            lines[task] = f"{task}: no mapping beats {bar} ({bars[bar]:.4f}); {found}"
+    return lines
 
 
 def is_none(genome: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -55,6 +55,10 @@ class JobReport:
     """Intermediate fitness by genome and step, for those STOPPED."""
     message: str
     """One line for the user."""
+    fingerprint: str | None = None
+    """Fingerprint that the last start has found; None: it did not come so far."""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """What that fingerprint is made of, in readable groups."""
 
 
 def read_job(
@@ -86,7 +90,15 @@ def read_job(
     own = dict.fromkeys(found.stopped, Outcome.STOPPED) | dict.fromkeys(found.diverged, Outcome.DIVERGED)
     outcomes = {genome: own.get(genome, job) if genome in lacking else Outcome.OK for genome in genomes}
     stopped = {genome: found.stopped[genome] for genome in genomes if outcomes[genome] is Outcome.STOPPED}
-    return JobReport(outcomes, results, stopped, _message(outcomes, job, why))
+    started = found.started or {}
+    return JobReport(
+        outcomes,
+        results,
+        stopped,
+        _message(outcomes, job, why),
+        started.get("fingerprint"),
+        started.get("fingerprint_parts", {}),
+    )
 
 
 @dataclass

@@ -153,12 +153,11 @@ class JobPool:
         self.running.append(running)
         return running
 
-    def finished(self, *, limit_s: float | None = None) -> Iterator[tuple[Running, JobReport]]:
+    def finished(self) -> Iterator[tuple[Running, JobReport]]:
         """Ends the jobs that have exited since the last call, or are late, and yields each with its report, one by
-        one, because ending one may take its grace time: its processes are gone then, its slots free. limit_s:
-        seconds, in place of the pool's."""
+        one, because ending one may take its grace time: its processes are gone then, its slots free."""
         for running in list(self.running):
-            late = running.seconds > (limit_s or self._limit_s)
+            late = running.seconds > self._limit_s
             if running.job.poll() is not None or late:
                 yield running, self.end(running, timed_out=running.job.poll() is None)
 

@@ -96,7 +96,7 @@ def seed_deviation(confirmed: Confirmed) -> float | None:
 
 def verdict(confirmed: Confirmed, reference: str) -> str:
     """Returns one honest sentence or two about the winner. `reference` is uniform's genome; `confirmed` is not
-    empty."""
+    empty. A fitness is a share of the gap between the untrained student and the teacher."""
     uniform = f"uniform ({reference})"
     best = winner(confirmed)
     differences = compare(confirmed, reference)
@@ -108,18 +108,17 @@ def verdict(confirmed: Confirmed, reference: str) -> str:
             f"{best} has the best mean over the new seeds, but {uniform} has no fitness with any of them: no evidence "
             "that the winner is better than uniform."
         )
+    found = f"{best} {_more_or_less(difference)} than {uniform}"
     if difference.n < 2:
         return (
-            f"{best} differs from {uniform} by {difference.mean:.4f} with the one new seed that both have, and one "
-            "seed shows no noise: no evidence that the winner is better than uniform; confirm with more seeds."
+            f"{found}, but with the one new seed that both have, and one seed shows no noise: no evidence that the "
+            "winner is better than uniform; confirm with more seeds."
         )
-    if difference.is_clear and difference.mean > 0:
-        return f"{best} beats {uniform} by {difference.mean:.4f}, {interval(difference)}."
     if difference.is_clear:
-        return f"{best} is worse than {uniform} by {-difference.mean:.4f}, {interval(difference)}; use uniform."
+        return f"{found}{_basis(difference)}" + ("." if difference.mean > 0 else "; use uniform.")
     return (
-        f"{best} is within noise of {uniform}: difference {difference.mean:.4f}, {interval(difference)}, interval "
-        "includes 0: no evidence that the winner is better than uniform; use uniform or confirm with more seeds."
+        f"No difference to {uniform} was found: the winner, {best}, {_more_or_less(difference)}"
+        f"{_basis(difference)}, within noise; use uniform or confirm with more seeds."
     )
 
 
@@ -128,13 +127,23 @@ def _runner_up(differences: list[Difference]) -> str:
     if not differences or differences[0].mean is None:
         return "no other genome has a fitness with the new seeds."
     next_best = differences[0]
-    found = f"the next best, {next_best.genome}, differs from it by {next_best.mean:.4f}"
+    found = f"the next best, {next_best.genome}, {_more_or_less(next_best)}"
     if next_best.n < 2:
         return f"{found} with one new seed. The search has found nothing better."
     clear = "" if next_best.is_clear else ", within noise"
-    return f"{found}, {interval(next_best)}{clear}. The search has found nothing better."
+    return f"{found}{_basis(next_best)}{clear}. The search has found nothing better."
 
 
-def interval(difference: Difference) -> str:
-    """Returns `95 % interval 0.0050 to 0.0196 over 4 new seeds`; for two shared seeds or more."""
-    return f"95 % interval {difference.low:.4f} to {difference.high:.4f} over {difference.n} new seeds"
+def _more_or_less(difference: Difference) -> str:
+    """Returns `closes 0.119 ± 0.052 more of the gap`, with two digits of the half interval."""
+    assert difference.mean is not None
+    word = "more" if difference.mean >= 0 else "less"
+    if difference.high is None:
+        return f"closes {abs(difference.mean):.4f} {word} of the gap"
+    half = difference.high - difference.mean
+    digits = min(4, max(1, 1 - math.floor(math.log10(half)))) if half > 0 else 4
+    return f"closes {abs(difference.mean):.{digits}f} ± {half:.{digits}f} {word} of the gap"
+
+
+def _basis(difference: Difference) -> str:
+    return f" (95 % interval, {difference.n} new seeds)"

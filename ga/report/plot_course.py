@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ga.report.drawing import DARK, GREY, OTHERS, OWN, STYLES, fitness_values, limits, new_figure, save, whole_numbers
+from ga.report.drawing import (
+    OTHERS,
+    OWN,
+    POINT,
+    STYLES,
+    fitness_values,
+    label_lines,
+    limits,
+    new_figure,
+    save,
+    set_heading,
+    whole_numbers,
+)
+from ga.report.facts import Facts
 from ga.study.evaluations import Evaluation, rank_evaluations, spent_evaluations
 from ga.view.progress import blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABEL_GAP = 0.055
-"""Least distance of two labels beside a plot, as a share of its height."""
+FEWEST_IN_BAND = 10
+"""Evaluations of a generation below which its quartiles are no band: each would be one or two points."""
 
 
 def draw_best_so_far(
-    path: Path,
-    evaluations: Sequence[Evaluation],
-    others: Mapping[str, Sequence[Evaluation]],
-    heuristics: Mapping[str, str],
+    path: Path, facts: Facts, evaluations: Sequence[Evaluation], others: Mapping[str, Sequence[Evaluation]]
 ) -> bool:
     """Draws the best fitness so far by evaluation. Other searches are drawn as far as this one has come: equal
     budget."""
@@ -33,8 +43,8 @@ def draw_best_so_far(
     if not np.isfinite(values).any():
         return False
     figure, (axes,) = new_figure(1, width=9.5, height=4.8)
-    places = np.arange(1, len(values) + 1)
-    axes.plot(places, values, "o", color=OWN, alpha=0.3, markersize=4, markeredgewidth=0, label="one evaluation")
+    places = np.arange(1.0, len(values) + 1)
+    axes.plot(places, values, "o", markersize=5, label="one evaluation", zorder=2, **POINT)
     best = [_best_so_far(values)]
     axes.step(places, best[0], where="post", color=OWN, linewidth=3, label="best so far, this search", zorder=3)
     for i, (name, other) in enumerate(others.items()):
@@ -49,11 +59,12 @@ def draw_best_so_far(
         axes.step(x, best[-1], where="post", label=label, color=colour, linestyle=dashes, linewidth=1.6, zorder=4)
         if len(shown) == 1:
             axes.plot([1], shown, "D", color=colour, markersize=5)
-    _limit_below(axes, values, highest=max(np.nanmax(line) for line in best))
+    _limit_below(axes, places, values, facts.levels.values(), highest=max(np.nanmax(line) for line in best))
     axes.set_xlim(0.5 if len(values) < 20 else 0, len(values) + max(0.5, 0.01 * len(values)))
-    _label_heuristics(axes, _heuristic_fitness(spent, heuristics))
+    label_lines(axes, _heuristic_fitness(spent, facts.heuristics) | facts.levels, strong=facts.levels)
     whole_numbers(axes)
-    axes.set(xlabel="evaluations", ylabel="fitness (mean of task scores)", title="Best fitness so far")
+    axes.set(xlabel="evaluations", ylabel=facts.fitness_label)
+    set_heading(figure, "Best fitness so far", facts.about)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=9)
     save(figure, path)
     return True
@@ -64,21 +75,21 @@ def _best_so_far(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.fmax.accumulate(values)
 
 
-def _limit_below(axes: Axes, values: npt.NDArray[np.float64], *, highest: float) -> None:
+def _limit_below(
+    axes: Axes, x: npt.NDArray[np.float64], values: npt.NDArray[np.float64], levels: Iterable[float], *, highest: float
+) -> None:
     """Limits the axis to most of the values; evaluations below it get a mark at its foot."""
-    floor, ceiling = limits(values)
+    floor, ceiling = limits(values, levels)
     axes.set_ylim(floor, max(ceiling, highest + 0.05 * (highest - floor)))
     below = np.flatnonzero(values < floor)
     if below.size:
         axes.plot(
-            below + 1,
+            x[below],
             np.full(below.size, 0.012),
             "v",
             transform=axes.get_xaxis_transform(),
-            color=OWN,
-            alpha=0.45,
-            markersize=5,
-            markeredgewidth=0,
+            markersize=6,
+            **POINT,
             label="evaluation below the axis",
         )
 
@@ -93,78 +104,43 @@ def _heuristic_fitness(spent: Sequence[Evaluation], heuristics: Mapping[str, str
     return {" = ".join(named): fitness[genome] for genome, named in names.items() if genome in fitness}
 
 
-def _label_heuristics(axes: Axes, fitness: Mapping[str, float]) -> None:
-    """Draws horizontal lines with labels on the right, moved apart, each tied to its line; those below the axis at
-    its foot."""
-    low, high = axes.get_ylim()
-    across = axes.get_yaxis_transform()
-    order = sorted(fitness, key=lambda label: fitness[label])
-    at = [max(0.0, (fitness[label] - low) / (high - low)) for label in order]
-    for label, y, text_y in zip(order, at, spread(at, gap=LABEL_GAP), strict=True):
-        value = fitness[label]
-        if value >= low:
-            axes.axhline(value, color=GREY, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-        axes.plot(
-            [1.0, 1.018, 1.03], [y, text_y, text_y], transform=axes.transAxes, color=GREY, linewidth=0.7, clip_on=False
-        )
-        text = f"{label} {value:.4f}" + (" (below)" if value < low else "")
-        axes.text(1.035, low + text_y * (high - low), text, transform=across, va="center", fontsize=9, color=DARK)
-
-
-def spread(places: Sequence[float], *, gap: float) -> list[float]:
-    """Moves sorted places in 0..1 apart, as little as needed to be `gap` apart; past 1 only when there is no room."""
-    groups: list[list[float]] = []  # [sum of wished starts, members]: a group's members stand `gap` apart
-    for place in places:
-        groups.append([place, 1])
-        while len(groups) > 1 and _start(groups[-2], gap) + groups[-2][1] * gap > _start(groups[-1], gap):
-            wish, members = groups.pop()
-            groups[-1][0] += wish - members * groups[-1][1] * gap
-            groups[-1][1] += members
-    return [_start(group, gap) + i * gap for group in groups for i in range(int(group[1]))]
-
-
-def _start(group: Sequence[float], gap: float) -> float:
-    wish, members = group
-    return max(0.0, min(wish / members, 1.0 - (members - 1) * gap))
-
-
-def draw_generations(
-    path: Path, evaluations: Sequence[Evaluation], population: int, heuristics: Mapping[str, str]
-) -> bool:
-    """Draws quartiles and best of each generation; of each `population` evaluations where a sampler has no
-    generations."""
+def draw_generations(path: Path, facts: Facts, evaluations: Sequence[Evaluation]) -> bool:
+    """Draws the evaluations of each generation with their median and their best, and quartiles where there are
+    FEWEST_IN_BAND; of each `population` evaluations where a sampler has no generations."""
     spent = spent_evaluations(evaluations)
-    every = [(block, fitness_values(block.evaluations)) for block in blocks(spent, population)]
+    every = [(block, fitness_values(block.evaluations)) for block in blocks(spent, facts.population)]
     every = [(block, values[np.isfinite(values)]) for block, values in every]
     scored = [(block, values) for block, values in every if values.size]
     if not scored:
         return False
     generations = scored[0][0].evaluations[0].generation is not None and scored[0][0].name.startswith("generation")
     x = [float(block.evaluations[0].generation or 0) if generations else float(block.end) for block, _ in scored]
-    low, median, high = np.array([np.quantile(values, [0.25, 0.5, 0.75]) for _, values in scored]).T
-    figure, (axes,) = new_figure(1, width=8, height=4.5)
-    axes.fill_between(x, low, high, color=OWN, alpha=0.18, linewidth=0, label="middle half (quartiles)")
-    axes.plot(x, median, "o-", color=OWN, linewidth=1.8, markersize=5, label="median")
-    axes.plot(x, [values.max() for _, values in scored], "^--", color=OTHERS[0], markersize=6, label="best of it")
-    if len(scored) == 1:
-        axes.vlines(x, low, high, color=OWN, alpha=0.3, linewidth=8)
-    uniform = _heuristic_fitness(spent, {name: genome for name, genome in heuristics.items() if name == "uniform"})
-    for label, value in uniform.items():
-        axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (2, 2)), label=f"{label} {value:.4f}", zorder=1)
-    sizes = [len(block.evaluations) for block, _ in scored]
+    sizes = [values.size for _, values in scored]
+    figure, (axes,) = new_figure(1, width=9.5, height=4.5)
+    every_x, every_y = np.repeat(x, sizes), np.concatenate([values for _, values in scored])
+    axes.plot(every_x, every_y, "o", markersize=4.5, label="one evaluation", zorder=2, **POINT)
+    if max(sizes) >= FEWEST_IN_BAND:
+        low, high = np.array([np.quantile(values, [0.25, 0.75]) for _, values in scored]).T
+        enough = np.array(sizes) >= FEWEST_IN_BAND
+        axes.fill_between(x, low, high, where=enough, color=OWN, alpha=0.2, linewidth=0, label="middle half")
+    median = [float(np.median(values)) for _, values in scored]
+    axes.plot(x, median, "s-", color=OWN, linewidth=1.8, markersize=6, label="median", zorder=3)
+    axes.plot(x, [values.max() for _, values in scored], "^--", color=OTHERS[0], markersize=7, label="best", zorder=3)
+    _limit_below(axes, every_x, every_y, facts.levels.values(), highest=every_y.max())
+    uniform = _heuristic_fitness(spent, {"uniform": facts.uniform})
+    label_lines(axes, uniform | facts.levels, strong=facts.levels)
     size = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     axes.set_xlabel(
-        f"generation (genomes in each: {size})" if generations else f"evaluations, in blocks of up to {population}"
+        f"generation (n {size} in each)" if generations else f"evaluations, in blocks of up to {facts.population}"
     )
-    axes.set(
-        ylabel="fitness (mean of task scores)", title="Fitness by generation" if generations else "Fitness by block"
-    )
+    axes.set_ylabel(facts.fitness_label)
+    set_heading(figure, "Fitness by generation" if generations else "Fitness by block", facts.about)
     if len(x) == 1:
         axes.set_xlim(x[0] - 1, x[0] + 1)
         axes.set_xticks(x)
     else:
         whole_numbers(axes)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False, fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5, frameon=False, fontsize=9)
     save(figure, path)
     return True
 

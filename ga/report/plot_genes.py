@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.mapping import MappingPair
-from ga.report.drawing import DARK, OTHERS, new_figure, save
+from ga.report.drawing import DARK, OTHERS, draw_cell_borders, new_figure, save, set_heading
+from ga.report.facts import Facts
 from ga.study.evaluations import Evaluation, rank_evaluations
 
 if TYPE_CHECKING:
@@ -21,14 +22,14 @@ TOP_SHARE = 0.25
 MOST_LABELLED_CELLS = 200
 
 
-def draw_genes(path: Path, evaluations: Sequence[Evaluation], heuristics: Mapping[str, str]) -> bool:
+def draw_genes(path: Path, facts: Facts, evaluations: Sequence[Evaluation]) -> bool:
     """Draws the share of each teacher layer at each student layer among the best TOP_SHARE; the genes of uniform are
     framed."""
     best = rank_evaluations(evaluations)
     if not best:
         return False
     top = best[: math.ceil(TOP_SHARE * len(best))]
-    texts = [one.genome for one in evaluations if one.genome] + list(heuristics.values())
+    texts = [one.genome for one in evaluations if one.genome] + list(facts.heuristics.values())
     known = {text: MappingPair.genes_in(text) for text in texts}
     titles = {0: "hidden states", 1: "attention", 2: "start"}
     if all(hidden == attention for hidden, attention, _ in known.values()):
@@ -40,7 +41,6 @@ def draw_genes(path: Path, evaluations: Sequence[Evaluation], heuristics: Mappin
     students = len(known[top[0].genome][0])
     size = max(2.6 + 0.55 * students, 4.2)
     figure, panels = new_figure(halves, width=size * halves + 0.8, height=max(3.4, 1.8 + 0.4 * (teacher_layers + 1)))
-    uniform = heuristics.get("uniform")
     image = None
     for half, axes in zip(titles, panels, strict=True):
         shares = np.zeros((teacher_layers + 1, students))
@@ -48,33 +48,32 @@ def draw_genes(path: Path, evaluations: Sequence[Evaluation], heuristics: Mappin
             for m, gene in enumerate(known[one.genome][half]):
                 shares[gene, m] += 1 / len(top)
         image = axes.imshow(shares, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
-        _label_cells(axes, shares)
-        for m, gene in enumerate(known[uniform][half] if uniform else ()):
+        draw_cell_borders(axes, rows=teacher_layers + 1, columns=students)
+        _label_cells(axes, shares, len(top))
+        for m, gene in enumerate(known[facts.uniform][half]):
             left, right, foot, top_edge = m - 0.47, m + 0.47, gene - 0.47, gene + 0.47
             axes.plot(
                 [left, right, right, left, left], [foot, foot, top_edge, top_edge, foot], color=OTHERS[0], linewidth=1.8
             )
         axes.set_xticks(range(students), [str(m + 1) for m in range(students)])
         axes.set_yticks(range(teacher_layers + 1), ["none", *map(str, range(1, teacher_layers + 1))])
-        axes.tick_params(length=0)
-        axes.grid(False)
         axes.set(xlabel="student layer", ylabel="teacher layer" if half == 0 else "")
         if halves > 1:
             axes.set_title(titles[half], fontsize=10)
-    framed = "; framed: uniform" if uniform else ""
-    figure.suptitle(f"Genes of the best {len(top)} of {len(best)} genomes{framed}", fontsize=11)
+    set_heading(figure, f"Genes of the best {len(top)} of {len(best)} genomes; framed: uniform", facts.about)
     assert image is not None
     bar = figure.colorbar(image, ax=panels, ticks=[0, 0.25, 0.5, 0.75, 1.0], pad=0.02)
     bar.ax.set_yticklabels(["0 %", "25 %", "50 %", "75 %", "100 %"])
-    bar.set_label("share of these genomes")
+    bar.set_label(f"share of these {len(top)} genomes")
     save(figure, path)
     return True
 
 
-def _label_cells(axes: Axes, shares: npt.NDArray[np.float64]) -> None:
+def _label_cells(axes: Axes, shares: npt.NDArray[np.float64], n: int) -> None:
+    """Writes into each cell how many of the `n` genomes it stands for."""
     if shares.size > MOST_LABELLED_CELLS:
         return
     for (gene, m), share in np.ndenumerate(shares):
         if share > 0:
             colour = "white" if share > 0.55 else DARK
-            axes.text(m, gene, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+            axes.text(m, gene, f"{share * n:.0f}/{n}", ha="center", va="center", fontsize=8, color=colour)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median, stdev
 
+from engine.records.columns import duration_text
 from engine.records.stats import signal_ratio
 from engine.records.yardstick import describe_yardstick
 from ga.jobs.outcome import Outcome
@@ -195,6 +196,7 @@ def search_facts(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
     failures = [f"{n} {outcome}" for outcome, n in outcomes.items() if outcome != Outcome.OK.value]
     seconds = [one.seconds for one in spent_evaluations(evaluations) if one.seconds]
     cost = f"median {median(seconds):.1f} s, total {sum(seconds):.0f} s" if seconds else "not measured"
+    hosts = sorted({one.job.partition(":")[0] for one in evaluations if one.job})
     repeated = sum(not one.counts for one in evaluations)
     running = sum(one.outcome == RUNNING and one.counts for one in evaluations)
     rows = [
@@ -211,8 +213,18 @@ def search_facts(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
         ["fitness", f"{describe_yardstick(facts.yardstick.scales)}; evaluator {facts.evaluator}"],
         ["measuring the yardstick", f"{facts.yardstick.seconds:.0f} s of jobs, before the first evaluation"],
         ["proxy seeds", ", ".join(map(str, facts.seeds))],
+        ["date", _dates(facts, evaluations)],
+        ["hosts of the jobs", ", ".join(hosts) or "none"],
+        ["versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())],
     ]
     return table(["", ""], rows, left=(0, 1))
+
+
+def _dates(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
+    """Returns when the search began and when its report was written, pauses between its drivers included."""
+    begun = min((one.began for one in evaluations if one.began is not None), default=facts.written)
+    took = duration_text((facts.written - begun).total_seconds())
+    return f"{begun:%Y-%m-%d %H:%M} to {facts.written:%Y-%m-%d %H:%M}, {took} with confirmation and pauses"
 
 
 def count_outcomes(evaluations: Sequence[Evaluation]) -> Counter[str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from engine.config.places import command
 from engine.mapping import MappingPair
-from engine.records.yardstick import NOT_A_RESULT, beaten_text, counting_tasks, describe_yardstick, is_none
+from engine.records.columns import counted
+from engine.records.yardstick import NOT_A_RESULT, beaten_tasks, counting_tasks, describe_yardstick, is_none
 from ga.report.confirmation import Confirmed, verdict, winner
 from ga.report.confirmation_sections import confirmation, task_comparison, which_layers
 from ga.report.effects import Models, which_layer
 from ga.report.facts import Facts
 from ga.report.layers import KnownLayers
-from ga.report.plots import EFFECTS, Plot
+from ga.report.plots import BEST_SO_FAR, EFFECTS, SEED_NOISE, Plot
 from ga.report.search_sections import (
     best_genomes,
     count_outcomes,
@@ -43,9 +44,12 @@ def report_text(
     effects: Models | None = None,
     layers: Mapping[str, KnownLayers] | None = None,
 ) -> str:
-    """Returns Markdown as GitHub renders it. The second paragraph is the sentence about the winner."""
+    """Returns Markdown as GitHub renders it. The second paragraph is the finding, the third a picture of it."""
     embedded = {plot.file: f"![{plot.caption}]({plot.file})" for plot in plots}
-    parts = ["# Search of layer mappings", headline(facts, evaluations, confirmed)]
+    parts = [f"# Search of layer mappings: {facts.study}", f"**{headline(facts, evaluations, confirmed)}**"]
+    first = next((file for file in (SEED_NOISE, BEST_SO_FAR) if file in embedded), None)
+    parts += [] if first is None else [embedded.pop(first)]
+    parts += [_summary(facts, evaluations)]
     if rank_evaluations(evaluations):
         parts += ["## Best genomes", *best_genomes(facts, evaluations)]
         if confirmed:
@@ -73,44 +77,56 @@ def report_text(
 
 
 def headline(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
-    """Returns the sentence about the winner."""
+    """Returns the finding: what the winner is worth against uniform, and how sure that is; or that there is none."""
     best = rank_evaluations(evaluations)
     if not best:
         found = ", ".join(f"{n} {outcome}" for outcome, n in count_outcomes(evaluations).items())
         return (
             f"No genome has a fitness ({found or 'nothing was evaluated'}): nothing is known about any layer mapping."
         )
-    return " ".join(
-        part for part in (_warning(facts, evaluations), _result_sentence(facts, evaluations, confirmed)) if part
+    scales, counting = facts.yardstick.scales, counting_tasks(facts.yardstick.scales)
+    if not counting:
+        return f"No result: fitness is {describe_yardstick(scales)}."
+    scores = {one.genome: one.scores for one in best if not is_none(one.genome)}
+    none = {"0": facts.yardstick.none} if facts.yardstick.none else {}
+    beaten = beaten_tasks(scores | none, scales) if scores else {}
+    if set(counting) <= set(beaten):
+        lines = "; ".join(beaten[task] for task in counting)
+        return (
+            f"No result: on no task that counts does a mapping help ({lines}). The ranking below is one of damage; "
+            "longer training (proxy.steps), a colder start (student.init) or other losses may change that."
+        )
+    finding = _finding(facts, evaluations, confirmed)
+    return f"{finding} {NOT_A_RESULT} for {'; '.join(beaten.values())}." if beaten else finding
+
+
+def _finding(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
+    if confirmed:
+        return verdict(confirmed, facts.uniform)
+    best = rank_evaluations(evaluations)
+    first = best[0]
+    uniform = next((one for one in best if one.genome == facts.uniform), None)
+    if first is uniform:
+        return (
+            f"Not confirmed: uniform ({facts.uniform}) itself is best in the search and closes {first.fitness:.4f} of "
+            "the gap."
+        )
+    above = f", {difference_text(first, uniform)} more than uniform ({facts.uniform})" if uniform else ""
+    return (
+        f"Not confirmed: {first.genome} is best in the search and closes {first.fitness:.4f} of the gap{above}, but "
+        f"the best of {len(best)} noisy values is too high on average: no evidence yet that it is better than uniform. "
+        "search.confirm_top runs the best again with new seeds."
     )
 
 
-def _warning(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
-    """Returns on what training with a mapping has not been better than none: there a ranking of mappings means
-    nothing."""
-    scales, none = facts.yardstick.scales, dict(facts.yardstick.none)
-    scores = {one.genome: one.scores for one in rank_evaluations(evaluations) if not is_none(one.genome)}
-    said = beaten_text(scores | ({"0": none} if none else {}), scales)
-    warning = f"**{said}.**" if said.startswith(NOT_A_RESULT) else ""
-    if scales and not counting_tasks(scales):
-        warning = f"**{NOT_A_RESULT}: fitness is {describe_yardstick(scales)}.** {warning}".strip()
-    return warning
-
-
-def _result_sentence(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed) -> str:
-    best = rank_evaluations(evaluations)
-    if confirmed:
-        return verdict(confirmed, facts.uniform)
-    first = best[0]
-    uniform = next((one for one in best if one.genome == facts.uniform), None)
-    found = f"the best fitness of the search, {first.fitness:.4f}"
-    if first is uniform:
-        return f"uniform ({facts.uniform}) itself won: it has {found}. It was not confirmed with new seeds."
-    above = f", {difference_text(first, uniform)} above uniform ({facts.uniform})" if uniform else ""
+def _summary(facts: Facts, evaluations: Sequence[Evaluation]) -> str:
+    """Returns what was done in one sentence, and where to read on."""
+    spent = len(spent_evaluations(evaluations))
     return (
-        f"{first.genome} has {found}{above}, but it was not confirmed: the best of {len(best)} noisy values is too "
-        "high on average. No evidence yet that it is better than uniform; search.confirm_top runs the best again with "
-        "new seeds."
+        f"{facts.teacher} to {facts.student}: {counted(spent, 'evaluation')} of {facts.space.size():,} genomes, "
+        f"{facts.written:%d %B %Y}. The gap is the one between the untrained student and the teacher, "
+        "[on these tasks](#what-fitness-is-measured-by). Read on: [what was searched](#what-was-searched), "
+        "[how to go on](#how-to-go-on)."
     )
 
 

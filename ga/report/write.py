@@ -15,20 +15,21 @@ from optuna.trial import FrozenTrial
 
 from engine.config.distill import DataConfig, MappingConfig, RunConfig, StudentConfig, TrainConfig
 from engine.config.places import command
+from engine.jobs.proxy.facts import ProxyFacts
 from engine.mapping import MappingPair
 from engine.records.files import replaced
 from engine.records.run_dir import as_yaml
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
-from ga.jobs.proxy_facts import ProxyFacts
 from ga.report.confirmation import Confirmed, winner
-from ga.report.effects import fitted_models, gene_labels
+from ga.report.effects import fitted_models
 from ga.report.facts import Facts, report_facts
 from ga.report.layers import KnownLayers, known_layers
 from ga.report.plots import draw_all
 from ga.report.search_sections import LEADERBOARD
 from ga.report.text import headline, report_text
 from ga.study.evaluations import SEED, Evaluation, rank_evaluations, read_evaluation, read_history, spent_evaluations
+from ga.study.proxy_identity import proxy_of
 from ga.study.sources import confirmation_name
 from ga.study.storage import SearchStorage
 from ga.study.studies import comparable_searches
@@ -57,16 +58,7 @@ def write_report(
     confirmed = {genome: by_seed for genome, by_seed in confirmed.items() if by_seed}
     effects = fitted_models(facts, evaluations)
     with replaced(folder) as draft:
-        plots = draw_all(
-            draft,
-            evaluations,
-            others,
-            confirmed,
-            heuristics=facts.heuristics,
-            population=facts.population,
-            effects=effects,
-            labels=gene_labels(facts.space),
-        )
+        plots = draw_all(draft, facts, evaluations, others, confirmed, effects)
         write_leaderboard(draft / LEADERBOARD, facts, evaluations)
         text = report_text(
             facts,
@@ -167,7 +159,7 @@ def publish(
         why = f"Layer mapping {genome}, found by search {config.study!r}: {report} says how sure that is."
         best_yaml = as_commented_yaml(best_config(config, facts, genome), path=folder / BEST, why=why)
     others = comparable_searches(storage, study)
-    about = report_facts(config, space, facts, yardstick)
+    about = report_facts(config, space, facts, yardstick, proxy_of(study))
     layers = known_layers(map(read_evaluation, confirmations), config.loss)
     write_report(folder, about, evaluations, others, confirmed, scores, best_yaml=best_yaml, layers=layers)
     say(f"\n{headline(about, evaluations, confirmed)}\n\nreport     {report}")

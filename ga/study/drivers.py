@@ -80,7 +80,13 @@ class Drivers:
                 raise
 
     def _write(self, *, left: bool) -> None:
-        lease = {**asdict(self.me), "beat": self._beats, "placements": self._placements, "left": left}
+        lease = {
+            **asdict(self.me),
+            "beat": self._beats,
+            "at": time.time(),
+            "placements": self._placements,
+            "left": left,
+        }
         set_study_attr(self._study, PREFIX + self.me.id, lease)
 
     def _leases(self) -> dict[str, dict[str, Any]]:
@@ -120,13 +126,24 @@ def _leases(study: Study) -> dict[str, dict[str, Any]]:
     return {key.removeprefix(PREFIX): value for key, value in attrs if key.startswith(PREFIX)}
 
 
-def present_drivers(study: Study) -> list[str]:
-    """Lists the drivers that have not left, for a reader; of one on another machine it is not known whether it still
-    runs."""
+@dataclass(frozen=True)
+class PresentDriver:
+    """A driver that has not left, as a reader sees it who looks once."""
+
+    name: str
+    is_silent: bool
+    """Whether it is on another machine and has given no sign of life for LEASE_S, by the clocks of both: it was
+    killed, or its machine has gone."""
+
+
+def present_drivers(study: Study) -> dict[str, PresentDriver]:
+    """Returns the drivers that have not left by id; without those of this machine whose process has gone."""
     here = (boot_id(), pid_namespace())
-    shown = []
-    for lease in _leases(study).values():
-        local = (lease["boot"], lease["namespace"]) == here
-        if not lease["left"] and not (local and start_ticks(lease["pid"]) != lease["started"]):
-            shown.append(f"process {lease['pid']} on {lease['host']}")
+    shown = {}
+    for id, lease in _leases(study).items():
+        is_local = (lease["boot"], lease["namespace"]) == here
+        if lease["left"] or (is_local and start_ticks(lease["pid"]) != lease["started"]):
+            continue
+        is_silent = not is_local and time.time() - lease.get("at", 0.0) > LEASE_S
+        shown[id] = PresentDriver(f"process {lease['pid']} on {lease['host']}", is_silent)
     return shown

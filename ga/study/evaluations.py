@@ -14,12 +14,16 @@ from optuna.trial import FrozenTrial, TrialState
 from engine.records.layer_table import LayerTable
 from engine.records.stats import rank_correlation
 from engine.records.yardstick import Yardstick, fitness_of
+from ga.optuna_private import trial_attrs
 
 GENOME, SEED, GENERATION, OUTCOME, MESSAGE = "genome", "seed", "generation", "outcome", "message"
 SCORES, BY_SEED, REPORTS, LAYERS = "scores", "fitness_by_seed", "reports", "layers"
 SECONDS, COHORT, JOB, SAME_AS = "seconds", "cohort", "job", "same_as"
 BASELINES = "baselines"
 """Names of a trial's user attributes, which optuna-dashboard shows."""
+
+OWNER = "mapdistill:owner"
+"""System attribute of a trial: id of its driver; empty: open."""
 
 RUNNING, STOPPED_EARLY, REPEATED = "running", "stopped early", "repeated"
 """Values of Evaluation.outcome beside those of ga.jobs.outcome.Outcome."""
@@ -53,8 +57,11 @@ class Evaluation:
     """Number of genomes of its job."""
     job: str = ""
     """Place of its job, HOST:FOLDER."""
+    owner: str = ""
+    """Id of the driver that has claimed it, while it runs; empty: it is open."""
     message: str = ""
     """Reason why there is no fitness."""
+    began: datetime.datetime | None = None
     finished: datetime.datetime | None = None
 
     @property
@@ -81,7 +88,9 @@ def read_evaluation(trial: FrozenTrial) -> Evaluation:
         seconds=attrs.get(SECONDS),
         cohort=attrs.get(COHORT),
         job=str(attrs.get(JOB, "")),
+        owner="" if finished else str(trial_attrs(trial).get(OWNER, "")),
         message=str(attrs.get(MESSAGE, "")),
+        began=trial.datetime_start,
         finished=trial.datetime_complete,
     )
 
@@ -127,6 +136,11 @@ def spent_evaluations(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     """Returns what has been spent of the budget: in order of trials, without repeated proposals and running ones."""
     spent = [one for one in evaluations if one.counts and one.outcome != RUNNING]
     return sorted(spent, key=lambda one: one.number)
+
+
+def count_running_jobs(evaluations: Sequence[Evaluation]) -> int:
+    """Returns how many jobs the claimed trials are in."""
+    return len({one.job for one in evaluations if one.owner and one.job})
 
 
 def correlation_at(step: int, evaluations: Sequence[Evaluation]) -> tuple[float | None, int]:

@@ -18,6 +18,7 @@ import optuna
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from engine.errors import UserError
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import Yardstick
 from ga.jobs.launcher import LOG, end_lost_job
@@ -25,13 +26,13 @@ from ga.jobs.outcome import JobReport, Outcome, read_job
 from ga.optuna_private import id_of, note, report, resume_trial, set_trial_attr, trial_attrs, trial_now
 from ga.study import evaluations
 from ga.study.drivers import Drivers
-from ga.study.evaluations import Evaluation
+from ga.study.evaluations import OWNER, Evaluation
+from ga.study.proxy_identity import confirm_proxy, proxy_of
 from ga.study.sources import Proposal, Source
 from ga.study.storage import SearchStorage
 
-OWNER, LOSSES, FOLDER = "mapdistill:owner", "mapdistill:losses", "mapdistill:folder"
-"""System attributes of a trial: id of its driver (empty: open), how often it was lost and to what, folder of its
-job."""
+LOSSES, FOLDER = "mapdistill:losses", "mapdistill:folder"
+"""System attributes of a trial: how often it was lost and to what, folder of its job."""
 RETRIES = {"job": 1, "driver": 3}
 """Number of tries more after a trial's job died while its driver lived, and after its driver died."""
 ORPHANS_GRACE_S = 5.0
@@ -85,6 +86,11 @@ class Ledger:
         self._held |= taken
         return claims
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether any job of the study has come so far as to name its fingerprint."""
+        return proxy_of(self._study) is not None
+
     def is_over(self) -> bool:
         """Tells whether every trial is finished and no more will be asked for."""
         with self._storage.lock():
@@ -103,13 +109,19 @@ class Ledger:
 
     def finish(self, claims: Sequence[Claim], job: JobReport, *, seconds: float, cohort: int) -> None:
         """Writes down what became of claims of a job that took `seconds` for `cohort` genomes. Those that were lost are
-        open again, once. A claim that another driver has taken over meanwhile is left alone."""
+        open again, once. A claim that another driver has taken over meanwhile is left alone. Raises UserError for a job
+        of another proxy than the study's first; its claims are open again."""
         with self._storage.lock():
-            for claim in claims:
-                trial = trial_now(self._study, claim.trial_id)
-                if self._is_mine(trial):
-                    cost = {evaluations.SECONDS: seconds / cohort, evaluations.COHORT: cohort}
-                    self._settle(trial, job, lost_with="job", notes=cost)
+            mine = [claim for claim in claims if self._is_mine(trial_now(self._study, claim.trial_id))]
+            try:
+                confirm_proxy(self._study, job)
+            except UserError:
+                for claim in mine:
+                    self._reopen(claim.trial_id)
+                raise
+            for claim in mine:
+                cost = {evaluations.SECONDS: seconds / cohort, evaluations.COHORT: cohort}
+                self._settle(trial_now(self._study, claim.trial_id), job, lost_with="job", notes=cost)
         self._held -= {claim.trial_id for claim in claims}
 
     def release(self, claims: Sequence[Claim]) -> None:
@@ -246,5 +258,9 @@ class Ledger:
             if len(trials) > 1:  # out of memory side by side is not out of memory alone
                 again = {genome: Outcome.LOST for genome, one in job.outcomes.items() if one is Outcome.OUT_OF_MEMORY}
                 job = replace(job, outcomes={**job.outcomes, **again})
+            try:
+                confirm_proxy(self._study, job)
+            except UserError:  # that driver's proxy was another one; this one's is not to blame
+                job = JobReport(dict.fromkeys(genomes, Outcome.LOST), {}, {}, "of another proxy")
             for trial in trials:
                 self._settle(trial, job, lost_with="driver", notes={})

@@ -14,16 +14,19 @@ from optuna.trial import TrialState
 
 from engine.config.marks import Mark, settings
 from engine.errors import UserError
+from engine.jobs.proxy.facts import ProxyFacts
 from ga.config import SearchConfig
 from ga.evolution.genome import Space
-from ga.jobs.proxy_facts import ProxyFacts
+from ga.study.drivers import present_drivers
 from ga.study.evaluations import Evaluation, rank_evaluations, read_history
-from ga.study.sources import SearchSource
+from ga.study.proxy_identity import adopt_proxy
+from ga.study.sources import SearchSource, confirmation_name
 from ga.study.storage import SearchStorage
+from ga.study.yardstick import yardstick_name
 
-SETTINGS, COMPARABLE, PARTS = "settings", "comparable with", "fingerprint parts"
-"""User attributes of a study: what must not change, what makes its fitness comparable with other studies', and what the
-proxy's fingerprint is made of."""
+SETTINGS, COMPARABLE, PARTS, BUDGET = "settings", "comparable with", "fingerprint parts", "budget"
+"""User attributes of a study: what must not change, what makes its fitness comparable with other studies', what the
+proxy's fingerprint is made of, and search.trials of the driver that was started last."""
 
 
 def search_space(config: SearchConfig, *, student_layers: int, teacher_layers: int) -> Space:
@@ -63,6 +66,10 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
             storage=storage.optuna, study_name=config.study, directions=directions, load_if_exists=True
         )
         begun = study.user_attrs.get(SETTINGS)
+        if begun not in (None, wanted) and _is_untouched(study):
+            optuna.delete_study(storage=storage.optuna, study_name=config.study)
+            study = optuna.create_study(storage=storage.optuna, study_name=config.study, directions=directions)
+            begun = None
         if begun is not None:
             _check_same(begun, wanted, study, facts, where=storage.shown_url)
         elif study.directions != directions or any(
@@ -79,7 +86,17 @@ def open_search(storage: SearchStorage, config: SearchConfig, space: Space, fact
             study.set_user_attr(PARTS, facts.fingerprint_parts)
             study.set_user_attr(COMPARABLE, comparable(config, facts))
             study.set_user_attr(SETTINGS, wanted)  # last: it says that the others are there
+        study.set_user_attr(BUDGET, config.search.trials)
     return source
+
+
+def _is_untouched(study: Study) -> bool:
+    """Tells whether a search is as good as not begun: nothing has ended, no driver works on it. Its first job may have
+    refused a setting, which is corrected now."""
+    trials = study.get_trials(deepcopy=False)
+    return not any(trial.state.is_finished() for trial in trials) and all(
+        driver.is_silent for driver in present_drivers(study).values()
+    )
 
 
 def comparable(config: SearchConfig, facts: ProxyFacts) -> list[Any]:
@@ -97,25 +114,44 @@ def open_list(storage: SearchStorage, name: str) -> Study:
 def load_search(storage: SearchStorage, config: SearchConfig) -> Study:
     """Opens the study of a search that was begun. Raises UserError."""
     try:
-        return optuna.load_study(storage=storage.optuna, study_name=config.study)
+        study = optuna.load_study(storage=storage.optuna, study_name=config.study)
     except KeyError:
         there = ", ".join(sorted(optuna.get_all_study_names(storage.optuna))) or "none"
         raise UserError(f"search.study={config.study!r} is not in {storage.shown_url}; there: {there}") from None
+    if SETTINGS not in study.user_attrs:
+        raise UserError(f"search.study={config.study!r} in {storage.shown_url} was not begun by a search")
+    return study
+
+
+def begun_lists(storage: SearchStorage, study: Study) -> dict[str, Study]:
+    """Returns the studies of a search's yardstick and of its confirmation by what they are, as far as they were
+    begun."""
+    fingerprint, seed = study.user_attrs[COMPARABLE][:2]
+    names = {
+        "yardstick": yardstick_name(fingerprint, seed),
+        "confirmed": confirmation_name(study.study_name, fingerprint),
+    }
+    there = optuna.get_all_study_names(storage.optuna)
+    begun = {what: name for what, name in names.items() if name in there}
+    return {what: optuna.load_study(storage=storage.optuna, study_name=name) for what, name in begun.items()}
 
 
 def comparable_searches(storage: SearchStorage, study: Study) -> dict[str, list[Evaluation]]:
     """Returns the evaluations of the other searches of the storage whose fitness is comparable with this one's, by
-    name."""
+    name. A search that has no proxy so far takes that of the first of them. Call it while the storage is locked."""
     names = (name for name in optuna.get_all_study_names(storage.optuna) if name != study.study_name)
     others = (optuna.load_study(storage=storage.optuna, study_name=name) for name in names)
     wanted = study.user_attrs[COMPARABLE]
-    return {other.study_name: read_history(other) for other in others if other.user_attrs.get(COMPARABLE) == wanted}
+    alike = [other for other in others if other.user_attrs.get(COMPARABLE) == wanted]
+    return {other.study_name: read_history(other) for other in alike if adopt_proxy(study, other)}
 
 
 def known_evaluations(storage: SearchStorage, study: Study) -> dict[str, Evaluation]:
     """Returns an evaluation with a fitness by genome, of comparable searches."""
     found: dict[str, Evaluation] = {}
-    for other in comparable_searches(storage, study).values():
+    with storage.lock():
+        others = comparable_searches(storage, study)
+    for other in others.values():
         for one in rank_evaluations(other):
             found.setdefault(one.genome, one)
     return found

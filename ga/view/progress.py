@@ -1,24 +1,17 @@
-"""What a user sees of a search while it runs: a line for each generation, and the table of --status."""
+"""What a user sees of a search while it runs: a line for each generation."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from optuna import Study
-
-from engine.records.columns import columns, duration_text, labelled_lines
+from engine.records.columns import duration_text
 from ga.evolution.genome import Genes, Space
 from ga.evolution.operators import diversity
-from ga.jobs.outcome import Outcome
-from ga.study.drivers import present_drivers
-from ga.study.evaluations import RUNNING, Evaluation, rank_evaluations, read_history
-
-SHOWN = 10
+from ga.study.evaluations import RUNNING, Evaluation, rank_evaluations, spent_evaluations
 
 
 @dataclass(frozen=True)
@@ -55,33 +48,55 @@ def gene_rows(evaluations: Sequence[Evaluation], space: Space) -> list[Genes]:
     return [space.parse(one.genome) for one in evaluations]
 
 
+class Pace:
+    """Seconds that an evaluation takes beside others, of those that have cost some since it was made: what was done
+    before, or taken over from another search, tells nothing of those to come."""
+
+    def __init__(self, evaluations: Sequence[Evaluation]) -> None:
+        self._began, self._before = time.monotonic(), _count_paid(evaluations)
+
+    def paid(self, evaluations: Sequence[Evaluation]) -> int:
+        """Returns how many it is known from."""
+        return _count_paid(evaluations) - self._before
+
+    def parts(self, evaluations: Sequence[Evaluation], *, left: int) -> list[str]:
+        """Returns the words for a line; none before the first evaluation that has cost something. left: evaluations to
+        come."""
+        paid = self.paid(evaluations)
+        if not paid:
+            return []
+        seconds = (time.monotonic() - self._began) / paid
+        return [f"{seconds:.1f} s per evaluation", *([f"{duration_text(seconds * left)} left"] if left > 0 else [])]
+
+
+def _count_paid(evaluations: Sequence[Evaluation]) -> int:
+    return sum(bool(one.seconds) for one in spent_evaluations(evaluations))
+
+
 class Progress:
     """Says each generation once, when it is over."""
 
-    def __init__(self, space: Space, *, trials: int, population: int, say: Callable[[str], None]) -> None:
-        self._space = space
+    def __init__(self, space: Space, pace: Pace, *, trials: int, population: int, say: Callable[[str], None]) -> None:
+        self._space, self._pace = space, pace
         self._trials, self._population, self._say = trials, population, say
         self._said: set[str] | None = None
-        self._began = time.monotonic()
-        self._at_start = 0
 
     def update(self, evaluations: Sequence[Evaluation], *, over: bool) -> None:
         """Says what has ended since the last call; what was over at the first call is not said. over: no further
         evaluation will come."""
-        done = sum(one.counts and one.outcome != RUNNING for one in evaluations)
         every = blocks(evaluations, self._population)
         begun = every if over else every[:-1]  # the last may get more members
         finished = [block for block in begun if block.done]
         if self._said is None:
             self._said = {block.name for block in every if block.done}
-            self._at_start = done
             return
         for block in finished:
             if block.name not in self._said:
                 self._said.add(block.name)
-                self._say(self._line(block, evaluations, done))
+                self._say(self._line(block, evaluations))
 
-    def _line(self, block: Block, evaluations: Sequence[Evaluation], done: int) -> str:
+    def _line(self, block: Block, evaluations: Sequence[Evaluation]) -> str:
+        done = len(spent_evaluations(evaluations))
         best = rank_evaluations(evaluations)
         own = [one.fitness for one in block.evaluations if one.fitness is not None]
         failed = len(block.evaluations) - len(own)
@@ -90,48 +105,5 @@ class Progress:
         parts.append(f"mean {fmean(own):.4f}" if own else "no fitness")
         parts.append(f"diversity {diversity(gene_rows(block.evaluations, self._space)):.2f}")
         parts += [f"{failed} without fitness"] if failed else []
-        here = done - self._at_start
-        if here:
-            pace = (time.monotonic() - self._began) / here
-            parts.append(f"{pace:.1f} s per evaluation")
-            if done < self._trials:
-                parts.append(f"{duration_text(pace * (self._trials - done))} left")
+        parts += self._pace.parts(evaluations, left=self._trials - done)
         return "  ".join(parts)
-
-
-def status_text(study: Study, storage: str, *, trials: int) -> str:
-    """Returns the table of --status. storage: its URL, fit to be shown."""
-    evaluations = read_history(study)
-    counted = [one for one in evaluations if one.counts]
-    running = [one for one in counted if one.outcome == RUNNING]
-    outcomes = Counter(one.outcome for one in counted if one.outcome != RUNNING)
-    repeated = len(evaluations) - len(counted)
-    seconds = [one.seconds for one in counted if one.seconds]
-    rows: list[tuple[str, str | list[str]]] = [
-        ("search", f"{study.study_name} in {storage}"),
-        (
-            "evaluations",
-            f"{len(counted) - len(running)} of {trials} done"
-            + "".join(f", {count} {name}" for name, count in outcomes.items() if name != Outcome.OK.value)
-            + (f"; {repeated} repeated proposals" if repeated else ""),
-        ),
-        ("cost", f"{fmean(seconds):.1f} s per evaluation" if seconds else "not known yet"),
-        ("drivers", ", ".join(present_drivers(study)) or "none: the same command without --status continues"),
-    ]
-    by_job: dict[str, list[str]] = {}
-    for one in running:
-        by_job.setdefault(one.job or "starting", []).append(one.genome)
-    rows.append(("running", [f"{job}: {' '.join(names)}" for job, names in by_job.items()] or "nothing"))
-    return labelled_lines(rows) + "\n\n" + best_table(evaluations, SHOWN)
-
-
-def best_table(evaluations: Sequence[Evaluation], shown: int) -> str:
-    best = rank_evaluations(evaluations)
-    if not best:
-        return "no genome has a fitness yet"
-    tasks = list(best[0].scores)
-    rows = [["", "genome", "fitness", *tasks, "trial"]]
-    for place, one in enumerate(best[:shown], start=1):
-        scores = [f"{one.scores[task]:.4f}" if task in one.scores else "" for task in tasks]
-        rows.append([str(place), one.genome, f"{one.fitness:.4f}", *scores, str(one.number)])
-    return columns(rows, left=(1,))

@@ -242,7 +242,10 @@ def test_a_job_that_refuses_its_configuration_stops_the_search(make_stand_in_sea
     assert len(errors) == 1
     assert "NoSuchTask" in errors[0]
     assert "Traceback" not in output
-    assert not (search.output_dir / "study.db").exists()
+    search.told = {}
+    search.argv += ["--proxy.steps", "5", "--search.trials", "2", "--search.confirm_top", "0"]
+    search.finish_here()
+    assert len(search.evaluations()) == 2, "what a job refuses can be corrected"
 
     blocked = make_stand_in_search("blocked", trials=4)
     (blocked.output_dir / "leader.lock").mkdir(parents=True)
@@ -278,7 +281,7 @@ def test_a_search_measures_its_yardstick_first_and_once(make_stand_in_search: Ma
     }
     search = make_stand_in_search("first", trials=8, confirm_top=1, confirm_seeds=2, **settings)
     output = search.finish_here()
-    assert "measuring the yardstick: 2-4 3-4 1-2 4-4 0-0 with seeds 0, 1" in output
+    assert "yardstick: 2-4 3-4 1-2 4-4 0-0 with seeds 0, 1" in output
     assert "confirmation: " in output
     assert " with seeds 2, 3" in output, "seeds that neither search nor yardstick has seen"
     yardstick = sorted((search.output_dir / "yardstick").iterdir())

@@ -29,7 +29,7 @@ from engine.config.proxy import ProxyJobConfig
 from engine.errors import EXIT_BAD_INPUT, EXIT_CRASH, EXIT_DIVERGED, EXIT_DONE
 from engine.mapping import MappingPair
 from engine.records.fingerprints import digest
-from engine.records.records import RecordWriter, format_record
+from engine.records.records import RecordWriter
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import TaskScale, fitness_of
 
@@ -97,14 +97,6 @@ class StandIn:
         if "refuses" in self.told:
             print(f"error: {self.told['refuses']}", file=sys.stderr)
             return EXIT_BAD_INPUT
-        if self.config.dry_run:
-            corpus = {
-                "sequences": sum(source["sequences"] for source in self.corpus["sources"]),
-                "seq_len": self.corpus["seq_len"],
-            }
-            known = {"tasks": self.proxy.tasks, "fingerprint_parts": self.parts, **self.layers, **corpus}
-            print(format_record("run", status="planned", **self.facts, **known))
-            return EXIT_DONE
         records = RunDir(Path(self.config.output_dir)).records
         self.aloud = RecordWriter(records, echo=True)
         self.silent = RecordWriter(records)  # what the students' monitors write

@@ -146,7 +146,7 @@ LIGHT = [
     *("engine.cli", "engine.mapping", "engine.config.deepspeed", "engine.config.tools", "engine.ranks.hosts.check"),
     *("engine.records.events", "engine.records.history", "engine.records.stats"),
     *("engine.tasks.load", "engine.tasks.predictions", "engine.tasks.metrics"),
-    *("ga.cli", "ga.search", "ga.report.write", "ga.view.live"),
+    *("ga.cli", "ga.search", "ga.report.write", "ga.view.live", "engine.jobs.proxy.facts"),
 ]
 
 

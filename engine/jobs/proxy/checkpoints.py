@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from engine.config.distill import TrainConfig
 from engine.jobs.distill.plan import Plan, identity
-from engine.jobs.proxy.plan import Genome, ProxyPlan, code_version
+from engine.jobs.proxy.facts import code_version
+from engine.jobs.proxy.plan import Genome, ProxyPlan
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime
 from engine.records.run_dir import RunDir, step_tag, tag_step

@@ -5,33 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import version
 from typing import Any
 
-from engine import __version__
 from engine.config.deepspeed_file import FOLDER
 from engine.config.distill import RunConfig
-from engine.config.marks import Mark, settings
-from engine.config.places import ROOT
 from engine.config.proxy import ProxyJobConfig
 from engine.data.manifest import corpus_hash
 from engine.errors import UserError
-from engine.hub.files import weights_fingerprint
 from engine.jobs.distill.plan import Plan, make_plan, starting_student, with_mapping
 from engine.jobs.execution import plan_execution
+from engine.jobs.proxy.facts import given_parts
 from engine.losses.base import NO_LOSSES, OwnLosses
 from engine.losses.own import identity_of
 from engine.losses.registry import LOSSES
 from engine.mapping import MappingPair
 from engine.models.hub import model_hashes
-from engine.ranks.hosts.agent import COMPARED, code_hash
 from engine.ranks.runtime import has_fast_bf16, uses_gpu
 from engine.records.fingerprints import digest, source_hash
 from engine.tasks.load import TaskData, load_task, resolve_names
 from engine.tasks.specs import task_spec
-
-PACKAGES = (*COMPARED, "torchmetrics")
 
 
 @dataclass(frozen=True)
@@ -199,29 +191,13 @@ def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
     return tuple(genomes.values())
 
 
-@cache
-def code_version() -> str:
-    """Returns the version and a hash of this library's source: an edit may change what a fitness means."""
-    return f"{__version__}+{code_hash(ROOT)}"
-
-
 def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskData]) -> dict[str, Any]:
-    """Returns every setting that decides a fitness, by section, and hashes of what is read. Seed and mapping are left
-    out: they tell evaluations of one fingerprint apart. So is what changes rounding only (ranks, micro batch, ZeRO
-    stage, attention backend)."""
-    fixed = settings(config, Mark.RESULT)
-    for name in ("epochs", "lr", "batch") if config.proxy.evaluator == "probe" else ():
-        del fixed[f"proxy.{name}"]
-    parts: dict[str, Any] = {}
-    for key, value in fixed.items():
-        section, _, name = key.partition(".")
-        parts.setdefault(section, {})[name] = value
-    if config.student.path is not None:
-        parts["student"]["weights_sha256"] = weights_fingerprint(config.student.path, key="student.path")
+    """Returns every setting that decides a fitness, by section, hashes of what is read, and what this machine makes of
+    both."""
+    parts = given_parts(config)
     hashes = model_hashes("teacher", base.teacher)
     parts["teacher"] |= {key.partition(".")[2]: value for key, value in hashes.items()} | {"dtype": base.teacher_dtype}
     parts["data"] |= {"content_sha256": corpus_hash(base.manifest), "seq_len": base.seq_len}
     parts["train"] |= {"precision": base.execution.precision, "warmup_steps": base.config.train.resolved_warmup_steps}
     parts["tasks"] = {task.spec.name: {"sha256": task.sha256, "metrics": list(task.spec.metrics)} for task in tasks}
-    parts["code"] = {"mapdistill": code_version(), **{name: version(name) for name in PACKAGES}}
     return parts

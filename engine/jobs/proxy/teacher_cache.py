@@ -25,7 +25,7 @@ from engine.errors import UserError
 from engine.jobs.distill.build import load_teacher
 from engine.jobs.distill.plan import Plan
 from engine.jobs.proxy.cache_files import ALIGNED, Entry, PartWriter, Piece, read_index
-from engine.jobs.proxy.plan import code_version
+from engine.jobs.proxy.facts import code_version
 from engine.kernels.segments import segments_of_lengths
 from engine.models.features import Features, Wanted
 from engine.models.hub import model_hashes

@@ -10,14 +10,15 @@ import pytest
 from engine.config.distill import RunConfig
 from engine.config.reading import parse_config
 from engine.errors import UserError
+from engine.jobs.proxy.facts import ProxyFacts
 from ga.cli import search_main
 from ga.config import SearchConfig
 from ga.dry_run import notes
 from ga.evolution.operators import PRESETS, Settings
 from ga.jobs.pool import find_placements, visible_gpus
-from ga.jobs.proxy_facts import ProxyFacts
 from ga.report.write import as_commented_yaml, best_config
 from ga.search import check_budget, search
+from ga.study.drivers import Driver, Drivers
 from ga.study.storage import open_storage
 from ga.study.studies import open_search, search_space
 
@@ -154,6 +155,27 @@ def test_a_study_of_something_else_is_left_alone(tmp_path: Path) -> None:
         open_search(open_storage(url), mine, space, FACTS)
     assert study.user_attrs == {}
     assert len(optuna.load_study(storage=url, study_name="lr").trials) == 1
+
+
+def test_settings_can_be_corrected_until_something_has_ended(tmp_path: Path) -> None:
+    """The first job may have refused one."""
+    url = f"sqlite:///{tmp_path / 'all.db'}"
+    storage = open_storage(url)
+
+    def opened(seed: str) -> optuna.Study:
+        mine = config("--search.storage", url, "--search.study", "s", "--search.seed", seed)
+        return open_search(storage, mine, search_space(mine, student_layers=3, teacher_layers=6), FACTS).study
+
+    opened("0").ask()
+    study = opened("1")
+    assert (study.user_attrs["settings"]["search.seed"], study.trials) == (1, [])
+    drivers = Drivers(study, Driver.this_process(), placements=1)
+    with pytest.raises(UserError, match=r"search\.seed=2, but it was begun with 1"):
+        opened("2")
+    drivers.leave()
+    study.tell(study.ask(), 0.5)
+    with pytest.raises(UserError, match=r"search\.seed=2, but it was begun with 1"):
+        opened("2")
 
 
 def test_a_mistyped_storage_is_not_made_by_asking_for_the_status(

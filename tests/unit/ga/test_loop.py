@@ -71,6 +71,17 @@ def test_a_cohort_that_does_not_fit_into_memory_is_halved(loop: Loop, said: list
     assert loop._too_many_for_memory(claims, report(dict.fromkeys(outcomes, Outcome.LOST))) == []
 
 
+def test_jobs_that_are_lost_before_the_first_one_begins_are_no_fault_of_genomes(loop: Loop) -> None:
+    lost = report({"1-0-0": Outcome.LOST})
+    assert [loop._cannot_start(lost) for _ in range(2)] == [False, True]
+    loop._lost_at_start = 0
+    claims = loop.ledger.claim(1)
+    begun = JobReport({claims[0].genome: Outcome.DIVERGED}, {}, {}, "", "f")
+    assert not loop._cannot_start(begun)
+    loop.ledger.finish(claims, begun, seconds=1.0, cohort=1)
+    assert not any(loop._cannot_start(lost) for _ in range(3))
+
+
 def test_a_second_start_of_a_trial_gets_a_folder_of_its_own(loop: Loop) -> None:
     names = []
     for _ in range(3):
@@ -157,7 +168,7 @@ def test_a_search_that_gave_up_may_try_again(tmp_path: Path) -> None:
 
     for _ in range(2):  # the second driver does not look at the first one's failures
         began = datetime.datetime.now()
-        with LiveView(config, space, study, tasks=["SST-2"]) as view:
+        with LiveView(config, space, study, tasks=["SST-2"]) as view, view.search_stage():
 
             def look(view: LiveView = view, began: datetime.datetime = began) -> None:
                 give_up_after_failures(view.update(), since=began, most=config.search.max_failures)

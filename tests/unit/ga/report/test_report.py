@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import itertools
 import math
 import re
@@ -21,9 +22,9 @@ from engine.config.distill import LossConfig
 from engine.records.yardstick import Noise, TaskScale, fitness_of
 from ga.evolution.genome import Space
 from ga.report.confirmation import compare, seed_deviation, verdict, winner
+from ga.report.drawing import LABEL_GAP, label_lines, limits, new_figure, spread
 from ga.report.facts import Facts
 from ga.report.layers import known_layers
-from ga.report.plot_course import LABEL_GAP, spread
 from ga.report.text import report_text
 from ga.report.write import write_report
 from ga.study.evaluations import REPEATED, RUNNING, STOPPED_EARLY, Evaluation, rank_evaluations
@@ -53,6 +54,7 @@ def facts(space: Space | None = None, **changes) -> Facts:
     space = space or Space(student_layers=3, teacher_layers=6)
     return replace(
         Facts(
+            study="minilm-3",
             space=space,
             sampler="ga",
             search_seed=0,
@@ -60,8 +62,8 @@ def facts(space: Space | None = None, **changes) -> Facts:
             population=20,
             cohort=8,
             fingerprint="3f9a0c11",
-            teacher="models/all_minilm: 6 layers",
-            student="3 layers, init uniform",
+            teacher="models/all_minilm (6 layers)",
+            student="a student of 3 layers (init uniform)",
             tasks=TASKS,
             yardstick=YARDSTICK,
             evaluator="probe",
@@ -70,6 +72,8 @@ def facts(space: Space | None = None, **changes) -> Facts:
             heuristics={name: space.text(genes) for name, genes in space.heuristics().items()},
             command="python launch/search.py --config a.yaml",
             second_objective=None,
+            versions={"mapdistill": "1.0", "torch": "2.13"},
+            written=datetime.datetime(2026, 11, 30, 21, 0),
         ),
         **changes,
     )
@@ -165,34 +169,33 @@ def test_seed_deviation_is_pooled() -> None:
     [
         (
             {"0-3-5": {1: 0.71, 2: 0.732, 3: 0.705}, UNIFORM: {1: 0.70, 2: 0.72, 3: 0.695}},
-            "0-3-5 beats uniform (2-4-6) by 0.0107, 95 % interval 0.0078 to 0.0135 over 3 new seeds.",
+            "0-3-5 closes 0.0107 ± 0.0029 more of the gap than uniform (2-4-6) (95 % interval, 3 new seeds).",
         ),
         (
             {"0-3-5": {1: 0.75, 2: 0.70}, UNIFORM: {1: 0.70, 2: 0.72}},
-            "0-3-5 is within noise of uniform (2-4-6): difference 0.0150, 95 % interval -0.4297 to 0.4597 over 2 new "
-            "seeds, interval includes 0: no evidence that the winner is better than uniform; use uniform or confirm "
-            "with more seeds.",
+            "No difference to uniform (2-4-6) was found: the winner, 0-3-5, closes 0.02 ± 0.44 more of the gap (95 % "
+            "interval, 2 new seeds), within noise; use uniform or confirm with more seeds.",
         ),
         (
             {"0-3-5": {1: 0.6, 2: 0.701}, UNIFORM: {1: 0.7, 2: 0.8}},
-            "uniform (2-4-6) itself won: the next best, 0-3-5, differs from it by -0.0995, 95 % interval -0.1059 to "
-            "-0.0931 over 2 new seeds. The search has found nothing better.",
+            "uniform (2-4-6) itself won: the next best, 0-3-5, closes 0.0995 ± 0.0064 less of the gap (95 % interval, "
+            "2 new seeds). The search has found nothing better.",
         ),
         (
             {"0-3-5": {1: 0.6, 2: 0.9}, UNIFORM: {1: 0.7, 2: 0.9}},
-            "uniform (2-4-6) itself won: the next best, 0-3-5, differs from it by -0.0500, 95 % interval -0.6853 to "
-            "0.5853 over 2 new seeds, within noise. The search has found nothing better.",
+            "uniform (2-4-6) itself won: the next best, 0-3-5, closes 0.05 ± 0.64 less of the gap (95 % interval, 2 "
+            "new seeds), within noise. The search has found nothing better.",
         ),
         ({UNIFORM: {1: 0.7}}, "uniform (2-4-6) itself won: no other genome has a fitness with the new seeds."),
         (
             {"0-3-5": {1: 0.60, 2: 0.70, 3: 0.9}, UNIFORM: {1: 0.70, 2: 0.80}},
-            "0-3-5 is worse than uniform (2-4-6) by 0.1000, 95 % interval -0.1000 to -0.1000 over 2 new seeds; use "
+            "0-3-5 closes 0.1000 ± 0.0000 less of the gap than uniform (2-4-6) (95 % interval, 2 new seeds); use "
             "uniform.",
         ),
         (
             {"0-3-5": {1: 0.8, 2: 0.8}, UNIFORM: {1: 0.7}},
-            "0-3-5 differs from uniform (2-4-6) by 0.1000 with the one new seed that both have, and one seed shows no "
-            "noise: no evidence that the winner is better than uniform; confirm with more seeds.",
+            "0-3-5 closes 0.1000 more of the gap than uniform (2-4-6), but with the one new seed that both have, and "
+            "one seed shows no noise: no evidence that the winner is better than uniform; confirm with more seeds.",
         ),
         (
             {"0-3-5": {1: 0.8}},
@@ -224,7 +227,10 @@ def test_the_tables_hold_the_numbers(tmp_path: Path) -> None:
     report = write_report(tmp_path / "report", facts(), EVALUATIONS, others, CONFIRMED, SCORES, best_yaml="seed: 0\n")
     text = report.read_text(encoding="utf-8")
     assert (tmp_path / "report" / "best.yaml").read_text() == "seed: 0\n"
-    assert text.split("\n\n")[1] == verdict(CONFIRMED, UNIFORM)  # what the search prints at its end
+    assert text.split("\n\n")[1] == f"**{verdict(CONFIRMED, UNIFORM)}**"
+    assert text.split("\n\n")[2].endswith("(seed_noise.png)")
+    assert text.count("(seed_noise.png)") == 1
+    assert "(6 layers) to a student of 3 layers (init uniform): 6 evaluations of 343 genomes, 30 November" in text
     best = rows_of(text, "place")
     assert [row["genome"] for row in best] == ["0-3-5", UNIFORM, "4-5-6", "0-0-0", "1-2-3", "6-6-6"]
     assert [row["heuristic"] for row in best] == ["", "uniform", "last", "none", "first", "all-last"]
@@ -255,6 +261,31 @@ def test_the_tables_hold_the_numbers(tmp_path: Path) -> None:
     assert f"between the 4 genomes: {spread_of:.4f}." in text
     assert f"deepspeed launch/distill.py --config {tmp_path / 'report' / 'best.yaml'}\n" in text
     assert {"python launch/search.py --config a.yaml", "`3f9a0c11`"} <= set(re.findall(r"python .*|`3f\w+`", text))
+
+
+def test_the_report_says_when_where_and_with_what_it_was_made(tmp_path: Path) -> None:
+    begun = [replace(EVALUATIONS[0], began=datetime.datetime(2026, 11, 30, 20, 30)), *EVALUATIONS[1:]]
+    text = report_text(facts(), begun, {}, {}, {}, [], best_yaml=tmp_path / "b")
+    assert "| date | 2026-11-30 20:30 to 2026-11-30 21:00, 30 min 00 s with confirmation and pauses |" in text
+    assert "| hosts of the jobs | here |" in text
+    assert "| versions | mapdistill 1.0, torch 2.13 |" in text
+
+
+def test_an_axis_grows_for_teacher_and_untrained_student_where_they_are_near() -> None:
+    values = np.array([0.6, 0.7, 0.75, 0.8])
+    assert limits(values, [0.0, 1.0]) == pytest.approx((0.6 - 0.02, 1.0 + 0.02))
+    assert limits(values) == pytest.approx((0.6 - 0.01, 0.8 + 0.01))
+
+
+def test_what_an_axis_does_not_reach_is_named_at_its_end(tmp_path: Path) -> None:
+    _, (axes,) = new_figure(1, width=4, height=3)
+    axes.set_ylim(0.2, 0.6)
+    label_lines(axes, {"untrained": 0.0, "uniform": 0.5, "teacher": 1.0}, strong=["untrained", "teacher"])
+    assert [text.get_text() for text in axes.texts] == [
+        "untrained 0.0000 (below)",
+        "uniform 0.5000",
+        "teacher 1.0000 (above)",
+    ]
 
 
 def test_tasks_that_were_not_searched_on_are_apart(tmp_path: Path) -> None:
@@ -291,7 +322,23 @@ def test_a_ranking_that_no_training_beats_is_not_called_a_result(tmp_path: Path,
         scales["STS-B"] = replace(scales["STS-B"], start=better["start"])
     about = facts(yardstick=replace(YARDSTICK, none=none, scales=scales))
     text = report_text(about, EVALUATIONS, {}, CONFIRMED, {}, [], best_yaml=tmp_path / "b")
-    assert text.split("\n\n")[1] == f"**Not a result for {want}.** {verdict(CONFIRMED, UNIFORM)}"
+    assert text.split("\n\n")[1] == f"**{verdict(CONFIRMED, UNIFORM)} Not a result for {want}.**"
+
+
+def test_where_no_mapping_helps_on_any_task_there_is_no_result(tmp_path: Path) -> None:
+    """Also with a clear winner: the ranking is one of damage."""
+    scales = {
+        task: replace(scale, start=max(scale.start, 0.83), teacher=max(scale.teacher, 0.95))
+        for task, scale in YARDSTICK.scales.items()
+    }
+    about = facts(yardstick=replace(YARDSTICK, scales=scales))
+    sentence = report_text(about, EVALUATIONS, {}, CONFIRMED, {}, [], best_yaml=tmp_path / "b").split("\n\n")[1]
+    assert sentence.startswith(
+        "**No result: on no task that counts does a mapping help (SST-2: no mapping beats the untrained student "
+        "(0.8300); the best, 0-3-5, has 0.8200; STS-B: no"
+    )
+    assert "one of damage" in sentence
+    assert "closes" not in sentence
 
 
 def test_a_fitness_without_any_task_that_counts_is_not_called_a_result(tmp_path: Path) -> None:
@@ -299,7 +346,7 @@ def test_a_fitness_without_any_task_that_counts_is_not_called_a_result(tmp_path:
     text = report_text(
         facts(yardstick=replace(YARDSTICK, scales=scales)), EVALUATIONS, {}, {}, {}, [], best_yaml=tmp_path / "b"
     )
-    assert text.split("\n\n")[1].startswith("**Not a result: fitness is the mean of the raw scores, which says little")
+    assert text.split("\n\n")[1].startswith("**No result: fitness is the mean of the raw scores, which says little")
 
 
 def test_layers_of_the_winner_stand_beside_those_of_uniform(tmp_path: Path) -> None:
@@ -535,7 +582,7 @@ def test_a_search_without_any_fitness_says_so(tmp_path: Path) -> None:
     text = write_report(
         tmp_path / "report", facts(), failed, {"random": history(Space(student_layers=3, teacher_layers=6), 5)}, {}, {}
     ).read_text()
-    assert text.split("\n\n")[1].startswith("No genome has a fitness (23 diverged)")
+    assert text.split("\n\n")[1].startswith("**No genome has a fitness (23 diverged)")
     assert len(rows_of(text, "trial")) == 20
     assert "3 more are in" in text
     assert "best.yaml" not in text
@@ -546,10 +593,12 @@ def test_a_search_without_any_fitness_says_so(tmp_path: Path) -> None:
 def test_without_confirmation_no_win_is_claimed(tmp_path: Path) -> None:
     text = report_text(facts(), EVALUATIONS, {}, {}, {}, [], best_yaml=tmp_path / "best.yaml")
     sentence = text.split("\n\n")[1]
-    assert sentence.startswith("0-3-5 has the best fitness of the search, 0.7200, 0.0200 above uniform (2-4-6), but")
-    assert "No evidence yet" in sentence
+    assert sentence.startswith(
+        "**Not confirmed: 0-3-5 is best in the search and closes 0.7200 of the gap, 0.0200 more than uniform (2-4-6), "
+    )
+    assert "no evidence yet" in sentence
     alone = report_text(facts(), EVALUATIONS[:2], {}, {}, {}, [], best_yaml=tmp_path / "best.yaml")
-    assert "uniform (2-4-6) itself won" in alone
+    assert "Not confirmed: uniform (2-4-6) itself is best in the search" in alone
     assert "--mapping.hidden uniform" not in alone
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import optuna
 import pytest
 
+from engine.errors import UserError
 from engine.records.processes import start_ticks
 from engine.records.records import format_record
 from ga.config import SearchConfig, SearchSection
@@ -188,6 +189,42 @@ def test_what_a_dead_drivers_job_has_recorded_counts(storage: SearchStorage, tmp
     assert read_history(source.study)[lost[1].number].fitness == 0.75
     losses = [source.study.trials[claim.number].system_attrs[LOSSES] for claim in (lost[0], lost[2])]
     assert losses == [{"job": 0, "driver": 1}] * 2
+
+
+def test_a_job_of_another_proxy_stops_the_driver_and_costs_no_genome(storage: SearchStorage) -> None:
+    source = make_source(storage, trials=5)
+    ledger = make_ledger(storage, source)
+    first, second = ledger.claim(1), ledger.claim(2)
+    assert not ledger.has_begun
+    ledger.finish(first, dataclasses.replace(report(first), fingerprint="f"), seconds=1.0, cohort=1)
+    assert ledger.has_begun
+    other = dataclasses.replace(report(second), fingerprint="g", parts={"train": {"precision": "bfloat16"}})
+    with pytest.raises(UserError, match=r"the proxy has changed since \(fingerprint f, now g: train\)"):
+        ledger.finish(second, other, seconds=1.0, cohort=2)
+    assert [one.outcome for one in read_history(source.study)] == ["ok", "running", "running"]
+    again = make_ledger(storage, source).claim(2)
+    assert again == second
+    assert all(LOSSES not in source.study.trials[claim.number].system_attrs for claim in again)
+
+
+def test_what_a_dead_driver_has_recorded_with_another_proxy_does_not_count(
+    storage: SearchStorage, tmp_path: Path
+) -> None:
+    source = make_source(storage, trials=5)
+    ledger = make_ledger(storage, source)
+    mine = ledger.claim(1)
+    ledger.finish(mine, dataclasses.replace(report(mine), fingerprint="f"), seconds=1.0, cohort=1)
+    died = make_ledger(storage, source, gone())
+    (lost,) = died.claim(1)
+    folder = tmp_path / "trials" / "00001"
+    folder.mkdir(parents=True)
+    died.begin([lost], folder)
+    started = format_record("run", status="started", fingerprint="g", fingerprint_parts={}, seeds=[7])
+    result = format_record(
+        "result", genome=lost.genome, seed=7, fingerprint="g", fitness=0.75, scores={}, reports={}, yardstick={}
+    )
+    (folder / "records.jsonl").write_text(f"{started}\n{result}\n")
+    assert lost.number in {claim.number for claim in ledger.claim(5)}
 
 
 def test_a_lost_trial_is_tried_again_once(storage: SearchStorage) -> None:

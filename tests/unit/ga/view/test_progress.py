@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from ga.evolution.genome import Space
 from ga.study.evaluations import REPEATED, RUNNING, Evaluation
-from ga.view.progress import Progress, best_table, blocks
+from ga.view.progress import Pace, Progress, blocks
 
 SPACE = Space(student_layers=2, teacher_layers=4)
 
@@ -14,7 +16,12 @@ SPACE = Space(student_layers=2, teacher_layers=4)
 def generation(number: int, *fitness: float | None, first: int = 0) -> list[Evaluation]:
     return [
         Evaluation(
-            first + i, f"{i}-{number}", "ok" if value is not None else "diverged", fitness=value, generation=number
+            first + i,
+            f"{i}-{number}",
+            "ok" if value is not None else "diverged",
+            fitness=value,
+            generation=number,
+            seconds=10.0,
         )
         for i, value in enumerate(fitness)
     ]
@@ -22,7 +29,7 @@ def generation(number: int, *fitness: float | None, first: int = 0) -> list[Eval
 
 def test_a_generation_is_said_once_when_it_is_over() -> None:
     lines: list[str] = []
-    progress = Progress(SPACE, trials=8, population=3, say=lines.append)
+    progress = Progress(SPACE, Pace([]), trials=8, population=3, say=lines.append)
     progress.update([], over=False)
     first = generation(0, 0.5, 0.75, None)
     running = [replace(first[0], outcome=RUNNING, fitness=None), *first[1:]]
@@ -43,13 +50,27 @@ def test_a_generation_is_said_once_when_it_is_over() -> None:
 
 def test_what_an_earlier_driver_has_said_is_not_said_again() -> None:
     lines: list[str] = []
-    progress = Progress(SPACE, trials=8, population=2, say=lines.append)
+    progress = Progress(SPACE, Pace([]), trials=8, population=2, say=lines.append)
     history = generation(0, 0.5, 0.25) + generation(1, 0.5, 0.25, first=2)
     progress.update(history, over=False)
     progress.update(history, over=True)
     assert not lines
     progress.update(history + generation(2, 0.5, first=4), over=True)
     assert len(lines) == 1
+
+
+def test_the_time_left_is_that_of_evaluations_that_cost_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither those of an earlier driver nor those that another search had made the next ones faster."""
+    clock = iter([100.0, 130.0])
+    monkeypatch.setattr("ga.view.progress.time.monotonic", lambda: next(clock))
+    before = generation(0, 0.5, 0.5, 0.5)
+    pace = Pace(before)
+    reused = [replace(one, seconds=0.0) for one in generation(1, 0.5, 0.5, 0.5, first=3)]
+    assert pace.parts([*before, *reused], left=4) == []
+    assert pace.parts([*before, *reused, *generation(2, 0.5, 0.5, first=6)], left=4) == [
+        "15.0 s per evaluation",
+        "1 min 00 s left",
+    ]
 
 
 def test_samplers_without_generations_get_lines_of_the_same_length() -> None:
@@ -60,10 +81,3 @@ def test_samplers_without_generations_get_lines_of_the_same_length() -> None:
         ("no. 3 to 4", 2),
         ("no. 5 to 6", 1),
     ]
-
-
-def test_the_best_table_has_each_genome_once_best_first() -> None:
-    spent = [*generation(0, 0.25, 0.75), Evaluation(7, "1-0", REPEATED, fitness=0.75)]
-    rows = best_table(spent, 5).splitlines()
-    assert [row.split()[:3] for row in rows[1:]] == [["1", "1-0", "0.7500"], ["2", "0-0", "0.2500"]]
-    assert best_table([], 5) == "no genome has a fitness yet"

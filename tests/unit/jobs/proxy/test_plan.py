@@ -14,7 +14,8 @@ from tiny_world import TinyWorld
 from engine.config.proxy import ProxyJobConfig
 from engine.config.reading import parse_config, read_config
 from engine.errors import UserError
-from engine.jobs.proxy.plan import OwnEvaluator, ProxyPlan, code_version, make_proxy_plan
+from engine.jobs.proxy.facts import code_version
+from engine.jobs.proxy.plan import OwnEvaluator, ProxyPlan, make_proxy_plan
 from engine.jobs.proxy.report import earlier_results, fitness_table, signal_of
 from engine.losses.base import NO_LOSSES, Evaluated, HiddenMapped, Loss, OwnLosses, StepInputs
 from engine.losses.hidden import EmbeddingLoss
