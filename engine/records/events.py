@@ -24,6 +24,7 @@ from engine.records.files import AppendFile
 from engine.records.run_dir import EVENT_FILES
 
 _NUMBERS = itertools.count()
+"""Numbers in the names of a process's files: TensorBoard reads those of one second in the order of their names."""
 
 
 class EventFile:
@@ -79,7 +80,7 @@ class EventFile:
         try:
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+                name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS):06d}"
                 self._file = AppendFile(self._folder / f"{EVENT_FILES}{name}{self._suffix}")
             self._file.append(self._head + _tfrecord(event))
         except OSError as error:

@@ -104,6 +104,7 @@ from pathlib import Path
 from types import SimpleNamespace as Some
 
 import torch
+from engine.config.distill import TrainConfig
 from engine.ranks import watchdog
 from engine.data.batch import Counts
 from engine.jobs.distill.held_out import HeldOutLosses
@@ -123,7 +124,7 @@ execution = Some(micro_batch_size=1)
 trainee = Some(model=Engine(), runtime=runtime, execution=execution, monitor=monitor)
 loader = Some(held_out_batches=lambda size: [batch] * 10)
 with watchdog.watch(2.0, Path(sys.argv[1]), lambda: print("reported", flush=True)):
-    HeldOutLosses(trainee, lambda batch: None, loader, every=1, names=("one",))(1)
+    HeldOutLosses(TrainConfig(eval_every=1), trainee, lambda batch: None, loader, names=("one",))(1)
 """
 
 
