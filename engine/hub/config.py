@@ -26,6 +26,11 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         bool,
         "its weights are quantised, and losses need the plain ones: name the model that it was made from",
     ),
+    "attention_type": (
+        lambda value: value == "block_sparse",
+        "transformers turns that into full attention at the first text of less than about 700 tokens, for good: write "
+        "original_full if no text is longer",
+    ),
     "is_decoder": (bool, "its attention looks back only; an encoder that sees the whole text is needed"),
     "add_cross_attention": (bool, "it reads a second text by cross-attention, which is not computed here"),
 }

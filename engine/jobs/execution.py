@@ -100,7 +100,14 @@ def check_precision(execution: Execution) -> None:
 
 
 def attention_backend(requested: str, dtype: str, shape: ModelShape, seq_len: int, *, key: str) -> Backend:
-    """Returns what computes the attention of a model. key: name of the setting; a teacher is not trained."""
+    """Returns what computes the attention of a model. key: name of the setting; a teacher is not trained.
+
+    Raises UserError for a choice that this machine or model does not have."""
+    if shape.own_attention is not None:
+        reason = f"model type {shape.own_attention.model_type!r} computes its attention itself"
+        if requested != "auto":
+            raise UserError(f"{key}={requested!r}: {reason}, without transformers' attention interface; write auto")
+        return Backend("own", reason)
     return resolve_backend(
         requested,
         device=compute_device(),

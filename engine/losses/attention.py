@@ -29,6 +29,7 @@ class HeadByHead(AttentionMapped):
     """A loss on the attention maps of each pair of layers."""
 
     def check(self) -> None:
+        super().check()
         check_equal_heads(self.name, self.setup)
 
     def attention(self, inputs: StepInputs, pair: Pair) -> Attention:
@@ -41,6 +42,15 @@ class AttentionScoreLoss(HeadByHead):
     """MSE of attention scores before softmax (TinyBERT, arXiv 1909.10351)."""
 
     name = "attention"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(
+            f"loss.attention compares scaling * Q K^T; beside it the scores of the {side} ({own.model_type}) have "
+            f"{own.added}, which it leaves out"
+            for side, own in self.setup.own_attention.items()
+            if own.added
+        )
 
     @property
     def targets(self) -> dict[str, Target]:
@@ -67,6 +77,16 @@ class AttentionProbsLoss(HeadByHead):
     """KL of attention probabilities (MiniLM, arXiv 2002.10957), always over real tokens."""
 
     name = "attention_probs"
+
+    def check(self) -> None:
+        super().check()
+        for side, own in self.setup.own_attention.items():
+            if own.added:
+                raise UserError(
+                    f"loss.attention_probs={self.setup.config.attention_probs:g} compares softmax(scaling * Q K^T), "
+                    f"but the scores of the {side} ({own.model_type}) also have {own.added}; set it to 0, and use "
+                    "loss.relation, which no score takes part in"
+                )
 
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         values = {

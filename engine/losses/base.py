@@ -13,11 +13,13 @@ from torch import nn
 
 from engine.config.distill import LossConfig
 from engine.data.batch import Batch, Counts
+from engine.errors import UserError
 from engine.kernels.choice import Kernels
 from engine.kernels.inputs import Attention, Rows
 from engine.kernels.segments import Segments
 from engine.models.features import Features, Wanted
 from engine.models.mlm_head import MlmHead, WholeLogits
+from engine.models.own_attention import OwnAttention
 from engine.models.projections import Projections
 from engine.models.shape import ModelShape
 
@@ -59,6 +61,12 @@ class LossSetup:
     attention: tuple[Pair, ...]
     """Active pairs of the attention mapping."""
     mlm_probability: float
+
+    @property
+    def own_attention(self) -> dict[Side, OwnAttention]:
+        """What is known of the models that compute their attention themselves, by side"""
+        shapes: dict[Side, ModelShape] = {"student": self.student, "teacher": self.teacher}
+        return {side: shape.own_attention for side, shape in shapes.items() if shape.own_attention is not None}
 
     @property
     def counts_pads(self) -> bool:
@@ -204,6 +212,11 @@ class Loss(ABC):
         return None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what it leaves out of these two models"""
+        return ()
+
+    @property
     def targets(self) -> dict[str, Target]:
         """Targets of the terms that are squared distances, which loss.scale=teacher divides by the target's variance"""
         return {}
@@ -250,6 +263,15 @@ class AttentionMapped(Loss):
     """A loss on queries, keys (and values) of each pair of layers of the mapping."""
 
     mapped_by = "attention"
+
+    def check(self) -> None:
+        for side, own in self.setup.own_attention.items():
+            if own.projections is None:
+                raise UserError(
+                    f"loss.{self.name}={getattr(self.setup.config, self.name):g} compares queries, keys and values, "
+                    f"but the {side} (model type {own.model_type!r}) computes its attention itself, and which of its "
+                    f"modules make them is not known; set loss.{self.name} to 0"
+                )
 
     @property
     def shares(self) -> dict[str, float]:

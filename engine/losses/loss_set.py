@@ -121,7 +121,7 @@ class LossSet:
     windows: frozenset[int]
     """Windows of student and teacher, in tokens, within which the pairs of tokens of a batch must be counted"""
     warnings: tuple[str, ...]
-    """Sentences about settings without effect"""
+    """Sentences about settings without effect, and about what losses leave out of these models"""
 
     def __init__(
         self,
@@ -163,7 +163,9 @@ class LossSet:
         self.targets = {term: target for loss in self._losses for term, target in loss.targets.items()}
         if self.state_pairs:
             check_projection(config.projection, student_width=student.width, teacher_width=teacher.width)
-        self.warnings = (*empty, *_idle_settings(config, mapping, own_losses, projects=bool(self.state_pairs)))
+        left_out = (note for loss in self._losses for note in loss.notes)
+        idle = _idle_settings(config, mapping, own_losses, projects=bool(self.state_pairs))
+        self.warnings = (*empty, *idle, *left_out)
         shares = {term: share for loss in self._losses for term, share in loss.shares.items()}
         self._weights = {term: loss_weights[term.partition("/")[0]] * share for term, share in shares.items()}
         self.term_names, self.coefficients = tuple(self._weights), tuple(self._weights.values())

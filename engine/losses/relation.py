@@ -24,6 +24,7 @@ class RelationLoss(AttentionMapped):
         return self.setup.config.relation_heads or self.setup.teacher.heads
 
     def check(self) -> None:
+        super().check()
         heads, student, teacher = self.relation_heads, self.setup.student.width, self.setup.teacher.width
         if student % heads == 0 and teacher % heads == 0:
             return

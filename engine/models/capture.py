@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from engine.data.batch import Batch
@@ -18,6 +19,7 @@ from engine.kernels.segments import Segments, segments_of_lengths
 from engine.models.attention import DeepEnough, Recorder, recording
 from engine.models.features import Features, Wanted
 from engine.models.mlm_head import MlmHead, WholeLogits, output_matrix, without_output_matrix
+from engine.models.own_attention import OwnAttention, own_attention
 from engine.models.unpadding import packing, without_pads
 
 FULL_FROM = {"cpu": 0.85, "cuda": 0.95}
@@ -28,12 +30,16 @@ MOST_ROUNDED_UP = 1 / 16
 
 
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the distinct modules that transformers itself records as hidden states, in registration order.
+    """Returns the distinct modules that transformers itself records as hidden states, in registration order; of a model
+    that declares none, those of its one list of as many modules as it has layers.
 
-    ALBERT has fewer of them than layers: it calls them several times. Empty when the model declares none.
+    ALBERT has fewer of them than layers: it calls them several times. Empty when the layers are not known.
     """
     base = model.base_model
     spec = (getattr(base, "_can_record_outputs", None) or {}).get("hidden_states")
+    if spec is None:
+        lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == layer_calls(model)]
+        return list(lists[0]) if len(lists) == 1 else []
     layers: dict[int, nn.Module] = {}
     for declared in spec if isinstance(spec, list) else [spec]:
         # a class, the end of a name, or an OutputRecorder, which transformers 5.0 keeps in another module than 5.23
@@ -88,6 +94,7 @@ def capture(
             recording(recorder),
             packing(segments, pad_at_end=wanted.task_logits),
             _hooks(model, progress, batch),
+            _projection_hooks(model, recorder),
             _only_inputs_of(decoder),
         ):
             output = (forward or model)(**inputs_of(batch), return_dict=True)
@@ -218,6 +225,35 @@ def _hooks(model: PreTrainedModel, progress: _Progress, batch: Batch) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _projection_hooks(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
+    """Holds hooks that record queries, keys and values of a model that computes its attention itself."""
+    own = own_attention(type(model), model.config)
+    if own is None or own.projections is None or not recorder.layers:
+        yield
+        return
+    handles = [handle for layer in layer_modules(model) for handle in _record_projections(layer, own, recorder)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record_projections(layer: nn.Module, own: OwnAttention, recorder: Recorder) -> list[RemovableHandle]:
+    made: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        made[name] = output.unflatten(-1, (own.heads, -1)).transpose(1, 2)
+        if name == "value":  # made last; what DeBERTa projects after it are its relative positions
+            qkv = made["query"], made["key"], made["value"]
+            made.clear()
+            recorder.record(layer, qkv, own.scaling(qkv[0]), {})
+
+    named = zip(("query", "key", "value"), own.modules(layer), strict=True)
+    return [module.register_forward_hook(lambda _, __, output, name=name: keep(name, output)) for name, module in named]
 
 
 def _rows(hidden: torch.Tensor, batch: Batch, progress: _Progress) -> torch.Tensor:

@@ -96,8 +96,8 @@ def _probe(config: PretrainedConfig) -> None:
     """Raises UserError for a model whose attention cannot be captured."""
     try:
         install(skeleton(config, "none"), "eager")
-    except RuntimeError:  # its forward pass asks for values, which a model without storage has not
-        install(new_model(truncated_config(config, 1), with_mlm_head=False, seed=0), "eager")
+    except RuntimeError:  # its forward pass, or the proof, asks for values, which a model without storage has not
+        install(new_model(truncated_config(config, 2), with_mlm_head=False, seed=0), "eager")
 
 
 def _settings(parts: Parts) -> Iterator[str]:
@@ -191,7 +191,12 @@ def _casing(parts: Parts) -> Iterator[str]:
 EACH_AND_TOKENIZER = ("each model", "tokenizer")
 CHECKS = (
     Check(("config.json", "weights"), "names and shapes of all tensors of the encoder", "an error", _weights),
-    Check(("config.json", "attention"), "whether a forward pass calls ours once a layer", "an error", _attention),
+    Check(
+        ("config.json", "attention"),
+        "whether a forward pass shows its layers and their attention",
+        "an error",
+        _attention,
+    ),
     Check(("config.json", "transformers"), "settings that this version does not know", "a note", _settings),
     Check(("corpus", "tokenizer"), "how text becomes ids, by a hash", "an error", _corpus),
     Check(("each further model", "tokenizer"), "its own vocabulary: ids must mean the same words", "an error", _words),

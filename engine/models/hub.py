@@ -26,6 +26,7 @@ from transformers import (
 from engine.errors import UserError, first_line
 from engine.hub.config import load_config
 from engine.hub.files import lookup, quiet, safety, stored_tensors, unreadable, weights_fingerprint
+from engine.models.own_attention import own_attention
 from engine.models.shape import ModelShape
 from engine.models.windows import has_windows, windows_of
 from engine.records.fingerprints import digest
@@ -109,6 +110,7 @@ def shape_of(config: PretrainedConfig, has_mlm_head: bool) -> ModelShape:
         vocab=config.vocab_size,
         has_mlm_head=has_mlm_head,
         windows=_windows_of(config.to_json_string(use_diff=False), config.model_type) if has_windows(config) else (),
+        own_attention=own_attention(model_class(config, "none"), config),
     )
 
 

@@ -25,15 +25,16 @@ from engine.models.hub import shape_of
 KEY = "student.init"
 NAMES = "random, mapping, uniform, every-other, first, last"
 
-# Module name -> what the axes of its weight are (D hidden, E embedding, A attention, F feed-forward, - kept whole).
-# A bias or a LayerNorm weight has the first axis only. Used by the model types in NARROWABLE.
+# Module name -> what the axes of its weight are (D hidden, E embedding, A attention, H heads, F feed-forward, - kept
+# whole). A bias or a LayerNorm weight has the first axis only. Used by the model types in NARROWABLE.
 AXES: tuple[tuple[str, str], ...] = (
     (r"embeddings\.(word|position|token_type)_embeddings", "-E"),
     (r"embeddings\.LayerNorm", "E"),
     (r"embeddings_project", "DE"),
-    (r"attention\.self\.(query|key|value)|attention\.[qkv]_lin", "AD"),
-    (r"attention\.output\.dense|attention\.out_lin", "DA"),
-    (r"attention\.output\.LayerNorm|sa_layer_norm", "D"),
+    (r"attention\.self\.(query|key|value)|attention\.[qkv]_lin|attention\.attn\.[qkv]", "AD"),
+    (r"attention\.output\.dense|attention\.out_lin|attention\.attn\.o", "DA"),
+    (r"attention\.output\.LayerNorm|sa_layer_norm|attention\.LayerNorm", "D"),
+    (r"relative_attention_bias", "-H"),
     (r"intermediate\.dense|ffn\.lin1", "FD"),
     (r"output\.dense|ffn\.lin2", "DF"),
     (r"output\.LayerNorm|output_layer_norm", "D"),
@@ -45,7 +46,7 @@ AXES: tuple[tuple[str, str], ...] = (
     (r"predictions\.decoder|lm_head\.decoder|vocab_projector", "-D"),
     (r"cls\.predictions|lm_head", "-"),
 )
-NARROWABLE = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+NARROWABLE = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "mpnet")
 
 
 def resolve_init(text: str, M: int, N: int, hidden_map: LayerMapping | None) -> tuple[int, ...]:
@@ -132,6 +133,7 @@ class Selection:
             "D": evenly_spaced(narrow.hidden, wide.hidden),
             "E": evenly_spaced(narrow.embedding, wide.embedding),
             "A": (heads[:, None] * wide.head + dims[None, :]).flatten(),
+            "H": heads,
             "F": evenly_spaced(narrow.intermediate, wide.intermediate),
         }
 

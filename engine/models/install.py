@@ -12,35 +12,37 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from engine.data.batch import Batch, Counts
-from engine.errors import UserError
+from engine.errors import UserError, first_line
+from engine.hub.files import quiet
 from engine.models.attention import IMPLEMENTATIONS, Recorder, recording
 from engine.models.capture import capture, layer_calls, layer_modules
 from engine.models.features import Wanted
 from engine.models.mlm_head import check_output_matrix
+from engine.models.own_attention import OwnAttention, own_attention
 from engine.models.unpadding import install_packing
 
-REMEDY = (
-    "choose BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT, ALBERT, ModernBERT (transformers 5.1 or newer) or another "
-    "encoder that does"
-)
+REMEDY = "choose an encoder such as BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, ModernBERT, MPNet or DeBERTa"
 
 
 def install(model: PreTrainedModel, backend: str) -> None:
-    """Switches the model to our attention functions and proves with a forward of 4 tokens that they are called.
+    """Switches the model to our attention functions and proves with a forward of 4 tokens that they are called. Of a
+    model that computes its attention itself it proves that its layers' outputs are its hidden states.
 
-    backend: sdpa, eager or flash_attention_2 (see `resolve_backend`). Call it before DeepSpeed shards the model.
-    Raises UserError for a model that cannot be captured.
+    backend: sdpa, eager or flash_attention_2 (see `resolve_backend`); the model's own attention ignores it. Call it
+    before DeepSpeed shards the model. Raises UserError for a model that cannot be captured.
     """
+    layers = layer_modules(model)
+    if not layers:
+        raise UserError(f"model type {model.config.model_type!r}: which modules are its layers is unknown; {REMEDY}")
+    own = own_attention(type(model), model.config)
+    if own is not None:
+        _probe_own(model, own)
+        return
     if backend == "flash_attention_2":  # its kernels refuse the CPU and fp32, in which models are built
         install(model, "sdpa")
         _switch(model, backend)
         return
     _switch(model, backend)
-    layers = layer_modules(model)
-    if not layers:
-        raise UserError(
-            f"model type {model.config.model_type!r} does not declare its layers (_can_record_outputs); {REMEDY}"
-        )
     _probe(model)
     install_packing(layers)
 
@@ -69,8 +71,6 @@ def _switch(model: PreTrainedModel, backend: str) -> None:
         raise UserError(f"model type {kind!r} does not support attention={backend!r}: {error}") from None
     finally:
         hf_logging.set_verbosity(verbosity)
-    if model.config._attn_implementation != name:
-        raise UserError(f"model type {kind!r} does not go through transformers' attention interface; {REMEDY}")
 
 
 @torch.no_grad()
@@ -99,10 +99,35 @@ def _probe(model: PreTrainedModel) -> None:
         raise UserError(f"model type {model.config.model_type!r} attends to the left only; {REMEDY}")
 
 
+@torch.no_grad()
+def _probe_own(model: PreTrainedModel, own: OwnAttention) -> None:
+    """Raises UserError unless the model's own hidden states are what is captured, and its first token sees the last."""
+    ids = torch.tensor([[5, 5, 5, 5], [5, 5, 5, 6]], device=model.device)
+    kind, layers = model.config.model_type, layer_calls(model)
+    numbers = range(1, layers + 1) if own.projections is not None else ()
+    wanted = Wanted(hidden=frozenset(range(layers + 1)), attention=frozenset(numbers))
+    was_training = model.training
+    try:
+        with quiet():
+            states = model.eval()(input_ids=ids, output_hidden_states=True).hidden_states
+            captured = capture(model, Batch(ids, None, None, Counts()), wanted).hidden
+            check_output_matrix(model, ids)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model type {kind!r} does not run on token ids alone: {first_line(error)}") from None
+    finally:
+        model.train(was_training)
+    is_cut = getattr(model.config, "tie_last_hidden_states", None) is False  # its last layer lacks the final norm
+    compared = range(layers if is_cut else layers + 1)
+    if len(states) != layers + 1 or not all(torch.equal(captured[layer], states[layer]) for layer in compared):
+        raise UserError(f"model type {kind!r}: its hidden states are not the outputs of its layers; {REMEDY}")
+    if torch.equal(states[-1][0, 0], states[-1][1, 0]):
+        raise UserError(f"model type {kind!r} attends to the left only; {REMEDY}")
+
+
 def runs_unpadded(model: PreTrainedModel) -> bool:
     """Tells whether the model (after `install`) computes the same without its pads, by trying it."""
     if model.config._attn_implementation not in (IMPLEMENTATIONS["sdpa"], IMPLEMENTATIONS["eager"]):
-        return False  # whose mask function is not ours
+        return False  # its mask function, or all of its attention, is not ours
     lengths, generator = (5, 2, 3), torch.Generator().manual_seed(0)
     low, high = 5, min(model.config.vocab_size, 1000)
     ids = torch.randint(low, high, (3, 5), generator=generator).to(model.device)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.models.capture import layer_modules
+from engine.models.own_attention import OwnAttention
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class ModelShape:
     has_mlm_head: bool
     windows: tuple[int | None, ...] = ()
     """How many tokens to each side each layer attends to, None: to all; empty: all layers to all."""
+    own_attention: OwnAttention | None = None
+    """Set for a model that computes its attention itself, without transformers' attention interface."""
 
     def window(self, layer: int) -> int | None:
         """Returns the window of a layer, counted from 1."""

@@ -14,9 +14,13 @@ from packaging.version import Version
 from transformers import (
     AlbertConfig,
     BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    MegatronBertConfig,
     ModernBertConfig,
+    MPNetConfig,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -27,7 +31,11 @@ from engine.data.batch import Batch, Counts
 from engine.models.student import new_model
 
 VOCAB = 53
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "modernbert")
+OWN_PROJECTIONS = ("mpnet", "deberta-v2")
+"""They compute their attention themselves, and where they make queries, keys and values is known."""
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "modernbert", *OWN_PROJECTIONS)
+WITHOUT_PROJECTIONS = ("deberta", "megatron-bert")
+"""They compute their attention themselves; hidden states and logits are all that is captured."""
 PADDING = 1
 
 _COMMON: dict[str, Any] = {
@@ -60,6 +68,15 @@ _MODERN: dict[str, Any] = {
     "cls_token_id": 0,
     "sep_token_id": 2,
 }
+_DEBERTA_V3: dict[str, Any] = {
+    "relative_attention": True,
+    "position_buckets": 4,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 _DISTIL: dict[str, Any] = {**_COMMON, "dim": 48, "n_heads": 4, "hidden_dim": 64, "n_layers": 4}
 _BUILD: dict[str, Callable[[], PretrainedConfig]] = {
     "bert": lambda: BertConfig(**_BERT),
@@ -69,6 +86,10 @@ _BUILD: dict[str, Callable[[], PretrainedConfig]] = {
     "distilbert": lambda: DistilBertConfig(**_DISTIL),
     "albert": lambda: AlbertConfig(**_BERT, embedding_size=16),
     "modernbert": lambda: ModernBertConfig(**_MODERN),
+    "mpnet": lambda: MPNetConfig(**_BERT),
+    "deberta-v2": lambda: DebertaV2Config(**_BERT | _DEBERTA_V3),
+    "deberta": lambda: DebertaConfig(**_BERT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "megatron-bert": lambda: MegatronBertConfig(**_BERT),
 }
 
 

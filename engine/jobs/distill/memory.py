@@ -90,7 +90,7 @@ def _activation_bytes(plan: Plan, tokens: int) -> float:
     34 bytes a token, unit of width and layer in 16 bits, plus 5 bytes per attention score when scores are kept)."""
     shape, double = plan.student_shape, BYTES[plan.execution.precision] / 2
     per_layer = tokens * shape.width * 34 * double
-    if plan.student_attention.name == "eager":
+    if plan.student_attention.name in ("eager", "own"):
         per_layer += 5 * shape.heads * plan.seq_len * tokens * double
     if plan.config.student.activation_checkpointing:
         return per_layer * (1 + shape.layers / 17)  # each layer keeps its input only
