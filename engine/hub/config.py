@@ -31,6 +31,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "transformers turns that into full attention at the first text of less than about 700 tokens, for good: write "
         "original_full if no text is longer",
     ),
+    "attention_window": (bool, "its tokens attend to windows, and to tokens that each task chooses anew"),
     "is_decoder": (bool, "its attention looks back only; an encoder that sees the whole text is needed"),
     "add_cross_attention": (bool, "it reads a second text by cross-attention, which is not computed here"),
 }

@@ -29,6 +29,10 @@ MOST_ROUNDED_UP = 1 / 16
 """Share of a batch's positions up to which a CPU keeps pads (engine/models/unpadding.py)."""
 
 
+class NotCaptured(RuntimeError):
+    """The model did not compute a tensor where it was looked for."""
+
+
 def layer_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the distinct modules that transformers itself records as hidden states, in registration order; of a model
     that declares none, those of its one list of as many modules as it has layers.
@@ -176,12 +180,12 @@ def task_logits(output: Any) -> torch.Tensor:
 
 
 def _check_complete(recorder: Recorder, progress: _Progress) -> None:
-    """Raises RuntimeError for a tensor that was asked for and did not come: it would be a silent zero in a loss."""
+    """Raises NotCaptured for a tensor that was asked for and did not come: it would be a silent zero in a loss."""
     missing = (progress.wanted.hidden - recorder.features.hidden.keys()) | (
         progress.wanted.attention - recorder.features.query.keys()
     )
     if missing:
-        raise RuntimeError(
+        raise NotCaptured(
             f"layers {sorted(missing)} were not captured: the model ran {progress.layers} layers and "
             f"{recorder.calls} attention calls (was `install` called on it?)"
         )

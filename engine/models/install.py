@@ -15,7 +15,7 @@ from engine.data.batch import Batch, Counts
 from engine.errors import UserError, first_line
 from engine.hub.files import quiet
 from engine.models.attention import IMPLEMENTATIONS, Recorder, recording
-from engine.models.capture import capture, layer_calls, layer_modules
+from engine.models.capture import NotCaptured, capture, layer_calls, layer_modules
 from engine.models.features import Wanted
 from engine.models.mlm_head import check_output_matrix
 from engine.models.own_attention import OwnAttention, own_attention
@@ -114,6 +114,8 @@ def _probe_own(model: PreTrainedModel, own: OwnAttention) -> None:
             check_output_matrix(model, ids)
     except (TypeError, ValueError) as error:
         raise UserError(f"model type {kind!r} does not run on token ids alone: {first_line(error)}") from None
+    except NotCaptured:
+        raise UserError(f"model type {kind!r} does not call its layers as modules; {REMEDY}") from None
     finally:
         model.train(was_training)
     is_cut = getattr(model.config, "tie_last_hidden_states", None) is False  # its last layer lacks the final norm
@@ -121,7 +123,7 @@ def _probe_own(model: PreTrainedModel, own: OwnAttention) -> None:
     if len(states) != layers + 1 or not all(torch.equal(captured[layer], states[layer]) for layer in compared):
         raise UserError(f"model type {kind!r}: its hidden states are not the outputs of its layers; {REMEDY}")
     if torch.equal(states[-1][0, 0], states[-1][1, 0]):
-        raise UserError(f"model type {kind!r} attends to the left only; {REMEDY}")
+        raise UserError(f"model type {kind!r}: its first token does not attend to a later one; {REMEDY}")
 
 
 def runs_unpadded(model: PreTrainedModel) -> bool:

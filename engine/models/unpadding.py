@@ -3,8 +3,8 @@ come back after the last, so that embeddings, positions and heads see padded bat
 
 The attention mask is what every layer of every encoder hands on to its attention function, also when a checkpointed
 layer is run again in the backward pass. So a packed forward's mask is a list of the sequences' lengths (a tensor on the
-CPU, which others may copy and detach), and whoever meets it knows: hooks of the first and the last layer, and our
-attention functions.
+CPU, which others may copy and detach), and whoever meets it knows: hooks of the layers, and our attention functions.
+Rotary positions, which every layer is given anew, lose the pads with them.
 
 A CPU keeps a few pads, behind the sequences, so that batches have few different numbers of rows: what is compiled or
 allocated for one number serves the next batch (docs/benchmarks.md, "Memory of a long run"). No sequence attends to
@@ -30,6 +30,8 @@ class Packing(NamedTuple):
     segments: Segments
     pad_at_end: bool
     """Whether the last layer's output gets its pads back, for heads that look at positions."""
+    window: int | None = None
+    """Tokens to each side that the layer attends to; None: all"""
 
 
 _active: ContextVar[Packing | None] = ContextVar("mapdistill_packing", default=None)
@@ -45,14 +47,15 @@ def packing(segments: Segments | None, *, pad_at_end: bool) -> Iterator[None]:
         _active.reset(token)
 
 
-def packed_mask() -> torch.Tensor | None:
-    """Returns what stands in place of an attention mask, (2 + S,) int64: a mark, the number of rows and S lengths. None
-    outside of `packing`."""
+def packed_mask(window: int | None) -> torch.Tensor | None:
+    """Returns what stands in place of an attention mask, (3 + S,) int64: a mark, the window of the layers that get it
+    (-1: none), the number of rows and S lengths. None outside of `packing`."""
     active = _active.get()
     if active is None:
         return None
     mark = PADS_AT_END if active.pad_at_end else NO_PADS
-    return torch.tensor([mark, active.segments.rows, *active.segments.lengths], dtype=torch.int64)
+    near = -1 if window is None else window
+    return torch.tensor([mark, near, active.segments.rows, *active.segments.lengths], dtype=torch.int64)
 
 
 def packing_of(mask: Any) -> Packing | None:
@@ -62,14 +65,16 @@ def packing_of(mask: Any) -> Packing | None:
     mark, *numbers = mask.tolist() or [0]
     if mark not in (NO_PADS, PADS_AT_END):
         return None
-    rows, *lengths = numbers
-    return Packing(segments_of_lengths(tuple(lengths), rows), mark == PADS_AT_END)
+    window, rows, *lengths = numbers
+    segments = segments_of_lengths(tuple(lengths), rows)
+    return Packing(segments, mark == PADS_AT_END, None if window == -1 else window)
 
 
 def install_packing(layers: list[nn.Module]) -> None:
     """Adds the hooks to a model that has none yet. layers: in their order. Forwards outside of `packing` do not
     change."""
-    layers[0].register_forward_pre_hook(_pack, with_kwargs=True)
+    for layer in layers:
+        layer.register_forward_pre_hook(_pack, with_kwargs=True)
     layers[-1].register_forward_hook(_pad, with_kwargs=True)
 
 
@@ -85,9 +90,11 @@ def _pack(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if found is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    if _is_packed(hidden, found.segments):  # the one module of a model that shares its layers
-        return None
-    hidden = found.segments.packed(hidden, 1)
+    if not _is_packed(hidden, found.segments):  # so is it behind the first layer
+        hidden = found.segments.packed(hidden, 1)
+    if kwargs.get("position_embeddings") is not None:  # cosines and sines (B or 1, L, d) of rotary positions
+        cos_sin = (x.expand(len(found.segments), -1, -1) for x in kwargs["position_embeddings"])
+        kwargs = {**kwargs, "position_embeddings": tuple(found.segments.packed(x, 1) for x in cos_sin)}
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 

@@ -30,6 +30,8 @@ def change(folder: str, *, remove: tuple[str, ...] = (), **values: Any) -> None:
         ({"pruned_heads": {"0": [1]}}, "would compute all of them"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantised"),
         ({"is_decoder": True}, "looks back only"),
+        ({"attention_type": "block_sparse"}, "full attention at the first text"),
+        ({"attention_window": [512]}, "windows"),
         ({"add_cross_attention": True}, "cross-attention"),
     ],
 )

@@ -18,7 +18,7 @@ from engine.losses.loss_set import LossSet
 from engine.losses.measure import TeacherSlice
 from engine.mapping import parse_mapping
 from engine.models.attention import Recorder
-from engine.models.capture import capture, inputs_of
+from engine.models.capture import FULL_FROM, capture, inputs_of, segments_of
 from engine.models.features import Features, Wanted
 from engine.models.hub import shape_of
 from engine.models.install import install, runs_unpadded
@@ -52,7 +52,9 @@ def own_attention(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, .
     return found
 
 
-def losses_of(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, backend: str) -> dict[str, float]:
+def losses_of(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, backend: str, *, unpadded: bool = False
+) -> dict[str, float]:
     shape, mapping = shape_of(student.config, False), "4-3-1-2"
     assert shape.windows == LAYERS
     config = LossConfig(hidden=0, embedding=0, attention=1, attention_probs=1, scale="none")
@@ -62,9 +64,9 @@ def losses_of(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, 
         teacher=shape, mlm_probability=0.0, kernels=Kernels(backend),
     )  # fmt: skip
     assert losses.windows == {4}
-    features = capture(student, batch, losses.wanted_student)
+    features = capture(student, batch, losses.wanted_student, unpadded=unpadded)
     with torch.no_grad():
-        targets = capture(teacher, batch, losses.wanted_teacher)
+        targets = capture(teacher, batch, losses.wanted_teacher, unpadded=unpadded)
     projections = Projections(config, student_width=48, teacher_width=48, layers=frozenset())
     _, values = losses(features, targets, batch, batch.counts, projections)
     return dict(zip((*losses.term_names, *losses.observed_names), values.tolist(), strict=True))
@@ -139,9 +141,15 @@ def test_pairs_within_a_window_are_counted() -> None:
     assert counts.with_values(counts.as_list()) == counts
 
 
-def test_a_model_with_windows_keeps_its_pads() -> None:
-    student, _ = models()
-    assert not runs_unpadded(student)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_losses_are_those_of_the_padded_batch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FULL_FROM, "cpu", 1.0)
+    student, teacher = models()
+    batch = long_batch(padded=True)
+    assert runs_unpadded(student)
+    assert segments_of(batch) is not None
+    found = losses_of(student, teacher, batch, backend, unpadded=True)
+    assert found == pytest.approx(losses_of(student, teacher, batch, backend), rel=1e-5)
 
 
 def test_layers_that_attend_to_anything_else_are_refused() -> None:

@@ -25,7 +25,9 @@ def trained(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "electra", "modernbert"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "distilbert", "albert", "electra", "modernbert", "mpnet", "deberta-v2"]
+)
 def test_training_is_that_of_the_whole_vocabulary(family: str) -> None:
     ids = torch.tensor([[5, 9, 7, 9], [30, 7, 5, 11]])
     whole, compact = tiny_model(family), tiny_model(family)

@@ -20,7 +20,7 @@ from engine.models.hub import SavedModel, load_backbone
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 WORDS = ("the", "The", "model", *(f"word{n}" for n in range(VOCAB)))
-COUNTED_FROM_PAD = ("roberta", "xlm-roberta")
+COUNTED_FROM_PAD = ("roberta", "xlm-roberta", "mpnet")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -79,7 +79,10 @@ def inner(tensors: dict[str, torch.Tensor]) -> str:
         (lambda t: t | {inner(t): torch.ones(3, 5)}, r"1 weights are missing .*\(3, 5\) instead of"),
         (lambda t: {f"module.{name}": value for name, value in t.items()}, "begin with 'module.', which a wrapper"),
         (lambda t: {f"_orig_mod.{name}": value for name, value in t.items()}, "begin with '_orig_mod.', which"),
-        (lambda t: {f"deberta.{name}": value for name, value in t.items()}, "named as those of model type 'deberta'"),
+        (
+            lambda t: {f"nystromformer.{name}": value for name, value in t.items()},
+            "those of model type 'nystromformer'",
+        ),
     ],
     ids=["too much", "missing", "another shape", "DataParallel", "compiled", "another type"],
 )

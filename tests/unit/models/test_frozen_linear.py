@@ -17,7 +17,7 @@ from engine.models.install import install
 from engine.models.teacher import FrozenTeacher
 
 CPU = torch.device("cpu")
-FAMILIES = ["bert", "roberta", "electra", "distilbert", "albert", "modernbert"]
+FAMILIES = ["bert", "roberta", "electra", "distilbert", "albert", "modernbert", "mpnet", "deberta-v2"]
 pytestmark = pytest.mark.skipif(
     not can_pack(tiny_model("bert").bfloat16(), CPU), reason="this CPU has no native bfloat16 products"
 )

@@ -147,9 +147,10 @@ def test_narrower_student_takes_consistent_units(
     A = torch.cat([12 * h + evenly_spaced(hidden // heads, 12) for h in evenly_spaced(heads, 4)])
     distil = family == "distilbert"
     to, old = ("transformer.layer.1.", "transformer.layer.3.") if distil else ("encoder.layer.1.", "encoder.layer.3.")
-    query, out = (
-        ("attention.q_lin", "attention.out_lin") if distil else ("attention.self.query", "attention.output.dense")
-    )
+    query, out = {
+        "distilbert": ("attention.q_lin", "attention.out_lin"),
+        "mpnet": ("attention.attn.q", "attention.attn.o"),
+    }.get(family, ("attention.self.query", "attention.output.dense"))
     up, down = ("ffn.lin1", "ffn.lin2") if distil else ("intermediate.dense", "output.dense")
     norm = "output_layer_norm" if distil else "output.LayerNorm"
     for name, rows, columns in ((query, A, D), (out, D, A), (up, F, D), (down, D, F)):
@@ -161,6 +162,9 @@ def test_narrower_student_takes_consistent_units(
     words = "embeddings.word_embeddings.weight"
     assert torch.equal(small[words], big[words][:, E])
     assert torch.equal(small["embeddings.LayerNorm.bias"], big["embeddings.LayerNorm.bias"][E])
+    if family == "mpnet":
+        bias = "encoder.relative_attention_bias.weight"
+        assert torch.equal(small[bias], big[bias][:, evenly_spaced(heads, 4)])
     if family == "electra":
         assert torch.equal(small["embeddings_project.weight"], big["embeddings_project.weight"][D])
     if mlm:
@@ -175,7 +179,7 @@ def test_narrower_student_takes_consistent_units(
     assert untouched == [], "every tensor must come from the teacher"
 
 
-@pytest.mark.parametrize("family", ["albert", "modernbert"])
+@pytest.mark.parametrize("family", ["albert", "modernbert", "deberta-v2"])
 def test_other_families_cannot_be_narrowed(family: str, tmp_path: Path) -> None:
     path = save_tiny(family, tmp_path)
     with pytest.raises(UserError, match=rf"student.init: .*{family}.*student.init=random or keep"):
