@@ -41,6 +41,11 @@ SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"
 HARMLESS = frozenset(["architectures", "directionality", "finetuning_task", "gradient_checkpointing", "output_past"])
 """Settings of older transformers that do not change what a model computes; so are those that begin with pooler_."""
 
+UNDECLARED = frozenset(
+    ["norm_rel_ebd", "position_buckets", "share_att_key", "conv_kernel_size", "conv_groups", "conv_act"]
+)
+"""Settings that DeBERTa v2 and v3 read, though their configuration class does not declare them."""
+
 
 def load_config(path: str, key: str) -> PretrainedConfig:
     """Reads the configuration of a model folder or hub model; `key` names the setting in errors.
@@ -88,7 +93,7 @@ def load_config(path: str, key: str) -> PretrainedConfig:
 
 def ignored_settings(config: PretrainedConfig, key: str) -> list[str]:
     """Returns a sentence about the settings of config.json that its class does not know, if there are any."""
-    known = {*type(config)().to_dict(), *config.attribute_map, *HARMLESS, *REFUSED}
+    known = {*type(config)().to_dict(), *config.attribute_map, *HARMLESS, *UNDECLARED, *REFUSED}
     unknown = [
         name
         for name, value in config.to_dict().items()

@@ -65,7 +65,7 @@ class LossSetup:
     @property
     def own_attention(self) -> dict[Side, OwnAttention]:
         """What is known of the models that compute their attention themselves, by side"""
-        shapes: dict[Side, ModelShape] = {"student": self.student, "teacher": self.teacher}
+        shapes: dict[Side, ModelShape] = {"teacher": self.teacher, "student": self.student}
         return {side: shape.own_attention for side, shape in shapes.items() if shape.own_attention is not None}
 
     @property

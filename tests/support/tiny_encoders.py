@@ -86,7 +86,7 @@ _BUILD: dict[str, Callable[[], PretrainedConfig]] = {
     "distilbert": lambda: DistilBertConfig(**_DISTIL),
     "albert": lambda: AlbertConfig(**_BERT, embedding_size=16),
     "modernbert": lambda: ModernBertConfig(**_MODERN),
-    "mpnet": lambda: MPNetConfig(**_BERT),
+    "mpnet": lambda: MPNetConfig(**{name: value for name, value in _BERT.items() if name != "type_vocab_size"}),
     "deberta-v2": lambda: DebertaV2Config(**_BERT | _DEBERTA_V3),
     "deberta": lambda: DebertaConfig(**_BERT, relative_attention=True, pos_att_type=["c2p", "p2c"]),
     "megatron-bert": lambda: MegatronBertConfig(**_BERT),
