@@ -1,13 +1,14 @@
-"""Small real tokenizers of the three families, trained on the spot, and text for them."""
+"""Small real tokenizers of four families, trained on the spot, and text for them."""
 
 from __future__ import annotations
 
+import json
 import random
 from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import DebertaV2Tokenizer, PreTrainedTokenizerFast
 
 WORDS = [
     "the", "of", "and", "in", "to", "was", "is", "for", "as", "on", "with", "by", "at", "from", "that", "his", "it",
@@ -103,7 +104,16 @@ def xlm_r() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_roberta_names())
 
 
-FAMILIES = {"bert": bert, "roberta": roberta, "xlm_r": xlm_r}
+@cache
+def deberta_v3() -> PreTrainedTokenizerFast:
+    """SentencePiece's pieces in the class of transformers, as microsoft/deberta-v3-base has them."""
+    pieces = json.loads(xlm_r().backend_tokenizer.to_str())["model"]["vocab"]
+    special = [(token, 0.0) for token in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")]
+    plain = [(piece, score) for piece, score in pieces if not piece.startswith("<")]
+    return DebertaV2Tokenizer(vocab=[*special, *plain, ("[MASK]", 0.0)], unk_id=3)
+
+
+FAMILIES = {"bert": bert, "roberta": roberta, "xlm_r": xlm_r, "deberta_v3": deberta_v3}
 
 
 def saved(family: str, folder: Path) -> str:

@@ -60,7 +60,7 @@ def test_a_row_depends_on_its_sample_id_and_seed_only():
         assert not (other[1] == whole[1]).all()
 
 
-@pytest.mark.parametrize(("family", "marker"), [("bert", "##"), ("roberta", "Ġ"), ("xlm_r", "▁")])
+@pytest.mark.parametrize(("family", "marker"), [("bert", "##"), ("roberta", "Ġ"), ("xlm_r", "▁"), ("deberta_v3", "▁")])
 def test_whole_words_are_chosen_together(family, marker):
     tokenizer = FAMILIES[family]()
     ids, attention = batch(tokenizer)
