@@ -38,6 +38,17 @@ def test_hidden_states_are_the_models_own(family: str, padded: bool) -> None:
         capture(model, batch, Wanted(attention=frozenset({1})))
 
 
+@pytest.mark.parametrize("family", WITHOUT_PROJECTIONS)
+def test_logits_are_the_models_own(family: str) -> None:
+    model, batch = tiny_model(family, mlm=True), make_batch(labels=0.4)
+    install(model, "own")
+    assert batch.labels is not None
+    with torch.no_grad():
+        want = model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.labels != -100]
+        got = capture(model, batch, Wanted(logits=True)).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 def without_added_terms(model: PreTrainedModel) -> None:
     """Zeroes what makes the terms beside Q K^T: MPNet's table; DeBERTa's relative positions and all biases of Q."""
     for name, parameter in model.named_parameters():
