@@ -12,6 +12,7 @@ them, and no loss looks at them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -73,8 +74,10 @@ def packing_of(mask: Any) -> Packing | None:
 def install_packing(layers: list[nn.Module]) -> None:
     """Adds the hooks to a model that has none yet. layers: in their order. Forwards outside of `packing` do not
     change."""
+    layers[0].register_forward_pre_hook(_pack, with_kwargs=True)
     for layer in layers:
-        layer.register_forward_pre_hook(_pack, with_kwargs=True)
+        if "position_embeddings" in inspect.signature(layer.forward).parameters:
+            layer.register_forward_pre_hook(_pack_positions, with_kwargs=True)
     layers[-1].register_forward_hook(_pad, with_kwargs=True)
 
 
@@ -90,12 +93,21 @@ def _pack(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if found is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    if not _is_packed(hidden, found.segments):  # so is it behind the first layer
-        hidden = found.segments.packed(hidden, 1)
-    if kwargs.get("position_embeddings") is not None:  # cosines and sines (B or 1, L, d) of rotary positions
-        cos_sin = (x.expand(len(found.segments), -1, -1) for x in kwargs["position_embeddings"])
-        kwargs = {**kwargs, "position_embeddings": tuple(found.segments.packed(x, 1) for x in cos_sin)}
+    if _is_packed(hidden, found.segments):  # the one module of a model that shares its layers
+        return None
+    hidden = found.segments.packed(hidden, 1)
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _pack_positions(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Takes the pads out of cosines and sines, (B or 1, L, d) each, by which a layer rotates its queries and keys."""
+    found = _find_packing(args, kwargs)
+    if found is None or kwargs.get("position_embeddings") is None:
+        return None
+    positions = (x.expand(len(found.segments), -1, -1) for x in kwargs["position_embeddings"])
+    return args, {**kwargs, "position_embeddings": tuple(found.segments.packed(x, 1) for x in positions)}
 
 
 def _pad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
