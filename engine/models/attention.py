@@ -28,7 +28,8 @@ from transformers.models.bert import modeling_bert
 from engine.errors import UserError
 from engine.kernels.segments import Segments
 from engine.models.features import Features
-from engine.models.unpadding import Packing, packed_mask, packing_of
+from engine.models.unpadding import Packing, group_mask, packed_mask, packing_of
+from engine.models.windows import window_of_mask
 
 varlen_attn: Any
 try:
@@ -196,26 +197,13 @@ def packed_attention(
     groups, back = packed.segments.groups_on(query.device)
     for group, at in groups:
         padded = (group.padded(x if at is None else x.index_select(2, at), 2) for x in qkv)
-        mask = _group_mask(group, packed.window, query.device)
+        mask = group_mask(group, packed.window, query.device)
         if mask is not None and function is _model_eager:  # adds its mask to the scores
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         output, _ = function(module, *padded, mask, scaling=scaling, dropout=dropout, **kwargs)
         mixed_groups.append(group.packed(output, 1))
     joined = mixed_groups[0] if len(mixed_groups) == 1 else torch.cat(mixed_groups, dim=1)
     return joined if back is None else joined.index_select(1, back)
-
-
-def _group_mask(group: Segments, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Returns (S, 1, L, L) bool: which keys each query of these padded sequences attends to; None: to all."""
-    real = group.mask_on(device)
-    keys = None if real is None else real[:, None, None, :].expand(-1, -1, group.longest, -1)
-    if window is None or window >= group.longest - 1:
-        return keys
-    positions = torch.arange(group.longest, device=device)
-    near = (positions[:, None] - positions[None, :]).abs() <= window
-    if real is None or keys is None:
-        return near.expand(len(group), 1, -1, -1)
-    return (keys & near) | ~real[:, None, :, None]  # a pad far from the text would attend to nothing: NaN
 
 
 def _has_varlen(query: torch.Tensor) -> bool:
@@ -242,16 +230,6 @@ def _varlen_attention(
     return mixed[..., :width].unsqueeze(0)
 
 
-def _window(*, mask_function: Callable[..., torch.Tensor], local_size: int | None = None, **_: Any) -> int | None:
-    """Returns how many tokens to each side a mask shows, which `local_size` bounds and models count differently. It is
-    symmetric: windows.py refuses others."""
-    if local_size is None:
-        return None
-    zero = torch.tensor(0)
-    seen = mask_function(zero, zero, zero, torch.arange(local_size + 2))
-    return int(seen.sum()) - 1
-
-
 def _without_asking_the_device(mask_function: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
     """Returns a mask function that does not look whether the mask is all ones: a batch without pads comes without a
     mask here, so one that is there is needed."""
@@ -259,7 +237,7 @@ def _without_asking_the_device(mask_function: Callable[..., torch.Tensor | None]
 
     def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
         if attention_mask is not None:
-            packed = packed_mask(_window(**kwargs))
+            packed = packed_mask(window_of_mask(**kwargs))
             if packed is not None:
                 return packed
             kwargs["allow_is_bidirectional_skip"] = False

@@ -126,3 +126,17 @@ def _is_packed(hidden: torch.Tensor, segments: Segments) -> bool:
 def without_pads(hidden: torch.Tensor, segments: Segments) -> torch.Tensor:
     """Returns (1, T, D) hidden states, whether or not the pads have come back already. T: segments.rows."""
     return hidden if _is_packed(hidden, segments) else segments.packed(hidden, 1)
+
+
+def group_mask(group: Segments, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Returns (S, 1, L, L) bool: which keys each query of these padded sequences attends to; None: to all."""
+    real = group.mask_on(device)
+    if window is None or window >= group.longest - 1:
+        return None if real is None else real[:, None, None, :].expand(-1, -1, group.longest, -1)
+    positions = torch.arange(group.longest, device=device)
+    near = (positions[:, None] - positions[None, :]).abs() <= window
+    if real is None:
+        return near.expand(len(group), 1, -1, -1)
+    return (real[:, None, None, :] & near) | ~real[
+        :, None, :, None
+    ]  # a pad far from the text would attend to nothing: NaN

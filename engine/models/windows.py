@@ -64,3 +64,15 @@ def _window_in_place_of_mask(*, mask_function: Callable[..., torch.Tensor], **_:
     if not torch.equal(seen, (keys - query).abs() <= window) or not torch.equal(seen, seen_later):
         raise ValueError("some attend to the left only, or to parts of the text")
     return torch.tensor([window])
+
+
+def window_of_mask(
+    *, mask_function: Callable[..., torch.Tensor], local_size: int | None = None, **_: Any
+) -> int | None:
+    """Returns how many tokens to each side a mask shows, which `local_size` bounds and models count differently. It is
+    symmetric: `windows_of` refuses others."""
+    if local_size is None:
+        return None
+    zero = torch.tensor(0)
+    seen = mask_function(zero, zero, zero, torch.arange(local_size + 2))
+    return int(seen.sum()) - 1

@@ -28,7 +28,7 @@ from engine.models.hub import shape_of
 from engine.models.install import install, runs_unpadded
 from engine.models.projections import Projections
 from engine.models.student import enable_activation_checkpointing
-from engine.models.unpadding import packed_mask, packing, packing_of
+from engine.models.unpadding import group_mask, packed_mask, packing, packing_of
 
 FAMILIES = ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "modernbert"]
 EVERYTHING = Wanted(hidden=frozenset({0, 2, 4}), attention=frozenset({1, 4}), values=True)
@@ -278,6 +278,18 @@ def test_segments_go_with_their_last_user() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("lengths", [(9, 2, 5), (9, 9)])
+def test_tokens_attend_within_their_window_and_every_pad_to_something(lengths: tuple[int, ...]) -> None:
+    found = group_mask(Segments(lengths), 1, torch.device("cpu"))
+    assert found is not None
+    assert found.shape == (len(lengths), 1, 9, 9)
+    assert bool(found.any(-1).all()), "a softmax over nothing is NaN, and so is its gradient"
+    for mask, length in zip(found[:, 0], lengths, strict=True):
+        near = torch.arange(9)[None, :].sub(torch.arange(length)[:, None]).abs() <= 1
+        assert torch.equal(mask[:length], near & (torch.arange(9) < length))
+    assert group_mask(Segments((9, 9)), 8, torch.device("cpu")) is None, "all tokens are near"
 
 
 def test_no_other_tensor_is_taken_for_a_packed_mask() -> None:
