@@ -38,8 +38,11 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Settings of config.json that change what a model computes and are ignored by transformers or by us: when, and why."""
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 """What the configuration of every encoder has, under these names or by its attribute map."""
-HARMLESS = frozenset(["architectures", "directionality", "finetuning_task", "gradient_checkpointing", "output_past"])
-"""Settings of older transformers that do not change what a model computes; so are those that begin with pooler_."""
+HARMLESS = frozenset(
+    ["architectures", "directionality", "finetuning_task", "gradient_checkpointing", "output_past"]
+    + ["cls_token_id", "sep_token_id", "mask_token_id"]
+)
+"""Settings that do not change what a model computes; so are those that begin with pooler_."""
 
 UNDECLARED = frozenset(
     ["norm_rel_ebd", "position_buckets", "share_att_key", "conv_kernel_size", "conv_groups", "conv_act"]

@@ -47,7 +47,12 @@ def test_what_changes_the_computation_is_refused_by_name(setting: dict[str, Any]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_as_transformers_saves_it_is_read_without_a_note(family: str, tmp_path: Path) -> None:
     path = save_tiny(family, tmp_path)
-    old = {"gradient_checkpointing": False, "directionality": "bidi", "pooler_type": "first_token_transform"}
+    old = {
+        "gradient_checkpointing": False,
+        "directionality": "bidi",
+        "pooler_type": "first_token_transform",
+        "sep_token_id": 3,
+    }
     change(path, position_embedding_type="absolute", pruned_heads={}, finetuning_task="sst2", **old)
     assert ignored_settings(load_config(path, "teacher.path"), "teacher.path") == []
 
