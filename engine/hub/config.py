@@ -39,8 +39,16 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 """What the configuration of every encoder has, under these names or by its attribute map."""
 HARMLESS = frozenset(
-    ["architectures", "directionality", "finetuning_task", "gradient_checkpointing", "output_past"]
-    + ["cls_token_id", "sep_token_id", "mask_token_id"]
+    (
+        "architectures",
+        "directionality",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "output_past",
+        "cls_token_id",
+        "sep_token_id",
+        "mask_token_id",
+    )
 )
 """Settings that do not change what a model computes; so are those that begin with pooler_."""
 
