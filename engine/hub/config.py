@@ -51,7 +51,6 @@ HARMLESS = frozenset(
     )
 )
 """Settings that do not change what a model computes; so are those that begin with pooler_."""
-
 UNDECLARED = frozenset(
     ["norm_rel_ebd", "position_buckets", "share_att_key", "conv_kernel_size", "conv_groups", "conv_act"]
 )
