@@ -268,9 +268,9 @@ class AttentionMapped(Loss):
         for side, own in self.setup.own_attention.items():
             if own.projections is None:
                 raise UserError(
-                    f"loss.{self.name}={getattr(self.setup.config, self.name):g} compares queries, keys and values, "
-                    f"but the {side} (model type {own.model_type!r}) computes its attention itself, and which of its "
-                    f"modules make them is not known; set loss.{self.name} to 0"
+                    f"loss.{self.name} compares queries, keys and values, but the {side} (model type "
+                    f"{own.model_type!r}) computes its attention itself, and which of its modules make them is not "
+                    f"known; switch loss.{self.name} off (0)"
                 )
 
     @property

@@ -12,6 +12,8 @@ from transformers import DebertaV2Config, PreTrainedModel, XLNetConfig
 from engine.config.distill import LossConfig, MappingConfig
 from engine.errors import UserError
 from engine.jobs.execution import attention_backend
+from engine.losses.attention import AttentionScoreLoss
+from engine.losses.base import NO_LOSSES, AttentionMapped, OwnLosses
 from engine.losses.loss_set import LossSet
 from engine.mapping import parse_mapping
 from engine.models.capture import capture, layer_modules
@@ -96,7 +98,7 @@ def test_pads_stay_in(family: str) -> None:
     assert capture(model, batch_with_lengths(), Wanted(hidden=frozenset({4}))).hidden[4].shape == (3, 11, 48)
 
 
-def build(losses: dict[str, float], teacher: str, student: str = "bert") -> LossSet:
+def build(losses: dict[str, float], teacher: str, student: str = "bert", own: OwnLosses = NO_LOSSES) -> LossSet:
     layers = parse_mapping("uniform", student_layers=4, teacher_layers=4)
     return LossSet(
         LossConfig(**{"hidden": 0.0, "attention": 0.0, "embedding": 0.0} | losses),
@@ -106,14 +108,28 @@ def build(losses: dict[str, float], teacher: str, student: str = "bert") -> Loss
         student=shape_of(tiny_config(student), True),
         teacher=shape_of(tiny_config(teacher), True),
         mlm_probability=0.15,
+        own_losses=own,
     )
 
 
 @pytest.mark.parametrize("loss", ["attention", "attention_probs", "relation"])
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_losses_of_attention_need_known_projections(loss: str, side: str) -> None:
-    with pytest.raises(UserError, match=rf"^loss.{loss}=1 .* the {side} \(model type 'deberta'\).*loss.{loss} to 0$"):
+    with pytest.raises(
+        UserError, match=rf"^loss.{loss} .* the {side} \(model type 'deberta'\).*switch loss.{loss} off "
+    ):
         build({loss: 1.0}, **{"teacher": "bert", side: "deberta"})
+
+
+def test_so_does_a_loss_that_a_program_brings() -> None:
+    class OfQueries(AttentionScoreLoss):
+        name = "of_queries"
+
+        def check(self) -> None:
+            AttentionMapped.check(self)
+
+    with pytest.raises(UserError, match=r"^loss.of_queries compares queries.*the teacher \(model type 'deberta'\)"):
+        build({"hidden": 1.0}, "deberta", own={OfQueries: 1.0})
 
 
 @pytest.mark.parametrize("family", OWN_PROJECTIONS)

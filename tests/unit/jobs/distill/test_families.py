@@ -151,7 +151,7 @@ def test_the_modernbert_recipe(tiny_world: TinyWorld, tmp_path: Path) -> None:
 def test_what_a_family_cannot_compare_is_refused_before_models_load(tiny_world: TinyWorld, tmp_path: Path) -> None:
     teacher = save(DebertaConfig, tiny_world, tmp_path, **POSITIONS)
     with pytest.raises(
-        UserError, match=r"^loss.attention=1 .* the teacher \(model type 'deberta'\).*set loss.attention to 0"
+        UserError, match=r"^loss.attention compares .* the teacher \(model type 'deberta'\).*switch loss.attention off"
     ):
         plan_of(tiny_world, "--teacher.path", teacher)
     with pytest.raises(UserError, match=r"^teacher.attention='eager': model type 'deberta' .*write auto"):
