@@ -1,4 +1,5 @@
-"""Makes an exported folder load elsewhere: in transformers from 4.57 on, and without a trace of this machine."""
+"""Makes an exported folder load elsewhere: in transformers from 4.57 on, in sentence-transformers where the teacher
+does, and without a trace of this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from typing import Any
 from huggingface_hub import metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from yaml import YAMLError
 
 from engine.hub.files import optional_file
+from engine.hub.sentence import SentenceEncoder, read_sentence_encoder
 from engine.models.fit import longest_input
 
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "backend", "is_local", "local_files_only", "tokenizer_file")
@@ -53,6 +55,31 @@ def _rewrite(path: Path) -> dict[str, Any]:
     values = {key: value for key, value in _read(path).items() if key not in OF_THIS_MACHINE + OF_THE_TEACHER}
     _write(path, values)
     return values
+
+
+def sentence_student(
+    teacher: str, tokenizer: PreTrainedTokenizerFast, student: PretrainedConfig
+) -> tuple[SentenceEncoder | None, list[str]]:
+    """Returns what makes the export of a student a sentence encoder, and a sentence for each difference to its teacher;
+    None, and the reason, where the files of the teacher are not understood. Raises UserError for files that are not
+    whole."""
+    own, reason = read_sentence_encoder(teacher, "teacher.path")
+    if own is None:
+        plain = f"teacher.path={teacher!r}: the student will be no sentence encoder: {reason}"
+        return None, [plain] if reason else []
+    found = own.for_student(student.hidden_size, longest_input(student))
+    notes = []
+    if len(found.dense) < len(own.dense):
+        notes.append(
+            "the teacher's dense layer behind the pooling takes its own width, not the student's "
+            f"{student.hidden_size}: the student's vectors are its pooled states"
+        )
+    if own.lower_case and tokenizer.tokenize("A") != tokenizer.tokenize("a"):
+        notes.append(
+            "sentence-transformers makes texts lower case before the teacher's tokenizer reads them (do_lower_case), "
+            "but the corpus has capitals; make its text lower case, too"
+        )
+    return found, notes
 
 
 def public_name(path: str) -> str:

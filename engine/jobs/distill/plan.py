@@ -14,7 +14,7 @@ from engine.config.marks import FIXED, settings
 from engine.data.manifest import Manifest, corpus_hash, load_manifest
 from engine.errors import UserError
 from engine.hub.files import allow_pickle, require_whole
-from engine.hub.sentence import SentenceEncoder, read_sentence_encoder
+from engine.hub.sentence import SentenceEncoder
 from engine.hub.tokenizer import load_tokenizer
 from engine.jobs.execution import attention_backend, compute_device, hardware, plan_execution, versions
 from engine.kernels.choice import Kernels, choose_kernels
@@ -25,13 +25,13 @@ from engine.losses.random_layers import build_losses
 from engine.mapping import LayerMapping, MappingPair
 from engine.models.apex import require_fused_layer_norm
 from engine.models.attention import Backend
-from engine.models.fit import Parts, check_fit, longest_input
+from engine.models.fit import Parts, check_fit
 from engine.models.hub import SavedModel, model_hashes, shape_of
 from engine.models.initialise import resolve_init
 from engine.models.projections import PROJECTIONS_FILE
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config, pattern_layers, with_dropout
-from engine.train.portable import base_model_of, licences_of, public_name
+from engine.train.portable import base_model_of, licences_of, public_name, sentence_student
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def make_plan(config: RunConfig, own_losses: OwnLosses = NO_LOSSES) -> Plan:
         teacher_layers=teacher_shape.layers,
     )
     losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels, own_losses)
-    sentence, sentence_notes = _student_sentence(config.teacher.path, tokenizer, student_config)
+    sentence, sentence_notes = sentence_student(config.teacher.path, tokenizer, student_config)
     plan = Plan(
         config=config,
         execution=execution,
@@ -189,29 +189,6 @@ def _read_manifest(config: RunConfig) -> Manifest:
             "the key or prepare the corpus again"
         )
     return manifest
-
-
-def _student_sentence(
-    teacher: str, tokenizer: PreTrainedTokenizerFast, student: PretrainedConfig
-) -> tuple[SentenceEncoder | None, list[str]]:
-    """Returns what the student is exported with as a sentence encoder, and what differs from the teacher's."""
-    own, reason = read_sentence_encoder(teacher, "teacher.path")
-    if own is None:
-        plain = f"teacher.path={teacher!r}: the student will be no sentence encoder: {reason}"
-        return None, [plain] if reason else []
-    found = own.for_student(student.hidden_size, longest_input(student))
-    notes = []
-    if len(found.dense) < len(own.dense):
-        notes.append(
-            "the teacher's dense layer behind the pooling takes its own width, not the student's "
-            f"{student.hidden_size}: the student's vectors are its pooled states"
-        )
-    if own.lower_case and tokenizer.tokenize("A") != tokenizer.tokenize("a"):
-        notes.append(
-            "sentence-transformers makes texts lower case before the teacher's tokenizer reads them (do_lower_case), "
-            "but the corpus has capitals; make its text lower case, too"
-        )
-    return found, notes
 
 
 def _parts(
