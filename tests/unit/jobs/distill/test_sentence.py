@@ -52,9 +52,9 @@ def teacher(tiny_world: TinyWorld, tmp_path: Path) -> Path:
 
 
 def plan_of(world: TinyWorld, teacher: Path, *argv: str) -> Plan:
-    usual = ["--config", str(ROOT / "examples" / "quickstart.yaml"), "--student.layers", "2", "--student.heads", "2"]
-    paths = ["--teacher.path", str(teacher), "--data.path", str(world.corpus), "--loss.attention", "0"]
-    return make_plan(parse_config(RunConfig, [*usual, *paths, *argv], "test"))
+    usual = ["--config", str(ROOT / "examples" / "quickstart.yaml"), "--student.layers", "2"]
+    paths = ["--teacher.path", str(teacher), "--data.path", str(world.corpus)]
+    return make_plan(parse_config(RunConfig, [*usual, *paths, "--student.hidden_size", "16", *argv], "test"))
 
 
 def export(plan: Plan, folder: Path) -> tuple[Path, torch.Tensor, torch.Tensor]:
@@ -128,7 +128,7 @@ def test_the_library_reads_what_is_read_here(encoder: str, tiny_world: TinyWorld
 def test_what_the_student_will_lack_is_said(
     kinds: list[str], warning: str, tiny_world: TinyWorld, teacher: Path
 ) -> None:
-    plan = plan_of(tiny_world, surround(teacher, kinds), "--student.hidden_size", "16")
+    plan = plan_of(tiny_world, surround(teacher, kinds))
     [said] = plan.warnings
     assert warning in said
 
@@ -144,7 +144,7 @@ def test_capitals_that_the_teacher_never_meets_are_said(lowers: bool, teacher: P
     prepare(
         PrepareConfig(sources=[source], output_dir=str(world.corpus), tokenizer=str(teacher), seq_len=16, workers=1)
     )
-    notes = [note for note in plan_of(world, teacher, "--data.eval_sequences", "0").warnings if "capitals" in note]
+    notes = [note for note in plan_of(world, teacher, "--data.eval_sequences", "0").warnings if "do_lower_case" in note]
     assert len(notes) == lowers
 
 
