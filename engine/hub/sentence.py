@@ -169,13 +169,15 @@ def read_sentence_encoder(path: str, key: str) -> tuple[SentenceEncoder | None, 
     file = optional_file(path, MODULES)
     if file is None:
         return None, ""
-    encoder, *others = _read_modules(file, key) or [None]
-    kinds = [module.kind for module in others]
-    if encoder is None or encoder.kind != "Transformer" or kinds[:1] != ["Pooling"] or {*kinds[1:]} - AFTER_POOLING:
-        listed = ", ".join([encoder.kind, *kinds] if encoder else ["none"])
-        return None, f"its modules are {listed}; only a Transformer, a Pooling, then Dense and Normalize are understood"
-    modules = []
-    for module in others:
+    listed = _read_modules(file, key)
+    kinds = [module.kind for module in listed]
+    if kinds[:2] != ["Transformer", "Pooling"] or {*kinds[2:]} - AFTER_POOLING:
+        return None, (
+            f"its modules are {', '.join(kinds) or 'none'}; only a Transformer, a Pooling, then Dense and Normalize are "
+            "understood"
+        )
+    encoder, modules = listed[0], []
+    for module in listed[1:]:
         settings = _read_settings(path, key, str(PurePosixPath(module.folder, "config.json")))
         if not settings and module.kind != "Normalize":
             return None, f"{module.folder}/config.json is not there; copy it from where the model came from"
