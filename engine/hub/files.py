@@ -152,6 +152,8 @@ def require_whole_files(path: str, key: str, names: tuple[str, ...]) -> None:
 
 def optional_file(path: str, file_name: str) -> Path | None:
     """Returns a file of a model folder or hub model that it may lack; None where it does, or cannot be reached."""
+    from transformers.utils.hub import cached_file
+
     found = cached_file(
         path,
         file_name,

@@ -172,10 +172,8 @@ def read_sentence_encoder(path: str, key: str) -> tuple[SentenceEncoder | None, 
     listed = _read_modules(file, key)
     kinds = [module.kind for module in listed]
     if kinds[:2] != ["Transformer", "Pooling"] or {*kinds[2:]} - AFTER_POOLING:
-        return None, (
-            f"its modules are {', '.join(kinds) or 'none'}; only a Transformer, a Pooling, then Dense and Normalize are "
-            "understood"
-        )
+        known = "only a Transformer, a Pooling, then Dense and Normalize are understood"
+        return None, f"its modules are {', '.join(kinds) or 'none'}; {known}"
     encoder, modules = listed[0], []
     for module in listed[1:]:
         settings = _read_settings(path, key, str(PurePosixPath(module.folder, "config.json")))
