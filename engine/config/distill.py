@@ -20,7 +20,8 @@ class TeacherConfig:
     """The frozen model that the student imitates."""
 
     path: PathText = located("models/all-MiniLM-L6-v2", teacher=True)
-    """Folder or hub name of the frozen teacher (any Auto-class encoder that uses transformers' attention interface)."""
+    """Folder or hub name of the frozen teacher (any Auto-class encoder that uses transformers' attention interface,
+    alone or in a model of sentence-transformers)."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = result("auto", teacher=True)
     """Precision of the teacher's weights and forward; auto follows the student's (ds_configs)."""

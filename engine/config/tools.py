@@ -62,7 +62,7 @@ class PrepareConfig:
     """Folder for the shards and manifest.json."""
 
     tokenizer: PathText = located("models/all-MiniLM-L6-v2")
-    """Folder or hub name of the tokenizer: the teacher's."""
+    """Folder or hub name of the tokenizer: the teacher's, which may be a model of sentence-transformers."""
 
     seq_len: int = result(128)
     """Tokens per sequence, special tokens included."""

@@ -150,6 +150,20 @@ def require_whole_files(path: str, key: str, names: tuple[str, ...]) -> None:
             require_whole(file, key)
 
 
+def optional_file(path: str, file_name: str) -> Path | None:
+    """Returns a file of a model folder or hub model that it may lack; None where it does, or cannot be reached."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        path,
+        file_name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **lookup(path),
+    )
+    return None if found is None else Path(found)
+
+
 def weight_file(path: str, key: str) -> Path:
     """Returns the first of WEIGHT_FILES that the model has. Raises UserError where it has none, and for a pickle that
     is not allowed or a file that is not whole."""

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 
 from engine.errors import UserError
 from engine.hub.files import lookup, own_code_error, quiet, read_json, require_whole_files, unreadable
+from engine.hub.sentence import encoder_folder
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "*.model")
@@ -26,6 +27,7 @@ def load_tokenizer(path: str, key: str) -> PreTrainedTokenizerFast:
     Raises UserError for files that are not whole, for a missing package, and for a tokenizer without a fast version:
     preparation and tasks need the positions in the text that only a fast one has.
     """
+    path = encoder_folder(path, key)
     require_whole_files(path, key, FILES)
     _require_fast_class(path, key)
     pieces: list[Path] = []

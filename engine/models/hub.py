@@ -26,6 +26,7 @@ from transformers import (
 from engine.errors import UserError, first_line
 from engine.hub.config import load_config
 from engine.hub.files import lookup, quiet, safety, stored_tensors, unreadable, weights_fingerprint
+from engine.hub.sentence import encoder_folder
 from engine.models.own_attention import own_attention
 from engine.models.shape import ModelShape
 from engine.models.windows import has_windows, windows_of
@@ -82,7 +83,8 @@ class SavedModel:
     @classmethod
     def read(cls, key: str, path: str) -> SavedModel:
         """Reads the config.json of the model that setting `key` names. Raises UserError, as `load_config` does."""
-        return cls(key, path, load_config(path, key))
+        folder = encoder_folder(path, key)
+        return cls(key, folder, load_config(folder, key))
 
     def __str__(self) -> str:
         return f"{self.key}={self.path!r}"

@@ -9,13 +9,13 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PretrainedConfig
 
+from engine.hub.sentence import MODULES
 from engine.models.hub import Head
 from engine.models.projections import PROJECTIONS_FILE
 from engine.records.columns import duration_text
 from engine.records.comparison import Comparison
 from engine.records.history import History
 from engine.records.records import read_records
-from engine.train.portable import MODULES
 from engine.train.usage import snippet
 
 CARD_TAG = "mapdistill"

@@ -1,21 +1,20 @@
-"""Makes an exported folder load elsewhere: in transformers from 4.57 on, and without a trace of this machine."""
+"""Makes an exported folder load elsewhere: in transformers from 4.57 on, in sentence-transformers where the teacher
+does, and without a trace of this machine."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from yaml import YAMLError
 
-from engine.hub.files import lookup, read_json, require_whole
+from engine.hub.files import optional_file
+from engine.hub.sentence import SentenceEncoder, read_sentence_encoder
 from engine.models.fit import longest_input
 
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "backend", "is_local", "local_files_only", "tokenizer_file")
@@ -24,10 +23,6 @@ OF_THE_TEACHER = ("auto_map",)
 """Keys that name Python files, which lie beside the teacher and were not run here."""
 RENAMED = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Classes that transformers 4 does not know, and their names there, which 5 knows too."""
-MODULES = "modules.json"
-SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
-WITHOUT_WEIGHTS = ("Transformer", "Pooling", "Normalize")
-"""Modules of sentence-transformers that fit any encoder."""
 
 
 def make_portable(folder: Path, model: PreTrainedModel) -> None:
@@ -41,8 +36,6 @@ def make_portable(folder: Path, model: PreTrainedModel) -> None:
         if limit is not None:
             tokenizer["model_max_length"] = min(limit, tokenizer.get("model_max_length", limit))
         _write(folder / "tokenizer_config.json", tokenizer)
-    for pooling in folder.glob("*_Pooling/config.json"):
-        _write(pooling, _read(pooling) | {"word_embedding_dimension": model.config.hidden_size})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -64,27 +57,29 @@ def _rewrite(path: Path) -> dict[str, Any]:
     return values
 
 
-def sentence_modules(teacher: str, key: str) -> dict[str, Path]:
-    """Returns what sentence-transformers needs beside the encoder, by name, where the teacher has it and it fits any
-    encoder. Raises UserError for files that are not whole."""
-    modules = _file_of(teacher, MODULES)
-    if modules is None:
-        return {}
-    listed = read_json(modules, key, list)
-    if any(str(module["type"]).rpartition(".")[2] not in WITHOUT_WEIGHTS for module in listed):
-        return {}
-    pooling = [f"{module['path']}/config.json" for module in listed if str(module["type"]).endswith(".Pooling")]
-    files = {name: file for name in (*SETTINGS, *pooling) if (file := _file_of(teacher, name)) is not None}
-    for file in files.values():
-        require_whole(file, key)
-    return {MODULES: modules, **files} if files.keys() >= set(pooling) else {}
-
-
-def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copies each to its name in the folder."""
-    for name, file in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / name)
+def sentence_student(
+    teacher: str, tokenizer: PreTrainedTokenizerFast, student: PretrainedConfig
+) -> tuple[SentenceEncoder | None, list[str]]:
+    """Returns what makes the export of a student a sentence encoder, and a sentence for each difference to its teacher;
+    None, and the reason, where the files of the teacher are not understood. Raises UserError for files that are not
+    whole."""
+    own, reason = read_sentence_encoder(teacher, "teacher.path")
+    if own is None:
+        plain = f"teacher.path={teacher!r}: the student will be no sentence encoder: {reason}"
+        return None, [plain] if reason else []
+    found = own.for_student(student.hidden_size, longest_input(student))
+    notes = []
+    if len(found.dense) < len(own.dense):
+        notes.append(
+            "the teacher's dense layer behind the pooling takes its own width, not the student's "
+            f"{student.hidden_size}: the student's vectors are its pooled states"
+        )
+    if own.lower_case and tokenizer.tokenize("A") != tokenizer.tokenize("a"):
+        notes.append(
+            "sentence-transformers makes texts lower case before the teacher's tokenizer reads them (do_lower_case), "
+            "but the corpus has capitals; make its text lower case, too"
+        )
+    return found, notes
 
 
 def public_name(path: str) -> str:
@@ -109,20 +104,9 @@ def base_model_of(path: str) -> str | None:
 
 def licences_of(model: str) -> list[str]:
     """Returns the licences that a model's card names; none where it names none, or cannot be read."""
-    card = _file_of(model, "README.md")
+    card = optional_file(model, "README.md")
     try:
         named = ((metadata_load(card) if card is not None else None) or {}).get("license") or []
     except (OSError, ValueError, YAMLError):  # no UTF-8, or no front matter that can be read
         return []
     return [str(name) for name in (named if isinstance(named, list) else [named])]
-
-
-def _file_of(model: str, name: str) -> Path | None:
-    path = cached_file(
-        model,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **lookup(model),
-    )
-    return None if path is None else Path(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from huggingface_hub import ModelCard
 from launching import ROOT, Launcher, Run, finished, kill_session, start, write_ds_config
 from odd_name import ODD_NAME
 from safetensors.torch import load_file
+from sentence_folder import surround
 from squad_sample import write_squad_sample
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import TinyWorld
@@ -128,9 +130,13 @@ def test_ranks_agree(make_job: MakeJob) -> None:
     assert not (ROOT / "X").exists(), "a shell has read the folder's name"
 
 
-def test_grid_seeds_and_predictions(make_job: MakeJob, tiny_world: TinyWorld) -> None:
+def test_grid_seeds_and_predictions(make_job: MakeJob, tiny_world: TinyWorld, tmp_path: Path) -> None:
+    """Of a sentence encoder, which makes a classifier."""
+    folder = tmp_path / "sentences" / "teacher"
+    shutil.copytree(tiny_world.teacher, folder / "0_Transformer")
+    surround(folder, encoder="0_Transformer")
     argv = ["--task.name", "RTE", "--task.grid", "{lr: [1e-7, 5e-3], batch: [8]}", "--task.seeds", "[0, 3]"]
-    run = make_job("grid", *argv, "--task.batch", "8", "--task.lr", "1")
+    run = make_job("grid", *argv, "--task.batch", "8", "--task.lr", "1", "--model.path", str(folder))
     run.argv = [w for i, w in enumerate(run.argv) if not {"--task.batch", "--task.lr"} & {w, run.argv[i - 1]}]
     output = run.finish("--task.predict", "--task.epochs", "20")
     task = result_of(run)["tasks"]["RTE"]
@@ -159,6 +165,8 @@ def test_grid_seeds_and_predictions(make_job: MakeJob, tiny_world: TinyWorld) ->
     assert "| labels | " in card, "the loss"
     data = ModelCard.load(model / "README.md").data
     assert (data.pipeline_tag, data.base_model, data.get("license")) == ("text-classification", "teacher", None)
+    assert data.library_name == "transformers"
+    assert not (model / "modules.json").exists()
     assert 'tokenizer("One text.", "And another one.", ' in card
     events = EventAccumulator(str(run.output_dir))
     events.Reload()

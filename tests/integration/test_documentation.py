@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from glue_sample import write_glue_sample
 from launching import ROOT, environment, finished, free_port, spawn, start
 from searching import STAND_IN_DRIVER
+from transformers import AutoModel, AutoTokenizer
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -108,6 +110,20 @@ def test_the_task_of_film_reviews_is_what_the_documentation_says() -> None:
     assert {row["label"] for split in rows.values() for row in split} == {"fresh", "rotten"}
     shown = f"{len(texts['train']) + len(texts['dev']):,} sentences of film reviews, fresh or rotten"
     assert shown in (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+
+
+@needs_quickstart
+def test_the_teacher_gives_the_vectors_that_its_card_describes() -> None:
+    """The card's formula: the mean of the real tokens' states, made to length 1."""
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
+    folder, texts = ROOT / "models" / "all-MiniLM-L6-v2", ["That is a happy person", "Today is a sunny and warm day"]
+    batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(folder)(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    want = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1))
+    vectors = sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(vectors, want, rtol=0, atol=1e-5)
 
 
 @needs_quickstart

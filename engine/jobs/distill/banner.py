@@ -154,10 +154,12 @@ def _student_lines(plan: Plan, module: DistilModule) -> list[str]:
     config, shape = plan.config.student, plan.student_shape
     origin = config.path or f"init {config.init or 'random'}"
     parameters, projections = parameters_of(module.student), parameters_of(module.projections)
+    vectors = [] if plan.sentence is None else [f"exported as a sentence encoder: {plan.sentence}"]
     return [
         f"{origin}: {plan.student_config.model_type}, {shape.layers} layers, width {shape.width}, {shape.heads} heads, "
         f"{parameters / 1e6:.1f} M parameters + {projections / 1e6:.2f} M in projections",
         f"attention {plan.student_attention.name} ({plan.student_attention.reason})",
+        *vectors,
     ]
 
 

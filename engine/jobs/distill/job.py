@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from engine.train.deepspeed_engine import DeepSpeedModel
 from engine.train.export import export_live
 from engine.train.monitor import Monitor
 from engine.train.optim import ChosenOptimizer
-from engine.train.portable import copy_files
 from engine.train.trainee import Trainee
 from engine.train.trainer import Outcome, Trainer
 
@@ -174,7 +172,7 @@ class Job:
             self.config,
             ds_config=plan.execution.resolved,
             tokenizer=plan.tokenizer,
-            beside_tokenizer=partial(copy_files, plan.beside_tokenizer),
+            beside_tokenizer=None if plan.sentence is None else plan.sentence.write,
         )
 
     def _build_trainer(

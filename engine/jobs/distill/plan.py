@@ -14,6 +14,7 @@ from engine.config.marks import FIXED, settings
 from engine.data.manifest import Manifest, corpus_hash, load_manifest
 from engine.errors import UserError
 from engine.hub.files import allow_pickle, require_whole
+from engine.hub.sentence import SentenceEncoder
 from engine.hub.tokenizer import load_tokenizer
 from engine.jobs.execution import attention_backend, compute_device, hardware, plan_execution, versions
 from engine.kernels.choice import Kernels, choose_kernels
@@ -30,7 +31,7 @@ from engine.models.initialise import resolve_init
 from engine.models.projections import PROJECTIONS_FILE
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config, pattern_layers, with_dropout
-from engine.train.portable import base_model_of, licences_of, public_name, sentence_modules
+from engine.train.portable import base_model_of, licences_of, public_name, sentence_student
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Plan:
     student_attention: Backend
     kernels: Kernels
     seq_len: int
-    beside_tokenizer: dict[str, Path]
-    """Files of the teacher that exports take along with the tokenizer's, by name."""
+    sentence: SentenceEncoder | None
+    """What makes one vector of a text of the student's states, where the teacher is a sentence encoder."""
     warnings: tuple[str, ...]
 
     @property
@@ -145,6 +146,7 @@ def make_plan(config: RunConfig, own_losses: OwnLosses = NO_LOSSES) -> Plan:
         teacher_layers=teacher_shape.layers,
     )
     losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels, own_losses)
+    sentence, sentence_notes = sentence_student(config.teacher.path, tokenizer, student_config)
     plan = Plan(
         config=config,
         execution=execution,
@@ -166,8 +168,13 @@ def make_plan(config: RunConfig, own_losses: OwnLosses = NO_LOSSES) -> Plan:
             config.student.attention, execution.precision, student_shape, seq_len, key="student.attention"
         ),
         seq_len=seq_len,
-        beside_tokenizer=sentence_modules(config.teacher.path, "teacher.path"),
-        warnings=(*notes, *losses.warnings, *idle_settings(config, losses, student_shape, execution.world_size)),
+        sentence=sentence,
+        warnings=(
+            *notes,
+            *sentence_notes,
+            *losses.warnings,
+            *idle_settings(config, losses, student_shape, execution.world_size),
+        ),
     )
     if plan.trained_projections is not None:
         require_whole(plan.trained_projections, "student.path")
@@ -310,6 +317,7 @@ def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[st
             "initialised from": started_from,
             "hidden-state mapping": str(plan.hidden_map),
             "attention mapping": str(plan.attention_map),
+            **({} if plan.sentence is None else {"vector of a text": str(plan.sentence)}),
             "losses": ", ".join(f"{name} x {weight:g}" for name, weight in plan.loss_weights.items()),
             "data": f"{public_name(config.data.path)}, {plan.manifest.sequences:,} sequences of {plan.seq_len} tokens",
             "planned steps": f"{config.train.steps} x {config.train.global_batch} sequences",

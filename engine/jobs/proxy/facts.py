@@ -14,6 +14,7 @@ from engine.config.places import ROOT
 from engine.config.proxy import ProxyJobConfig
 from engine.data.manifest import corpus_hash, load_manifest
 from engine.hub.files import allow_pickle, find_file, read_json, weights_fingerprint
+from engine.hub.sentence import encoder_folder
 from engine.ranks.hosts.agent import COMPARED, code_hash
 from engine.records.fingerprints import digest
 from engine.tasks.load import load_task, resolve_names
@@ -43,11 +44,13 @@ def read_facts(config: ProxyJobConfig) -> ProxyFacts:
     the first job finds."""
     allow_pickle(config.allow_pickle)
     parts = given_parts(config)
-    teacher_layers, parts["teacher"]["config_sha256"] = _layers_and_hash(config.teacher.path, "teacher.path")
-    parts["teacher"]["weights_sha256"] = weights_fingerprint(config.teacher.path, key="teacher.path")
+    teacher = encoder_folder(config.teacher.path, "teacher.path")
+    teacher_layers, parts["teacher"]["config_sha256"] = _layers_and_hash(teacher, "teacher.path")
+    parts["teacher"]["weights_sha256"] = weights_fingerprint(teacher, key="teacher.path")
     student_layers = config.student.layer_count(teacher_layers)
     if config.student.path is not None:
-        student_layers, parts["student"]["config_sha256"] = _layers_and_hash(config.student.path, "student.path")
+        student = encoder_folder(config.student.path, "student.path")
+        student_layers, parts["student"]["config_sha256"] = _layers_and_hash(student, "student.path")
     manifest = load_manifest(config.data.path)
     parts["data"] |= {"content_sha256": corpus_hash(manifest), "seq_len": manifest.seq_len}
     tasks = [load_task(name, config.task) for name in resolve_names(config.proxy.tasks, config.task)[0]]
@@ -75,7 +78,8 @@ def given_parts(config: ProxyJobConfig) -> dict[str, Any]:
         section, _, name = key.partition(".")
         parts.setdefault(section, {})[name] = value
     if config.student.path is not None:
-        parts["student"]["weights_sha256"] = weights_fingerprint(config.student.path, key="student.path")
+        student = encoder_folder(config.student.path, "student.path")
+        parts["student"]["weights_sha256"] = weights_fingerprint(student, key="student.path")
     parts["code"] = {"mapdistill": code_version(), **{name: version(name) for name in PACKAGES}}
     return parts
 

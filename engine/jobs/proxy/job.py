@@ -39,7 +39,6 @@ from engine.records.records import OnRecord
 from engine.records.run_dir import RunDir
 from engine.records.yardstick import equal_scales, fitness_of
 from engine.train.monitor import Monitor, peak_memory_gib
-from engine.train.portable import copy_files
 from engine.train.trainer import Outcome, Trainer
 
 
@@ -68,7 +67,7 @@ def proxy(
                 config,
                 ds_config=plan.base.execution.resolved,
                 tokenizer=plan.base.tokenizer,
-                beside_tokenizer=functools.partial(copy_files, plan.base.beside_tokenizer),
+                beside_tokenizer=None if plan.base.sentence is None else plan.base.sentence.write,
             )
         runtime = join_ranks(config.seed)
         require_agreement({**flatten(plan.fingerprint_parts), **plan.base.execution.facts})

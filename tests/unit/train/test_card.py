@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from sentence_folder import surround
 from tiny_world import save_tiny_teacher
 from transformers import AutoConfig, AutoTokenizer
 
@@ -70,14 +70,6 @@ def export(
     return target
 
 
-def add_pooling(tokenizer: Path, settings: dict[str, Any]) -> None:
-    (tokenizer / "1_Pooling").mkdir(parents=True)
-    (tokenizer / "1_Pooling" / "config.json").write_text(json.dumps(settings))
-    places = (("Transformer", ""), ("Pooling", "1_Pooling"))
-    listed = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in places]
-    (tokenizer / "modules.json").write_text(json.dumps(listed))
-
-
 def run_usage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names that the card's Python has set at its end, in the folder."""
     [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
@@ -96,28 +88,18 @@ def test_the_states_of_an_encoder(
     assert "newly initialized" not in out.err, "no random pooler"
 
 
-@pytest.mark.parametrize("settings", [{"pooling_mode": "MODE"}, {"pooling_mode_MODE": True, "other": 4}])
-@pytest.mark.parametrize("mode", ["mean", "cls"])
+@pytest.mark.parametrize("head", ["none", "mlm"])
 def test_the_vectors_of_a_sentence_encoder(
-    mode: str, settings: dict[str, Any], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: Head, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flag = {"mean": "mean_tokens", "cls": "cls_token"}[mode]
-    text = json.dumps(settings)
-    add_pooling(tmp_path / "tokenizer", json.loads(text.replace("_MODE", f"_{flag}").replace("MODE", mode)))
-    out = export(teacher, tmp_path / "out")
-    names = run_usage(out, monkeypatch)
-    lengths = names["batch"]["attention_mask"].sum(1).tolist()
-    assert lengths[0] != lengths[1]
-    for states, length, vector in zip(names["states"], lengths, names["vectors"], strict=True):
-        pooled = states[0] if mode == "cls" else states[:length].mean(0)
-        torch.testing.assert_close(vector, pooled / pooled.norm())
+    surround(tmp_path / "tokenizer")
+    out = export(teacher, tmp_path / "out", head)
     data = ModelCard.load(out / "README.md").data
     assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
-
-
-def test_a_pooling_of_another_kind_is_left_out(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_pooling(tmp_path / "tokenizer", {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
-    assert "vectors" not in run_usage(export(teacher, tmp_path / "out"), monkeypatch)
+    pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
+    names = run_usage(out, monkeypatch)
+    assert names["vectors"].shape == (2, 32)
+    assert capsys.readouterr().out.startswith("tensor([[1.0000, ")
 
 
 def test_a_word_for_a_mask(

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sentence_folder import surround
 from tiny_encoders import tiny_model
 from tiny_world import save_tiny_teacher
 from transformers import AutoModel, AutoTokenizer, BertModel
 
-from engine.errors import UserError
+from engine.hub.sentence import read_sentence_encoder
 from engine.hub.tokenizer import load_tokenizer
 from engine.records.history import History
 from engine.train.export import is_export, write_model
-from engine.train.portable import OF_THIS_MACHINE, copy_files, licences_of, public_name, sentence_modules
+from engine.train.portable import OF_THIS_MACHINE, licences_of, public_name
 
 TEXTS = ["The small model learns.", "not much [MASK] today, " * 30, "unknown ☃ words"]
-POOLING = {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True}
 
 
 @pytest.fixture
@@ -35,14 +34,7 @@ def teacher(tmp_path: Path) -> Path:
     tokenizer.backend_tokenizer.enable_padding(pad_id=0, pad_token="[PAD]", length=20)
     tokenizer.model_max_length = 10**30
     tokenizer.save_pretrained(folder)
-    listed = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
-    modules = [
-        {"idx": i, "path": path, "type": f"sentence_transformers.models.{t}"} for i, (t, path) in enumerate(listed)
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 256, "do_lower_case": false}')
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(POOLING))
+    surround(folder, reading={"max_seq_length": 256, "do_lower_case": False})
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\ntags:\n- x\n---\n# A teacher\n")
     return folder
 
@@ -50,7 +42,9 @@ def teacher(tmp_path: Path) -> Path:
 def export(teacher: Path, target: Path, family: str = "bert") -> Path:
     run_dir = target.parent / "run"
     load_tokenizer(str(teacher), "teacher.path").save_pretrained(run_dir / "tokenizer")
-    copy_files(sentence_modules(str(teacher), "teacher.path"), run_dir / "tokenizer")
+    sentence, _ = read_sentence_encoder(str(teacher), "teacher.path")
+    assert sentence is not None
+    sentence.write(run_dir / "tokenizer")
     licences = licences_of(str(teacher))
     card = {"teacher": public_name(str(teacher)), "licence of the teacher": ", ".join(licences)}
     model = tiny_model(family)
@@ -113,33 +107,6 @@ def test_weights_are_those_of_the_model(tmp_path: Path, teacher: Path) -> None:
     assert isinstance(loaded, BertModel)
     want = tiny_model("bert").state_dict()
     assert all(torch.equal(want[name], tensor) for name, tensor in loaded.state_dict().items())
-
-
-def test_sentence_transformers_finds_its_modules(tmp_path: Path, teacher: Path) -> None:
-    out = export(teacher, tmp_path / "out")
-    assert (out / "modules.json").read_bytes() == (teacher / "modules.json").read_bytes()
-    assert (out / "sentence_bert_config.json").is_file()
-    assert json.loads((out / "1_Pooling" / "config.json").read_text()) == POOLING | {"word_embedding_dimension": 48}
-
-
-@pytest.mark.parametrize("case", ["none", "a dense layer", "no pooling file"])
-def test_modules_that_would_not_fit_are_left_behind(tmp_path: Path, teacher: Path, case: str) -> None:
-    if case == "none":
-        (teacher / "modules.json").unlink()
-    elif case == "a dense layer":
-        text = (teacher / "modules.json").read_text().replace("models.Normalize", "models.Dense")
-        (teacher / "modules.json").write_text(text)
-    else:
-        shutil.rmtree(teacher / "1_Pooling")
-    out = export(teacher, tmp_path / "out")
-    assert not {path.name for path in out.iterdir()} & {"modules.json", "sentence_bert_config.json", "1_Pooling"}
-
-
-@pytest.mark.parametrize("name", ["modules.json", "sentence_bert_config.json", "1_Pooling/config.json"])
-def test_modules_that_are_not_whole_are_refused_at_the_start(name: str, teacher: Path) -> None:
-    (teacher / name).write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UserError, match=f"teacher.path: .*{name} is (torn|a git-lfs pointer)"):
-        sentence_modules(str(teacher), "teacher.path")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from glue_sample import write_glue_sample
+from sentence_folder import surround
 from tiny_world import TinyWorld
 
 from engine.config.proxy import ProxyJobConfig
@@ -50,6 +51,19 @@ def test_they_are_those_of_a_job(tiny_world: TinyWorld, glue: Path) -> None:
         if found.fingerprint_parts[section].get(key) != value
     }
     assert differ == {"teacher.dtype", "teacher.config_sha256", "train.precision", "train.warmup_steps"}
+
+
+def test_an_encoder_in_a_folder_of_its_own(tiny_world: TinyWorld, glue: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_world.teacher, tmp_path / "0_Transformer")
+    surround(tmp_path, encoder="0_Transformer")
+    assert read_facts(job(tiny_world, glue, teacher=tmp_path)) == read_facts(job(tiny_world, glue))
+    student = [
+        read_facts(job(tiny_world, glue, "--student.path", str(path))) for path in (tmp_path, tiny_world.teacher)
+    ]
+    assert student[0].student_layers == student[1].student_layers == 4
+    hashes = [facts.fingerprint_parts["student"]["weights_sha256"] for facts in student]
+    assert hashes[0] == hashes[1]
+    assert make_proxy_plan(job(tiny_world, glue, teacher=tmp_path)).base.teacher_shape.layers == 4
 
 
 def with_config(world: TinyWorld, folder: Path, **changes: object) -> Path:
