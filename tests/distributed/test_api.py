@@ -149,7 +149,8 @@ say("reached the end")
 """Several jobs of one process, with a loss that trains weights of its own."""
 
 
-@pytest.mark.parametrize(("ranks", "number"), [pytest.param(1, "SIGINT", marks=pytest.mark.thorough), (2, "SIGTERM")])
+@pytest.mark.thorough
+@pytest.mark.parametrize(("ranks", "number"), [(1, "SIGINT"), (2, "SIGTERM")])
 def test_jobs_of_one_process_do_not_see_each_other(
     ranks: int, number: str, tiny_world: TinyWorld, glue: Path, tmp_path: Path
 ) -> None:

@@ -207,7 +207,7 @@ def test_dry_run_prints_the_banner_and_writes_nothing(make_run: MakeRun) -> None
     assert "teacher attention  4  ·" in output
     assert "8 sequences = 8 micro batch x 1 accumulation x 1 rank;" in output
     assert "torch fused AdamW" in output
-    assert "GiB per rank" in output
+    assert "GiB for each rank" in output
     assert not run.output_dir.exists()
 
 
