@@ -103,6 +103,7 @@ def build_module(
     """
     config = plan.config
     student = initial_student(plan, with_mlm_head=plan.mlm_head)
+    unpadded = plan.unpadded and runs_unpadded(student)  # it tries ids that may not be kept
     # a head scores every token, and LAMB looks at the norm of the whole matrix
     if tokens is not None and not plan.mlm_head and "lamb" not in config.optim.name:
         keep_tokens(student, tokens)
@@ -116,7 +117,7 @@ def build_module(
     )
     if plan.trained_projections is not None:
         projections.take(load_file(plan.trained_projections))
-    module = DistilModule(student, projections, plan.losses, unpadded=plan.unpadded and runs_unpadded(student))
+    module = DistilModule(student, projections, plan.losses, unpadded=unpadded)
     optimizer = choose_optimizer(
         module, config.optim, config.train, plan.execution, device, require_fused=config.require_fused
     )

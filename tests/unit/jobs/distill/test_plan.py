@@ -14,6 +14,7 @@ from engine.config.distill import RunConfig, TrainConfig
 from engine.config.reading import parse_config
 from engine.errors import UserError
 from engine.jobs.distill import banner
+from engine.jobs.distill.build import build_module
 from engine.jobs.distill.plan import Plan, describe_for_export, identity, make_plan
 from engine.records.records import format_record
 from engine.records.run_dir import RunDir
@@ -35,6 +36,12 @@ def plan_of(tiny_world: TinyWorld):
         return make_plan(parse_config(RunConfig, [*usual, *paths, "--student.hidden_size", "16", *argv], "test"))
 
     return plan
+
+
+def test_a_student_of_few_tokens_runs_without_pads_too(plan_of) -> None:
+    module, _ = build_module(plan_of(), torch.device("cpu"), tokens=torch.arange(9))
+    assert module.student.get_input_embeddings().weight.shape[0] == 9
+    assert module.unpadded
 
 
 @pytest.mark.parametrize("name", PRESETS)
