@@ -25,8 +25,8 @@ from statistics import fmean
 import yaml
 from campaign import TASKS, Cell, Row, arguments, as_difference, mean_interval, read, read_scored, run
 from measuring import header
-from panel import FINETUNED_SEEDS, check_regime, corpus_of, finetuned_rows, regime_arguments
-from pilot import REGIMES, SCHEDULE, dashed, tokens_per_step
+from panel import FINETUNED_SEEDS, check_regime, finetuned_rows, regime_arguments
+from pilot import REGIMES, SCHEDULE, corpus_of, dashed, teacher_and_text, tokens_per_step
 
 OTHERS = ("CoLA", "RTE")
 """Tasks that are probed and were not searched on."""
@@ -44,8 +44,7 @@ SAVE_EVERY = 300
 def shape(args: Namespace) -> tuple[str, ...]:
     """Settings of teacher, student and text."""
     regime = REGIMES[args.regime]
-    teacher = ("--teacher.path", args.teacher12) if args.regime == "deep" else ()
-    return (*regime.student(str(regime.init)), *teacher, "--data.path", corpus_of(args))
+    return (*regime.student(str(regime.init)), *teacher_and_text(args, args.regime))
 
 
 def found(args: Namespace) -> str:
@@ -57,7 +56,7 @@ def found(args: Namespace) -> str:
 def cells(args: Namespace) -> Iterator[Cell]:
     """Students of one seed, learning rate and length side by side; what is longer goes on in the folder of its seed."""
     regime = REGIMES[args.regime]
-    tokens = tokens_per_step(corpus_of(args))
+    tokens = tokens_per_step(corpus_of(args, args.regime))
     students = {WINNER: found(args), "uniform": dashed(regime.genes("uniform"))}
     guesses = {name: dashed(regime.genes(text)) for name, text in GUESSES.items()}
 

@@ -36,7 +36,20 @@ from pathlib import Path
 
 from campaign import TASKS, Cell, Row, arguments, read, read_scored, run, run_job
 from panel_report import report
-from pilot import REGIMES, SCHEDULE, START, TEACHER, UNTRAINED, Regime, dashed, tokens_per_step
+from pilot import (
+    REGIMES,
+    SCHEDULE,
+    START,
+    TEACHER,
+    UNTRAINED,
+    Regime,
+    check_corpora,
+    corpus_arguments,
+    corpus_of,
+    dashed,
+    teacher_and_text,
+    tokens_per_step,
+)
 
 from engine.mapping import SKIP
 
@@ -76,9 +89,8 @@ def draw(regime: Regime, skips: int, ordered: bool, rng: random.Random) -> str:
 def cells(args: Namespace) -> Iterator[Cell]:
     """What takes seconds, then the short horizons. A cohort is a chain of cells in one folder."""
     regime = REGIMES[args.regime]
-    tokens = tokens_per_step(corpus_of(args))
-    teacher = ("--teacher.path", args.teacher12) if args.regime == "deep" else ()
-    common = (*teacher, "--data.path", corpus_of(args))
+    tokens = tokens_per_step(corpus_of(args, args.regime))
+    common = teacher_and_text(args, args.regime)
     shape = ("--student.path", args.warm) if args.warm else regime.student(str(regime.init))
 
     def cell(cohort: str, seed: str, steps: str, settings: Sequence[str], members: Sequence[str]) -> Cell:
@@ -102,10 +114,6 @@ def cells(args: Namespace) -> Iterator[Cell]:
         for seed, (cohort, members) in itertools.product(args.seeds, enumerate(cohorts(args))):
             found = cell(str(cohort), seed, steps, (*shape, *settings), members)
             yield replace(found, folder=folder_of(args, cohort, seed))
-
-
-def corpus_of(args: Namespace) -> str:
-    return str(args.data12 if args.regime == "deep" else args.data)
 
 
 def name_of(args: Namespace) -> str:
@@ -154,16 +162,13 @@ def regime_arguments(parser: ArgumentParser) -> None:
     """Adds what says in which regime, on what, and where students are distilled."""
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="for checkpoints and students")
     parser.add_argument("--regime", default="deep", choices=[name for name, regime in REGIMES.items() if regime.init])
-    parser.add_argument("--data", default="data/news", help="corpus of the six-layer teacher")
-    parser.add_argument("--teacher12", metavar="FOLDER", help="for the regime deep")
-    parser.add_argument("--data12", metavar="FOLDER", help="its corpus")
+    corpus_arguments(parser)
 
 
 def check_regime(parser: ArgumentParser, args: Namespace) -> None:
     if args.work is None:
         parser.error("--out needs --work")
-    if args.regime == "deep" and not (args.teacher12 and args.data12):
-        parser.error("the regime deep needs --teacher12 and --data12")
+    check_corpora(parser, args, [args.regime])
 
 
 def main() -> None:

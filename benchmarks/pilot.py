@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -123,14 +123,13 @@ def dashed(genes: Sequence[int]) -> str:
 def cells(args: Namespace) -> Iterator[Cell]:
     """What takes seconds, then the short horizons; seeds are neighbours, and so in different shards."""
     regimes = {name: REGIMES[name] for name in args.regimes}
-    corpora = {name: args.data12 if name == "deep" else args.data for name in regimes}
+    corpora = {name: corpus_of(args, name) for name in regimes}
     tokens_of = {corpus: tokens_per_step(corpus) for corpus in set(corpora.values())}
 
     def cell(name: str, init: str, seed: str, steps: str, settings: Sequence[str], genomes: Sequence[str]) -> Cell:
         tokens = str(round(int(steps) * tokens_of[corpora[name]]))
         columns = {"regime": name, "init": init, "seed": seed, "steps": steps, "tokens": tokens}
-        teacher = ("--teacher.path", args.teacher12) if name == "deep" else ()
-        return Cell(columns, (*settings, *teacher, "--data.path", corpora[name], "--seed", seed), tuple(genomes))
+        return Cell(columns, (*settings, *teacher_and_text(args, name), "--seed", seed), tuple(genomes))
 
     def untrained(named: str, name: str, init: str, seed: str, student: Sequence[str], layers: int) -> Cell:
         found = cell(name, init, seed, "0", (*student, *UNTRAINED), [dashed([SKIP] * layers)])
@@ -144,6 +143,28 @@ def cells(args: Namespace) -> Iterator[Cell]:
         length = ("--proxy.steps", steps, *SCHEDULE)
         for (init, genomes), seed in itertools.product(regime.genomes_of_init.items(), args.seeds):
             yield cell(name, init, seed, steps, (*regime.student(init), *length), genomes)
+
+
+def corpus_arguments(parser: ArgumentParser) -> None:
+    """Adds corpora, and the teacher that is no default."""
+    parser.add_argument("--data", default="data/news", help="corpus of the six-layer teacher")
+    parser.add_argument("--teacher12", metavar="FOLDER", help="for the regime deep")
+    parser.add_argument("--data12", metavar="FOLDER", help="its corpus")
+
+
+def check_corpora(parser: ArgumentParser, args: Namespace, regimes: Sequence[str]) -> None:
+    if "deep" in regimes and not (args.teacher12 and args.data12):
+        parser.error("the regime deep needs --teacher12 and --data12")
+
+
+def corpus_of(args: Namespace, regime: str) -> str:
+    return str(args.data12 if regime == "deep" else args.data)
+
+
+def teacher_and_text(args: Namespace, regime: str) -> tuple[str, ...]:
+    """Returns settings."""
+    teacher = ("--teacher.path", args.teacher12) if regime == "deep" else ()
+    return (*teacher, "--data.path", corpus_of(args, regime))
 
 
 def tokens_per_step(corpus: str) -> float:
@@ -299,15 +320,12 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
     parser.add_argument("--horizons", nargs="+", default=["60", "240", "720"], metavar="STEPS")
     parser.add_argument("--seeds", nargs="+", default=["0", "1"])
-    parser.add_argument("--data", default="data/news", help="corpus of the six-layer teacher")
-    parser.add_argument("--teacher12", metavar="FOLDER", help="for the regime deep")
-    parser.add_argument("--data12", metavar="FOLDER", help="its corpus")
+    corpus_arguments(parser)
     args = parser.parse_args()
     if args.report:
         report(read_scored(args.report))
         return
-    if "deep" in args.regimes and not (args.teacher12 and args.data12):
-        parser.error("the regime deep needs --teacher12 and --data12")
+    check_corpora(parser, args, args.regimes)
     run(list(cells(args)), args)
 
 

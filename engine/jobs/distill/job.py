@@ -306,7 +306,8 @@ class Job:
         )
         held_out_loss = {} if held_out is None else {"held_out_loss": held_out["total"]}
         monitor.write_hparams(hyperparameters(self.plan), {"loss": exported["total"], **held_out_loss})
-        monitor.say("\n" + self._closing_table(history, comparison, step, trainer.step))
+        why = self.held_out.describe_end(trainer.step)
+        monitor.say("\n" + self._closing_table(history, exported, held_out, comparison, why))
 
     def _describe_export(self, step: int, steps_run: int) -> dict[str, Any]:
         why = self.held_out.describe_end(steps_run)
@@ -330,10 +331,16 @@ class Job:
             ) from None
         return step
 
-    def _closing_table(self, history: History, comparison: Comparison | None, step: int, steps_run: int) -> str:
-        """Returns the table of the end. step: of the student."""
-        first, last, peak = history.first, history.steps.get(step, history.last), history.peak_memory_gib
-        why = self.held_out.describe_end(steps_run)
+    def _closing_table(
+        self,
+        history: History,
+        last: dict[str, Any],
+        held_out: dict[str, Any] | None,
+        comparison: Comparison | None,
+        why: str | None,
+    ) -> str:
+        """Returns the table of the end. last, held_out: what is recorded of the student's step. why: it is that one."""
+        first, peak = history.first, history.peak_memory_gib
         facts: list[tuple[str, str | list[str]]] = [
             (
                 "speed",
@@ -346,10 +353,9 @@ class Job:
         ]
         if comparison is not None:
             facts.insert(1, ("vs teacher", f"{comparison.summary} ({comparison.seq_len} tokens, {comparison.dtype})"))
-        if history.held_out is not None and history.first_held_out is not None:
-            at_end = history.held_out if self.held_out.best is None else asdict(self.held_out.best)
+        if held_out is not None and history.first_held_out is not None:
             first_loss, last_loss = (
-                f"{of['total']:.4g} at step {of['step']}" for of in (history.first_held_out, at_end)
+                f"{of['total']:.4g} at step {of['step']}" for of in (history.first_held_out, held_out)
             )
             facts.insert(0, ("held out", f"loss {last_loss}, {first_loss}"))
         return banner.closing_table(
