@@ -28,29 +28,29 @@ INTRO = """\
 
 Generated from the dataclasses of `engine/config/` and `ga/config.py` by `make docs`; do not edit.
 
-Every script takes `--config FILE.yaml` and any setting as `--section.name value`. The command line wins over files; of
-several files, and of a setting that is given twice on a command line, the last wins. Within one file nothing may stand
-twice. `--help` shows usage and sections, `--help SECTION` the settings of one (`--help all`: of all), `--print_config`
-the resolved file. The first line of a job says which files it read, and what the command line sets and replaces.
-`launch/distill.py` without any setting runs examples/quickstart.yaml; with one, and without `--config`, everything else
-has the default below. All mistakes of all files are said in one line, with file, line, value and remedy, and the exit
-code is 2, before any model is loaded. How a run executes (precision, ZeRO stage, offload, micro batch) is set in one
-file of [ds_configs](../ds_configs/README.md).
+Every script takes `--config FILE.yaml` and any setting as `--section.name value`. The command line overrides files; of
+several files, and of a setting that is given twice on a command line, the last one wins. Within one file a setting may
+occur only once. `--help` shows usage and sections, `--help SECTION` the settings of one section (`--help all`: of all),
+`--print_config` the resolved file. The first line of a job says which files it read, and what the command line sets and
+replaces. `launch/distill.py` without any setting runs examples/quickstart.yaml; with a setting and without `--config`,
+everything else has the default below. One line reports all mistakes of all files, with file, line, value and remedy; the
+exit code is 2, and no model has been loaded. One file of [ds_configs](../ds_configs/README.md) sets how a run executes
+(precision, ZeRO stage, offload, micro batch).
 
 How a value is read:
 
-- The setting decides, not YAML: `no`, `12` and `2024-01-01` are text where text is wanted, `1e-3` is a number. Truth
-  values are `true` or `false` (`yes`, `no`, `on`, `off` mean the same). Whole numbers have decimal digits (`1_000` is a
-  thousand; `010` is refused) and end at 2147483647; `inf` and `nan` are no numbers.
-- A section without settings, and a file of comments alone, leave the defaults. `null`, `~` or nothing unsets a setting
-  whose default is "unset", and is an error elsewhere; so is an empty text everywhere.
+- The type of the setting decides, not YAML: `no`, `12` and `2024-01-01` are text where the setting is a text, `1e-3` is
+  a number. Truth values are `true` or `false` (`yes`, `no`, `on`, `off` mean the same). Whole numbers have decimal digits
+  (`1_000` is a thousand; `010` is refused) and are at most 2147483647; `inf` and `nan` are refused.
+- A section without settings, and a file that has only comments, leave the defaults. `null`, `~` or nothing unsets a
+  setting whose default is "unset", and is an error elsewhere. An empty text is always an error.
 - `~/` at the start of a path is the home folder, in files too. Environment variables such as `$HOME` are not expanded,
   and nothing is read from or written to a URL.
-- A list is `[a, b]`; on the command line also several words, or one with commas: `--genomes uniform last`.
-- Files are UTF-8. Anchors, aliases and `<<` work; a JSON file is read as the YAML that it is.
+- A list is `[a, b]`; on the command line also several words, or one word with commas: `--genomes uniform last`.
+- Files are UTF-8. Anchors, aliases and `<<` work. A JSON file is valid YAML and is read as such.
 
-"continued" says what may change when the same command continues what it has begun: `fixed` settings may not, `free`
-ones may; with `same content` the file may lie elsewhere, if its content is the same.
+"continued" says what may change when the same command continues a run: `fixed` settings may not, `free` ones may;
+`same content` allows another path with the same content.
 """
 
 

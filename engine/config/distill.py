@@ -502,18 +502,18 @@ class KernelConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     output_dir: PathText = how("runs/distill")
-    """Run directory; starting the same command again continues the run in it."""
+    """Run directory; the same command again continues the run in it."""
 
     seed: int = evaluation(0)
     """Seed of weights, data order, masking and dropout."""
 
     accept_changes: bool = how(False)
-    """Continue although steps, batch, learning rate, weights of losses or the corpus have been changed since the
-    checkpoint: from there on the run computes something else, and its records and model card say so."""
+    """Continue although steps, batch, learning rate, weights of losses or the corpus have changed since the checkpoint.
+    Records and model card then name the changes."""
 
     resume: str = how("auto")
-    """auto: continue from the newest complete checkpoint; never: start anew (refused when there are checkpoints);
-    or the name of one, like step-00000100."""
+    """auto: continue from the newest complete checkpoint; never: train from the beginning (refused if there are
+    checkpoints); or the name of a checkpoint, like step-00000100."""
 
     deepspeed_config: PathText = how("auto")
     """DeepSpeed JSON (see ds_configs/README.md); auto: zero1_bf16.json on a GPU, zero0_bf16.json on a CPU with AMX
@@ -523,15 +523,14 @@ class RunConfig:
     """Stop after the start-up banner."""
 
     require_fused: bool = how(False)
-    """Make a fall-back to a slower optimizer or kernel an error."""
+    """Make a fallback to a slower optimizer or kernel an error."""
 
     measure: bool = how(True)
     """Measure at the end how much smaller and faster the student is than its teacher, for the result and the model
     card."""
 
     allow_pickle: bool = how(False)
-    """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
-    only."""
+    """Accept weights in pytorch_model.bin, a pickle, of which only tensors are read. false: safetensors only."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
