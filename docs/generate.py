@@ -130,30 +130,30 @@ CHECKED = """\
 
 Generated from the tables in `engine/models/fit.py` and `engine/hub/config.py` by `make docs`; do not edit.
 
-`launch/distill.py`, `launch/finetune.py`, `launch/proxy.py` and `launch/search.py` look at all of this before a
-run directory or a process group exists. An error is one line, with exit code 2; a note stands in the banner as a
-warning. What text and task files are read, and their limits: [data.md](data.md), [tasks.md](tasks.md).
+`launch/distill.py`, `launch/finetune.py`, `launch/proxy.py` and `launch/search.py` make these checks before they
+create a run directory or a process group. An error is one line, with exit code 2; a note is a warning in the banner.
+[data.md](data.md) and [tasks.md](tasks.md) describe the text and task files that are read, and their limits.
 
 ## Files
 
-Each file of a model that is read (`config.json`, the tokenizer's files, the weights and their index) must be there as
-itself: a git-lfs pointer, an empty or cut file, a torn JSON file, a link without its target, or a shard that the index
-names and that is missing is an error that names the file and what to do. A tokenizer must have a fast version. Weights
-in a pickle are read when `allow_pickle` asks for it, and then tensors alone. Weights in other formats, an adapter
-(`adapter_config.json`), and a folder that only holds the model's folder are refused, with what to do. Numbers that are
-not finite are found when the weights are loaded, so after a run directory exists.
+Each file of a model that is read (`config.json`, the tokenizer's files, the weights and their index) must be present and
+complete. A git-lfs pointer, an empty or truncated file, invalid JSON, a broken link, or a missing shard of the index is
+an error that names the file and the remedy. A tokenizer must have a fast version. Weights in a pickle are read only with
+`allow_pickle`, and only their tensors. Weights in other formats, an adapter (`adapter_config.json`), and a folder that
+only contains the model's folder are refused with the remedy. Weights that are not finite are found when they are loaded,
+after the run directory was made.
 
-## Two by two
+## What must fit together
 
 | | and | what is compared | otherwise |
 | --- | --- | --- | --- |
 {checks}
 
-Harmless, and left in the file: a pooler, heads beside the encoder, `position_ids` and other buffers.
+Ignored without a note: a pooler, heads beside the encoder, `position_ids` and other buffers.
 
 ## Settings of config.json that are refused
 
-transformers, or this library, would ignore them and compute another model.
+transformers or this library would ignore these settings and compute another model.
 
 | setting | why |
 | --- | --- |

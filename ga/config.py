@@ -26,7 +26,7 @@ class SearchSection(Settings):
     """Budget: how many genomes are evaluated."""
 
     sampler: Literal["ga", "random", "exhaustive", "tpe", "nsga2"] = result("ga")
-    """Which search. ga: this project's genetic algorithm; random: without repetition; exhaustive: the whole space in
+    """Search method. ga: this project's genetic algorithm; random: without repetition; exhaustive: the whole space in
     order; tpe and nsga2: Optuna's. All start with the heuristics (uniform, last, first, all-last, none)."""
 
     preset: Literal["default", "autotinybert"] = result("default")
@@ -36,38 +36,39 @@ class SearchSection(Settings):
     """Seed of the search. The proxy's is `seed`."""
 
     seeds: list[str] = result(factory=list)
-    """Layer mappings for generation 0 beside the heuristics."""
+    """Layer mappings for generation 0, in addition to the heuristics."""
 
     space: Kind = result("mapping")
     """Genes of a genome. mapping: the teacher layer that each student layer learns from; layers: the teacher layer that
-    it starts from (in place of student.init), learning from uniform's; both: either apart, LAYERS@MAPPING."""
+    it starts from (in place of student.init), while it learns from uniform's; both: one gene for each,
+    LAYERS@MAPPING."""
 
     constraint: Constraint = result("free")
-    """How the non-zero genes of a mapping follow each other: free, nondecreasing or strictly_increasing."""
+    """Order of the non-zero genes of a mapping: free, nondecreasing or strictly_increasing."""
 
     min_active: int = result(0)
-    """Fewest layers of a mapping that learn."""
+    """Smallest number of student layers that learn from a teacher layer."""
 
     allowed_layers: list[int] = result(factory=list)
-    """Teacher layers that may be used, beside 0; empty: all."""
+    """Teacher layers that a gene may name; empty: all. 0 (no layer) is always allowed."""
 
     separate_attention: bool = result(False)
-    """Search a mapping of its own for the attention losses: genomes are HIDDEN/ATTENTION."""
+    """Search a separate mapping for the attention losses: genomes are HIDDEN/ATTENTION."""
 
     second_objective: Literal["deepest_layer"] | None = result(None)
-    """deepest_layer: prefer mappings whose deepest teacher layer is low too (the teacher stops there); sampler nsga2
-    only. The result is then a front."""
+    """deepest_layer: also prefer mappings whose deepest teacher layer is low (the teacher stops there); sampler nsga2
+    only. The result is a Pareto front."""
 
     storage: str | None = how(None)
     """URL of the Optuna storage: sqlite:///FILE, or postgresql+psycopg://… for drivers on several machines. Unset:
     study.db in output_dir."""
 
     study: str | None = how(None)
-    """Name of the study in the storage; unset: the last part of output_dir. Drivers of one name share one search, and
-    studies of one storage share their results."""
+    """Name of the study in the storage; unset: the last part of output_dir. Drivers with the same name share one
+    search, and the studies of one storage share their results."""
 
     cohort: int = how(8)
-    """Most genomes that one job distils side by side against one teacher pass."""
+    """Largest number of genomes that one job distils side by side against one teacher pass."""
 
     slots_per_job: int = how(1)
     """Devices that a job takes."""
@@ -80,20 +81,20 @@ class SearchSection(Settings):
     """How DeepSpeed reaches other hosts: pdsh, openmpi or slurm."""
 
     job_minutes: float = how(60.0)
-    """Minutes after which a job is ended; what it has not scored by then counts as failed."""
+    """Minutes after which a job is ended; genomes that it has not scored by then count as failed."""
 
     max_failures: int = how(16)
-    """Genomes in a row without any fitness after which the search gives up."""
+    """Genomes in a row without a fitness after which the search gives up."""
 
     halving: float | None = result(None)
     """Successive halving: after each step of proxy.report_at only students among the best 1/halving of all that were
     scored at that step go on; the others count as trials without fitness. Unset: every student runs to the end."""
 
     confirm_top: int = how(3)
-    """Best genomes beside uniform that are run again with it and new seeds at the end; 0: none."""
+    """Best genomes that are run again at the end, together with uniform, with new seeds; 0: none."""
 
     confirm_seeds: int = how(4)
-    """New seeds of each of them."""
+    """New seeds for each genome of the confirmation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,8 +168,8 @@ class SearchSection(Settings):
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(ProxySettings):
     output_dir: PathText = how("runs/search")
-    """Folder of the search: trials, TensorBoard, report and, unless search.storage names another, study.db. Starting
-    the same command again continues it."""
+    """Folder of the search: trials, TensorBoard, report and, unless search.storage names another, study.db. The same
+    command again continues it."""
 
     hostfile: PathText | None = how(None)
     """DeepSpeed hostfile (`worker-1 slots=8`) of the hosts that run jobs; unset: this machine."""
@@ -177,7 +178,7 @@ class SearchConfig(ProxySettings):
     """Print a table of the search in this folder and stop."""
 
     dry_run: bool = how(False)
-    """Print space, budget and an estimate, after the first job, whose results are kept, and stop."""
+    """Print space and budget, run the first job, whose results are kept, estimate the time from it, and stop."""
 
     search: SearchSection = field(default_factory=SearchSection)
 

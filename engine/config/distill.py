@@ -124,8 +124,8 @@ class LossConfig:
     """What is compared between teacher and student, and how much each comparison counts."""
 
     preset: Literal["clean", "tinybert"] = result("clean")
-    """clean: means over real tokens, averaged over active layers. tinybert: TinyBERT's released loss to rounding
-    (means over all positions, pads included; summed over layers; one projection with bias, for embeddings too)."""
+    """clean: means over real tokens, averaged over active layers. tinybert: TinyBERT's released loss up to rounding
+    (means over all positions, padding included; summed over layers; one projection with bias, for embeddings too)."""
 
     hidden: float = result(1.0)
     """Weight of the hidden-state MSE through the projection; 0 switches it off."""
@@ -174,11 +174,11 @@ class LossConfig:
 
     scale: Literal["teacher", "none"] | None = result(None)
     """teacher: each hidden-state, embedding and attention-score term is divided by the variance of its target over
-    `slice_tokens` of the corpus, so that it reads as the share of the teacher's variance that is not explained; none:
-    raw. Unset: teacher (tinybert: none)."""
+    `slice_tokens` of the corpus, so that it is the share of the teacher's variance that is not explained; none: raw
+    values. Unset: teacher (tinybert: none)."""
 
     slice_tokens: int = result(12288)
-    """Positions of the corpus that `projection_init` and `scale` look at once, before the first step."""
+    """Positions of the corpus from which `projection_init` and `scale` are computed once, before the first step."""
 
     average_layers: bool | None = result(None)
     """Divide each layer-mapped loss by its number of active layers, so that a mapping with skips keeps the effective
@@ -267,21 +267,22 @@ class DataConfig:
     """Folder that launch/prepare_data.py wrote (with manifest.json)."""
 
     seq_len: int | None = located(None)
-    """Sequence length in tokens, as a check: must equal the prepared corpus; unset: whatever that has."""
+    """Sequence length in tokens, as a check: must equal that of the prepared corpus; unset: no check."""
 
     eval_sequences: int = result(256)
     """Sequences at the end of the corpus that are held out for the evaluation loss and never trained on.
     0, or at least one for each rank."""
 
     mlm_probability: float = result(0.0)
-    """Share of tokens chosen for masking (80 % mask token, 10 % random, 10 % kept); 0: no masking, as in the method."""
+    """Share of tokens chosen for masking (80 % mask token, 10 % random, 10 % kept); 0: no masking, as in layer-mapped
+    distillation."""
 
     whole_word_mask: bool = result(False)
     """Choose whole words instead of single tokens for masking."""
 
     verify: bool = how(True)
     """Compare every shard with its checksum, in the background: the ranks of a host read the whole corpus once. false:
-    only the size of a shard when it is first used, for a corpus whose file system should not be read by every host."""
+    check only the size of a shard at its first use, for a corpus that not every host should read as a whole."""
 
     def __post_init__(self) -> None:
         require(self.eval_sequences >= 0, "data.eval_sequences", self.eval_sequences, "must be >= 0")
@@ -295,7 +296,8 @@ class OptimConfig:
 
     name: Literal["adamw", "lamb", "apex_fused_adam", "apex_fused_lamb"] = result("adamw")
     """adamw: DeepSpeed FusedAdam on a GPU, DeepSpeedCPUAdam with offload, torch's fused AdamW otherwise; lamb:
-    DeepSpeed FusedLamb on a GPU, our own elsewhere (ZeRO stage 0 only); apex_*: NVIDIA Apex, an error when missing."""
+    DeepSpeed FusedLamb on a GPU, our own LAMB elsewhere (ZeRO stage 0 only); apex_*: NVIDIA Apex, an error when
+    missing."""
 
     betas: list[float] = result(factory=lambda: [0.9, 0.999])
     """Decay rates of the first and second moments."""
@@ -359,8 +361,8 @@ class TrainConfig:
 
     schedule: Schedule = result("linear")
     """Learning rate after the warm-up: to 0 at `steps` linearly or by a half cosine, constant, or constant with a
-    linear decay to 0 at the end (warmup_stable_decay): runs of different `steps` and equal `warmup_steps` are then one
-    up to their decays."""
+    linear decay to 0 at the end (warmup_stable_decay): runs of different `steps` and equal `warmup_steps` are then
+    identical up to their decays."""
 
     decay_share: float | None = result(None)
     """Share of `steps` that the decay of warmup_stable_decay takes; unset: 0.2. Not with other schedules."""
@@ -372,7 +374,7 @@ class TrainConfig:
     """Optimizer steps between step records, TensorBoard points and progress updates."""
 
     eval_every: int = how(100)
-    """Optimizer steps between held-out losses, which are also taken before the first step and after the last; 0:
+    """Optimizer steps between held-out losses, which are also computed before the first step and after the last; 0:
     never."""
 
     save_every: int = how(100)
@@ -386,19 +388,20 @@ class TrainConfig:
     (`eval_every`) that is better than all before it writes a checkpoint, which is kept beside the newest ones."""
 
     patience: int | None = how(None)
-    """Early stopping: end after so many evaluations in a row without a better held-out loss, and export the best step
-    as `keep_best` does. Unset: all steps. Not with warmup_stable_decay, whose loss falls in the decay at its end."""
+    """Early stopping: end after this many evaluations in a row without a better held-out loss, and export the best step
+    as `keep_best` does. Unset: train all steps. Not with warmup_stable_decay, whose loss falls in the decay at its
+    end."""
 
     patience_threshold: float = how(0.0)
-    """How far below the best held-out loss a new one must be to count as better for `patience`; 0: any."""
+    """Decrease of the held-out loss that counts as better for `patience`; 0: any decrease."""
 
     hang_timeout_s: float = how(600.0)
     """Seconds without a finished micro step, evaluation batch or checkpoint after which a rank writes its stacks to
     `hangs/` in the run directory and ends with code 1 (a lost network, a stuck rank elsewhere); 0: never."""
 
     skip_bad_steps: int = how(0)
-    """How many steps of a start may be left out because their loss is not finite: the weights stay as they were, and a
-    record names terms and sequences. One more ends the run with code 3."""
+    """Steps of one launch that may be left out because their loss is not finite: the weights stay as they were, and a
+    record names terms and sequences. One more such step ends the run with code 3."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "keep"):
@@ -474,29 +477,30 @@ class CheckpointConfig:
     its own ranks; records, TensorBoard and the student are on the first host alone."""
 
     on_error: Literal["stop", "continue"] = how("stop")
-    """When a checkpoint cannot be written (a full disk): end with code 1, or go on and try again at the next one.
-    Earlier checkpoints are intact either way."""
+    """Action when a checkpoint cannot be written (a full disk): end with code 1, or go on and try again at the next
+    one. Earlier checkpoints stay intact in both cases."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """What computes the losses, and whether pads are computed."""
+    """What computes the losses, and whether padding is computed."""
 
     backend: Literal["auto", "triton", "torch", "reference"] = how("auto")
     """What computes the losses with their gradients. triton: on a GPU; torch: anywhere; reference: the plain formulas,
     by autograd, slow; auto: triton on a GPU where it is installed, else torch."""
 
     attention: Literal["auto", "tile", "gram"] = how("auto")
-    """MSE of attention scores. tile: scores in tiles, never in memory; gram: no scores at all, time grows with the
-    length and not with its square; auto: by length, from the measured table in docs/benchmarks.md."""
+    """Computation of the MSE of attention scores. tile: scores in tiles, never all in memory; gram: no scores at all,
+    time grows with the length and not with its square; auto: by length, from the measured table in
+    docs/benchmarks.md."""
 
     gram_sums: Literal["auto", "float32", "float64"] = how("auto")
-    """Precision in which Gram matrices are summed; in float32 small losses are noise (their gradients are not). auto:
-    float64 where the device is fast enough at it."""
+    """Precision of the sums of Gram matrices; in float32 small losses are noise (their gradients are not). auto:
+    float64 on devices that are fast enough at it."""
 
     unpadded: bool = how(True, teacher=True)
-    """Run padded batches without their pads, where the model computes the same (tried at start); not with
-    loss.preset=tinybert, which counts pads."""
+    """Run padded batches without their padding, if the model computes the same (checked at launch); not with
+    loss.preset=tinybert, which counts padding."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,8 @@ class CustomTaskConfig:
     """What the label is."""
 
     labels: list[str] | None = None
-    """Every label of a classification, in the order of their indices; unset: those of the training rows, sorted. What
-    is named here is a label, also where it looks like none (-1, NA)."""
+    """Every label of a classification, in the order of their indices; unset: those of the training rows, sorted. Every
+    text in this list is a label, even -1 or NA."""
 
     metrics: list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]] | None = None
     """Scores; the task's score is their mean. Unset: accuracy, or pearson and spearman for a regression."""
@@ -55,7 +55,7 @@ class CustomTaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskDataConfig:
-    """Where the rows of tasks lie, and how many of them are read."""
+    """Where the rows of tasks are, and how many of them are read."""
 
     data_dir: PathText | None = located(None)
     """Folder with tasks in their official layout (SST-2/train.tsv, SQuAD/train-v1.1.json …); unset: the hub."""
@@ -64,14 +64,15 @@ class TaskDataConfig:
     """Tasks of your own by name: files and columns."""
 
     train_rows: int | None = located(None)
-    """Most training rows of a task, drawn at random once (the same for every seed); unset: all."""
+    """Largest number of training rows of a task, drawn at random once (the same rows for every seed); unset: all."""
 
     dev_rows: int | None = located(None)
-    """Most rows that score, from the front of the file; unset: all."""
+    """Largest number of rows that are scored, from the front of the file; unset: all."""
 
     unlabelled: Literal["error", "leave_out"] = located("error")
     """Rows without a gold label (-, -1, nan, nothing …) in training and dev files, and training questions of SQuAD
-    whose answer is not at its place. error: stop and count them; leave_out: go on without them, and count them."""
+    whose answer is not at its answer_start. error: stop with their number; leave_out: go on without them, with a
+    warning."""
 
     def __post_init__(self) -> None:
         for name in ("train_rows", "dev_rows"):
@@ -87,7 +88,7 @@ class TaskConfig(TaskDataConfig):
     """Task, list of tasks, or `glue` for all nine (those that are missing under data_dir are named and left out)."""
 
     seeds: list[int] = evaluation(factory=lambda: [0])
-    """One fine-tuning for each: head, order of the rows and dropout. Scores are means over them."""
+    """One fine-tuning for each seed, of head, order of the rows and dropout. Scores are means over them."""
 
     epochs: float | None = result(None)
     """Passes over the training rows; unset: by task (docs/tasks.md)."""
@@ -102,7 +103,7 @@ class TaskConfig(TaskDataConfig):
     """Longest input in tokens, longer ones are cut; unset: by task, and never more than the model takes."""
 
     doc_stride: int = result(128)
-    """SQuAD: tokens by which two windows of one text are apart."""
+    """SQuAD: tokens between the beginnings of two windows of one text."""
 
     grid: dict[str, list[float]] = result(factory=dict)
     """Values to try of lr, epochs and batch, like `{lr: [2e-5, 5e-5], batch: [16, 32]}`: every combination is trained
@@ -115,8 +116,8 @@ class TaskConfig(TaskDataConfig):
     """Dropout of the encoder and the head while it is fine-tuned."""
 
     patience: int | None = result(None)
-    """Early stopping: end after so many evaluations without a better dev score, and keep the best weights. Unset: train
-    all epochs and keep the last."""
+    """Early stopping: end after this many evaluations without a better dev score, and keep the best weights. Unset:
+    train all epochs and keep the last."""
 
     eval_every: int | None = result(None)
     """Optimizer steps between evaluations; unset: once per epoch."""
@@ -246,7 +247,7 @@ class FineTrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     output_dir: PathText = how("runs/finetune")
-    """Folder of all fine-tunings of this command; starting the same command again continues where it stopped."""
+    """Folder of all fine-tunings of this command; the same command again continues where it stopped."""
 
     resume: Literal["auto", "never"] = how("auto")
     """auto: keep finished fine-tunings and continue the unfinished one; never: refuse a folder that has any."""
@@ -258,11 +259,10 @@ class FinetuneConfig:
     """Stop after the start-up banner."""
 
     require_fused: bool = how(False)
-    """Make a fall-back to a slower optimizer or kernel an error."""
+    """Make a fallback to a slower optimizer or kernel an error."""
 
     allow_pickle: bool = how(False)
-    """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
-    only."""
+    """Accept weights in pytorch_model.bin, a pickle, of which only tensors are read. false: safetensors only."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)

@@ -32,16 +32,16 @@ class ProxyConfig:
     """Optimizer steps of each student's distillation (docs/proxy.md says why so few)."""
 
     tasks: list[str] = located(factory=lambda: ["SST-2", "MRPC", "STS-B"])
-    """Tasks whose scores make a student's fitness."""
+    """Tasks whose scores make up a student's fitness."""
 
     other_tasks: list[str] = evaluation(factory=list)
-    """Tasks that are scored, too, and never count (a search scores them in its confirmation alone)."""
+    """Further tasks that are scored but never count (a search scores them only in its confirmation)."""
 
     yardstick: dict[str, TaskScale] = evaluation(factory=dict)
     """Task -> `start`, `teacher` and `weight`: the fitness is the weighted mean over tasks of the share of the gap
-    between the untrained student's score and the teacher's that a student closes. Empty: a proxy job scores both itself
-    (and distils `none`, too) and weighs alike all tasks that the teacher is better at; a search measures weights by the
-    reliability of tasks, once."""
+    between the untrained student's score (`start`) and the teacher's that a student closes. Empty: a proxy job scores
+    both itself, distils `none` too, and gives equal weight to all tasks on which the teacher is better; a search
+    measures the weights once, by the reliability of tasks."""
 
     evaluator: Literal["probe", "finetune"] = result("probe")
     """probe: frozen mean-pooled features (zero-shot cosine for similarity tasks, logistic and ridge regression
@@ -49,11 +49,11 @@ class ProxyConfig:
 
     folds: int = result(5)
     """Parts that a task's training rows are divided into. probe: each part is scored by a probe that was trained on the
-    others (cross-validation); finetune: the last part is scored, the others are trained on. Dev rows are not looked at:
-    they are for the final evaluation."""
+    others (cross-validation); finetune: the last part is scored, the others are trained on. Dev rows are not used: they
+    are for the final evaluation."""
 
     report_at: list[int] = evaluation(factory=list)
-    """Steps at which intermediate scores are taken as well (records of kind step), so that a search can stop early."""
+    """Steps after which students are scored too (records of kind step), so that a search can end some of them early."""
 
     stop_below: dict[int, float] = how(factory=dict)
     """Step of `report_at` -> fitness: a student whose intermediate fitness is lower ends there, without a result."""
@@ -71,23 +71,23 @@ class ProxyConfig:
     """Rows per optimizer step (evaluator finetune)."""
 
     teacher_cache: PathText | None = how(None)
-    """Folder that keeps what the teacher computes for each batch, for later jobs with the same batches (a search's jobs
-    all have them); CPU only. Unset: none."""
+    """Folder for the teacher's tensors of each batch, for later jobs with the same batches (as all jobs of a search
+    have); CPU only. Unset: none."""
 
     teacher_cache_gib: float = how(20.0)
-    """Size that the cache may grow to for one teacher and what the losses look at; what does not fit is computed each
-    time."""
+    """Largest size of the cache for one teacher and one set of captured tensors; batches that do not fit are computed
+    each time."""
 
     save_every: int = how(0)
-    """Optimizer steps between checkpoints of each student, for jobs that train long: the same command then continues;
-    0: none. With train.schedule=warmup_stable_decay the one from before the decay is kept, and a later start with more
-    `steps` goes on from there. A student then has the whole vocabulary, which costs memory and time."""
+    """Optimizer steps between checkpoints of each student, for long jobs, which the same command then continues; 0:
+    none. With train.schedule=warmup_stable_decay the checkpoint before the decay is kept, and a later launch with more
+    `steps` goes on from it. A student then has the whole vocabulary, which costs memory and time."""
 
     keep_students: bool = how(False)
     """Write each distilled student to `students/`."""
 
     layer_table: bool = how(False)
-    """Say of each student, and of the untrained one, how much of every teacher layer a linear map of every student
+    """Print for each student, and for the untrained one, how much of every teacher layer a linear map of every student
     layer explains (docs/proxy.md, "Which layers know what"). Never part of the fitness."""
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class ProxyTrainConfig:
     schedule: Schedule = result("linear")
     """Learning rate after the warm-up: to 0 at `proxy.steps` linearly or by a half cosine, constant, or constant with a
     linear decay to 0 at the end (warmup_stable_decay): proxies of different `proxy.steps` and equal `warmup_steps` are
-    then one up to their decays."""
+    then identical up to their decays."""
 
     decay_share: float | None = result(None)
     """Share of `proxy.steps` that the decay of warmup_stable_decay takes; unset: 0.2. Not with other schedules."""
@@ -186,11 +186,10 @@ class ProxySettings:
     """Stop after the start-up banner."""
 
     require_fused: bool = how(False)
-    """Make a fall-back to a slower optimizer or kernel an error."""
+    """Make a fallback to a slower optimizer or kernel an error."""
 
     allow_pickle: bool = how(False)
-    """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read. false: safetensors
-    only."""
+    """Accept weights in pytorch_model.bin, a pickle, of which only tensors are read. false: safetensors only."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: ProxyStudentConfig = field(default_factory=lambda: ProxyStudentConfig(init=PROXY_INIT))
@@ -217,16 +216,16 @@ class ProxySettings:
 @dataclass(frozen=True, kw_only=True)
 class ProxyJobConfig(ProxySettings):
     output_dir: PathText = how("runs/proxy")
-    """Folder for records.jsonl, TensorBoard and kept students; genomes that it holds a result of are not run again."""
+    """Folder for records.jsonl, TensorBoard and saved students; genomes with a result in it are not run again."""
 
     resume: Literal["auto", "never"] = how("auto")
-    """auto: a genome whose result of the same fingerprint and seed is in output_dir is not run again; never: all are
-    run."""
+    """auto: do not run a genome again if output_dir has its result with the same fingerprint and seed; never: run
+    all."""
 
     genomes: list[str] = evaluation(factory=list)
     """Layer mappings to compare, like `0-5-0-10`, a preset, or HIDDEN/ATTENTION for two different ones; all of them are
-    distilled side by side against one teacher pass. LAYERS@ before one takes the place of student.init: the teacher
-    layer that each student layer starts from, 0 = random, or `follow` (the layer that it learns from)."""
+    distilled side by side against one teacher pass. LAYERS@ before a mapping replaces student.init: the teacher layer
+    that each student layer starts from, 0 = random, or `follow` (the layer that it learns from)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

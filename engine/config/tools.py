@@ -68,7 +68,7 @@ class PrepareConfig:
     """Tokens per sequence, special tokens included."""
 
     pack: Literal["contiguous", "document"] = result("contiguous")
-    """contiguous: a sequence goes on into the next document, with a separator between; document: it ends with it."""
+    """contiguous: a sequence goes on with the next document, after a separator; document: it ends with the document."""
 
     unit: Literal["sentence", "paragraph", "token"] = result("sentence")
     """What is never cut (unless longer than a whole sequence): sentences or paragraphs; token: cut anywhere, so that
@@ -87,8 +87,8 @@ class PrepareConfig:
     """Processes that tokenise; unset: one per core."""
 
     on_bad_line: Literal["error", "skip"] = how("error")
-    """What to do with a line or row that is not UTF-8, not JSON, without the field, torn, or too long: stop and name
-    it, or skip and count it."""
+    """What to do with a line or row that is not UTF-8, not JSON, incomplete, too long, or without the field: stop and
+    name it, or skip and count it."""
 
     seed: int = result(0)
     """Seed of the short sequences."""
@@ -116,23 +116,23 @@ class ExportConfig:
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
     models: list[PathText]
-    """Encoders to measure: folders, hub names, or run directories. The first is what the others are compared with; a
-    single student of launch/distill.py is compared with its teacher."""
+    """Encoders to measure: folders, hub names, or run directories. The others are compared with the first; a single
+    student of launch/distill.py is compared with its teacher."""
 
     batch_sizes: list[int] = field(default_factory=lambda: list(BATCH_SIZES))
     """Sequences in a forward pass."""
 
     seq_len: int | None = None
-    """Tokens of each sequence; unset: as many as the run's corpus has, else 128, and no more than all models take."""
+    """Tokens of each sequence; unset: as in the run's corpus, else 128, but no more than all models take."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights, and of what is computed."""
+    """Type of weights and computation."""
 
     rounds: int = 10
     """Timed forward passes of each model and batch size, of which the median counts."""
 
     allow_pickle: bool = False
-    """Accept models whose weights are in pytorch_model.bin: pickles, of which only tensors are read."""
+    """Accept weights in pytorch_model.bin, a pickle, of which only tensors are read."""
 
     def __post_init__(self) -> None:
         require(bool(self.models), "models", self.models, "name at least one model")
@@ -161,7 +161,7 @@ class HostCheckConfig:
     """Port on the first host where the ranks will meet, as in `deepspeed --master_port`."""
 
     ssh_port: int | None = None
-    """Port of the hosts' ssh servers; unset: what ssh's own configuration says."""
+    """Port of the hosts' ssh servers; unset: as in ssh's own configuration."""
 
     seconds: float = 50.0
     """Time limit of the whole check."""

@@ -21,10 +21,10 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value not in (None, "absolute"),
         "transformers 5 has no relative positions for this model type and would compute absolute ones",
     ),
-    "pruned_heads": (bool, "transformers 5 prunes no heads, and would compute all of them"),
+    "pruned_heads": (bool, "transformers 5 does not prune heads and would compute all of them"),
     "quantization_config": (
         bool,
-        "its weights are quantised, and losses need the plain ones: name the model that it was made from",
+        "its weights are quantised, and the losses need plain ones: name the original model",
     ),
     "attention_type": (
         lambda value: value == "block_sparse",

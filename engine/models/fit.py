@@ -129,7 +129,7 @@ def _rows(parts: Parts) -> Iterator[str]:
         if largest >= model.config.vocab_size:
             yield (
                 f"{model} has embeddings for {model.config.vocab_size:,} tokens, but the tokenizer gives ids up to "
-                f"{largest:,}: the first text with such a token would end the run; remove the added tokens from the "
+                f"{largest:,}: the first text with such a token would crash the run; remove the added tokens from the "
                 "tokenizer, or resize the model (resize_token_embeddings) and save it"
             )
 
@@ -141,7 +141,7 @@ def _pad(parts: Parts) -> Iterator[str]:
         if first and pad is not None and pad != first - 1:
             yield (
                 f"{model} counts positions from pad_token_id={first - 1} of its config.json, but the tokenizer pads "
-                f"with {pad}: pads and text would get wrong positions; set pad_token_id to {pad}"
+                f"with {pad}: padding and text would get wrong positions; set pad_token_id to {pad}"
             )
 
 
@@ -177,14 +177,14 @@ def _casing(parts: Parts) -> Iterator[str]:
     if lowers and capitals > CASED_FROM * len(words):
         yield (
             f"{model}: {capitals:,} of the {len(words):,} tokens of its vocabulary have capitals, but its tokenizer "
-            f"makes all text lower case, so that none of them is ever used; correct {setting} if it was trained "
+            f"makes all text lower case, so none of them is ever used; correct {setting} if the model was trained "
             "on cased text"
         )
     unknown = tokenizer.unk_token
     if not lowers and not capitals and unknown in tokenizer.tokenize("The Model"):
         yield (
-            f"{model}: its vocabulary has no capitals, and its tokenizer leaves them in the text: such words become "
-            f"{unknown}; correct {setting} if it was trained on lower case"
+            f"{model}: its vocabulary has no capitals, but its tokenizer leaves them in the text: such words become "
+            f"{unknown}; correct {setting} if the model was trained on lower case"
         )
 
 
