@@ -43,7 +43,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("options")
     what = f"Print this help, or the settings of one section, or of all sections ({ALL})."
     group.add_argument("--help", "-h", metavar="SECTION", nargs="?", help=what)
-    group.add_argument("--config", metavar="FILE", help="YAML file with any of the settings; of several files the last wins.")
+    group.add_argument("--config", metavar="FILE", help="YAML file with any of the settings; the last of several wins.")
     group.add_argument("--print_config", action="store_true", help="Print the resolved file, and stop.")
     group.add_argument("--version", action="store_true", help="Print the version of mapdistill, and stop.")
 
