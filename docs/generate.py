@@ -34,8 +34,8 @@ occur only once. `--help` shows usage and sections, `--help SECTION` the setting
 `--print_config` the resolved file. The first line of a job says which files it read, and what the command line sets and
 replaces. `launch/distill.py` without any setting runs examples/quickstart.yaml; with a setting and without `--config`,
 everything else has the default below. One line reports all mistakes of all files, with file, line, value and remedy;
-the exit code is 2, and no model has been loaded. One file of [ds_configs](../ds_configs/README.md) sets how a run executes
-(precision, ZeRO stage, offload, micro batch).
+the exit code is 2, and no model has been loaded. One file of [ds_configs](../ds_configs/README.md) sets how a run
+executes (precision, ZeRO stage, offload, micro batch).
 
 How a value is read:
 
@@ -137,8 +137,8 @@ create a run directory or a process group. An error is one line, with exit code 
 ## Files
 
 Each file of a model that is read (`config.json`, the tokenizer's files, the weights and their index) must be present
-and complete. A git-lfs pointer, an empty or truncated file, invalid JSON, a broken link, or a missing shard of the index
-is an error that names the file and the remedy. A tokenizer must have a fast version. Weights in a pickle are read only
+and complete. A git-lfs pointer, an empty or truncated file, invalid JSON, a broken link, or a missing shard of the
+index is an error that names the file and the remedy. A tokenizer must have a fast version. Weights in a pickle are read only
 with `allow_pickle`, and only their tensors. Weights in other formats, an adapter (`adapter_config.json`), and a folder
 that only contains the model's folder are refused with the remedy. Weights that are not finite are found when they are
 loaded, after the run directory was made.

@@ -183,10 +183,10 @@ def distill_main(argv: Sequence[str] | None = None) -> int:
         if is_quickstart(words):
             go_to_quickstart()
             words = ["--config", QUICKSTART, *words]
-            announce = partial(print_origin, before="none was given, so this is the quick start: ")
+            announce = partial(print_origin, before="no setting is given, so this is the quick start: ")
         text = usage(
             "distill",
-            "Distils a teacher into a student of fewer or narrower layers. Without any setting: the quick start.",
+            "Distils a teacher into a student of fewer or narrower layers. Without settings, it runs the quick start.",
             "",
             f"--config {QUICKSTART} --train.steps 1000 --output_dir runs/longer",
         )
@@ -255,7 +255,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         text = usage(
             "export",
-            "Makes a Hugging Face folder of a checkpoint.",
+            "Exports a checkpoint as a Hugging Face folder.",
             "--run runs/quickstart",
             "--run runs/quickstart --tag step-00000200 --to students/at-200",
         )
@@ -273,7 +273,7 @@ def measure_main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         text = usage(
             "measure",
-            "Measures how large and how fast encoders are on this machine: a student and its teacher, or any others.",
+            "Measures the size and speed of encoders on this machine: a student and its teacher, or any others.",
             "--models runs/quickstart",
             "--models models/all-MiniLM-L6-v2 runs/quickstart runs/longer --seq_len 64 --dtype bfloat16",
         )

@@ -56,13 +56,13 @@ usage: mapdistill COMMAND [SETTINGS]
   finetune       fine-tunes a student, or any encoder, on tasks and scores it
   proxy          distils several layer mappings briefly, side by side, and scores them
   search         searches the layer mapping with proxy jobs
-  export         makes a Hugging Face folder of a checkpoint
-  measure        measures how large and how fast a student and its teacher are
+  export         exports a checkpoint as a Hugging Face folder
+  measure        measures the size and speed of a student and its teacher
   prepare_data   turns text into a corpus
   check_hosts    checks whether the hosts of a hostfile can train together
 
-`mapdistill COMMAND --help` says more, `mapdistill --version` names the version. distill, finetune and proxy start
-DeepSpeed's launcher where there are several GPUs, or where an option of it is given, like --num_accelerators 2 or
+`mapdistill COMMAND --help` says more, `mapdistill --version` prints the version. distill, finetune and proxy start
+DeepSpeed's launcher if there are several GPUs, or if you give one of its options, like --num_accelerators 2 or
 --hostfile FILE.
 """
 

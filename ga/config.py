@@ -105,7 +105,7 @@ class SearchSection(Settings):
             not (self.storage or "").startswith(("sqlite:///~", "sqlite:///$")),
             "search.storage",
             self.storage,
-            "nothing is expanded in a URL; write the whole path, as in sqlite:////home/me/study.db",
+            "~ and $ are not expanded in a URL; write the whole path, as in sqlite:////home/me/study.db",
         )
         require(self.job_minutes > 0, "search.job_minutes", self.job_minutes, "must be > 0")
         require(self.confirm_top >= 0, "search.confirm_top", self.confirm_top, "must be >= 0")

@@ -28,7 +28,7 @@ def describe_search(
     rows: list[tuple[str, str | list[str]]] = [
         ("search", f"{config.study}: {s.sampler}, seed {s.seed}"),
         ("space", space.describe()),
-        ("budget", f"{s.trials} evaluations" + (f", {done} done already" if done else "")),
+        ("budget", counted(s.trials, "evaluation") + (f", {done} done already" if done else "")),
         (
             "proxy",
             f"{config.teacher.path}: {proxy.steps} steps x {config.train.global_batch} sequences of {facts.seq_len} of "
@@ -40,7 +40,7 @@ def describe_search(
             f"weights {'given' if proxy.yardstick else 'measured first'}; {counted(proxy.repeats, 'seed')} from "
             f"{config.seed}",
         ),
-        ("slots", [f"{one}, up to {s.cohort} genomes a job" for one in placements]),
+        ("slots", [f"{one}, up to {counted(s.cohort, 'genome')} a job" for one in placements]),
         ("output", config.output_dir),
     ]
     if s.sampler == "ga":

@@ -59,7 +59,7 @@ def give_up_after_failures(evaluations: Sequence[Evaluation], *, since: datetime
     if len(last) == most and all(one.fitness is None for one in last):
         raise GivenUp(
             f"the last {len(last)} genomes got no fitness, the last one: {last[-1].outcome}, {last[-1].message}. "
-            f"Look into {last[-1].job}; search.max_failures says after how many a search gives up"
+            f"Look into {last[-1].job}; search.max_failures sets after how many a search gives up"
         )
 
 
@@ -172,7 +172,7 @@ class Loop:
             claims = self._claims.pop(running.folder)
             if Outcome.BAD_CONFIGURATION in report.outcomes.values() or self._cannot_start(report):
                 self._give_back(running, claims, report)
-                raise UserError(f"{report.message} (a job said so: {running.folder / LOG})")
+                raise UserError(f"{report.message} (from the log of a job: {running.folder / LOG})")
             again = self._too_many_for_memory(claims, report)
             self.ask_patiently(functools.partial(self.ledger.release, again))
             self._settle(running, [claim for claim in claims if claim not in again], report)

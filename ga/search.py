@@ -162,7 +162,7 @@ class Search:
                 self._evaluate(source, drivers, view, own, {})
         scored = [one for one in read_history(study) if one.fitness is not None]
         if not scored:
-            raise UserError(f"the first job got no fitness: see {self.config.root}/*/*/{LOG}")
+            raise UserError(f"the first job gave no fitness: see {self.config.root}/*/*/{LOG}")
         paid = [one for one in scored if one.seconds] or scored
         unfinished = sum(not trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
         yardstick = 0 if own is not None else unfinished
@@ -206,7 +206,7 @@ class Search:
                 source.study.set_user_attr(KEPT, found.kept())
                 view.say(f"fitness: {describe_yardstick(found.scales)}")
                 if not found.noise:
-                    view.say("too few of them got scores to tell noise from mappings: tasks weigh alike")
+                    view.say("too few of them have scores to tell noise from mappings: all tasks have the same weight")
         if self.config.proxy.report_at:  # they have no intermediate scores by this yardstick
             return found, {}
         return found, reusable_evaluations(study, found, yardstick_seeds(self.config)[: self.config.proxy.repeats])

@@ -108,12 +108,12 @@ def _contradictions(ds: dict[str, Any], train: TrainConfig) -> Iterator[tuple[st
     if _enabled(ds, "bf16") and _enabled(ds, "fp16"):
         yield "fp16.enabled", "bf16 and fp16 are both enabled; choose one"
     if _enabled(ds, "bf16") and train.skip_bad_steps and not section(ds, "bf16").get("check_grad_overflow", True):
-        what = "DeepSpeed would not see the steps that are to be left out; remove that key"
+        what = "DeepSpeed would not notice the steps to leave out; remove that key"
         key = "bf16.check_grad_overflow"
         yield key, f"{key}=false with train.skip_bad_steps={train.skip_bad_steps}: {what}"
     every = ds.get("steps_per_print", 1)
     if isinstance(every, int) and every < 1:
-        what = "must be at least 1; remove it to have none of DeepSpeed's lines"
+        what = "must be at least 1; remove it to turn off DeepSpeed's own lines"
         yield "steps_per_print", f"steps_per_print={every} {what}"
     stage = section(ds, ZERO).get("stage", 0)
     if stage not in (0, 1, 2, 3):
@@ -125,7 +125,7 @@ def _contradictions(ds: dict[str, Any], train: TrainConfig) -> Iterator[tuple[st
     for name, needed in OFFLOAD_NEEDS_STAGE.items():
         device = _offload_device(ds, name)
         if device not in ("none", "cpu"):
-            what = "must be none or cpu (an NVMe disk's part would be missing in checkpoints)"
+            what = "must be none or cpu (checkpoints would lack the part on an NVMe disk)"
             yield f"{ZERO}.{name}.device", f"{name}.device={device!r} {what}"
         elif device == "cpu" and stage < needed:
             yield f"{ZERO}.{name}", f"{name} needs ZeRO stage {needed} or higher, this file has {stage}"

@@ -66,7 +66,7 @@ NAMES: dict[str, frozenset[str]] = {
 """Names that each checked object may have; "" is the file. `checkpoint` has no more than these:
 other writers (asynchronous ones) would be hashed before they have written."""
 
-_GONE = "DeepSpeed has it no more; remove it"
+_GONE = "DeepSpeed no longer has it; remove it"
 _OLD_OFFLOAD = 'an old name; to offload write "{}": {{"device": "cpu"}} in its place, else remove it'
 REMEDIES = {
     "optimizer": "remove it: optim.* and train.lr of the run config own the optimizer",
@@ -149,7 +149,7 @@ def load_ds_config(path: Path, *checks: Check) -> dict[str, Any]:
         raise UserError(f"deepspeed_config={source!r}: {what}; shipped in {FOLDER}: {shipped}")
     text = read_text(path)
     if not text.strip():
-        raise SettingsError([Problem("is empty; write {} to have every default", source=source)])
+        raise SettingsError([Problem("is empty; write {} to use the defaults", source=source)])
     values = _parsed(text, source)
     walk = _Walk(source)
     node = compose(text, source)
@@ -170,7 +170,7 @@ def _parsed(text: str, source: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        what = f"not valid JSON ({error.msg}); it has no comments, and no comma before a closing bracket"
+        what = f"not valid JSON ({error.msg}); JSON allows no comments, and no comma before a closing bracket"
         raise SettingsError([Problem(what, source=source, line=error.lineno)]) from None
     except (ValueError, RecursionError) as error:
         raise SettingsError([Problem(f"not valid JSON ({error})", source=source)]) from None
@@ -210,7 +210,7 @@ class _Walk:
             for one, inner_value in zip(node.value, value, strict=True):
                 self.check(one, inner_value, key)
         elif isinstance(value, float) and not math.isfinite(value):
-            self.add_problem(key, f"{key} is no finite number; write one")
+            self.add_problem(key, f"{key} is not a finite number; write one")
         is_auto = key in OWNED and value == "auto"
         if key in VALUES and not is_auto and not _is(value, VALUES[key]):
             self.add_problem(key, f"{key}={json.dumps(value)} must be {VALUES[key]}")
@@ -233,9 +233,9 @@ def _wrong_name(name: str, place: str) -> str | None:
 def _likely_name(name: str, place: str) -> str:
     homes = [home or "the top level" for home, names in NAMES.items() if name in names]
     if homes:
-        return f"it belongs into {' or '.join(homes)}"
+        return f"it belongs in {' or '.join(homes)}"
     for key, remedy in REMEDIES.items():
         if key.rpartition(".")[2] == name:
             return remedy
     close = difflib.get_close_matches(name.lower(), NAMES[place], n=1)
-    return f"did you mean {close[0]!r}?" if close else "DeepSpeed would ignore it, or end; remove it"
+    return f"did you mean {close[0]!r}?" if close else "DeepSpeed would ignore it or fail; remove it"

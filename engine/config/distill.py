@@ -437,7 +437,7 @@ class TrainConfig:
             patience is not None or threshold == 0,
             "train.patience_threshold",
             threshold,
-            "remove it, or write train.patience: nothing is stopped early",
+            "remove it, or set train.patience: without it no run ends early",
         )
         require(
             patience is None or self.schedule != "warmup_stable_decay",

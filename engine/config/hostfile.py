@@ -39,7 +39,7 @@ def parse_hostfile(path: Path) -> dict[str, int]:
         try:
             host, slots = _host(line)
             if host in hosts:
-                raise UserError(f"host {host!r} is there twice; give each host one line")
+                raise UserError(f"host {host!r} occurs twice; give each host one line")
         except UserError as error:
             problems.append(Problem(str(error), source=str(path), line=number))
         else:
@@ -56,7 +56,7 @@ def _host(line: str) -> tuple[str, int]:
         raise UserError(f"{line!r} is not a host; write HOST slots=N, e.g. worker-1 slots=8")
     host, slots = match.group(1), int(match.group(2)[: len(str(MOST_SLOTS)) + 1])
     if not _HOST.fullmatch(host):
-        raise UserError(f"host {host!r} is no plain name; give it one in ~/.ssh/config")
+        raise UserError(f"host {host!r} is not a plain name; give it one in ~/.ssh/config")
     if not 1 <= slots <= MOST_SLOTS:
         raise UserError(
             f"{line!r}: a host has 1 to {MOST_SLOTS} slots; write its number of devices, or remove the line"

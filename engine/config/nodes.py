@@ -45,7 +45,7 @@ def compose(text: str, source: str) -> yaml.Node | None:
         documents = [node for node in yaml.compose_all(text, yaml.SafeLoader) if not _is_empty(node)]
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        problem = Problem(f"character {error.character:#x} is no text; remove it", source=source, line=line)
+        problem = Problem(f"character {error.character:#x} is not allowed in text; remove it", source=source, line=line)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(filter(None, [error.problem, error.context]))
@@ -133,7 +133,7 @@ class Entries:
                 times = "twice" if len(pairs) == 2 else f"{len(pairs)} times"
                 lines = [str(line_of(key)) for key, _ in pairs if line_of(key)]
                 where = f", lines {', '.join(lines[:-1])} and {lines[-1]}" if len(set(lines)) > 1 else ""
-                self._add_problem(f"{full} is there {times}{where}; keep one", pairs[-1][0])
+                self._add_problem(f"{full} occurs {times}{where}; keep one", pairs[-1][0])
 
     def _merge(self, node: yaml.Node, within: tuple[yaml.MappingNode, ...]) -> None:
         if not isinstance(node, yaml.MappingNode) or node in within:

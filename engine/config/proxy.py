@@ -102,7 +102,7 @@ class ProxyConfig:
                 not scale.weight or scale.teacher > scale.start,
                 key,
                 scale.teacher,
-                f"the teacher must be above the start, {scale.start}, in a task that counts; give it weight 0",
+                f"the teacher's score must be above start={scale.start} in a task that counts; set its weight to 0",
             )
         require(self.save_every >= 0, "proxy.save_every", self.save_every, "must be >= 0")
         for name in ("epochs", "lr", "teacher_cache_gib"):

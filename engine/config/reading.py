@@ -148,7 +148,7 @@ class _File:
         self.path = str(shipped_file(expand_path(self._words[0], "--config")))
         text = read_text(Path(self.path))
         if not text.strip():
-            raise SettingsError([Problem("is empty; leave it out to have every default", source=self.path)])
+            raise SettingsError([Problem("is empty; omit it to use the defaults", source=self.path)])
         node = compose(text, self.path)
         if node is None:  # comments alone: every setting has its default
             return yaml.MappingNode(tag="", value=[])
@@ -174,7 +174,7 @@ class _File:
             elif key in schema.settings:
                 if key in given and key not in here:
                     lines = f"lines {given[key].line} and {line_of(key_node)}"
-                    self._add_problem(f"{key} is there twice, {lines}; keep one", key_node)
+                    self._add_problem(f"{key} occurs twice, {lines}; keep one", key_node)
                 reader = Reader(key, self.path)
                 given[key] = Given(reader.read(value, schema.settings[key].hint, key), self.path, line_of(key_node))
                 self.problems += reader.problems

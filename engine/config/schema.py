@@ -61,7 +61,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Names of Hugging Face's Trainer and configurations: what of it may be called here."""
 _NOTES = {
-    "per_device_train_batch_size": " It counts all ranks; what a rank takes at once stands in the DeepSpeed JSON",
+    "per_device_train_batch_size": " It counts all ranks; the DeepSpeed JSON sets the micro batch of a rank",
     "gradient_accumulation_steps": " It counts all ranks; the accumulation follows from it",
 }
 """What is otherwise than under the other name."""
@@ -120,14 +120,14 @@ class Schema:
         above, _, leaf = name.rpartition(".")
         if leaf in self.sections:
             if above:
-                return f"{leaf!r} is a section of the top level: mind the indentation"
+                return f"{leaf!r} is a section of the top level: check the indentation"
             return f"{leaf!r} is a section: name a setting of it, like {self._first_key(leaf)!r}"
         if namesakes := self._keys_named(leaf, above) or self._keys_by_other_name(leaf, above):
             return f"did you mean {' or '.join(map(repr, namesakes))}?{_NOTES.get(leaf, '')}"
         if leaf in _PRECISIONS and "deepspeed_config" in self.settings:
             return f"precision is set by the DeepSpeed JSON: write --deepspeed_config ds_configs/zero1_{leaf}.json"
         if name in ELSEWHERE and "deepspeed_config" in self.settings:
-            return f"{name!r} belongs into the DeepSpeed JSON that deepspeed_config names"
+            return f"{name!r} belongs in the DeepSpeed JSON that deepspeed_config names"
         if above in self.sections:
             here = [key.rpartition(".")[2] for key in self.settings if key.startswith(f"{above}.")]
             close = difflib.get_close_matches(leaf, here, n=1)

@@ -137,7 +137,7 @@ class MeasureConfig:
     def __post_init__(self) -> None:
         require(bool(self.models), "models", self.models, "name at least one model")
         twice = sorted({path for path in self.models if self.models.count(path) > 1})
-        require(not twice, "models", ", ".join(twice), "is there twice; name each model once")
+        require(not twice, "models", ", ".join(twice), "occurs twice; name each model once")
         require(
             bool(self.batch_sizes) and min(self.batch_sizes) >= 1,
             "batch_sizes",

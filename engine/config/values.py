@@ -57,7 +57,7 @@ class Reader:
 
     def _value(self, node: yaml.Node, hint: Any, what: str) -> Any:
         if node.tag not in PLAIN_TAGS:
-            raise UserError(f"{what}: tags like {node.tag!r} are not read; write the plain value")
+            raise UserError(f"{what}: tags like {node.tag!r} are not supported; write the plain value")
         origin = get_origin(hint)
         if origin in (Union, UnionType):
             return self._union(node, get_args(hint), what)
@@ -168,7 +168,7 @@ def expand_path(text: str, what: str) -> str:
 
 def _wrong_type(node: yaml.Node, what: str, expected: str, remedy: str = "") -> UserError:
     if is_null(node):
-        remedy = "write a value, or remove the setting to have its default"
+        remedy = "write a value, or remove the setting to use its default"
     return UserError(f"{what}: expected {expected}, got {describe_node(node)}{'; ' if remedy else ''}{remedy}")
 
 
@@ -214,9 +214,9 @@ def _text(node: yaml.Node, what: str) -> str:
         raise _wrong_type(node, what, "text", "write it in quotes if it is one")
     text = _scalar(node, what, "text")
     if not text.strip():
-        raise UserError(f"{what} is empty; write a value, or remove the setting to have its default")
+        raise UserError(f"{what} is empty; write a value, or remove the setting to use its default")
     if _CONTROL.search(text):
-        raise UserError(f"{what}={text!r} has a line break or another control character in it; remove that")
+        raise UserError(f"{what}={text!r} contains a line break or another control character; remove it")
     return text
 
 

@@ -90,7 +90,7 @@ def _refuse_remains(environ: MutableMapping[str, str], wrong: list[str]) -> None
     for name in _NUMBERS:  # this process speaks for itself
         environ.pop(name, None)
     raise UserError(
-        f"environment variables that only a launcher sets cannot be right: {', '.join(wrong)}; remove them (unset "
+        f"environment variables that only a launcher sets have wrong values: {', '.join(wrong)}; remove them (unset "
         f"{' '.join(_NUMBERS)}), or start with `deepspeed`"
     )
 

@@ -17,7 +17,7 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
     without taking Python's interpreter down: other than daemon threads are not waited for."""
     watchdog.start_guard()
     if watchdog.has_lost_launcher():
-        print("error: the launcher of this rank is gone; start again", file=sys.stderr, flush=True)
+        print("error: the launcher of this rank has ended; run the command again", file=sys.stderr, flush=True)
         os._exit(EXIT_CRASH)
     try:
         code = main()

@@ -77,7 +77,7 @@ class _Baton(FileBaton):
                 announced = True
             time.sleep(self.wait_seconds)
         if flock is Flock.TAKEN and lock.exists():
-            print(f"took over {lock}: whoever built this extension is gone; building it", flush=True)
+            print(f"took over {lock}: the process that built this extension has ended; building it again", flush=True)
             lock.unlink()
         elif flock is Flock.TAKEN and not waited and not any(lock.parent.glob("*.so")):
             name = lock.parent.name
@@ -87,7 +87,7 @@ class _Baton(FileBaton):
             return False
         acquired = bool(super().try_acquire())
         if not acquired:
-            consequence = f"{lock} is waited for: remove it if no process compiles {lock.parent.name}"
+            consequence = f"waiting for {lock}: remove it if no process compiles {lock.parent.name}"
             print(no_locks_text(lock.parent, consequence), flush=True)
         return acquired
 

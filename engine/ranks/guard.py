@@ -98,7 +98,7 @@ def end_orphan(rank: Process) -> str:
     """Ends a rank as a scheduler would, so that one that trains finishes its step and writes a checkpoint. Returns what
     was done."""
     rank.send(signal.SIGTERM)
-    return "told to stop" if wait_or_kill(rank, GRACE_S) else "told to stop and then killed"
+    return "asked to stop" if wait_or_kill(rank, GRACE_S) else "asked to stop and then killed"
 
 
 def wait_or_kill(rank: Process, seconds: float) -> bool:
@@ -138,14 +138,14 @@ def main(rank: Process, launchers: list[Process], heartbeat: mmap.mmap) -> None:
             return
         if output in events:  # a pipe without a reader; a file or a terminal has none of these
             end = end_orphan(rank)
-            say(f"nobody reads the output of rank process {rank.pid} any more; it was {end}")
+            say(f"nothing reads the output of rank process {rank.pid} any more; it was {end}")
             return
         dead = [process for process in launchers if process.is_gone()]
         if dead:
             time.sleep(0.5)  # an orderly end: the launcher has ended its ranks before itself
             if not rank.is_gone():
                 end = end_orphan(rank)
-                say(f"the launcher (process {dead[0].pid}) is gone; its rank (process {rank.pid}) was {end}")
+                say(f"the launcher (process {dead[0].pid}) has ended; its rank (process {rank.pid}) was {end}")
             return
         if is_overdue(heartbeat):
             end_stuck(rank)

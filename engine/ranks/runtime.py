@@ -120,7 +120,7 @@ def _explain_meeting() -> Iterator[None]:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
             raise UserError(
-                f"port {os.environ['MASTER_PORT']} is taken, by another job on this machine perhaps; name a free one, "
+                f"port {os.environ['MASTER_PORT']} is taken, perhaps by another job on this machine; name a free one, "
                 f"e.g. deepspeed --master_port {_free_port()}"
             ) from None
         raise UserError(
@@ -246,7 +246,7 @@ class StopRequest:
             signal.signal(signal.SIGINT, self._second)
             if launcher_rank() == 0:
                 with contextlib.suppress(OSError):  # it would be raised wherever training is just now
-                    os.write(_STDERR, b"\nstopping after this step; Ctrl-C once more ends at once\n")
+                    os.write(_STDERR, b"\nstopping after this step; press Ctrl-C again to end at once\n")
 
     @property
     def requested(self) -> bool:

@@ -90,7 +90,7 @@ class EventFile:
             return
         self._head = b""
         if self._lost:
-            self._tell(f"{self._folder} is written again; {self._lost} events in between are missing")
+            self._tell(f"{self._folder} can be written again; events missing in between: {self._lost}")
             self._lost = 0
 
     def close(self) -> None:

@@ -146,7 +146,7 @@ class RecordWriter:
                 self._lost += 1
             return False
         if self.error is not None:
-            self._tell(f"{self._path} is written again; {self._lost} records are missing in it")
+            self._tell(f"{self._path} can be written again; records missing in it: {self._lost}")
         self._head, self._lost, self._results, self.error = b"", 0, [], None
         return True
 

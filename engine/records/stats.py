@@ -97,7 +97,7 @@ def describe(signal: Signal) -> str:
     if signal.ratio >= 1:
         meaning = "Mappings differ by more than seeds do."
     elif signal.paired_ratio is not None and signal.paired_ratio >= 1:
-        meaning = "Seed noise hides the mappings unless they are compared at equal seeds: compare no others."
+        meaning = "Seed noise hides the mappings unless they are compared at equal seeds: compare only those."
     else:
         meaning = "Seed noise hides the mappings: raise proxy.steps or proxy.repeats."
     return f"{figures})\n  {meaning}"

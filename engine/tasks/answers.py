@@ -25,7 +25,7 @@ def learnable_answers(split: SquadSplit, source: str, *, leave_out: bool) -> tup
     remarks = []
     if lost:
         row = min(lost)
-        found = f"{len(lost):,} of {len(split):,} questions have no answer at its place"
+        found = f"{len(lost):,} of {len(split):,} questions have no answer at their answer_start"
         if not leave_out or not kept:
             raise UserError(
                 f"{source}: question {split.ids[row]!r}: {_problem(split.contexts[row], split.answers[row])}; {found}; "
@@ -51,7 +51,7 @@ def _problem(context: str, golds: Answers) -> str:
     elif _plain(text) in _plain(context):
         hint = "it stands there in another case or Unicode form"
     else:
-        hint = "it is nowhere in the context"
+        hint = "it does not occur in the context"
     return f"answer {text!r} does not stand at answer_start {start} ({hint})"
 
 
@@ -66,11 +66,11 @@ def scored_remarks(split: SquadSplit, source: str) -> list[str]:
     )
     remarks = []
     if empty:
-        remarks.append(f"{source}: {empty:,} questions have an empty answer, and count as unanswerable")
+        remarks.append(f"{source}: questions with an empty answer, which count as unanswerable: {empty:,}")
     if odd:
         remarks.append(
-            f"{source}: {odd:,} questions have no answer that stands in their text as it is written (other Unicode "
-            "form, other words): no prediction can be exactly right"
+            f"{source}: questions whose answers do not occur in their text as written (other Unicode form, other words), "
+            f"so that no prediction can be exactly right: {odd:,}"
         )
     return remarks
 

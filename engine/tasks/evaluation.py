@@ -129,7 +129,7 @@ def score_dev(
 
 @dataclass(frozen=True)
 class ConstantAnswer:
-    """The best that one answer to everything scores on the dev splits: what a model has to beat."""
+    """The best score of a constant answer on the dev splits: what a model has to beat."""
 
     answer: str
     """A label, "no answer" for spans, "the mean" for regressions."""

@@ -88,7 +88,7 @@ def _notes(
     notes = []
     if swallowed:
         notes.append(
-            f"{path}:{swallowed[0]}: a text holds whole rows of the file, as where quotation marks do not pair "
+            f"{path}:{swallowed[0]}: a text holds whole rows of the file, as when quotation marks do not pair "
             f"({len(swallowed):,} such texts); repair the quotes"
         )
     endings = (("1$", "2"), ("a$", "b"), ("A$", "B"), ("$", "2"))
@@ -97,9 +97,9 @@ def _notes(
     if columns.setting is not None and columns.second is None and partner:
         notes.append(f"{path}: column {partner[0]!r} is not read; for pairs of texts set {columns.setting}.text_pair")
     if not table.expected:
-        notes.append(f"{path}: is read as {table.kind}, which its name does not say")
+        notes.append(f"{path}: is read as {table.kind}, although its name does not say so")
     if skipped:
-        notes.append(f"{path}: {skipped} lines with too few columns left out, as the official reader does")
+        notes.append(f"{path}: lines with too few columns, left out as the official reader does: {skipped}")
     if columns.setting is not None and not table.quoted:  # official files are full of quotation marks
         cells = [cell for name in ("text", "text_pair") for cell in values.get(name, ())]
         quoted = sum(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells)

@@ -38,7 +38,7 @@ def hub_splits(path: str, config: str | None) -> Splits:
         if not reachable:
             reason = "the hub cannot be reached from here, and its cache has no copy"
         raise UserError(
-            f"task.data_dir is unset, and the hub data set {name} cannot be had ({reason}); set task.data_dir to a "
+            f"task.data_dir is unset, and the hub data set {name} is not available ({reason}); set task.data_dir to a "
             f"folder with the task's files{WITHOUT_GLUE}"
         ) from None
     return splits

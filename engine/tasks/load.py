@@ -95,7 +95,7 @@ def load_task(name: str, config: TaskDataConfig, *, test: bool = False) -> TaskD
         spec, splits, warnings = _with_labels(spec, rows, config)
     absent = [name for name in spec.test_splits if test and name not in splits]
     if absent:
-        warnings.append(f"{spec.name}: no {' and no '.join(absent)} split, of which the GLUE server wants predictions")
+        warnings.append(f"{spec.name}: no {' and no '.join(absent)} split, whose predictions the GLUE server needs")
     if config.train_rows is not None:
         drawn = np.random.default_rng(0).permutation(len(splits["train"]))[: config.train_rows]
         splits["train"] = _take(splits["train"], np.sort(drawn))
@@ -258,7 +258,7 @@ def _custom_rows(spec: TaskSpec, config: TaskDataConfig, *, test: bool) -> dict[
             elif path.is_dir():
                 what = f"is a folder; name a file{beside(path / '?').partition(';')[0]}"
             elif path.exists():
-                what = "is no file but a pipe or a device; write its rows to a file"
+                what = "is a pipe or a device; write its rows to a file"
             else:
                 what = f"no such file{beside(path)}"
             raise UserError(f"{key}.{name}={file!r}: {what}")

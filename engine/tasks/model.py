@@ -146,7 +146,7 @@ def require_head(path: str, *, key: str, config: PretrainedConfig, spec: TaskSpe
         return head_remarks(path, key=key, config=config, spec=spec)
     return [
         f"{key}={path!r}: its outputs have no names but {', '.join(output_names(config))}; they are taken for "
-        f"{', '.join(spec.label_names)}, and it must score better than one answer to everything before it teaches"
+        f"{', '.join(spec.label_names)}, and it must score better than a constant answer before it teaches"
     ]
 
 

@@ -33,8 +33,8 @@ def shared_texts(task: str, splits: Mapping[str, Split | SquadSplit]) -> list[st
         count = sum(texts in trained for texts in _texts(split))
         if name != "train" and count:
             found.append(
-                f"{task}: {count:,} of {len(split):,} {name} rows have the texts of a training row; what is "
-                "learned by heart scores there"
+                f"{task}: {count:,} of {len(split):,} {name} rows have the texts of a training row; "
+                "memorised rows score there"
             )
     return found
 
@@ -49,16 +49,16 @@ def _texts(split: Split | SquadSplit) -> Iterator[tuple[str, ...]]:
 def _rows_remarks(rows: Rows) -> Iterator[str]:
     empty = sum(not text.strip() for column in (rows.first, rows.second or ()) for text in column)
     if empty:
-        yield f"{empty:,} empty texts"
+        yield f"empty texts: {empty:,}"
     nothing = sum(text.strip().casefold() in _NOTHING for column in (rows.first, rows.second or ()) for text in column)
     if nothing:
-        yield f"{nothing:,} texts say nan, None or the like, as tables write empty cells"
+        yield f"texts that say nan, None or the like, as tables write empty cells: {nothing:,}"
     printed = sum(bool(_BYTES.fullmatch(text)) for column in (rows.first, rows.second or ()) for text in column)
     if printed:
-        yield f"{printed:,} texts stand between b' and ', as Python prints bytes: write them decoded"
+        yield f"texts between b' and ', as Python prints bytes (write them decoded): {printed:,}"
     spaced = sum(isinstance(label, str) and label != label.strip() for label in rows.labels or ())
     if spaced:
-        yield f"{spaced:,} labels are read without the spaces around them"
+        yield f"labels that are read without the spaces around them: {spaced:,}"
 
 
 def _labels_remarks(spec: TaskSpec, split: Split) -> Iterator[str]:

@@ -218,7 +218,7 @@ def _keys_once(path: Path, number: int, pairs: list[tuple[str, Any]]) -> dict[st
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path}:{number}: {twice!r} is there twice; rename one")
+        raise UserError(f"{path}:{number}: {twice!r} occurs twice; rename one")
     return row
 
 

@@ -33,13 +33,13 @@ BAR = "\\|"
 ABOUT_TUNED = """\
 # Fine-tuned model
 
-Trained with mapdistill (launch/finetune.py). Scores are of the dev split, which also chose among checkpoints and \
-hyper-parameters where that was asked for.
+Trained with mapdistill (launch/finetune.py). The scores are those of the dev split, which may also \
+have chosen checkpoints and hyper-parameters.
 """
 ABOUT_STUDENT = """\
 # Distilled student
 
-Trained with mapdistill (layer-mapped distillation on DeepSpeed). Numbers are of the distillation itself; the model \
+Trained with mapdistill (layer-mapped distillation on DeepSpeed). The numbers describe the distillation; the model \
 has not been scored on any task.
 """
 

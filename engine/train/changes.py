@@ -35,7 +35,7 @@ def accepted_changes(saved: Identity, current: Identity, step: int, *, accept: b
         raise UserError(f"the run was changed in what it computes ({'; '.join(changes)}). {remedy}")
     if current["train.steps"] <= step:
         raise UserError(
-            f"train.steps={current['train.steps']}: they are done already, so nothing is left to do with what was "
-            "changed; write more steps"
+            f"train.steps={current['train.steps']}: they are done already, so the changes would have no "
+            "effect; set more steps"
         )
     return tuple(changes)

@@ -164,7 +164,7 @@ class Checkpointer:
         folder = self.run_dir.checkpoints / tag
         marker = self.storage.seen(markers)
         if marker is None:
-            problems = [f"{platform.node()} has nothing of it"] if self.storage.is_keeper else []
+            problems = [f"{platform.node()} has no file of it"] if self.storage.is_keeper else []
         elif not is_sound(marker):
             problems = [f"{folder / COMPLETE} is unreadable"] if self.storage.is_keeper else []
         else:

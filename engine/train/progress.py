@@ -20,7 +20,7 @@ FIRST_REPORTS = 3
 SLOW = 0.5
 """Share of that speed below which two reports in a row are worth a warning."""
 SLOW_REMEDY = (
-    "another process may have the same cores or the same GPU (look with top or nvidia-smi): end it, or give each job "
+    "another process may use the same cores or the same GPU (look with top or nvidia-smi): end it, or give each job "
     "cores of its own (taskset) and as many threads (OMP_NUM_THREADS)"
 )
 

@@ -180,7 +180,7 @@ class Trainee:
             self.monitor.report(failures.checkpoint_failed(step, str(error), goes_on=goes_on))
             if not goes_on:
                 raise RunFailure(
-                    f"{error}. Earlier checkpoints are intact; mend that, and the same command continues from them"
+                    f"{error}. Earlier checkpoints are intact; fix that, and the same command continues from them"
                 ) from None
             self.unsaved.add(step)
         else:

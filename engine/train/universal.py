@@ -56,7 +56,7 @@ def plan_conversion(tag: str, *, saved: dict[str, Any], execution: Execution) ->
     if saved["precision"] != facts["precision"]:
         raise UserError(
             f"cannot continue {tag}: it was written in {saved['precision']} and this start has {facts['precision']}; "
-            "start with the same precision (ranks, ZeRO stages 1 to 3, micro batch and accumulation may change)"
+            "run it with the same precision (ranks, ZeRO stages 1 to 3, micro batch and accumulation may change)"
         )
     stages = (saved["zero_stage"], facts["zero_stage"])
     layouts = saved.get("layout", execution.layout), execution.layout  # markers of older versions do not say it

@@ -290,8 +290,8 @@ class Space:
         rules = [self.constraint.replace("_", " ")]
         rules += [f"at least {self.min_active} active"] if self.min_active else []
         rules += [f"teacher layers {', '.join(map(str, self.choices[1:]))}"] if self.allowed else []
-        rules += ["hidden and attention apart"] if self.separate_attention else []
-        rules += ["kept layers apart"] if self.kind == "both" else []
+        rules += ["separate genes for attention"] if self.separate_attention else []
+        rules += ["separate genes for kept layers"] if self.kind == "both" else []
         source = f"{self.student_layers} student layers from {self.teacher_layers} teacher layers or none"
         if self.kind == "layers":
             source = (

@@ -49,8 +49,8 @@ def find_placements(
     )
     if shutil.which(LAUNCHED_BY[launcher]) is None and not all(placement.is_local for placement in placements):
         raise UserError(
-            f"search.launcher={launcher!r}: this machine has no {LAUNCHED_BY[launcher]}, by which DeepSpeed knows that "
-            f"{launcher} is installed; install it, or name another of {', '.join(LAUNCHED_BY)}"
+            f"search.launcher={launcher!r}: this machine has no {LAUNCHED_BY[launcher]}, which DeepSpeed needs "
+            f"for {launcher}; install it, or name another of {', '.join(LAUNCHED_BY)}"
         )
     return placements
 

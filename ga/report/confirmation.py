@@ -117,7 +117,7 @@ def verdict(confirmed: Confirmed, reference: str) -> str:
     if difference.is_clear:
         return f"{found}{_basis(difference)}" + ("." if difference.mean > 0 else "; use uniform.")
     return (
-        f"No difference to {uniform} was found: the winner, {best}, {_more_or_less(difference)}"
+        f"No difference from {uniform} was found: the winner, {best}, {_more_or_less(difference)}"
         f"{_basis(difference)}, within noise; use uniform or confirm with more seeds."
     )
 

@@ -88,7 +88,7 @@ def finding(model: EffectsModel, labels: Sequence[str]) -> str:
     if not clear:
         return (
             f"No teacher layer is clearly better or worse than another for any student layer: {model.evaluations} "
-            "evaluations do not tell."
+            "evaluations are too few to tell."
         )
     most = max(clear, key=lambda gene: shares[gene])
     best, worst = _best(effects[most]), _worst(effects[most])

@@ -58,7 +58,7 @@ def report_text(
             parts += which_layers(facts, confirmed, layers or {})
         parts += which_layer(facts, effects or {}, embedded.pop(EFFECTS, ""))
         parts += ["## What fitness is measured by", *yardstick(facts)]
-        parts += ["## How settled it is", seed_noise(evaluations, confirmed)]
+        parts += ["## How certain the ranking is", seed_noise(evaluations, confirmed)]
     parts += embedded.values()
     parts += ["## Against other searches", *other_searches(evaluations, others)] if others else []
     parts += ["## Fitness against depth", *front(facts, evaluations)] if facts.second_objective else []
@@ -93,8 +93,8 @@ def headline(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirm
     if set(counting) <= set(beaten):
         lines = "; ".join(beaten[task] for task in counting)
         return (
-            f"No result: on no task that counts does a mapping help ({lines}). The ranking below is one of damage; "
-            "longer training (proxy.steps), a colder start (student.init) or other losses may change that."
+            f"No result: on no task that counts does a mapping help ({lines}). The ranking below only orders the "
+            "damage; longer training (proxy.steps), a colder start (student.init) or other losses may change that."
         )
     finding = _finding(facts, evaluations, confirmed)
     return f"{finding} {NOT_A_RESULT} for {'; '.join(beaten.values())}." if beaten else finding
@@ -141,7 +141,7 @@ def _go_on(facts: Facts, evaluations: Sequence[Evaluation], confirmed: Confirmed
     advice = f" For uniform in its place add `{back}`." if genome != facts.uniform else ""
     nothing = [
         "The winner lets no layer learn: in so short a proxy, layer losses do not pay against what the student starts "
-        "from. Ask again with more proxy.steps, a colder student.init, or search.min_active=1 before a long run."
+        "from. Search again with more proxy.steps, a colder student.init, or search.min_active=1 before a long run."
     ]
     return [
         f"```bash\n{command('distill')} --config {shlex.quote(str(best_yaml))}\n```",

@@ -37,8 +37,8 @@ def another_proxy_text(study: Study, known: Mapping[str, Any], fingerprint: str,
     differ = [name for name, part in parts.items() if known["parts"].get(name) != part]
     return (
         f"search {study.study_name!r} cannot be continued: the proxy has changed since (fingerprint "
-        f"{known['fingerprint']}, now {fingerprint}: {', '.join(differ)}); fitness values would not be comparable. Put "
-        "it back, or start another search with another output_dir and search.storage"
+        f"{known['fingerprint']}, now {fingerprint}: {', '.join(differ)}); fitness values would not be comparable. "
+        "Restore it, or start another search with another output_dir and search.storage"
     )
 
 

@@ -65,13 +65,13 @@ def explain_errors(url: str, folder: str) -> Iterator[None]:
         yield
     except DatabaseErrors as error:
         what = f"search.storage={hide_password(url)}: {explain(error)}"
-        raise UserError(f"{what}; mend that, and the same command continues") from None
+        raise UserError(f"{what}; fix that, and the same command continues") from None
     except OSError as error:
         where = error.filename2 or error.filename
         if where is None and error.errno not in _NO_ROOM:
             raise
         what = f"{where or folder}: {error.strerror}"
-        raise UserError(f"{what}; mend that, and the same command continues") from None
+        raise UserError(f"{what}; fix that, and the same command continues") from None
 
 
 class SearchStorage:
@@ -116,7 +116,7 @@ def open_storage(url: str, *, existing: bool = False) -> SearchStorage:
     try:
         parsed = make_url(url)
     except (SQLAlchemyError, ValueError):  # its text may hold the password
-        raise refuse(shown, "is no URL", usage) from None
+        raise refuse(shown, "is not a URL", usage) from None
     if parsed.drivername == "sqlite":
         return _open_sqlite(parsed, shown, existing=existing)
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
@@ -169,7 +169,7 @@ def _rdb_storage(url: URL, shown: str, **engine_settings: Any) -> RDBStorage:
     try:
         return RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_settings)
     except RuntimeError as error:
-        what = f"its tables are not of this Optuna: {explain(error).rstrip('.')}"
+        what = f"its tables are not those of this Optuna version: {explain(error).rstrip('.')}"
         raise refuse(shown, what, "or name another database") from None
 
 
@@ -178,12 +178,16 @@ def _open_sqlite(url: URL, shown: str, *, existing: bool) -> SearchStorage:
         raise refuse(shown, "has two slashes", "write sqlite:///RELATIVE or sqlite:////ABSOLUTE")
     if url.database in (None, "", ":memory:") or str(url.database).startswith("file:") or url.query:
         raise refuse(
-            shown, "is no plain file", "name one (sqlite:///runs/study.db): a search in memory could not be continued"
+            shown,
+            "is not a plain file",
+            "name one (sqlite:///runs/study.db): a search in memory could not be continued",
         )
     path = Path(os.path.realpath(str(url.database)))  # one lock whatever link leads there
     lock = FileLock(path.with_name(f"{path.name}.lock"), shown)
     if existing and not path.exists():
-        raise refuse(shown, f"there is no file {path}", "correct the URL; a relative one is of the working directory")
+        raise refuse(
+            shown, f"there is no file {path}", "correct the URL; a relative one starts at the working directory"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():

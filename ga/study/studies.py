@@ -172,5 +172,5 @@ def _check_same(
             what = f"{key}={value!r}, but it was begun with {before!r}"
         raise UserError(
             f"search {study.study_name!r} in {where} cannot be continued: {what}; fitness values would not be "
-            "comparable. Put it back, or start another search with another output_dir or search.study"
+            "comparable. Restore it, or start another search with another output_dir or search.study"
         )

@@ -149,7 +149,7 @@ class LiveView:
             if lock is Flock.MISSING:
                 self.say(
                     no_locks_text(
-                        self._config.root, f"nothing keeps a second writer of {TENSORBOARD} out: start no other one"
+                        self._config.root, f"a second writer of {TENSORBOARD} would not be noticed: do not start one"
                     )
                 )
             self._board = SearchBoard(

@@ -58,7 +58,7 @@ def status_text(study: Study, lists: Mapping[str, Study], storage: str, *, trial
         rows.append((name, f"{len(spent_evaluations(found))} of {len(listed.get_trials(deepcopy=False))} done"))
         unfinished += [one for one in found if one.outcome == RUNNING]
         drivers |= present_drivers(listed)
-    rows.append(("drivers", _drivers_text(drivers) or "none: the same command without --status continues"))
+    rows.append(("drivers", _drivers_text(drivers) or "none (the same command without --status continues)"))
     by_job: dict[str, list[str]] = {}
     at_work = {id for id, driver in drivers.items() if not driver.is_silent}
     for one in unfinished:
@@ -72,7 +72,7 @@ def status_text(study: Study, lists: Mapping[str, Study], storage: str, *, trial
 
 
 def _drivers_text(drivers: Mapping[str, PresentDriver]) -> list[str]:
-    silent = f": no sign of life for more than {LEASE_S:.0f} s; the same command on a machine that lives continues"
+    silent = f": no sign of life for more than {LEASE_S:.0f} s; the same command on a running machine continues"
     return [one.name + (silent if one.is_silent else "") for one in drivers.values()]
 
 

@@ -101,7 +101,7 @@ def test_stopped_and_continued_equals_uninterrupted(make_job: MakeJob) -> None:
     assert not half.records("result")
     first_before = (half.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes()
     output = half.finish()
-    assert "2 fine-tunings, 1 of them finished before; seed" in output
+    assert "2 fine-tunings, 1 of them already finished; seed" in output
     assert "continues STS-B, seed 0 from step-" in output
     assert (half.output_dir / "RTE" / "seed-0" / "records.jsonl").read_bytes() == first_before  # not run again
     assert without_speed(result_of(half)) == without_speed(result_of(whole))
@@ -226,7 +226,8 @@ def test_teacher_patience_and_export(make_job: MakeJob) -> None:
     assert f"{teacher.output_dir}/RTE/model: bert" in output
     for name in ("RTE", "SST-2"):
         assert (
-            f"teacher of {name}: dev score {100 * result_of(teacher)['tasks'][name]['score']:.2f} (one answer" in output
+            f"teacher of {name}: dev score {100 * result_of(teacher)['tasks'][name]['score']:.2f} (a constant answer"
+            in output
         )
     for name in ("RTE", "SST-2"):
         folder = run.output_dir / name / "seed-0"

@@ -157,7 +157,7 @@ def test_teacher_start_and_none_are_in_every_proxy_that_has_no_yardstick(make_pr
     )  # fmt: skip
     assert "(CoLA)" in table
     again = run.finish()
-    assert "2 of 2 results are here already" in again
+    assert "2 of 2 results exist already" in again
     assert again[again.rindex("genome  ") :] == table
     same = make_proxy(
         "same", "none", proxy__yardstick="{}", student__layers=4, student__hidden_size=32, loss__embedding=0,
@@ -177,7 +177,7 @@ def test_a_yardstick_that_is_given_makes_other_fitness_of_the_same_scores(cohort
     idle = "{start: 0, teacher: 1, weight: 0}"
     other = f"{{SST-2: {{start: 0.1, teacher: 0.9}}, MRPC: {idle}, STS-B: {idle}}}"
     output = run.finish("--proxy.yardstick", other)
-    assert "8 of 8 results are here already" in output
+    assert "8 of 8 results exist already" in output
     line = next(line for line in output.splitlines() if line.startswith("0-3 "))
     mean = sum(before["0-3", seed]["scores"]["SST-2"] for seed in (0, 1)) / 2
     assert f"{(mean - 0.1) / 0.8:.4f}" in line
@@ -188,12 +188,12 @@ def test_the_same_command_finds_everything_done(cohort: Run, tmp_path: Path) -> 
     run = cohort.copied(tmp_path / "again")
     before = run.run_dir.records.read_text()
     again = run.finish()
-    assert "8 of 8 results are here already" in again
+    assert "8 of 8 results exist already" in again
     new = run.run_dir.records.read_text().removeprefix(before)
     assert [json.loads(line)["kind"] for line in new.splitlines()] == ["run", "run"]
     dry = run.finish("--train.lr", "2e-3", "--dry_run")
-    assert "are here already" not in dry
-    assert "are here already" not in run.finish("--proxy.layer_table", "true", "--dry_run"), "they have no tables"
+    assert "results exist already" not in dry
+    assert "results exist already" not in run.finish("--proxy.layer_table", "true", "--dry_run"), "they have no tables"
 
 
 def test_a_member_that_diverges_ends_alone(make_proxy: MakeProxy) -> None:

@@ -65,7 +65,7 @@ def test_kept_layers_are_searched_with_the_mapping(make_stand_in_search: MakeSea
     settings = {"population": 4, "cohort": 4, "prerank": 3, "confirm_top": 1, "confirm_seeds": 2}
     search = make_stand_in_search("kept", space="both", trials=16, **settings)
     said = search.finish_here()
-    assert "kept layers apart: 625 genomes" in said
+    assert "separate genes for kept layers: 625 genomes" in said
     assert "the best of 3 times as many offspring by the effects model" in said
     genomes = [one.genome for one in search.evaluations() if one.counts]
     assert {"2-4@2-4", "3-4@3-4", "2-4@0-0"} <= set(genomes)
@@ -347,7 +347,7 @@ def test_a_dry_run_whose_job_fails_says_where_to_look(make_stand_in_search: Make
     search = make_stand_in_search("crashes", trials=5, cohort=1, told=told)
     output = search.finish_here("--dry_run", expect=2)
     assert "told to crash at 2-4" in output
-    assert f"error: the first job got no fitness: see {search.output_dir}/*/*/output.log" in output
+    assert f"error: the first job gave no fitness: see {search.output_dir}/*/*/output.log" in output
     search.told = {}
     assert "s for a job of 1: 2-4 (" in search.finish_here("--dry_run")
 

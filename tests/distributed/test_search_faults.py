@@ -105,5 +105,5 @@ def test_a_database_that_is_none_or_of_another_optuna(make_stand_in_search: Make
         connection.execute("UPDATE alembic_version SET version_num = 'v9.9.9.a'")
     connection.close()
     said = error_of(search.finish("--status", expect=2))
-    assert "its tables are not of this Optuna: " in said
+    assert "its tables are not those of this Optuna version: " in said
     assert said.endswith("; or name another database")

@@ -66,7 +66,7 @@ def test_killed_at_random_moments(make_run, stage: int, launcher: str) -> None:
         told.append(f"{name} at {tags[-1] if tags else 'the start'}")
         torn += unfinished_checkpoints(run)
         if name.startswith("launcher"):
-            assert "is gone; its rank" in output
+            assert "has ended; its rank" in output
             assert run.records("run")[-1]["status"] == "preempted", "a killed launcher costs no finished step"
     print(f"stage {stage}: {len(told)} kills, {torn} of them while a checkpoint was written: {', '.join(told)}")
     assert torn or TIMES < 5, "half of the ranks were killed when one was begun"
@@ -160,7 +160,7 @@ def test_the_next_start_waits_for_ranks_without_a_launcher(make_run, fault: str)
             again.communicate()
     finally:
         output = end(run, process)
-    assert ("Ctrl-C once more ends at once" if fault == "Ctrl-C" else "is gone; its rank") in output
+    assert ("press Ctrl-C again to end at once" if fault == "Ctrl-C" else "has ended; its rank") in output
     started = [record for record in run.records("run") if record["status"] == "started"]
     preempted = [record for record in run.records("run") if record["status"] == "preempted"]
     assert started[1]["step"] == preempted[0]["step"] >= 5

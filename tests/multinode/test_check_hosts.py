@@ -121,7 +121,7 @@ def test_other_versions_other_code_no_python_no_key(two_hosts: Hosts, tmp_path: 
     assert f"mapdistill's code differs from worker-1's; bring {ROOT} to the same commit" in line_of(output, "worker-2")
     assert f"transformers 4.0.1, but {version('transformers')} on worker-1; " in output
     assert f"-m pip install transformers=={version('transformers')}" in output
-    assert "not tried: first repair" in output
+    assert "not tested: first repair" in output
 
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -146,7 +146,7 @@ def test_a_name_that_is_the_loopback(two_hosts: Hosts) -> None:
 
     two_hosts.exports.write_text(two_hosts.exports.read_text() + GLOO.replace(INTERFACE, "ib0"))
     output = check(two_hosts, expect=2)
-    assert f"GLOO_SOCKET_IFNAME=ib0, but up are only: {INTERFACE}" in line_of(output, "worker-1")
+    assert f"GLOO_SOCKET_IFNAME=ib0, but only these are up: {INTERFACE}" in line_of(output, "worker-1")
 
 
 @pytest.mark.thorough

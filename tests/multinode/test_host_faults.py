@@ -245,7 +245,7 @@ def test_shards_on_the_disk_of_each_host(make_run, hosts: Hosts, stage: int, slo
     # a new disk in one host: nothing to continue from, and which host lacks what is said
     shutil.rmtree(seen["worker-2"])
     output = hosts.finish(run, expect=2)
-    assert "worker-2 has nothing of it" in output
+    assert "worker-2 has no file of it" in output
     assert (seen["worker-1"] / "checkpoints" / step_tag(8)).is_dir(), "what the other host has is left alone"
 
 

@@ -61,7 +61,7 @@ _FOREIGN = (
         "an Arrow file: name the folder that save_to_disk wrote, or "
         "write it as Parquet (datasets: Dataset.from_file(FILE).to_parquet(NEW))",
     ),
-    (rb"SQLite format 3|\x89HDF|Obj\x01", "a data base or table: write its text as JSON lines"),
+    (rb"SQLite format 3|\x89HDF|Obj\x01", "a database or table: write its text as JSON lines"),
     (rb"\xff\xfe\x00\x00|\x00\x00\xfe\xff", "UTF-32, not UTF-8: iconv -f UTF-32 -t UTF-8 FILE > NEW"),
     (rb"\xff\xfe|\xfe\xff", "UTF-16, not UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
     (rb"([^\x00][\x00\x03-\x06]){8}", "UTF-16, not UTF-8: iconv -f UTF-16LE -t UTF-8 FILE > NEW"),

@@ -167,7 +167,7 @@ def _locked(folder: Path) -> Iterator[None]:
         if lock is Flock.HELD:
             raise UserError(f"output_dir={str(folder)!r}: another prepare_data.py is writing there")
         if lock is Flock.MISSING:
-            print(no_locks_text(folder, "nothing keeps a second prepare_data.py out: start no other one"))
+            print(no_locks_text(folder, "a second prepare_data.py would not be noticed: do not start one"))
         try:
             yield
         except BaseException:

@@ -154,7 +154,7 @@ def hub_dataset_column(name: str, *, config_name: str | None, split: str, column
         of_hub = not reachable and isinstance(error, OSError)  # ConnectionError, or a FileNotFoundError in its cache
         reason = "the hub cannot be reached from here" if of_hub else first_line(error)
         raise UserError(
-            f"{name}: neither a local path nor a hub data set that can be had ({reason}); correct the path or the name"
+            f"{name}: neither a local path nor an available hub data set ({reason}); correct the path or the name"
         ) from error
     number = 0
     while True:

@@ -97,7 +97,7 @@ def print_sources(readers: Sequence[SourceReader]) -> None:
             print(f"{path}: unpacking takes {window / _MB:,.0f} MB of memory (a long zstd window)")
         files = {(file.resolve(), reader.source.column) for file in reader.selection.files}
         if again := len(files & seen):
-            print(f"{path}: {_count(again, 'file')} of a source above, read once more (weight says how often)")
+            print(f"{path}: {_count(again, 'file')} of an earlier source, read again (use weight to repeat a source)")
         seen |= files
 
 
@@ -134,7 +134,7 @@ def print_summary(folder: Path, manifest: Manifest, readers: Sequence[SourceRead
     )
     if usage.unknown_tokens:
         share = usage.unknown_tokens / usage.new_tokens
-        print(f"{share:.2%} of the new tokens stand for text that the tokenizer does not know")
+        print(f"{share:.2%} of the new tokens are unknown tokens")
     if usage.kept_shards:
         print(f"kept {_count(usage.kept_shards, 'shard')} of an earlier run")
     if dropped := sum(source.dropped for source in manifest.sources):

@@ -65,7 +65,7 @@ def select_folder(folder: Path, source: SourceConfig) -> Selection:
     chosen = splits.pop(source.wanted_split, [])
     for split, files in splits.items():
         if files:
-            selection.left_out[f"of split {split!r}" if split else "of no split"] += map(str, files)
+            selection.left_out[f"of split {split!r}" if split else "without a split"] += map(str, files)
     inodes: set[tuple[int, int]] = set()
     for name in sorted(chosen, key=PurePath.as_posix):
         stat = (folder / name).stat()
@@ -121,13 +121,13 @@ def _data_files(folder: Path, found: Selection) -> list[PurePath]:
                 elif is_saved_dataset(folder / path):
                     found.left_out["saved by `datasets`: name this folder itself"].append(str(path))
             elif not (folder / path).is_file():
-                found.left_out["no files (links to nothing, pipes)"].append(str(path))
+                found.left_out["no files (broken links, pipes)"].append(str(path))
             elif path.stem.lower() in _BESIDE_DATA:
                 found.left_out["about the data, not data"].append(str(path))
             elif path.suffix.lower() not in COMPRESSIONS and inner_ending(path) not in ("", *KINDS):
                 found.left_out[_OTHER_KIND].append(str(path))
             elif path.suffix.lower() in COMPRESSIONS and path.stem in files:
-                found.left_out["there unpacked as well"].append(str(path))
+                found.left_out["also present unpacked"].append(str(path))
             else:
                 names.append(path)
         folders[:] = [name for name in folders if not name.startswith(".") and not is_saved_dataset(Path(here, name))]
@@ -173,7 +173,7 @@ def _named_splits(folder: Path, source: SourceConfig, names: Iterable[PurePath])
     for name in names:
         splits.setdefault(_split_in_name(name), []).append(name)
     if splits.keys() <= {None}:
-        source.refuse_unused(f"{folder}, where no name tells a split", "split")
+        source.refuse_unused(f"{folder}, where no name indicates a split", "split")
     if None in splits and "train" not in splits:
         splits["train"] = splits.pop(None)
     return splits

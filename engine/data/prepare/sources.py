@@ -119,7 +119,7 @@ class SourceReader:
         if os.path.exists(self._root):
             raise UserError(f"{name}: neither a file nor a folder (a pipe or a device?); write its text to a file")
         if "://" in name:
-            raise UserError(f"{name}: an address; download it and name the file (a data set of the hub: OWNER/NAME)")
+            raise UserError(f"{name}: a URL; download it and name the file (a data set of the hub: OWNER/NAME)")
         if set(name) & set("*?["):
             raise UserError(f"{name}: patterns are not read; name the folder, or each file as a source of its own")
         ending = Path(name).suffix.lower()
@@ -260,7 +260,9 @@ class SourceReader:
 
     def _decoded(self, place: str, line: bytes) -> str | None:
         if b"\0" in line:
-            self._bad(place, "holds NUL bytes, as a file that was being written when a machine went down", "repair it")
+            self._bad(
+                place, "holds NUL bytes, like a file that was being written when the machine crashed", "repair it"
+            )
             return None
         try:
             return line.decode("utf-8")

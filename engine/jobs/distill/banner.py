@@ -27,13 +27,13 @@ def describe_pads(plan: Plan, *, teacher: bool, student: bool) -> str:
     """Returns which models run without pads, and why not. teacher, student: whether they can."""
     if not plan.unpadded:
         why = "which loss.preset=tinybert counts" if plan.config.kernels.unpadded else "as kernels.unpadded=false says"
-        return f"every batch runs with its pads, {why}"
+        return f"every batch runs with its padding, {why}"
     unpadded = [name for name, runs in (("teacher", teacher), ("student", student)) if runs]
     if not unpadded:
-        return "every batch runs with its pads: neither model was found to compute the same without them"
-    only = f"the {unpadded[0]} runs (the other was not found to compute the same)"
+        return "every batch runs with its padding: neither model computes the same without it"
+    only = f"only the {unpadded[0]} (the other would compute something else) runs"
     who = "both models run" if len(unpadded) == 2 else only
-    return f"{who} without pads in batches that are less than {FULL_FROM[compute_device().type]:.0%} full"
+    return f"{who} without padding in batches that are less than {FULL_FROM[compute_device().type]:.0%} full"
 
 
 def describe_start(plan: Plan, projections: Projections, measured: Measured | None) -> list[str]:
@@ -41,14 +41,14 @@ def describe_start(plan: Plan, projections: Projections, measured: Measured | No
     it."""
     loss, pairs = plan.config.loss, plan.losses.state_pairs
     if measured is None:
-        return ["projections and scales as the checkpoint has them"]
+        return ["projections and scales from the checkpoint"]
     lines = []
     trained = projections.trained
     if plan.trained_projections is not None:
         others = [name for name in projections.linears if name not in trained]
         lines.append(f"projections taken from {plan.trained_projections}: {', '.join(sorted(trained)) or 'none'}")
         if others:
-            lines[-1] += f"; {', '.join(others)}: of another name or shape there"
+            lines[-1] += f"; new: {', '.join(others)} (another name or shape there)"
     if pairs:
         kind = "fitted" if loss.fits_projections else "random"
         kind = "these" if trained and trained == frozenset(projections.linears) else kind
@@ -56,11 +56,11 @@ def describe_start(plan: Plan, projections: Projections, measured: Measured | No
         shares = ", ".join(f"{pair} {share:.1%}" for pair, share in measured.explained.items())
         basis = f"{measured.tokens:,} tokens"
         basis += f"; {measured.left_out:,} without finite states left out" if measured.left_out else ""
-        shares = shares or "nothing, since no state is finite"
-        lines.append(f"{what} of the teacher's variance at the start: {shares} ({basis})")
+        shares = shares or "none, since no state is finite"
+        lines.append(f"share of the teacher's variance that {what} at the start: {shares} ({basis})")
     if measured.scales:
         names = ", ".join(dict.fromkeys(term.partition("/")[0] for term in measured.scales))
-        lines.append(f"{names}: each term as a share of its target's variance")
+        lines.append(f"{names}: each term is divided by the variance of its target")
     return lines
 
 
@@ -71,14 +71,14 @@ def describe_continuing(chosen: Chosen | None, run_dir: RunDir, train: TrainConf
     step = tag_step(chosen.tag)
     if step >= train.steps:
         return (
-            f"{chosen.tag} is the last step, so the run is finished; to train longer, write more train.steps and "
+            f"{chosen.tag} is the last step, so the run is finished; to train longer, set more train.steps and "
             "accept_changes=true"
         )
     result = final_result(read_records(run_dir.records)) if run_dir.records.is_file() else None
     is_end = result is not None and result.get("steps_run") == step and not chosen.changes
     waited = result["bad_evaluations"] if result is not None and is_end else 0
     if train.patience is not None and waited >= train.patience:
-        return f"{chosen.tag} ended early, so the run is finished; to train longer, write more train.patience"
+        return f"{chosen.tag} ended early, so the run is finished; to train longer, set more train.patience"
     converted = f", {chosen.conversion}" if chosen.conversion else ""
     changed = f", from here on with {'; '.join(chosen.changes)}" if chosen.changes else ""
     return f"continues from {chosen.tag}{converted}{changed}"

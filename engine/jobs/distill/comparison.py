@@ -30,7 +30,7 @@ def compare_with_teacher(
 
     description: of the export. Raises RunFailure when the card cannot be written.
     """
-    tell("measuring the student beside its teacher (measure=false leaves that out)")
+    tell("measuring size and speed of student and teacher (measure=false skips this)")
     try:
         comparison = compare_encoders(
             {"teacher": plan.teacher, "student": SavedModel.read("student", str(run_dir.student))},
@@ -43,7 +43,7 @@ def compare_with_teacher(
         )
     except UserError as error:
         by_hand = f"{command('measure')} --models {shlex.quote(str(run_dir.root))}"
-        tell(f"not measured: {error}. {by_hand} does it")
+        tell(f"not measured: {error}. To measure by hand: {by_hand}")
         return None
     add_comparison(run_dir, description, comparison)
     return comparison

@@ -147,7 +147,7 @@ class Job:
         try:
             outcome = trainer.run()
             if outcome is Outcome.DONE and not self.loader.finish_check():
-                monitor.say("the corpus was not compared with its checksums to the end: training was over before")
+                monitor.say("the corpus was not fully compared with its checksums: training ended before")
             self._finish(outcome, trainer, monitor)
         finally:
             monitor.close()
@@ -164,7 +164,7 @@ class Job:
         if self.turns:
             self.loader.start_at(self.turns[-1].step, self.turns[-1].position)
             lines = [f"{'; '.join(turn.changes)}, from step {turn.step} on" for turn in self.turns]
-            self.checkpointer.export["card"]["changed on the way"] = "; ".join(lines)
+            self.checkpointer.export["card"]["changed settings"] = "; ".join(lines)
 
     def _write_settings(self) -> None:
         plan = self.plan
@@ -216,7 +216,7 @@ class Job:
         tag = None if chosen is None else chosen.tag
         lines = list(() if chosen is None else chosen.notes)
         if self.lock is not None and self.lock.taken_from is not None:
-            lines.append(f"took over the run directory from {self.lock.taken_from}, which is gone")
+            lines.append(f"took over the run directory from {self.lock.taken_from}, which has ended")
         if self.checkpointer.storage.is_keeper:
             lines += [f"removed {name}: an unfinished checkpoint" for name in self.checkpointer.clean()]
             for name in self.checkpointer.set_aside_after(tag) if tag is not None else ():
@@ -279,7 +279,7 @@ class Job:
             return
         history = monitor.history
         if not history.steps:  # records.jsonl was removed from a finished run
-            monitor.say(f"finished before; student {self.run_dir.student}")
+            monitor.say(f"already finished; student {self.run_dir.student}")
             return
         exported = history.steps.get(step, history.last)
         held_out = history.held_out if self.held_out.best is None else asdict(self.held_out.best)

@@ -24,7 +24,7 @@ def describe_job(plan: FinetunePlan, *, optimizer: str, device: str, finished: i
     config, shape = plan.config, plan.shape
     parameters = parameters_of(hub.skeleton(plan.model.config, "none"))
     backends = {f"attention {task.backend.name} ({task.backend.reason})": None for task in plan.tasks}
-    kept = f", {finished} of them finished before" if finished else ""
+    kept = f", {finished} of them already finished" if finished else ""
     how = next(iter(plan.executions.values()))
     rows: list[tuple[str, str | Sequence[str]]] = [
         ("versions", versions()),
@@ -78,7 +78,7 @@ def _task_lines(plan: FinetunePlan, task: PlannedTask) -> list[str]:
     )
     constant = constant_answer(task.data)
     scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in constant.metrics.items())
-    lines = [line, f"  to beat: {scores} on the dev rows, for {constant.answer} to everything"]
+    lines = [line, f"  to beat: {scores} on the dev rows, by always answering {constant.answer}"]
     return [*lines, f"  labels of the training rows: {_label_counts(task)}"] if spec.labels else lines
 
 
@@ -89,7 +89,7 @@ def _runs(plan: FinetunePlan, kept: str) -> str:
     seeds = "seed" if len(plan.config.task.seeds) == 1 else "seeds"
     return (
         f"{counted(len(plan.units), 'fine-tuning')}{kept}; {seeds} {', '.join(map(str, plan.config.task.seeds))}; "
-        f"{least}{counted(steps, 'step')} in all (the progress of the first ones tells how long that takes)"
+        f"{least}{counted(steps, 'step')} in all (the first ones show how long that takes)"
     )
 
 

@@ -185,19 +185,17 @@ class FinetuneJob:
         batch_size = 2 * self.plan.executions[task.points[0].batch].micro_batch_size
         result = score_dev(module, encoded, runtime=self.runtime, batch_size=batch_size)
         score, constant = math.nan if result is None else result[0], constant_answer(task.data).score
-        self._say(
-            f"\nteacher of {task.name}: dev score {100 * score:.2f} (one answer to everything: {100 * constant:.2f})"
-        )
+        self._say(f"\nteacher of {task.name}: dev score {100 * score:.2f} (a constant answer: {100 * constant:.2f})")
         if score > constant:
             return
         if head_problem(task.teacher.saved.config, task.data.spec) is not None:
             raise UserError(
-                f"{task.teacher.saved}: its dev score on {task.name}, {100 * score:.2f}, is not above that of one "
-                f"answer to everything, {100 * constant:.2f}, and its outputs have no names: tell what each of them "
-                "means in id2label of its config.json, as its model card says, and they are put into the task's order"
+                f"{task.teacher.saved}: its dev score on {task.name}, {100 * score:.2f}, is not above that of a "
+                f"constant answer, {100 * constant:.2f}, and its outputs have no names: name them in "
+                "id2label of its config.json, as its model card does, and they are put into the task's order"
             )
         self._say(
-            f"warning: a teacher that is no better than one answer to everything teaches little: was it fine-tuned on "
+            f"warning: a teacher that is no better than a constant answer teaches little: was it fine-tuned on "
             f"{task.name}, and are the names of its outputs (id2label in config.json) in their true order?"
         )
 

@@ -157,7 +157,7 @@ def _average_lines(scores: Sequence[TaskScore], absent: Sequence[str]) -> list[s
     counted = [name for name in GLUE_TASKS if name in names and name != "WNLI"]
     lines = []
     if "glue" in means and len(counted) > 1:
-        lines.append(f"GLUE mean      {100 * means['glue']:.2f}   of {', '.join(counted)} (WNLI is left out by custom)")
+        lines.append(f"GLUE mean      {100 * means['glue']:.2f}   of {', '.join(counted)} (without WNLI, as usual)")
         if "CoLA" in counted and "glue_without_cola" in means:
             lines.append(f"without CoLA   {100 * means['glue_without_cola']:.2f}")
     if "mean" in means and set(names) != set(counted):

@@ -61,7 +61,7 @@ def _length(wanted: int | None, models: dict[str, SavedModel], run: RunConfig | 
     least = min(limits, key=limits.__getitem__, default=None)
     if wanted is not None:
         if least is not None and limits[least] < wanted:
-            raise UserError(f"seq_len={wanted}: {least} takes at most {limits[least]} tokens; write less")
+            raise UserError(f"seq_len={wanted}: {least} takes at most {limits[least]} tokens; set a smaller seq_len")
         return wanted
     usual = USUAL_LENGTH
     if run is not None and (Path(run.data.path) / MANIFEST).is_file():

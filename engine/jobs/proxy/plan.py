@@ -177,8 +177,8 @@ def parse_genomes(config: ProxyJobConfig, base: Plan) -> tuple[Genome, ...]:
         mapping = MappingPair.parse(text, **sizes, key="genomes")
         if mapping.kept is not None and config.student.path is not None:
             raise UserError(
-                f"genomes='{mapping}': student.path={config.student.path!r} has its weights already; leave out what "
-                "stands before the @, or remove student.path"
+                f"genomes='{mapping}': student.path={config.student.path!r} already has weights; leave out the part "
+                "before the @, or remove student.path"
             )
         if mapping in genomes:
             continue

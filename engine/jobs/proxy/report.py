@@ -15,7 +15,9 @@ from engine.records.records import read_records
 from engine.records.stats import Signal, describe, signal_ratio
 from engine.records.yardstick import Yardstick, beaten_text, counting_tasks, describe_yardstick
 
-MEASURED_FIRST = "share of the gap from the untrained student to the teacher, which are scored first; none runs, too"
+MEASURED_FIRST = (
+    "share of the gap between the untrained student and the teacher, which are scored first; none is distilled too"
+)
 Result = dict[str, Any]
 """A `result` record of one genome and seed."""
 
@@ -151,7 +153,7 @@ def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], know
         ),
         ("tasks", tasks),
         ("fitness", describe_yardstick(proxy.yardstick) if proxy.yardstick else MEASURED_FIRST),
-        ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(pairs)} results are here already" if done else "")),
+        ("seeds", ", ".join(map(str, seeds)) + (f"; {done} of {len(pairs)} results exist already" if done else "")),
         (
             "execution",
             f"{ex.precision}, ZeRO stage {ex.zero_stage} ({ex.source}), {counted(runtime.world_size, 'rank')}, "

@@ -189,7 +189,7 @@ def open_cached_teacher(
             f"{given}: a GPU's teacher is faster than any disk (an H100 would have to read 72 GB/s); remove it"
         )
     if plan.own_losses:
-        raise UserError(f"{given}: it is not known what own losses look at under another mapping; remove it")
+        raise UserError(f"{given}: it is unknown which tensors own losses need under another mapping; remove it")
     if config.loss.logits > 0:
         raise UserError(f"{given}: logits over a vocabulary are too large to keep; write loss.logits=0, or remove it")
     if config.teacher.placement == "zero3" and runtime.world_size > 1:

@@ -134,7 +134,8 @@ class HostCheck:
                 verdict.wrong.append(f"mapdistill's code differs from {model.host}'s; bring {ROOT} to the same commit")
             if facts["python"] != model.facts["python"]:
                 verdict.wrong.append(
-                    f"Python {facts['python']}, but {model.facts['python']} on {model.host}; make {sys.executable} one"
+                    f"Python {facts['python']}, but {model.facts['python']} on {model.host}; make {sys.executable} the "
+                    "same version"
                 )
             for package in COMPARED:
                 version, first = facts["packages"][package], model.facts["packages"][package]
@@ -161,7 +162,9 @@ class HostCheck:
             return
         announced = next(iter(first.facts["addresses"]), None)
         if announced is None:
-            first.wrong.append("`hostname -I`, which DeepSpeed asks for its address, says nothing; give --master_addr")
+            first.wrong.append(
+                "`hostname -I`, which DeepSpeed asks for its address, prints nothing; give --master_addr"
+            )
             announced = first.address
         others = [verdict for verdict in self._reached() if verdict is not first]
         candidates = [address for address in dict.fromkeys((announced, first.address)) if address is not None]
@@ -182,7 +185,7 @@ class HostCheck:
                             f"--master_addr {address}"
                         )
                     return
-                failed[address] = answer["error"] or f"there answers {answer['name']!r}"
+                failed[address] = answer["error"] or f"the answer came from {answer['name']!r}"
             listed = ", ".join(f"{address}: {why}" for address, why in failed.items())
             verdict.wrong.append(f"cannot reach {first.host}'s port {port} ({listed}); open the firewall between them")
 
@@ -198,7 +201,9 @@ class HostCheck:
         if not self._ask(first, "listen", port=port)["taken"]:
             return port
         free = self._free_port(first)
-        first.wrong.append(f"port {port} is taken; give --master_port {free}, or end who has it (`ss -ltnp`)")
+        first.wrong.append(
+            f"port {port} is taken; give --master_port {free}, or end the process that uses it (`ss -ltnp`)"
+        )
         return free
 
     def _free_port(self, first: Verdict) -> int:
@@ -233,7 +238,7 @@ class HostCheck:
         known = verdict.facts["interfaces"]
         if not set(chosen.split(",")) <= known.keys():
             listed = ", ".join(name for name in known if name != "lo") or "none"
-            verdict.wrong.append(f"{INTERFACE}={chosen}, but up are only: {listed}; correct .deepspeed_env")
+            verdict.wrong.append(f"{INTERFACE}={chosen}, but only these are up: {listed}; correct .deepspeed_env")
         elif verdict.interface is not None and verdict.interface not in chosen.split(","):
             verdict.doubtful.append(
                 f"{INTERFACE}={chosen}, but {verdict.interface} leads to the other hosts; correct .deepspeed_env"

@@ -72,7 +72,7 @@ def table(report: Report) -> str:
         lines += [f"{head}  {text}" for head, text in zip(heads, texts, strict=True)]
     facts = report.all_reduce
     if not facts:
-        outcome = "not tried: one host" if len(report.hosts) == 1 else "not tried: first repair what is WRONG above"
+        outcome = "not tested: one host" if len(report.hosts) == 1 else "not tested: first repair what is WRONG above"
     elif facts["error"] is not None:
         outcome = (
             f"{facts['backend']} FAILED ({facts['error']}); look at firewalls, set {INTERFACE} in .deepspeed_env, and "

@@ -79,9 +79,9 @@ def test_a_text_means_what_it_looks_like(text: str | bytes, key: str, expected: 
 
 
 WRONG = [
-    ("train:\n  lr: 0.01\ntrain:\n  warmup_steps: 7\n", "line 3: train is there twice, lines 1 and 3; keep one"),
+    ("train:\n  lr: 0.01\ntrain:\n  warmup_steps: 7\n", "line 3: train occurs twice, lines 1 and 3; keep one"),
     ("train:\n  lr: 1\n  lr: 1\n  lr: 1\n", "line 4: train.lr is there 3 times, lines 2, 3 and 4; keep one"),
-    ("train.lr: 1\ntrain: {lr: 2}\n", "line 2: train.lr is there twice, lines 1 and 2; keep one"),
+    ("train.lr: 1\ntrain: {lr: 2}\n", "line 2: train.lr occurs twice, lines 1 and 2; keep one"),
     ("", "c.yaml: is empty"),
     ("train: {steps: }", "line 1: train.steps: expected a whole number, got nothing; write a value, or remove"),
     ("mapping: {hidden: }", "line 1: mapping.hidden: expected text, got nothing"),
@@ -132,10 +132,10 @@ WRONG = [
     ("path: x", "did you mean 'teacher.path' or 'student.path' or 'data.path'?"),
     ("loss: {lr: 1}", "unknown setting 'loss.lr'; did you mean 'train.lr'?"),
     ("loss:\n  hiden: 1\n", "line 2: unknown setting 'loss.hiden'; did you mean 'loss.hidden'?"),
-    ("teacher:\n  train:\n    lr: 1\n", "'train' is a section of the top level: mind the indentation"),
+    ("teacher:\n  train:\n    lr: 1\n", "'train' is a section of the top level: check the indentation"),
     ("Train: {lr: 1}", "'train' is a section: name a setting of it, like 'train.steps'"),
     ("fp16: true", "precision is set by the DeepSpeed JSON: write --deepspeed_config ds_configs/zero1_fp16.json"),
-    ("offload_optimizer: {}", "'offload_optimizer' belongs into the DeepSpeed JSON"),
+    ("offload_optimizer: {}", "'offload_optimizer' belongs in the DeepSpeed JSON"),
     ("xyz: 1", "unknown setting 'xyz'; --help lists every setting"),
     ("learning_rate: 1", "unknown setting 'learning_rate'; did you mean 'train.lr'?"),
     (
@@ -145,7 +145,7 @@ WRONG = [
     ("early_stopping_patience: 1", "'early_stopping_patience'; did you mean 'train.patience'?"),
     ("early_stopping_threshold: 1", "'early_stopping_threshold'; did you mean 'train.patience_threshold'?"),
     ("train: {patience: 0}", "train.patience=0: must be at least 1"),
-    ("train: {patience_threshold: 0.1}", "train.patience_threshold=0.1: remove it, or write train.patience"),
+    ("train: {patience_threshold: 0.1}", "train.patience_threshold=0.1: remove it, or set train.patience"),
     ("train: {patience: 1, patience_threshold: -1}", "train.patience_threshold=-1.0: must be >= 0"),
     ("train: {patience: 1, schedule: warmup_stable_decay}", "train.patience=1: remove it: the loss of"),
     ("train: {keep_best: true, eval_every: 0}", "train.eval_every=0: must be > 0: train.keep_best and train.patience"),
@@ -206,8 +206,8 @@ def test_of_a_wrong_file_no_more_than_twenty_problems_are_said() -> None:
 
 CUSTOM = "task: {custom: {m: {train: a, dev: b"
 INSIDE = [
-    (FinetuneConfig, f"{CUSTOM},\ndev: c}}}}}}", "line 2: task.custom.m.dev is there twice, lines 1 and 2"),
-    (FinetuneConfig, f"{CUSTOM}}}, m: {{train: c, dev: d}}}}}}", "task.custom.m is there twice"),
+    (FinetuneConfig, f"{CUSTOM},\ndev: c}}}}}}", "line 2: task.custom.m.dev occurs twice, lines 1 and 2"),
+    (FinetuneConfig, f"{CUSTOM}}}, m: {{train: c, dev: d}}}}}}", "task.custom.m occurs twice"),
     (FinetuneConfig, "task: {custom: {m: {train: a}}}", "task.custom.m: dev is missing"),
     (FinetuneConfig, f"{CUSTOM}, lable: c}}}}}}", "task.custom.m: unknown setting 'lable'; did you mean 'label'?"),
     (FinetuneConfig, "task: {custom: {m: a.csv}}", "task.custom.m: expected a section with train, dev"),
@@ -234,7 +234,7 @@ INSIDE = [
     (ProxyJobConfig, "proxy: {stop_below: {a: 1}}", "proxy.stop_below, name: expected a whole number, got a"),
     (ProxyJobConfig, "genomes: [1-2]\nproxy: {steps: 0}", "proxy.steps=0: must be at least 1"),
     (ExportConfig, "to: x", "run is missing; write --run VALUE, or run in a file"),
-    (SearchConfig, "search: {storage: 'sqlite:///~/x.db'}", "nothing is expanded in a URL"),
+    (SearchConfig, "search: {storage: 'sqlite:///~/x.db'}", "~ and $ are not expanded in a URL"),
 ]
 
 
@@ -300,7 +300,7 @@ WRONG_WORDS = [
     (
         FinetuneConfig,
         ["--task.custom", '{"a": {"train": "x", "dev": "y", "dev": "z"}}'],
-        "task.custom.a.dev is there twice",
+        "task.custom.a.dev occurs twice",
     ),
 ]
 
@@ -402,7 +402,7 @@ def test_values_of_a_program_are_read_as_text_would_be() -> None:
         (({"train": {"stesp": 3}},), "unknown setting 'train.stesp'; did you mean 'train.steps'?"),
         (({"train": {"steps": "many"}},), "train.steps: expected a whole number, got many"),
         (({"train.steps": 0},), "train.steps=0: must be at least 1"),
-        (({"train.steps": 3, "train": {"steps": 4}},), "train.steps is there twice"),
+        (({"train.steps": 3, "train": {"steps": 4}},), "train.steps occurs twice"),
         (({"output_dir": object},), "settings cannot be <class 'object'>; give texts, numbers, lists or mappings"),
         ((RunConfig(train=TrainConfig(steps=2.5)),), "train.steps: expected a whole number, got 2.5"),
         ((NoConfig(),), "expected a file, a mapping or a RunConfig, got NoConfig(steps=3)"),

@@ -130,7 +130,7 @@ def test_left_alone(environ: dict[str, str]) -> None:
     ],
 )
 def test_remains_of_another_launcher_are_named(environ: dict[str, str], says: str) -> None:
-    with pytest.raises(UserError, match=rf"cannot be right: {says}; remove them \(unset RANK WORLD_SIZE "):
+    with pytest.raises(UserError, match=rf"have wrong values: {says}; remove them \(unset RANK WORLD_SIZE "):
         complete(environ)
     assert environ == {}  # whoever says the error waits for nobody
 

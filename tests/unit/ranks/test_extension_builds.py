@@ -79,7 +79,7 @@ def test_those_who_wait_for_a_builder_that_is_killed_build_it(lock: Path, start)
     holder.wait()
     ready, _, _ = select.select([process.stdout for process in waiting], [], [], 60)
     first, second = sorted(waiting, key=lambda process: process.stdout not in ready)
-    assert said(first) == f"took over {lock}: whoever built this extension is gone; building it"
+    assert said(first) == f"took over {lock}: the process that built this extension has ended; building it again"
     assert said(first) == "builds"
     assert not select.select([second.stdout], [], [], 1.0)[0], "the lock has a holder again"
     first.communicate("")

@@ -79,7 +79,7 @@ def test_a_connection_without_addresses(tmp_path: Path, local_ssh: None, monkeyp
     report = check(tmp_path, {"here": 1}).run()
     assert report.hosts[0].facts["reached_at"] == "UNKNOWN"
     assert report.all_reduce == {}
-    assert "not tried: one host" in table(report)
+    assert "not tested: one host" in table(report)
 
 
 @pytest.mark.skipif(

@@ -32,7 +32,7 @@ def test_a_second_ctrl_c_ends_the_process(capfd: pytest.CaptureFixture[str]) -> 
         os.kill(os.getpid(), signal.SIGINT)
 
     assert os.WTERMSIG(in_a_child(body)) == signal.SIGINT
-    assert "Ctrl-C once more ends at once" in capfd.readouterr().err
+    assert "press Ctrl-C again to end at once" in capfd.readouterr().err
 
 
 def test_a_job_in_the_background_of_a_script_does_not_hear_ctrl_c() -> None:

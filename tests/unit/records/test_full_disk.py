@@ -78,9 +78,9 @@ def test_records_go_on_when_there_is_room_again(small_disk: MakeDisk) -> None:
     outage = f"warning: {path} cannot be written (No space left on device); the job continues without it"
     assert said == [
         outage,
-        f"{path} is written again; 5 records are missing in it",
+        f"{path} can be written again; records missing in it: 5",
         outage,
-        f"{path} is written again; 2 records are missing in it",
+        f"{path} can be written again; records missing in it: 2",
     ]
 
 
@@ -146,7 +146,7 @@ def test_curves_go_on_when_there_is_room_again(small_disk: MakeDisk) -> None:
     assert points_of(folder, "loss/7") == {step: step / 4 for step in (*range(5), *range(10, 20))}
     assert said == [
         f"warning: {folder} cannot be written (No space left on device); going on without curves",
-        f"{folder} is written again; 5 events in between are missing",
+        f"{folder} can be written again; events missing in between: 5",
     ]
     accumulator = EventAccumulator(str(path))
     accumulator.Reload()

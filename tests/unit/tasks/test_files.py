@@ -145,7 +145,7 @@ BROKEN_CUSTOM: dict[str, tuple[str, str, dict[str, object], list[str]]] = {
     "label true": ("jsonl", '{"text": "a", "label": true}\n', {"kind": "regression"}, [":1: label True is not a"]),
     "label NaN": ("jsonl", '{"text": "a", "label": NaN}\n', {"kind": "regression"}, ["no gold label (nan 1)"]),
     "half a character": ("jsonl", '{"text": "\\ud83d", "label": "x"}\n', {}, ["train.jsonl:1: is not valid Unicode"]),
-    "key twice": ("jsonl", '{"text": "a", "label": "x", "text": "b"}\n', {}, ["train.jsonl:1: 'text' is there twice"]),
+    "key twice": ("jsonl", '{"text": "a", "label": "x", "text": "b"}\n', {}, ["train.jsonl:1: 'text' occurs twice"]),
     "5,000 digits": ("jsonl", f'{{"text": "a", "label": {"9" * 5000}}}\n', {}, ["train.jsonl:1: cannot be read"]),
     "empty list": ("json", "[]", {}, ["train.json: is an empty list"]),
     "list of texts": ("json", '["a"]', {}, ["train.json:1: is JSON but not an object"]),
@@ -222,7 +222,7 @@ def test_a_table_is_told_by_its_content(tmp_path: Path, case: str) -> None:
     path.write_bytes(content.encode())
     rows, warnings = read_pairs(path)
     assert rows == PAIRS
-    said = [text for text in warnings if "which its name does not say" in text]
+    said = [text for text in warnings if "although its name does not say so" in text]
     assert [says in text for text in said] == [True] * bool(says)
 
 
@@ -254,9 +254,13 @@ def test_classes_of_parquet_files_are_read_by_name(tmp_path: Path) -> None:
 NOTES: list[tuple[str, str, list[str]]] = [
     ("csv", 'text,label\n"a,x\nb,y\nc",x\nd,y\n', ["csv:2: a text holds whole rows of the file", "(1 such texts)"]),
     ("csv", "text,text2,label\na,b,x\nc,d,y\n", ["column 'text2' is not read", "set task.custom.mine.text_pair"]),
-    ("tsv", "text\tlabel\nb'In Paris'\tx\nb\ty\n", ["1 texts stand between b' and '"]),
-    ("csv", "text,label\nnan,x\nNone,y\n", ["2 texts say nan, None or the like"]),
-    ("jsonl", '{"text": null, "label": "x"}\n{"text": "b", "label": "y"}\n', ["1 empty texts"]),
+    (
+        "tsv",
+        "text\tlabel\nb'In Paris'\tx\nb\ty\n",
+        ["texts between b' and ', as Python prints bytes (write them decoded): 1"],
+    ),
+    ("csv", "text,label\nnan,x\nNone,y\n", ["texts that say nan, None or the like, as tables write empty cells: 2"]),
+    ("jsonl", '{"text": null, "label": "x"}\n{"text": "b", "label": "y"}\n', ["empty texts: 1"]),
 ]
 
 
@@ -305,7 +309,7 @@ def test_custom_files_that_are_no_files(tmp_path: Path) -> None:
 
     Dataset.from_dict({"text": ["a"], "label": ["x"]}).save_to_disk(tmp_path / "saved")
     os.mkfifo(tmp_path / "pipe")
-    for name, words in (("saved", "is a folder of `datasets`; write each split"), ("pipe", "is no file but a pipe")):
+    for name, words in (("saved", "is a folder of `datasets`; write each split"), ("pipe", "is a pipe or a device")):
         mine = CustomTaskConfig(train=str(tmp_path / name), dev="dev.csv")
         check_error(words, lambda mine=mine: load_task("mine", TaskDataConfig(custom={"mine": mine})))  # type: ignore[misc]
 

@@ -200,7 +200,7 @@ def test_answers_that_are_not_at_their_place_are_left_out_of_training_on_request
     for split in ("train", "dev"):
         squad_file(tmp_path / "SQuAD-v2", "2.0", split, odd_answers())
     words = ["question 'train1': answer 'small' does not stand at answer_start 5 (it stands at 4)",
-             "3 of 5 questions have no answer at its place", "task.unlabelled=leave_out"]  # fmt: skip
+             "3 of 5 questions have no answer at their answer_start", "task.unlabelled=leave_out"]  # fmt: skip
     check_error(words, lambda: load_task("squad2", config_of(tmp_path)))
     data = load_task("squad2", config_of(tmp_path, unlabelled="leave_out"))
     assert data.splits["train"].ids == ["train0", "train4"]
@@ -208,11 +208,12 @@ def test_answers_that_are_not_at_their_place_are_left_out_of_training_on_request
     assert data.splits["dev"].ids == [f"dev{i}" for i in range(5)]
     folder = tmp_path / "SQuAD-v2"
     assert data.warnings == (
-        f"{folder}/train-v2.0.json: 3 of 5 questions have no answer at its place (first 'train1') and are left out",
-        f"{folder}/dev-v2.0.json: 1 questions have an empty answer, and count as unanswerable",
-        f"{folder}/dev-v2.0.json: 1 questions have no answer that stands in their text as it is written (other Unicode "
-        "form, other words): no prediction can be exactly right",
-        "SQuAD-v2: 2 of 5 dev rows have the texts of a training row; what is learned by heart scores there",
+        f"{folder}/train-v2.0.json: 3 of 5 questions have no answer at their answer_start (first 'train1') and are left "
+        "out",
+        f"{folder}/dev-v2.0.json: questions with an empty answer, which count as unanswerable: 1",
+        f"{folder}/dev-v2.0.json: questions whose answers do not occur in their text as written (other Unicode form, "
+        "other words), so that no prediction can be exactly right: 1",
+        "SQuAD-v2: 2 of 5 dev rows have the texts of a training row; memorised rows score there",
     )
 
 
@@ -227,7 +228,7 @@ def test_the_first_answer_that_stands_is_learned(tmp_path: Path) -> None:
     [
         ({"text": "Small", "answer_start": 4}, "it stands there in another case or Unicode form"),
         ({"text": "ｓmall", "answer_start": 4}, "it stands there in another case or Unicode form"),
-        ({"text": "token", "answer_start": 4}, "it is nowhere in the context"),
+        ({"text": "token", "answer_start": 4}, "it does not occur in the context"),
         ({"text": "learns", "answer_start": -6}, "answer_start -6 (it stands at 16)"),
         ({"text": "small"}, "answer_start -1 (it stands at 4)"),
         ({"text": "", "answer_start": -1}, "has an empty answer"),

@@ -98,7 +98,7 @@ def test_labels_that_differ_in_spelling_only_are_refused_unless_named(tmp_path: 
 def test_spaces_around_labels_are_not_read_and_numbers_are_numbers(tmp_path: Path) -> None:
     data = load_task("mine", config(tmp_path, ["pos", "pos ", "\u00a0neg"]))
     assert labels_of(data) == ["pos", "pos", "neg"]
-    assert f"{tmp_path / 'train.jsonl'}: 2 labels are read without the spaces around them" in data.warnings
+    assert f"{tmp_path / 'train.jsonl'}: labels that are read without the spaces around them: 2" in data.warnings
     data = load_task("mine", config(tmp_path, [1, 1.0, "1", "0.0", "0"]))
     assert labels_of(data) == ["1", "1", "1", "0", "0"]
     check_error("unknown label 'True'", lambda: load_task("mine", config(tmp_path, [True, False], dev=["True"])))
@@ -129,7 +129,7 @@ def test_dev_rows_that_are_in_training_and_empty_texts_are_counted(tmp_path: Pat
     (tmp_path / "dev.csv").write_text("text,label\nONE map,b\nthree,a\n")
     mine = CustomTaskConfig(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "dev.csv"))
     warnings = load_task("mine", TaskDataConfig(custom={"mine": mine})).warnings
-    assert f"{tmp_path / 'train.csv'}: 1 empty texts" in warnings
+    assert f"{tmp_path / 'train.csv'}: empty texts: 1" in warnings
     assert any("mine: 1 of 2 dev rows have the texts of a training row" in text for text in warnings)
 
 

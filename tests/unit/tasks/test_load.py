@@ -226,7 +226,7 @@ def test_broken_lines_of_qqp_are_counted(sample: Path, tmp_path: Path) -> None:
     path.write_text(path.read_text() + "99\t1\t2\thow does one\nlearn\tthe map\t1\n")
     data = load_task("qqp", config_of(tmp_path))
     assert len(data.splits["train"]) == TRAIN_ROWS
-    assert data.warnings == (f"{path}: 2 lines with too few columns left out, as the official reader does",)
+    assert data.warnings == (f"{path}: lines with too few columns, left out as the official reader does: 2",)
     assert data.sha256 == load_task("qqp", config_of(sample)).sha256
 
 
@@ -253,7 +253,7 @@ def test_test_files_without_labels(tmp_path: Path) -> None:
     (tmp_path / "WNLI" / "test.tsv").unlink()
     data = load_task("WNLI", config_of(tmp_path), test=True)
     assert list(data.splits) == ["train", "dev"]
-    assert "WNLI: no test split, of which the GLUE server wants predictions" in data.warnings
+    assert "WNLI: no test split, whose predictions the GLUE server needs" in data.warnings
 
 
 @pytest.mark.parametrize("place", ["diagnostic/diagnostic.tsv", "AX/AX.tsv"])

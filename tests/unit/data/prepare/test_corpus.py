@@ -362,7 +362,7 @@ def test_the_share_of_unknown_tokens_is_reported(tmp_path, tokenizer, small, cap
     small.write_text("\n".join(["the school \u2603"] * 40))
     manifest = prepare(config(tmp_path / "unknown", tokenizer, small))
     share = 40 / manifest.tokens
-    assert f"{share:.2%} of the new tokens stand for text that the tokenizer does not know" in capsys.readouterr().out
+    assert f"{share:.2%} of the new tokens are unknown tokens" in capsys.readouterr().out
 
 
 @pytest.mark.faults

@@ -51,4 +51,7 @@ def test_a_file_that_stands_in_two_sources_is_said(tmp_path):
     path = tmp_path / "texts" / "a.txt"
     path.parent.mkdir()
     path.write_text("one\n")
-    assert shown(path.parent, path)[-1] == f"{path}: 1 file of a source above, read once more (weight says how often)"
+    assert (
+        shown(path.parent, path)[-1]
+        == f"{path}: 1 file of an earlier source, read again (use weight to repeat a source)"
+    )

@@ -72,7 +72,7 @@ def test_other_splits_are_named(tmp_path):
     write(tmp_path, "train.jsonl", "test.jsonl", "dev.jsonl", "more.jsonl")
     assert sorted(select(tmp_path).left_out_lines()) == [
         "dev.jsonl (1): of split 'validation'",
-        "more.jsonl (1): of no split",
+        "more.jsonl (1): without a split",
         "test.jsonl (1): of split 'test'",
     ]
     with pytest.raises(
@@ -94,7 +94,7 @@ def test_the_configurations_of_a_cloned_repository(tmp_path):
     assert select(tmp_path, name="short").left_out_lines() == [
         "README.md (1): about the data, not data",
         "plain/unsupervised-0.jsonl (1): of split 'extra'",
-        "other/a.jsonl, plain/stray.jsonl (2): of no split",
+        "other/a.jsonl, plain/stray.jsonl (2): without a split",
     ]
     (tmp_path / "plain" / "stray.jsonl").unlink()
     (tmp_path / "other" / "a.jsonl").rename(tmp_path / "plain" / "train-1.jsonl")
@@ -112,7 +112,10 @@ def test_the_configurations_of_a_cloned_repository(tmp_path):
 def test_settings_without_effect_are_refused(tmp_path):
     write(tmp_path, "a.txt", "README.md", text="One.\n")
     for settings, why in (
-        ({"split": "train"}, r"sources\.split='train': has no effect on .*, where no name tells a split; remove it"),
+        (
+            {"split": "train"},
+            r"sources\.split='train': has no effect on .*, where no name indicates a split; remove it",
+        ),
         ({"name": "x"}, r"sources\.name='x': has no effect on .*, whose README\.md declares no configurations"),
         ({"field": "text"}, r"sources\.field='text': has no effect on .*, which is read as plain text; remove it"),
     ):
@@ -146,11 +149,11 @@ def test_all_that_is_left_out_is_counted_and_named(tmp_path):
         ".git, .gitattributes (2): hidden",
         "0.md, 1.md, 2.md, 3.md, 4.md and 6 more (11): of other kinds",
         "LICENSE.txt (1): about the data, not data",
-        "a.txt.gz (1): there unpacked as well",
+        "a.txt.gz (1): also present unpacked",
         "binary.gz (1): is binary data, not text: give a file of text",
         "counts.csv (1): is a table without a column 'text' (its columns: 'word', 'count'); set the source's `field`",
         "empty.txt (1): is empty: remove it, or give the right file",
-        "gone.txt, pipe.txt (2): no files (links to nothing, pipes)",
+        "gone.txt, pipe.txt (2): no files (broken links, pipes)",
         "info.json (1): is one JSON object without a field 'text' (its fields: 'other'); set the source's `field`",
         "infos.json (1): is JSON of several lines, not JSON lines: jq -c . FILE > NEW.jsonl",
         "linked (1): links to folders, which are not followed",

@@ -372,7 +372,7 @@ def test_a_missing_path_does_not_ask_the_hub(name):
 
 def test_a_hub_name_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="neither a local path nor a hub data set"):
+    with pytest.raises(UserError, match="neither a local path nor an available hub data set"):
         read("mapdistill-no-such-owner/mapdistill-no-such-data")
 
 

@@ -36,7 +36,7 @@ def test_hostfile(tmp_path: Path) -> None:
     [
         ("worker-1 slots=4\nworker-2\n", r"hostfile, line 2: 'worker-2' is not a host; write HOST slots=N"),
         ("worker-1 slots=4x\n", r"line 1: .* is not a host"),
-        ("worker-1 slots=4\n\nworker-1 slots=4\n", r"line 3: host 'worker-1' is there twice"),
+        ("worker-1 slots=4\n\nworker-1 slots=4\n", r"line 3: host 'worker-1' occurs twice"),
         ("worker-1 slots=0\n", r"line 1: 'worker-1 slots=0': a host has 1 to 1024 slots"),
         ("me@worker-1 slots=2\n", r"line 1: host 'me@worker-1' is no plain name"),
         ("-worker slots=1\n", r"line 1: host '-worker' is no plain name"),

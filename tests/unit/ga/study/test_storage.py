@@ -213,9 +213,9 @@ def test_links_and_relative_paths_lead_to_one_lock(tmp_path: Path, monkeypatch: 
         ("postgresql://me:pw@host:port/db", "is no URL; write sqlite"),
         ("mysql://host/db", "mysql is not supported; write sqlite:///FILE or postgresql:"),
         ("postgresql+psycopg2://host/db", r"postgresql\+psycopg2 is not supported"),
-        ("sqlite://", "is no plain file; name one"),
-        ("sqlite:///:memory:", "is no plain file; .* a search in memory could not be continued"),
-        ("sqlite:///file:a.db?mode=memory&uri=true", "is no plain file"),
+        ("sqlite://", "is not a plain file; name one"),
+        ("sqlite:///:memory:", "is not a plain file; .* a search in memory could not be continued"),
+        ("sqlite:///file:a.db?mode=memory&uri=true", "is not a plain file"),
         ("sqlite://study.db", "has two slashes; write sqlite:///RELATIVE"),
         ("sqlite:////tmp", "is a folder; name a file in it"),
         ("sqlite:////dev/null/study.db", "/dev/null: .*; name a file in a folder that can be written"),
@@ -302,7 +302,7 @@ def test_tables_of_another_optuna(make_url: MakeUrl) -> None:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v9.9.9.a'")
     storage.close()
     with pytest.raises(
-        UserError, match=r"its tables are not of this Optuna: .*no longer compatible.*; or name another"
+        UserError, match=r"its tables are not those of this Optuna version: .*no longer compatible.*; or name another"
     ):
         open_storage(url)
 

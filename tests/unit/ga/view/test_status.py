@@ -74,7 +74,7 @@ def test_nothing_is_running_after_its_driver_has_ended(
     if driver is FAR:
         assert found["drivers"].startswith("process 77 on elsewhere: no sign of life for more than")
     else:
-        assert found["drivers"] == "none: the same command without --status continues"
+        assert found["drivers"] == "none (the same command without --status continues)"
 
 
 def test_yardstick_and_confirmation_are_told_too(storage: SearchStorage) -> None:

@@ -54,7 +54,7 @@ def test_the_card_gets_what_was_measured(finished: Finished) -> None:
     table = "\n".join(f"| {' | '.join(row)} |" for row in found.rows()[1:])
     assert table in after
     assert after.replace(after[after.index("## Size") : after.index("## How")], "") == before
-    assert lines == ["measuring the student beside its teacher (measure=false leaves that out)"]
+    assert lines == ["measuring size and speed of student and teacher (measure=false skips this)"]
 
 
 def test_a_gpu_without_room_costs_the_comparison_alone(finished: Finished) -> None:

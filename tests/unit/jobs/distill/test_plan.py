@@ -100,7 +100,7 @@ def test_what_a_start_goes_on_from(tmp_path: Path) -> None:
     assert banner.describe_continuing(chosen, run_dir, train) == "continues from step-00000004"
     assert "the run is finished" in banner.describe_continuing(Chosen("step-00000009", None, ()), run_dir, train)
     run_dir.records.write_text(format_record("result", steps_run=4, bad_evaluations=2) + "\n")
-    assert "ended early, so the run is finished; to train longer, write more train.patience" in (
+    assert "ended early, so the run is finished; to train longer, set more train.patience" in (
         banner.describe_continuing(chosen, run_dir, train)
     )
     assert "continues" in banner.describe_continuing(chosen, run_dir, replace(train, patience=3))

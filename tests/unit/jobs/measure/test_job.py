@@ -108,8 +108,8 @@ def test_a_batch_that_no_memory_holds_is_one_line(bert: str) -> None:
     ("words", "says"),
     [
         (["--models", "BERT", "nowhere"], "models='nowhere': no such folder"),
-        (["--models", "BERT", "BERT"], "models='BERT': is there twice; name each model once"),
-        (["--models", "BERT", "--seq_len", "41"], "seq_len=41: BERT takes at most 40 tokens; write less"),
+        (["--models", "BERT", "BERT"], "models='BERT': occurs twice; name each model once"),
+        (["--models", "BERT", "--seq_len", "41"], "seq_len=41: BERT takes at most 40 tokens; set a smaller seq_len"),
         (["--models", "BERT", "--batch_sizes", "4,0"], "batch_sizes=[4, 0]: must be whole numbers of at least 1"),
         (["--models", "BERT", "--rounds", "0"], "rounds=0: must be at least 1"),
         (["--models", "EMPTY"], "models='EMPTY': the folder has no config.json"),

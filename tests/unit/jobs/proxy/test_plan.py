@@ -74,9 +74,7 @@ def test_kept_layers_take_the_place_of_student_init(tiny_world: TinyWorld, glue:
 
 def test_kept_layers_need_a_student_that_is_made_from_the_teacher(tiny_world: TinyWorld, glue: Path) -> None:
     own = {"student__path": tiny_world.teacher, "student__layers": "null"}
-    with pytest.raises(
-        UserError, match=r"genomes='1-2-3-4@1-2-3-4': student\.path=.* leave out what stands before the @"
-    ):
+    with pytest.raises(UserError, match=r"genomes='1-2-3-4@1-2-3-4': student\.path=.* leave out the part before the @"):
         plan(tiny_world, glue, "1-2-3-4@uniform", **own)
 
 
