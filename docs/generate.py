@@ -138,10 +138,10 @@ create a run directory or a process group. An error is one line, with exit code 
 
 Each file of a model that is read (`config.json`, the tokenizer's files, the weights and their index) must be present
 and complete. A git-lfs pointer, an empty or truncated file, invalid JSON, a broken link, or a missing shard of the
-index is an error that names the file and the remedy. A tokenizer must have a fast version. Weights in a pickle are read only
-with `allow_pickle`, and only their tensors. Weights in other formats, an adapter (`adapter_config.json`), and a folder
-that only contains the model's folder are refused with the remedy. Weights that are not finite are found when they are
-loaded, after the run directory was made.
+index is an error that names the file and the remedy. A tokenizer must have a fast version. Weights in a pickle are
+read only with `allow_pickle`, and only their tensors. Weights in other formats, an adapter (`adapter_config.json`), and
+a folder that only contains the model's folder are refused with the remedy. Weights that are not finite are found when
+they are loaded, after the run directory was made.
 
 ## What must fit together
 

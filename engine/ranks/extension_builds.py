@@ -87,7 +87,7 @@ class _Baton(FileBaton):
             return False
         acquired = bool(super().try_acquire())
         if not acquired:
-            consequence = f"waiting for {lock}: remove it if no process compiles {lock.parent.name}"
+            consequence = f"this process waits for {lock}: remove it if no process compiles {lock.parent.name}"
             print(no_locks_text(lock.parent, consequence), flush=True)
         return acquired
 

@@ -69,8 +69,8 @@ def scored_remarks(split: SquadSplit, source: str) -> list[str]:
         remarks.append(f"{source}: questions with an empty answer, which count as unanswerable: {empty:,}")
     if odd:
         remarks.append(
-            f"{source}: questions whose answers do not occur in their text as written (other Unicode form, other words), "
-            f"so that no prediction can be exactly right: {odd:,}"
+            f"{source}: questions whose answers do not occur in their text as written (other Unicode form, other "
+            f"words), so that no prediction can be exactly right: {odd:,}"
         )
     return remarks
 

@@ -250,7 +250,7 @@ def test_a_job_that_refuses_its_configuration_stops_the_search(make_stand_in_sea
     blocked = make_stand_in_search("blocked", trials=4)
     (blocked.output_dir / "leader.lock").mkdir(parents=True)
     output = blocked.finish_here(expect=2)
-    assert "leader.lock: Is a directory; mend that, and the same command continues" in output
+    assert "leader.lock: Is a directory; fix that, and the same command continues" in output
     assert "Traceback" not in output
 
 

@@ -52,7 +52,7 @@ def test_a_full_disk_of_the_driver_and_of_the_database(
     database.fill()
     said = error_of(finish(driver, expect=2))
     assert f"search.storage=sqlite:///{database.folder}/study.db: " in said
-    assert "disk is full; mend that, and the same command continues" in said
+    assert "disk is full; fix that, and the same command continues" in said
     database.free()
 
     search.finish()

@@ -208,8 +208,8 @@ def test_answers_that_are_not_at_their_place_are_left_out_of_training_on_request
     assert data.splits["dev"].ids == [f"dev{i}" for i in range(5)]
     folder = tmp_path / "SQuAD-v2"
     assert data.warnings == (
-        f"{folder}/train-v2.0.json: 3 of 5 questions have no answer at their answer_start (first 'train1') and are left "
-        "out",
+        f"{folder}/train-v2.0.json: 3 of 5 questions have no answer at their answer_start (first 'train1') and are "
+        "left out",
         f"{folder}/dev-v2.0.json: questions with an empty answer, which count as unanswerable: 1",
         f"{folder}/dev-v2.0.json: questions whose answers do not occur in their text as written (other Unicode form, "
         "other words), so that no prediction can be exactly right: 1",

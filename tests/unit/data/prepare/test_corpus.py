@@ -378,7 +378,7 @@ def test_two_writers_in_one_folder(tmp_path, tokenizer, small):
 def test_without_file_locks_it_goes_on_with_a_word(tmp_path, tokenizer, small, no_flock, capsys):
     out = tmp_path / "out"
     assert prepare(config(out, tokenizer, small)).sequences > 0
-    assert f"{out}: no file locks there, so nothing keeps a second prepare_data.py out" in capsys.readouterr().out
+    assert f"{out}: no file locks there, so a second prepare_data.py would not be noticed" in capsys.readouterr().out
 
 
 def test_units_are_bounded_and_keep_documents_whole_where_they_can(tmp_path):

@@ -173,7 +173,7 @@ def test_seed_deviation_is_pooled() -> None:
         ),
         (
             {"0-3-5": {1: 0.75, 2: 0.70}, UNIFORM: {1: 0.70, 2: 0.72}},
-            "No difference to uniform (2-4-6) was found: the winner, 0-3-5, closes 0.02 ± 0.44 more of the gap (95 % "
+            "No difference from uniform (2-4-6) was found: the winner, 0-3-5, closes 0.02 ± 0.44 more of the gap (95 % "
             "interval, 2 new seeds), within noise; use uniform or confirm with more seeds.",
         ),
         (

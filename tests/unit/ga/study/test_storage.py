@@ -209,8 +209,8 @@ def test_links_and_relative_paths_lead_to_one_lock(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("study.db", "is no URL; write sqlite:///FILE"),
-        ("postgresql://me:pw@host:port/db", "is no URL; write sqlite"),
+        ("study.db", "is not a URL; write sqlite:///FILE"),
+        ("postgresql://me:pw@host:port/db", "is not a URL; write sqlite"),
         ("mysql://host/db", "mysql is not supported; write sqlite:///FILE or postgresql:"),
         ("postgresql+psycopg2://host/db", r"postgresql\+psycopg2 is not supported"),
         ("sqlite://", "is not a plain file; name one"),

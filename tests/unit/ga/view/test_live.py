@@ -90,6 +90,6 @@ def test_without_file_locks_it_goes_on_with_a_word(
     with live_view(tmp_path) as view:
         for _ in range(2):
             update(view)
-    said = f"{tmp_path}: no file locks there, so nothing keeps a second writer of {TENSORBOARD} out"
+    said = f"{tmp_path}: no file locks there, so a second writer of {TENSORBOARD} would not be noticed"
     assert capsys.readouterr().out.count(said) == 1
     assert list((tmp_path / TENSORBOARD).rglob("events.out.tfevents.*"))

@@ -70,5 +70,5 @@ def test_a_gpu_without_room_costs_the_comparison_alone(finished: Finished) -> No
     assert found is None
     [line] = lines[1:]
     assert line.startswith("not measured: out of memory at 1 x 16 and 32 x 16 tokens (CUDA out of memory. Tried")
-    assert line.endswith(f". python launch/measure.py --models {finished[1].root} does it")
+    assert line.endswith(f". To measure by hand: python launch/measure.py --models {finished[1].root}")
     assert (finished[1].student / "README.md").read_text() == card
