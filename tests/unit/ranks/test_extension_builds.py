@@ -108,7 +108,8 @@ def test_without_file_locks_it_is_as_in_pytorch_and_said(
     assert capsys.readouterr().out == ""
     assert not second.try_acquire()
     assert capsys.readouterr().out == (
-        f"{lock.parent}: no file locks there, so this process waits for {lock}: remove it if no process compiles cpu_adam\n"
+        f"{lock.parent}: no file locks there, so this process waits for {lock}: remove it "
+        "if no process compiles cpu_adam\n"
     )
     first.release()
     second.wait()
