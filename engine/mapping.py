@@ -100,7 +100,7 @@ def parse_mapping(text: str, *, student_layers: int, teacher_layers: int, key: s
         return LayerMapping(tuple(rng.randint(0, N) for _ in range(M)), N)
     if text == RANDOM_EACH_STEP:
         raise UserError(
-            f"{key}={text!r} is no fixed mapping, and only mapping.hidden takes it: write one, e.g. "
+            f"{key}={text!r} is not a fixed mapping, and only mapping.hidden takes it: write one, e.g. "
             f"{_dashed(uniform(M, N))}, or one of {', '.join(PRESETS)}"
         )
     parts = text.split("-")

@@ -104,7 +104,7 @@ def check_size(path: Path, entry: ShardEntry) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if size != entry.size:
-        raise UserError(f"{path}: has {size} bytes, the manifest says {entry.size} (torn copy?); {AGAIN}")
+        raise UserError(f"{path}: has {size} bytes, the manifest says {entry.size} (incomplete copy?); {AGAIN}")
 
 
 class SequenceStore:

@@ -46,7 +46,7 @@ def load_tokenizer(path: str, key: str) -> PreTrainedTokenizerFast:
                 tokenizer.backend_tokenizer.encode(SAMPLE)  # raises for a vocabulary without the unknown token
     except Exception as error:  # transformers raises nearly everything here, and tokenizers a bare Exception
         if pieces:  # it tries other readers in turn, and speaks of the last one
-            raise UserError(f"{key}: {pieces[0]} is torn, or no SentencePiece model; copy it again") from None
+            raise UserError(f"{key}: {pieces[0]} is damaged, or not a SentencePiece model; copy it again") from None
         # until tokenizers > 0.23.3: a part of tokenizer.json whose type it does not know has no class of error
         if "untagged enum" in str(error):
             raise UserError(

@@ -20,7 +20,9 @@ def check_own_losses(own: OwnLosses) -> None:
     names: set[str] = set()
     for kind, weight in own.items():
         if not (isinstance(kind, type) and issubclass(kind, Loss)):
-            raise UserError(f"own_losses: {kind!r} is no loss; give a class that extends Loss of engine/losses/base.py")
+            raise UserError(
+                f"own_losses: {kind!r} is not a loss; give a class that extends Loss of engine/losses/base.py"
+            )
         name = getattr(kind, "name", "")
         if not _NAME.fullmatch(name):
             raise UserError(f"own_losses: {kind.__name__}.name={name!r}: write a name of a-z, 0-9 and _")

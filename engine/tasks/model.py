@@ -139,7 +139,7 @@ def require_head(path: str, *, key: str, config: PretrainedConfig, spec: TaskSpe
     problem = head_problem(config, spec, numbered=True)
     if problem is not None:
         raise UserError(
-            f"{key}={path!r} is no teacher for {spec.name}: {problem}; fine-tune it on {spec.name} with "
+            f"{key}={path!r} cannot teach {spec.name}: {problem}; fine-tune it on {spec.name} with "
             f"{command('finetune')} first"
         )
     if head_problem(config, spec) is None:

@@ -68,7 +68,7 @@ def test_last_only_maps_the_last_layer_to_the_last(M: int, N: int) -> None:
         ("3-6-9-13", "teacher layer 13"),
         ("3,6,9,12", "not a layer mapping"),
         ("unifrom", "uniform, last, last-only, first"),
-        ("random-each-step", "is no fixed mapping, and only mapping.hidden takes it: write one, e.g. 3-6-9-12"),
+        ("random-each-step", "is not a fixed mapping, and only mapping.hidden takes it: write one, e.g. 3-6-9-12"),
         ("random:x", "whole number"),
         ("random:²", "whole number"),
         ("1-2-3-²", "not a layer mapping"),
@@ -237,9 +237,9 @@ def test_random_each_step_is_no_genome_and_has_its_limits() -> None:
     assert pair.hidden.genes == (6, 12), "without a step"
     assert pair.hidden != LayerMapping((6, 12), 12)
     for text in ("random-each-step", "1-2/random-each-step", "random-each-step@1-2"):
-        with pytest.raises(UserError, match=r"^genomes='random-each-step' is no fixed mapping"):
+        with pytest.raises(UserError, match=r"^genomes='random-each-step' is not a fixed mapping"):
             MappingPair.parse(text, **sizes, key="genomes")
-    with pytest.raises(UserError, match=r"^mapping.attention='random-each-step' is no fixed mapping"):
+    with pytest.raises(UserError, match=r"^mapping.attention='random-each-step' is not a fixed mapping"):
         MappingPair.from_texts("1-2", "random-each-step", **sizes)
     with pytest.raises(UserError, match=r"^mapping.hidden='random-each-step' .* 3 student layers, .* has 2: take"):
         MappingPair.from_texts("random-each-step", None, student_layers=3, teacher_layers=2)

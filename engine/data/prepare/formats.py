@@ -63,7 +63,7 @@ def read_table(
                     break
                 except csv.Error as error:
                     to = f" to line {rows.line_num:,}" if rows.line_num > begin else ""
-                    yield place, f"is no row of a table{to} ({error})"
+                    yield place, f"is not a valid table row{to} ({error})"
                     continue
                 if row == written:
                     yield place, "repeats the header"

@@ -32,7 +32,7 @@ class MemoryEstimate:
         host = f", and {self.host_states / GIB:.2f} in host memory" if self.host_states else ""
         parts = {"teacher": self.teacher, "student's weights, gradients and optimizer": self.student_states}
         parts |= self._of_a_step
-        return f"about {sum(parts.values()) / GIB:.2f} GiB per rank beside allocator slack: {_listed(parts)}{host}"
+        return f"about {sum(parts.values()) / GIB:.2f} GiB per rank plus allocator slack: {_listed(parts)}{host}"
 
     def in_process(self, *, resident: float, parameters: int) -> str:
         """Returns the resident memory of a rank's process in words, for the banner of a run on a CPU.

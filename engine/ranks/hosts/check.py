@@ -127,7 +127,7 @@ class HostCheck:
         for verdict in self._reached():
             facts = verdict.facts
             if not facts["has_cwd"]:
-                verdict.wrong.append(f"there is no {Path.cwd()}, where the launcher starts every rank; make it there")
+                verdict.wrong.append(f"there is no {Path.cwd()}, where the launcher starts every rank; create it there")
             if facts["code"] is None:
                 verdict.wrong.append(f"mapdistill is not in {ROOT}; install it at the same path")
             elif facts["code"] != model.facts["code"]:

@@ -86,7 +86,7 @@ def test_the_model_type_is_suggested_from_the_names_of_the_tensors(tmp_path: Pat
 @pytest.mark.parametrize(("config", "why"), [(T5Config(), "it has a decoder"), (ViTConfig(), "no vocab_size")])
 def test_models_that_read_no_text(config: Any, why: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"is no encoder of token ids with attention .*{why}"):
+    with pytest.raises(UserError, match=rf"is not an encoder of token ids with attention .*{why}"):
         load_config(str(tmp_path), "teacher.path")
     GPT2Config().save_pretrained(tmp_path)
     assert load_config(str(tmp_path), "teacher.path").model_type == "gpt2"  # that it looks back shows when it runs

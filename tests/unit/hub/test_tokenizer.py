@@ -105,6 +105,6 @@ def test_a_sentencepiece_model_names_the_package_that_reads_it(folder: Path) -> 
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
     (folder / "sentencepiece.bpe.model").write_bytes(b"torn")
-    said = "torn, or no SentencePiece model" if find_spec("sentencepiece") else "pip install sentencepiece"
+    said = "damaged, or not a SentencePiece model" if find_spec("sentencepiece") else "pip install sentencepiece"
     with pytest.raises(UserError, match=rf"tokenizer: .*sentencepiece.bpe.model is .*{said}"):
         load_tokenizer(str(folder), "tokenizer")

@@ -126,8 +126,8 @@ class Twin(AttentionMapped):
 @pytest.mark.parametrize(
     ("own", "says"),
     [
-        ({nn.Linear: 1.0}, "is no loss; give a class that extends Loss of engine/losses/base.py"),
-        ({"angle": 1.0}, "own_losses: 'angle' is no loss"),
+        ({nn.Linear: 1.0}, "is not a loss; give a class that extends Loss of engine/losses/base.py"),
+        ({"angle": 1.0}, "own_losses: 'angle' is not a loss"),
         ({NoName: 1.0}, "NoName.name='': write a name of a-z, 0-9 and _"),
         ({Slashed: 1.0}, "Slashed.name='a/b': write a name of a-z, 0-9 and _"),
         ({Taken: 1.0}, "Taken.name='temperature' is taken; write another name"),

@@ -181,7 +181,7 @@ BAD_ROWS = [
     (b"2,two,too many\n", "has 3 columns, not 2 as the header"),
     (b"2\n", "has 1 columns, not 2"),
     (b"id,text\n", "repeats the header"),
-    (b'2,"two" more\n', "is no row of a table"),
+    (b'2,"two" more\n', "is not a valid table row"),
     (b"2," + b"x" * 1001 + b"\n", "field larger than field limit.*raise --shard_mb"),
     (b"2,\xff\n", "is not UTF-8"),
     (b"2,a\0b\n", "holds NUL bytes"),
@@ -205,7 +205,7 @@ def test_a_quotation_mark_without_its_pair_names_the_lines_that_it_costs(tmp_pat
     (tmp_path / "b.csv").write_text('id,text\n1,"one\n2,two\n3,"three"\n4,four\n')
     reader = read(tmp_path / "b.csv", skip_bad=True)
     assert reader.found == [("four", True)]
-    assert "b.csv:2: is no row of a table to line 4 (" in reader.bad_places[0]
+    assert "b.csv:2: is not a valid table row to line 4 (" in reader.bad_places[0]
 
 
 def test_end_of_text_divides_documents(tmp_path):

@@ -70,7 +70,7 @@ ESTIMATE = MemoryEstimate(
 
 def test_device_memory_in_words() -> None:
     assert ESTIMATE.on_gpu() == (
-        "about 8.00 GiB per rank beside allocator slack: teacher 1.00, student's weights, gradients and optimizer 4.00"
+        "about 8.00 GiB per rank plus allocator slack: teacher 1.00, student's weights, gradients and optimizer 4.00"
         ", its activations 2.00, captured tensors 1.00"
     )
     assert replace(ESTIMATE, host_states=GIB).on_gpu().endswith(", and 1.00 in host memory")

@@ -224,7 +224,7 @@ def test_a_task_teacher_is_checked_before_it_is_loaded(plan_of, tuned: Path, tin
     logits_only = plan_of("--task.name", "RTE", "--teacher.path", pattern).tasks[0].teacher
     assert logits_only is not None
     assert logits_only.losses is None
-    with pytest.raises(UserError, match="no teacher for RTE: it was saved without"):
+    with pytest.raises(UserError, match="cannot teach RTE: it was saved without"):
         plan_of("--task.name", "RTE", "--teacher.path", str(tiny_world.teacher))
     with pytest.raises(UserError, match="those of SST-2 are negative, positive"):
         plan_of("--task.name", "SST-2", "--teacher.path", str(tuned / "RTE"))

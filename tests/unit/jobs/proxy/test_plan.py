@@ -153,7 +153,7 @@ def test_trackers_get_nothing_and_are_no_part_of_the_fingerprint(
     [
         ({"genomes": "[2-4, 2-4-1]"}, "genomes='2-4-1' has 3 layers, but the student has 2"),
         ({"genomes": "[2-4/]"}, "nothing after the slash"),
-        ({"genomes": "[2-4, random-each-step]"}, "genomes='random-each-step' is no fixed mapping"),
+        ({"genomes": "[2-4, random-each-step]"}, "genomes='random-each-step' is not a fixed mapping"),
         ({"genomes": "[]"}, "name at least one layer mapping"),
         ({"proxy__tasks": "[SST3, MRPC]"}, "did you mean"),
         ({"proxy__tasks": "[SQuAD-v2]"}, "proxy.evaluator=finetune"),
