@@ -87,8 +87,8 @@ def load_config(path: str, key: str) -> PretrainedConfig:
     if lacks or config.is_encoder_decoder:
         why = "it has a decoder" if config.is_encoder_decoder else f"its configuration has no {lacks[0]}"
         raise UserError(
-            f"{key}={path!r}: model type {config.model_type!r} is not an encoder of token ids with attention ({why}); name "
-            "one that is, such as BERT"
+            f"{key}={path!r}: model type {config.model_type!r} is not an encoder of token ids with attention ({why}); "
+            "name one that is, such as BERT"
         )
     for name in SIZES:  # newer versions of transformers have refused it already
         if not isinstance(getattr(config, name), int):

@@ -191,8 +191,8 @@ class FinetuneJob:
         if head_problem(task.teacher.saved.config, task.data.spec) is not None:
             raise UserError(
                 f"{task.teacher.saved}: its dev score on {task.name}, {100 * score:.2f}, is not above that of a "
-                f"constant answer, {100 * constant:.2f}, and its outputs have no names: name them in "
-                "id2label of its config.json, as its model card does, and they are put into the task's order"
+                f"constant answer, {100 * constant:.2f}, and its outputs have no names: name each in "
+                "id2label of its config.json, as its model card says, and they are put into the task's order"
             )
         self._say(
             f"warning: a teacher that is no better than a constant answer teaches little: was it fine-tuned on "

@@ -45,7 +45,10 @@ def test_hostfile(tmp_path: Path) -> None:
         ("# nobody\n", r"names no host"),
         ("worker-1 slots=99999999999999999999\n", r"line 1: .*: a host has 1 to 1024 slots"),
         ("\ufeffworker-1 slots=1\n", r"line 1: a byte order mark"),
-        ("a slots=1\nb\na slots=2\n", r"^2 problems: \(1\) .*, line 2: 'b' is not .* \(2\) .*, line 3: host 'a' is"),
+        (
+            "a slots=1\nb\na slots=2\n",
+            r"^2 problems: \(1\) .*, line 2: 'b' is not .* \(2\) .*, line 3: host 'a' occurs",
+        ),
     ],
 )
 def test_bad_hostfile(text: str, message: str, tmp_path: Path) -> None:
