@@ -22,6 +22,7 @@ from engine.errors import UserError, first_line
 from engine.ranks import allocator, environment, extension_builds, rendezvous, threads, watchdog
 from engine.ranks.collectives import summed
 from engine.ranks.process import STOPPING
+from engine.records.columns import counted
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 DEFAULT_PORT = "29500"
@@ -89,10 +90,11 @@ class Runtime:
     @property
     def where(self) -> str:
         """Device and threads, and what slows them down, for a banner"""
-        text = f"{self.device}, {self.threads} threads"
+        text = f"{self.device}, {counted(self.threads, 'thread')}"
         if self.cores_of_others < 0.5:
             return text
-        return f"{text}; other jobs keep {self.cores_of_others:.1f} of {len(os.sched_getaffinity(0))} cores busy"
+        cores = counted(len(os.sched_getaffinity(0)), "core")
+        return f"{text}; other jobs keep {self.cores_of_others:.1f} of {cores} busy"
 
 
 def _free_port() -> int:
