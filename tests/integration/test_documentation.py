@@ -108,7 +108,7 @@ def test_the_task_of_film_reviews_is_what_the_documentation_says() -> None:
     texts = {name: {row["text"] for row in split} for name, split in rows.items()}
     assert not texts["train"] & texts["dev"]
     assert {row["label"] for split in rows.values() for row in split} == {"fresh", "rotten"}
-    shown = f"{len(texts['train']) + len(texts['dev']):,} sentences of film reviews, fresh or rotten"
+    shown = f"{len(texts['train']) + len(texts['dev']):,} sentences of film reviews, labelled fresh or rotten"
     assert shown in (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 
 
