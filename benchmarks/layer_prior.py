@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--landscape", type=Path, default=Path(__file__).parent / "landscapes" / "minilm_3_from_6.csv")
     parser.add_argument("settings", nargs="*")
     args = parser.parse_args()
-    settings = args.settings or ["--config", "examples/proxy.yaml"]
+    settings = args.settings or ["--config", "examples/proxy.yaml", "--student.hidden_size", "null"]
     plan = make_plan(run_config(parse_config(ProxyJobConfig, ["--genomes", '["uniform"]', *settings], "prior")))
     join_ranks(plan.config.seed)
     teacher = AutoModel.from_pretrained(plan.config.teacher.path, trust_remote_code=False, **safety())

@@ -39,6 +39,7 @@ def cells(args: Namespace) -> list[Cell]:
         Cell(
             columns={"steps": steps, "lr": lr, "scale": scale, "projection": projection, "seed": seed},
             settings=("--proxy.steps", steps, "--train.lr", lr, "--loss.scale", scale, "--seed", seed)
+            + ("--student.hidden_size", "null")
             + PROJECTIONS[projection],
             genomes=GENOMES,
         )

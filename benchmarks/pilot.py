@@ -93,12 +93,13 @@ class Regime:
         return found
 
     def student(self, init: str) -> tuple[str, ...]:
-        width = () if self.width is None else ("--student.hidden_size", self.width)
-        return ("--student.layers", str(self.layers), "--student.init", init, *width)
+        width = "null" if self.width is None else self.width
+        return ("--student.layers", str(self.layers), "--student.init", init, "--student.hidden_size", width)
 
     @property
     def teacher(self) -> tuple[str, ...]:
-        return ("--student.layers", str(self.teacher_layers), "--student.init", "first")
+        layers = str(self.teacher_layers)
+        return ("--student.layers", layers, "--student.init", "first", "--student.hidden_size", "null")
 
 
 REGIMES = {

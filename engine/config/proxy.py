@@ -28,7 +28,7 @@ WARMUP_SHARE = 1 / 3
 class ProxyConfig:
     """Length of the proxy distillations, and how their students are scored."""
 
-    steps: int = result(60)
+    steps: int = result(240)
     """Optimizer steps of each student's distillation (docs/proxy.md says why so few)."""
 
     tasks: list[str] = located(factory=lambda: ["SST-2", "MRPC", "STS-B"])
