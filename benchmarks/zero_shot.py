@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from engine.config.finetune import TaskDataConfig
+from engine.models.pooling import pool
 from engine.tasks.load import load_task
 from engine.tasks.metrics import score_task
-from engine.tasks.probe import ProbeFeatures, pool, probe_outputs
+from engine.tasks.probe import ProbeFeatures, probe_outputs
 from engine.tasks.rows import Split
 
 AT_ONCE = 64

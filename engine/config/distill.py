@@ -145,6 +145,9 @@ class LossConfig:
     cosine: float = result(0.0)
     """Weight of 1 - cosine of the hidden states through the projection."""
 
+    pooled: float = result(0.0)
+    """Weight of the loss of pooled last hidden states: one vector of a text, as the teacher makes it (docs/embeddings.md)."""
+
     logits: float = result(0.0)
     """Weight of the KL of the MLM logits at `temperature`; teacher and student need an MLM head and one vocabulary."""
 
@@ -159,6 +162,13 @@ class LossConfig:
 
     relation_weights: list[float] = result(factory=lambda: [1.0, 1.0, 1.0])
     """Weights of the Q-Q, K-K and V-V relations."""
+
+    pooled_weights: list[float] = result(factory=lambda: [1.0, 0.0, 0.0])
+    """Weights, in `pooled`, of 1 - cosine, of the mean squared distance, and of the KL of the softmax of a text's cosines
+    to the other texts of the micro batch, over all ranks."""
+
+    pooled_temperature: float = result(0.05)
+    """Temperature of that softmax."""
 
     projection: Literal["shared", "per_layer", "single", "identity"] | None = result(None)
     """Student width -> teacher width. shared: one for all layers and one for the embeddings; per_layer: one for each
@@ -201,6 +211,13 @@ class LossConfig:
             self.relation_weights,
             "give three weights >= 0 for Q-Q, K-K and V-V, not all 0",
         )
+        require(
+            len(self.pooled_weights) == 3 and min(self.pooled_weights) >= 0 and max(self.pooled_weights) > 0,
+            "loss.pooled_weights",
+            self.pooled_weights,
+            "give three weights >= 0 for cosine, distance and similarity, not all 0",
+        )
+        require(self.pooled_temperature > 0, "loss.pooled_temperature", self.pooled_temperature, "must be > 0")
         if self.preset == "tinybert":
             for name in ("projection", "projection_bias", "average_layers", "projection_init", "scale"):
                 require(
@@ -241,7 +258,7 @@ class LossConfig:
         return self.preset != "tinybert" if self.average_layers is None else self.average_layers
 
 
-LOSS_NAMES = ("hidden", "attention", "embedding", "attention_probs", "relation", "cosine", "logits", "mlm")
+LOSS_NAMES = ("hidden", "attention", "embedding", "attention_probs", "relation", "cosine", "pooled", "logits", "mlm")
 """Every loss, in the order in which they are logged."""
 
 HIDDEN_MAPPED = ("hidden", "cosine")

@@ -20,6 +20,7 @@ from engine.kernels.segments import Segments
 from engine.models.features import Features, Wanted
 from engine.models.mlm_head import MlmHead, WholeLogits
 from engine.models.own_attention import OwnAttention
+from engine.models.pooling import MEAN
 from engine.models.projections import Projections
 from engine.models.shape import ModelShape
 
@@ -61,6 +62,8 @@ class LossSetup:
     attention: tuple[Pair, ...]
     """Active pairs of the attention mapping."""
     mlm_probability: float
+    pooling: tuple[str, ...] = MEAN
+    """Ways in which the teacher makes one vector of a text, as sentence-transformers names them"""
 
     @property
     def own_attention(self) -> dict[Side, OwnAttention]:

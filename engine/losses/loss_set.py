@@ -19,6 +19,7 @@ from engine.losses.base import NO_LOSSES, Loss, LossSetup, OwnLosses, Pair, Step
 from engine.losses.registry import LOSSES
 from engine.mapping import LayerMapping
 from engine.models.features import Features, Wanted
+from engine.models.pooling import MEAN
 from engine.models.projections import Projections, check_projection
 from engine.models.shape import ModelShape
 
@@ -72,6 +73,9 @@ def _idle_settings(
         "relation" in active,
         "loss.relation",
     )
+    for name in ("pooled_weights", "pooled_temperature"):
+        value = getattr(config, name)
+        check(f"loss.{name}", value, value != getattr(default, name), "pooled" in active, "loss.pooled")
     check("loss.projection", config.projection, config.projection is not None, projects, projecting)
     check("loss.projection_bias", config.projection_bias, config.projection_bias is not None, projects, projecting)
     if projects and config.projection == "identity" and config.projection_bias is not None:
@@ -133,10 +137,12 @@ class LossSet:
         student: ModelShape,
         teacher: ModelShape,
         mlm_probability: float,
+        pooling: tuple[str, ...] = MEAN,
         kernels: Kernels | None = None,
         own_losses: OwnLosses = NO_LOSSES,
     ) -> None:
-        """kernels: what computes them; unset: those that run anywhere. own_losses: beside those of `config`."""
+        """kernels: what computes them; unset: those that run anywhere. own_losses: beside those of `config`. pooling:
+        the teacher's, as sentence-transformers names it."""
         for layer_map in (hidden_map, attention_map):
             assert (layer_map.student_layers, layer_map.teacher_layers) == (student.layers, teacher.layers), layer_map
         self.config, self.teacher = config, teacher
@@ -153,6 +159,7 @@ class LossSet:
                 attention_map, mapping.attention_weights, key="mapping.attention_weights", average_layers=average
             ),
             mlm_probability=mlm_probability,
+            pooling=pooling,
         )
         loss_weights = {**config.active, **{kind.name: weight for kind, weight in own_losses.items()}}
         kinds = {**LOSSES, **{kind.name: kind for kind in own_losses}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.losses.attention import AttentionProbsLoss, AttentionScoreLoss
 from engine.losses.base import Loss
 from engine.losses.hidden import CosineLoss, EmbeddingLoss, HiddenLoss
+from engine.losses.pooled import PooledLoss
 from engine.losses.relation import RelationLoss
 from engine.losses.vocabulary import VocabularyLosses
 
@@ -15,6 +16,7 @@ LOSSES: dict[str, type[Loss]] = {
     "attention_probs": AttentionProbsLoss,
     "relation": RelationLoss,
     "cosine": CosineLoss,
+    "pooled": PooledLoss,
     "logits": VocabularyLosses,
     "mlm": VocabularyLosses,
 }

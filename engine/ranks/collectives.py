@@ -74,6 +74,30 @@ def from_rank_zero(make: Callable[[], T]) -> T:
     return value
 
 
+class _GatherVectors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        shares = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(shares, rows.contiguous())
+        ctx.count = len(rows)
+        return torch.cat(shares)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        total = grads[0].contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total.narrow(0, torch.distributed.get_rank() * ctx.count, ctx.count)
+
+
+def gather_vectors(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Returns (world * B, D) of (B, D) of each rank, B the same on all, and where this rank's begin; differentiable:
+    each rank's rows get the sum of the gradients of all ranks. Collective, on the rows' device."""
+    if alone():
+        return rows, 0
+    gathered_rows: torch.Tensor = _GatherVectors.apply(rows)  # type: ignore[no-untyped-call]
+    return gathered_rows, torch.distributed.get_rank() * len(rows)
+
+
 def gather_rows(values: torch.Tensor, rows: torch.Tensor, *, total: int) -> torch.Tensor:
     """Returns (total, ...) in the order of the rows, on every rank. Collective.
 

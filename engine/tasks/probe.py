@@ -44,20 +44,6 @@ class ProbeFeatures:
     """(n, D) float32 second text of each pair; None for single texts."""
 
 
-def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Returns the (B, D) float32 means over the real tokens of (B, L, D) states of any float dtype; 0 for a row without
-    any.
-
-    attention_mask: (B, L), 1 = real; None: all are. What stands at padded positions does not matter, not even
-    nan.
-    """
-    if attention_mask is None:
-        return hidden.mean(1, dtype=torch.float32)
-    real = attention_mask.bool()
-    total = hidden.masked_fill(~real[..., None], 0).sum(1, dtype=torch.float32)
-    return total / real.sum(1, keepdim=True).clamp(min=1)
-
-
 def pair_features(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Returns (n, 2D) float32 of two (n, D): |u - v| and u * v of the rows u, v scaled to length 1."""
     u, v = (normalize(rows.double(), dim=1).float() for rows in (first, second))

@@ -28,6 +28,7 @@ from engine.models.attention import Backend
 from engine.models.fit import Parts, check_fit
 from engine.models.hub import SavedModel, model_hashes, shape_of
 from engine.models.initialise import resolve_init
+from engine.models.pooling import MEAN
 from engine.models.projections import PROJECTIONS_FILE
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config, pattern_layers, with_dropout
@@ -59,6 +60,11 @@ class Plan:
     sentence: SentenceEncoder | None
     """What makes one vector of a text of the student's states, where the teacher is a sentence encoder."""
     warnings: tuple[str, ...]
+
+    @property
+    def pooling(self) -> tuple[str, ...]:
+        """Ways in which the teacher makes one vector of a text"""
+        return MEAN if self.sentence is None else self.sentence.pooling
 
     @property
     def hidden_map(self) -> LayerMapping:
@@ -145,8 +151,9 @@ def make_plan(config: RunConfig, own_losses: OwnLosses = NO_LOSSES) -> Plan:
         student_layers=student_shape.layers,
         teacher_layers=teacher_shape.layers,
     )
-    losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels, own_losses)
     sentence, sentence_notes = sentence_student(config.teacher.path, tokenizer, student_config)
+    pooling = MEAN if sentence is None else sentence.pooling
+    losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels, own_losses, pooling)
     plan = Plan(
         config=config,
         execution=execution,
@@ -210,6 +217,7 @@ def mapped_losses(
     teacher: ModelShape,
     kernels: Kernels,
     own_losses: OwnLosses,
+    pooling: tuple[str, ...],
 ) -> LossSet:
     """Builds the losses over `mapping`, which is that of `config`. Raises UserError for what does not fit the two
     models."""
@@ -227,6 +235,7 @@ def mapped_losses(
         mlm_probability=config.data.mlm_probability,
         kernels=kernels,
         own_losses=own_losses,
+        pooling=pooling,
     )
 
 
@@ -239,7 +248,7 @@ def with_mapping(plan: Plan, mapping: MappingPair) -> Plan:
         student=starting_student(plan.config.student, mapping),
     )
     shapes = plan.student_shape, plan.teacher_shape
-    losses = mapped_losses(config, mapping, *shapes, plan.kernels, plan.own_losses)
+    losses = mapped_losses(config, mapping, *shapes, plan.kernels, plan.own_losses, plan.pooling)
     idle = idle_settings(config, losses, plan.student_shape, plan.execution.world_size)
     return replace(plan, config=config, mapping=mapping, losses=losses, warnings=(*losses.warnings, *idle))
 

@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.jobs.execution import plan_execution
 from engine.jobs.proxy.plan import OwnEvaluator, ProxyPlan
 from engine.models.fit import longest_input
+from engine.models.pooling import pool
 from engine.ranks import watchdog
 from engine.ranks.collectives import from_rank_zero, gather_rows
 from engine.ranks.runtime import Runtime, StopRequest
@@ -27,7 +28,7 @@ from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.model import load_task_model
 from engine.tasks.module import TaskModule
-from engine.tasks.probe import ProbeFeatures, map_in_threads, pool, probe_outputs
+from engine.tasks.probe import ProbeFeatures, map_in_threads, probe_outputs
 from engine.tasks.rows import Encoded, Split
 from engine.tasks.train import Recipe, task_train_config, train_on_task
 from engine.train.export import load_export

@@ -36,7 +36,7 @@ RANDOM = RandomEachStep.from_sizes(student_layers=4, teacher_layers=12, key="map
 OFF = dict.fromkeys(LOSS_NAMES, 0.0)
 EVERYTHING = {
     "hidden": 1.0, "attention": 0.5, "embedding": 2.0, "attention_probs": 0.7, "relation": 1.5, "cosine": 0.3,
-    "logits": 0.9, "mlm": 1.1,
+    "pooled": 0.6, "pooled_weights": [1.0, 0.5, 0.0], "logits": 0.9, "mlm": 1.1,
 }  # fmt: skip
 
 
@@ -413,6 +413,7 @@ def one_step(loss: dict[str, object], *, masking: bool = True):
         ("attention", "scaling", (1, 3)),
         ("attention_probs", "key", (3, 9)),
         ("relation", "value", (4, 12)),
+        ("pooled", "hidden", (4, 12)),
     ],
 )
 def test_a_missing_capture_is_an_error_that_names_it(loss, kind, pair, side):
@@ -472,6 +473,11 @@ def test_terms_are_those_of_the_reference():
     projected = projections(3, student.hidden[3]), teacher.hidden[9], mask, counts.tokens
     masked_labels = batch.labels[batch.labels != UNSCORED_LABEL]
     relation = {"relation_heads": 2, "mask": mask, "tokens": counts.tokens}
+    means = [
+        torch.stack([states[row, :length].mean(0) for row, length in enumerate([5, 9, 3])])
+        for states in (student.hidden[4], teacher.hidden[12])
+    ]
+    vectors = projections(4, means[0]), means[1]
     want = {
         "hidden/3-9": reference.hidden_mse(*projected),
         "cosine/3-9": reference.hidden_cosine(*projected),
@@ -481,6 +487,8 @@ def test_terms_are_those_of_the_reference():
         "relation/qq/3-9": reference.relation_kl(student.query[3], teacher.query[9], **relation),
         "relation/kk/3-9": reference.relation_kl(student.key[3], teacher.key[9], **relation),
         "relation/vv/3-9": reference.relation_kl(student.value[3], teacher.value[9], **relation),
+        "pooled/cosine": (1 - torch.cosine_similarity(*vectors)).mean(),
+        "pooled/mse": (vectors[0] - vectors[1]).square().mean(),
         "logits": reference.logits_kl(student.logits, teacher.logits, temperature=2.0, count=counts.masked),
         "mlm": reference.mlm_cross_entropy(student.logits, masked_labels, count=counts.masked),
     }
@@ -491,6 +499,35 @@ def test_terms_are_those_of_the_reference():
     )
     for name, value in want.items():
         assert_close(name, value.detach(), got[name])
+
+
+def test_similarity_of_texts_by_hand():
+    """KL of the softmax of the cosines to the other texts, text by text."""
+    losses, student, teacher, batch, projections = one_step(
+        {**OFF, "pooled": 1.0, "pooled_weights": [0.0, 0.0, 1.0], "pooled_temperature": 0.5}, masking=False
+    )
+    total, _ = losses(student, teacher, batch, batch.counts, projections)
+
+    def cosines(states: torch.Tensor) -> torch.Tensor:
+        unit = [nn.functional.normalize(row[:n].mean(0), dim=0) for row, n in zip(states, [5, 9, 3], strict=True)]
+        return torch.stack([torch.stack([a @ b / 0.5 for b in unit if b is not a]).softmax(0) for a in unit])
+
+    ours, theirs = cosines(projections(4, student.hidden[4])), cosines(teacher.hidden[12])
+    assert_close("similarity", (theirs * (theirs / ours).log()).sum(1).mean().detach(), total.detach())
+    total.backward()
+    assert all(bool(parameter.grad.any()) for parameter in projections.parameters())
+
+
+def test_the_pooled_loss_looks_at_the_last_states_alone():
+    losses = make_set({**OFF, "pooled": 2.0, "pooled_weights": [1.0, 0.0, 0.5]}, hidden="none")
+    assert dict(zip(losses.term_names, losses.coefficients, strict=True)) == {
+        "pooled/cosine": 2.0,
+        "pooled/similarity": 1.0,
+    }
+    assert losses.wanted_student == Wanted(hidden=frozenset({4}))
+    assert losses.wanted_teacher == Wanted(hidden=frozenset({12}))
+    assert losses.state_pairs == {"pooled": (4, 12)}
+    assert losses.warnings == ()
 
 
 def test_logits_without_masking_compare_all_real_positions():

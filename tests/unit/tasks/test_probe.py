@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from engine.config.finetune import TaskDataConfig
 from engine.errors import UserError
+from engine.models.pooling import pool
 from engine.tasks.load import load_task
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.probe import (
@@ -23,7 +24,6 @@ from engine.tasks.probe import (
     default_l2,
     logistic_probe,
     pair_features,
-    pool,
     probe_outputs,
     ridge_probe,
 )
@@ -62,25 +62,6 @@ def sklearn_logits(train, labels, dev, *, classes: int, l2: float) -> np.ndarray
 def centred(logits: np.ndarray) -> np.ndarray:
     """Softmax does not see a constant added to a row of logits."""
     return logits - logits.mean(1, keepdims=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("masked", [True, False])
-def test_pool_is_the_mean_over_real_tokens(dtype, masked):
-    hidden = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    lengths = [7, 3, 1] if masked else [7, 7, 7]
-    mask = torch.tensor([[1] * n + [0] * (7 - n) for n in lengths]) if masked else None
-    want = torch.stack([row[:n].double().mean(0) for row, n in zip(hidden, lengths, strict=True)])
-    poisoned = hidden.clone()
-    if mask is not None:
-        poisoned[mask == 0] = float("nan")
-    got = pool(poisoned, mask)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
-
-
-def test_pool_of_a_row_without_tokens_is_zero():
-    assert pool(torch.ones(1, 4, 3), torch.zeros(1, 4, dtype=torch.int64)).tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_pair_features_and_cosine_by_hand():
