@@ -146,7 +146,7 @@ class LossConfig:
     """Weight of 1 - cosine of the hidden states through the projection."""
 
     pooled: float = result(0.0)
-    """Weight of the loss of pooled last hidden states: one vector of a text, as the teacher makes it (docs/embeddings.md)."""
+    """Weight of the loss of pooled last hidden states, the vector of a text as the teacher makes it."""
 
     logits: float = result(0.0)
     """Weight of the KL of the MLM logits at `temperature`; teacher and student need an MLM head and one vocabulary."""
@@ -164,8 +164,8 @@ class LossConfig:
     """Weights of the Q-Q, K-K and V-V relations."""
 
     pooled_weights: list[float] = result(factory=lambda: [1.0, 0.0, 0.0])
-    """Weights, in `pooled`, of 1 - cosine, of the mean squared distance, and of the KL of the softmax of a text's cosines
-    to the other texts of the micro batch, over all ranks."""
+    """Weights, in `pooled`, of 1 - cosine, of the mean squared distance, and of the KL of the softmax of a text's
+    cosines to the other texts of the micro batch, over all ranks."""
 
     pooled_temperature: float = result(0.05)
     """Temperature of that softmax."""

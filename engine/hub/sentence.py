@@ -22,6 +22,8 @@ READING_BEFORE = tuple(
 )
 """Names that READING had in early versions."""
 WEIGHTS = "model.safetensors"
+MAP_FOLDER = "2_Dense"
+"""Place of a Dense layer behind the pooling."""
 LIBRARY = "sentence_transformers."
 AFTER_POOLING = frozenset(["Dense", "Normalize"])
 POOLING_FLAGS = {
@@ -115,14 +117,22 @@ class SentenceEncoder:
         parts += [f"prompts {', '.join(self.prompts)}"] if self.prompts else []
         return ", ".join(parts)
 
-    def for_student(self, width: int, longest: int | None) -> SentenceEncoder:
+    def for_student(self, width: int, longest: int | None, map_bias: bool | None = None) -> SentenceEncoder:
         """Returns the same for a student with states of that width that takes `longest` tokens (None: any number).
 
-        Dense layers are made for the width of the teacher: for another one all are left out.
+        map_bias: whether the map has a bias through which the student's vectors get the teacher's width, in a Dense
+        layer in MAP_FOLDER whose weights an export adds. Without a map (None) the Dense layers of a teacher of another
+        width are left out.
         """
         pooling, *others = self.modules
         name = next(name for name in POOLING_WIDTHS if name in pooling.settings)
-        if pooling.settings[name] != width:
+        if map_bias is not None:
+            sizes = {"in_features": width, "out_features": pooling.settings[name]}
+            wide = {key: len(self.pooling) * size for key, size in sizes.items()}
+            library = str(pooling.entry["type"]).rpartition(".")[0]
+            linear = wide | {"bias": map_bias, "activation_function": "torch.nn.modules.linear.Identity"}
+            others.insert(0, SentenceModule("Dense", "", {"type": f"{library}.Dense"}, linear))
+        elif pooling.settings[name] != width:
             others = [module for module in others if module.kind != "Dense"]
         tokens = [tokens for tokens in (self.max_seq_length, longest) if tokens is not None]
         return replace(

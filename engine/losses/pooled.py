@@ -3,11 +3,13 @@ the texts of a batch are alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax, normalize
 
+from engine.data.batch import Batch
+from engine.kernels.segments import Segments
 from engine.losses.base import Evaluated, Loss, Side, StepInputs
 from engine.models.features import Wanted
 from engine.models.pooling import pool
@@ -16,9 +18,10 @@ from engine.ranks.collectives import gather_vectors
 KINDS = ("cosine", "mse", "similarity")
 """Names in the log, in the order of loss.pooled_weights."""
 
+
 class PooledLoss(Loss):
-    """Pooled last hidden states, in float32. The student's go through the projection of its last layer, which the export
-    keeps as a Dense layer behind the pooling."""
+    """Pooled last hidden states, in float32. The student's go through the projection of its last layer, which the
+    export keeps as a Dense layer behind the pooling."""
 
     name = "pooled"
 
@@ -44,18 +47,13 @@ class PooledLoss(Loss):
     def _vectors(self, inputs: StepInputs, side: Side) -> torch.Tensor:
         """Returns the (B, W, D) vectors of one side, W ways of pooling."""
         states = inputs.captured(self.name, side, "hidden", self._last(side))
-        return self._pooled(inputs, states).unflatten(1, (len(self.setup.pooling), -1))
-
-    def _pooled(self, inputs: StepInputs, states: torch.Tensor) -> torch.Tensor:
-        """Returns (B, W * D) of states with or without pads."""
-        if inputs.segments is None:
-            return pool(states, inputs.batch.attention_mask, self.setup.pooling)
-        padded = inputs.segments.padded(states, 1)
-        return pool(padded, inputs.segments.mask_on(states.device), self.setup.pooling)
+        vectors = vectors_of(states, inputs.segments, inputs.batch, self.setup.pooling)
+        return vectors.view(len(vectors), len(self.setup.pooling), states.shape[-1])
 
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
         target = self._vectors(inputs, "teacher").flatten(1)
-        student = inputs.projections(self._last("student"), self._vectors(inputs, "student")).flatten(1).to(torch.promote_types(torch.float32, target.dtype))
+        student = inputs.projections(self._last("student"), self._vectors(inputs, "student")).flatten(1)
+        student = student.to(target.dtype)  # where 16 bits are the type of a matrix product
         values = {}
         for term in self._active:
             kind = term.rpartition("/")[2]
@@ -71,9 +69,17 @@ class PooledLoss(Loss):
         return similarity_kl(student, target, self.setup.config.pooled_temperature)
 
 
+def vectors_of(states: torch.Tensor, segments: Segments | None, batch: Batch, ways: Sequence[str]) -> torch.Tensor:
+    """Returns the (B, W * D) vectors of the texts of a batch, of states (B, L, D), or (1, T, D) without pads, whose
+    places are `segments`."""
+    if segments is None:
+        return pool(states, batch.attention_mask, ways)
+    return pool(segments.padded(states, 1), segments.mask_on(states.device), ways)
+
+
 def similarity_kl(student: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Returns the sum over the rows (B, D) of KL(teacher || student) of the softmax of the cosines of a text to all other
-    texts, divided by the temperature (in-batch relations; SEED, arXiv 2101.04731, with the batch as its queue).
+    """Returns the sum over the rows (B, D) of KL(teacher || student) of the softmax of the cosines of a text to all
+    other texts, divided by the temperature (SEED, arXiv 2101.04731, with the batch in place of its queue).
 
     In training the others are those of all ranks' micro batches, whose number must be the same on every rank; their
     gradients are exchanged too, so that the mean over ranks has the gradient of the batch as a whole.

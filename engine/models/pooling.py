@@ -10,8 +10,8 @@ MEAN = ("mean",)
 
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None, ways: Sequence[str] = MEAN) -> torch.Tensor:
-    """Returns the (B, W * D) vectors of (B, L, D) states, float32 (float64 for float64 states), W ways of pooling side by
-    side.
+    """Returns the (B, W * D) vectors of (B, L, D) states, W ways of pooling side by side; float32, for float64 states
+    float64.
 
     attention_mask: (B, L), 1 = real, real tokens first; None: all are. What stands at padded positions does not matter,
     not even nan. ways: as sentence-transformers names them. A row without a real token gives 0.

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from engine.config.tools import ExportConfig
 from engine.errors import RunFailure, UserError, first_line
 from engine.hub.files import quiet
+from engine.hub.sentence import MODULES
 from engine.hub.tokenizer import load_tokenizer
 from engine.models.fit import CHECKS, EACH_AND_TOKENIZER, Parts, check_fit
 from engine.models.hub import AUTO_CLASSES, SavedModel, init_arguments, model_class
@@ -30,7 +31,7 @@ from engine.train.card import TUNED, is_card, last_comparison, model_card
 from engine.train.checkpoint import EXPORT_FILE
 from engine.train.checkpoint_files import is_sound, load_full_state, problems_of, read_marker
 from engine.train.deepspeed_engine import full_state
-from engine.train.portable import make_portable
+from engine.train.portable import make_portable, write_map
 
 CARD = "README.md"
 
@@ -153,6 +154,11 @@ def write_model(
             if tokenizer.is_dir():
                 shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
             make_portable(folder, model)
+            vectors = description.get("vectors")
+            if vectors is not None and (folder / MODULES).is_file():
+                prefix = f"linears.{vectors['projection']}."
+                linear = {key.removeprefix(prefix): x for key, x in projections.items() if key.startswith(prefix)}
+                write_map(folder, linear, vectors["ways"])
             card = folder / CARD
             card.write_text(model_card(folder, model.config, description, history, comparison), encoding="utf-8")
             for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read them

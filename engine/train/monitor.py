@@ -219,6 +219,17 @@ class Monitor:
         self._show("held_out", {"loss/total": total, **points}, step)
         self.say(f"step {step}/{self._progress.steps}  held-out loss {total:.4g}")
 
+    def vectors(self, step: int, student: dict[str, float], teacher: dict[str, float]) -> None:
+        """Shows and records, after `step`, how alike the vectors of held-out texts are."""
+        self.write_record("step", step=step, vectors={"student": student, "teacher": teacher})
+        sides = {"student": student, "teacher": teacher}
+        points = {f"vectors/{name}_{side}": value for side, room in sides.items() for name, value in room.items()}
+        self._show("held_out", points, step)
+        self.say(
+            f"step {step}/{self._progress.steps}  vectors of texts: mean cosine {student['cosine']:.3f} (teacher "
+            f"{teacher['cosine']:.3f}), effective rank {student['rank']:.0f} ({teacher['rank']:.0f})"
+        )
+
     def scores(self, step: int, scores: dict[str, float], *, aloud: bool = True, **fields: Any) -> None:
         """Records task scores after `step`, and prints them when `aloud`."""
         self.write_record("step", step=step, scores=scores, **fields)

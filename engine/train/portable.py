@@ -4,17 +4,20 @@ does, and without a trace of this machine."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from yaml import YAMLError
 
 from engine.hub.files import optional_file
-from engine.hub.sentence import SentenceEncoder, read_sentence_encoder
+from engine.hub.sentence import MAP_FOLDER, WEIGHTS, SentenceEncoder, read_sentence_encoder
 from engine.models.fit import longest_input
 
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "backend", "is_local", "local_files_only", "tokenizer_file")
@@ -58,16 +61,16 @@ def _rewrite(path: Path) -> dict[str, Any]:
 
 
 def sentence_student(
-    teacher: str, tokenizer: PreTrainedTokenizerFast, student: PretrainedConfig
+    teacher: str, tokenizer: PreTrainedTokenizerFast, student: PretrainedConfig, map_bias: bool | None = None
 ) -> tuple[SentenceEncoder | None, list[str]]:
     """Returns what makes the export of a student a sentence encoder, and a sentence for each difference to its teacher;
-    None, and the reason, where the files of the teacher are not understood. Raises UserError for files that are not
-    whole."""
+    None, and the reason, where the files of the teacher are not understood. map_bias: of the map to the teacher's width
+    that its vectors are trained through; None without such a map. Raises UserError for files that are not whole."""
     own, reason = read_sentence_encoder(teacher, "teacher.path")
     if own is None:
         plain = f"teacher.path={teacher!r}: the student will be no sentence encoder: {reason}"
         return None, [plain] if reason else []
-    found = own.for_student(student.hidden_size, longest_input(student))
+    found = own.for_student(student.hidden_size, longest_input(student), map_bias)
     notes = []
     if len(found.dense) < len(own.dense):
         notes.append(
@@ -80,6 +83,17 @@ def sentence_student(
             "but the corpus has capitals; make its text lower case, too"
         )
     return found, notes
+
+
+def write_map(folder: Path, linear: Mapping[str, torch.Tensor], copies: int) -> None:
+    """Writes the weights of the Dense layer behind the pooling (`for_student` with map_bias) into an export: those of a
+    linear map, `copies` times for as many vectors side by side. Raises OSError."""
+    weights = {"linear.weight": torch.block_diag(*[linear["weight"]] * copies)}
+    if "bias" in linear:
+        weights["linear.bias"] = linear["bias"].repeat(copies)
+    place = folder / MAP_FOLDER
+    place.mkdir(exist_ok=True)
+    save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, place / WEIGHTS)
 
 
 def public_name(path: str) -> str:

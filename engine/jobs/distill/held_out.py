@@ -12,6 +12,8 @@ import torch
 from engine.config.distill import TrainConfig
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
+from engine.jobs.distill.vectors import HeldOutVectors
+from engine.models.pooling import MEAN
 from engine.ranks import watchdog
 from engine.ranks.collectives import summed
 from engine.records.columns import counted
@@ -43,8 +45,12 @@ class HeldOutLosses:
     loader: CorpusLoader
     names: Sequence[str]
     """Names of the terms of a batch that is in no step."""
+    pooled_layers: tuple[int, int] | None = None
+    """Last layers of student and teacher, where vectors of texts are looked at too."""
+    pooling: tuple[str, ...] = MEAN
     bad: int = 0
     """Evaluations in a row that were not better than the best one before by train.patience_threshold."""
+    _warned: bool = False
     _better: list[HeldOut] = field(default_factory=list)
     """Those that were better than all before them."""
 
@@ -95,10 +101,14 @@ class HeldOutLosses:
         counts = local.with_values(summed(local.as_list()))
         count = len(self.names)
         sums = torch.zeros(count + 1, device=device)
+        vectors = None if self.pooled_layers is None else HeldOutVectors(*self.pooled_layers, self.pooling)
         model.eval()
         with torch.no_grad():
             for batch in (cpu.to(device) for cpu in batches):
-                total, terms = model(batch, self.teacher(batch), counts)
+                features = self.teacher(batch)
+                if vectors is not None:
+                    vectors.add(model, batch, features)
+                total, terms = model(batch, features, counts)
                 sums += torch.cat([total.float().reshape(1), terms[:count]])
                 watchdog.beat()
         model.train()
@@ -107,7 +117,25 @@ class HeldOutLosses:
         total, *values = sums.tolist()
         terms = dict(zip(self.names, values, strict=True))
         self.trainee.monitor.held_out(step, total, terms)
+        if vectors is not None:
+            self._show_rooms(step, vectors)
         return self.train.keeps_best and step > 0 and self._is_better(HeldOut(step, total, terms))
+
+    def _show_rooms(self, step: int, vectors: HeldOutVectors) -> None:
+        """Shows how much room the vectors of texts take; warns once of a student that has collapsed. Collective."""
+        rooms = vectors.rooms()
+        if rooms is None:
+            return
+        student, teacher = rooms
+        monitor = self.trainee.monitor
+        monitor.vectors(step, asdict(student), asdict(teacher))
+        if step and not self._warned and student.is_collapsed_beside(teacher):
+            self._warned = True
+            monitor.say(
+                "the student's vectors of different texts are much more alike than the teacher's: it has collapsed, or "
+                "has not learnt enough yet. If it stays so, train longer, lower train.lr, or weigh similarity "
+                "(loss.pooled_weights)"
+            )
 
     def _is_better(self, new: HeldOut) -> bool:
         """Notes an evaluation of a step that can be exported; returns whether it is the best so far."""

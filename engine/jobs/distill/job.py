@@ -190,7 +190,9 @@ class Job:
             checkpointer=self.checkpointer,
             kept={"measured": asdict(measured), "turns": [asdict(turn) for turn in self.turns]},
         )
-        self.held_out = HeldOutLosses(train, trainee, teacher, self.loader, plan.losses.held_out_names)
+        self.held_out = HeldOutLosses(
+            train, trainee, teacher, self.loader, plan.losses.held_out_names, plan.pooled_layers, plan.pooling
+        )
         return Trainer(
             train=train,
             seed=self.config.seed,

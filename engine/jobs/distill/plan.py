@@ -29,7 +29,7 @@ from engine.models.fit import Parts, check_fit
 from engine.models.hub import SavedModel, model_hashes, shape_of
 from engine.models.initialise import resolve_init
 from engine.models.pooling import MEAN
-from engine.models.projections import PROJECTIONS_FILE
+from engine.models.projections import PROJECTIONS_FILE, linear_name
 from engine.models.shape import ModelShape
 from engine.models.student import build_student_config, pattern_layers, with_dropout
 from engine.train.portable import base_model_of, licences_of, public_name, sentence_student
@@ -88,15 +88,26 @@ class Plan:
 
     @property
     def same_space(self) -> bool:
-        """Whether the student's states start as the teacher's: of one width, made by copied layers"""
-        student = self.config.student
-        copied = student.path is None and (student.init or "random") != "random"
-        return copied and self.student_shape.width == self.teacher_shape.width
+        """Whether the student's states start as the teacher's"""
+        return starts_in_same_space(self.config.student, self.student_shape, self.teacher_shape)
 
     @property
     def projection(self) -> str:
         """Kind of map that joins the two widths (loss.projection)"""
         return self.config.loss.projection_kind(same_space=self.same_space)
+
+    @property
+    def pooled_layers(self) -> tuple[int, int] | None:
+        """Last layers of student and teacher, whose vectors of a text loss.pooled compares; None where it is off"""
+        return (self.student_shape.layers, self.teacher_shape.layers) if self.config.loss.pooled else None
+
+    @property
+    def vector_map(self) -> dict[str, Any] | None:
+        """Projection that the student's vectors of a text are trained through, and the number of vectors side by side;
+        None where there is none"""
+        if not self.config.loss.pooled or self.projection == "identity":
+            return None
+        return {"projection": linear_name(self.projection, self.student_shape.layers), "ways": len(self.pooling)}
 
     @property
     def trained_projections(self) -> Path | None:
@@ -115,6 +126,12 @@ class Plan:
     def mlm_head(self) -> bool:
         """Whether the student has a head that predicts tokens"""
         return self.losses.wanted_student.logits
+
+
+def starts_in_same_space(student: StudentConfig, shape: ModelShape, teacher: ModelShape) -> bool:
+    """Returns whether a student's states start as the teacher's: of one width, made by copied layers."""
+    copied = student.path is None and (student.init or "random") != "random"
+    return copied and shape.width == teacher.width
 
 
 def make_plan(config: RunConfig, own_losses: OwnLosses = NO_LOSSES) -> Plan:
@@ -151,7 +168,10 @@ def make_plan(config: RunConfig, own_losses: OwnLosses = NO_LOSSES) -> Plan:
         student_layers=student_shape.layers,
         teacher_layers=teacher_shape.layers,
     )
-    sentence, sentence_notes = sentence_student(config.teacher.path, tokenizer, student_config)
+    kind = config.loss.projection_kind(same_space=starts_in_same_space(config.student, student_shape, teacher_shape))
+    through_map = config.loss.pooled > 0 and kind != "identity"
+    map_bias = config.loss.resolved_projection_bias if through_map else None
+    sentence, sentence_notes = sentence_student(config.teacher.path, tokenizer, student_config, map_bias)
     pooling = MEAN if sentence is None else sentence.pooling
     losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels, own_losses, pooling)
     plan = Plan(
@@ -317,6 +337,7 @@ def describe_for_export(plan: Plan, student_config: PretrainedConfig) -> dict[st
     return {
         "student_config": student_config.to_dict(),
         "head": "mlm" if plan.mlm_head else "none",
+        "vectors": plan.vector_map,
         "base_model": base_model_of(config.teacher.path),
         "licences": licences,
         "card": {

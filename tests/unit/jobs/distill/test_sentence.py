@@ -22,6 +22,7 @@ from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data.prepare.corpus import prepare
 from engine.jobs.distill.build import build_module
 from engine.jobs.distill.plan import Plan, describe_for_export, make_plan
+from engine.models.projections import Projections
 from engine.records.history import History
 from engine.records.run_dir import RunDir
 from engine.train.export import rebuild_student, write_model
@@ -46,6 +47,10 @@ POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 """Vectors (B, D) of states (B, T, D) and an attention mask (B, T), by what the literature calls them."""
 
 
+TRAINED = ["--loss.pooled", "1", "--loss.projection", "shared", "--loss.projection_bias", "true"]
+"""Vectors are trained through a map, at equal widths too."""
+
+
 @pytest.fixture
 def teacher(tiny_world: TinyWorld, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_world.teacher, tmp_path / "teacher")
@@ -57,21 +62,24 @@ def plan_of(world: TinyWorld, teacher: Path, *argv: str) -> Plan:
     return make_plan(parse_config(RunConfig, [*usual, *paths, "--student.hidden_size", "16", *argv], "test"))
 
 
-def export(plan: Plan, folder: Path) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    """Returns the export of an untrained student, and its last hidden states in training of TEXTS with their mask."""
+def export(plan: Plan, folder: Path) -> tuple[Path, torch.Tensor, torch.Tensor, Projections]:
+    """Returns the export of an untrained student, its last hidden states in training of TEXTS with their mask, and its
+    projections."""
     run_dir = RunDir(folder / "run")
     beside = None if plan.sentence is None else plan.sentence.write
     run_dir.write_settings(plan.config, tokenizer=plan.tokenizer, beside_tokenizer=beside)
-    student = build_module(plan, torch.device("cpu"))[0].student.eval()
+    module = build_module(plan, torch.device("cpu"))[0]
+    student, projections = module.student.eval(), module.projections
     description = describe_for_export(plan, student.config) | {"step": 0}
     model = rebuild_student(description, student.state_dict())
-    write_model(model, description, {}, run_dir.tokenizer, folder / "student", history=History())
+    write_model(model, description, projections.state_dict(), run_dir.tokenizer, folder / "student", history=History())
     batch = plan.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         states = student.base_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    return folder / "student", states, batch["attention_mask"]
+    return folder / "student", states, batch["attention_mask"], projections
 
 
+@pytest.mark.parametrize("settings", [[], TRAINED], ids=["states", "vectors"])
 @pytest.mark.parametrize("width", [16, 32])
 @pytest.mark.parametrize(
     ("ways", "others"),
@@ -79,23 +87,33 @@ def export(plan: Plan, folder: Path) -> tuple[Path, torch.Tensor, torch.Tensor]:
     ids=[*POOLINGS, "two ways", "dense"],
 )
 def test_vectors_are_those_of_training(
-    ways: Sequence[str], others: list[str], width: int, tiny_world: TinyWorld, teacher: Path, tmp_path: Path
+    ways: Sequence[str],
+    others: list[str],
+    width: int,
+    settings: list[str],
+    tiny_world: TinyWorld,
+    teacher: Path,
+    tmp_path: Path,
 ) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
     pooling = {"embedding_dimension": 32, "pooling_mode": ways[0] if len(ways) == 1 else list(ways)}
     surround(teacher, ["Pooling", *others], pooling=pooling, reading={"max_seq_length": 64})
     head = ["--loss.mlm", "1", "--data.mlm_probability", "0.2"] if "max" in ways else []
-    plan = plan_of(tiny_world, teacher, "--student.hidden_size", str(width), *head)
-    folder, states, mask = export(plan, tmp_path)
-    want = torch.cat([POOLINGS[way](states, mask) for way in ways], dim=-1)
-    if "Dense" in others and width == 32:
+    plan = plan_of(tiny_world, teacher, "--student.hidden_size", str(width), *head, *settings)
+    folder, states, mask, projections = export(plan, tmp_path)
+    vectors = [POOLINGS[way](states, mask) for way in ways]
+    if settings:
+        vectors = [projections(2, vector).detach() for vector in vectors]
+    want = torch.cat(vectors, dim=-1)
+    if "Dense" in others and (width == 32 or settings):
         dense = load_file(teacher / "2_Dense" / "model.safetensors")
         want = torch.tanh(want @ dense["linear.weight"].T + dense["linear.bias"])
     want = normalize(want) if "Normalize" in others else want
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
     torch.testing.assert_close(model.encode(TEXTS, convert_to_tensor=True), want, rtol=0, atol=1e-5)
     assert AutoModel.from_pretrained(folder, add_pooling_layer=False).config.hidden_size == width
-    assert [bool(note) for note in plan.warnings if "dense" in note] == [True] * ("Dense" in others and width == 16)
+    is_missing = "Dense" in others and width == 16 and not settings
+    assert [bool(note) for note in plan.warnings if "dense" in note] == [True] * is_missing
 
 
 @pytest.mark.parametrize("encoder", ["", "0_Transformer"])
@@ -150,7 +168,7 @@ def test_capitals_that_the_teacher_never_meets_are_said(lowers: bool, teacher: P
 
 def test_the_card_is_that_of_a_sentence_encoder(tiny_world: TinyWorld, teacher: Path, tmp_path: Path) -> None:
     surround(teacher, reading={"max_seq_length": 20}, settings={"prompts": {"query": "the "}})
-    folder, _, _ = export(plan_of(tiny_world, teacher), tmp_path)
+    folder, *_ = export(plan_of(tiny_world, teacher), tmp_path)
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: sentence-similarity\n" in card
     assert "library_name: sentence-transformers\n" in card
