@@ -67,8 +67,9 @@ class PrepareConfig:
     seq_len: int = result(128)
     """Tokens per sequence, special tokens included."""
 
-    pack: Literal["contiguous", "document"] = result("contiguous")
-    """contiguous: a sequence goes on with the next document, after a separator; document: it ends with the document."""
+    pack: Literal["contiguous", "document", "unit"] = result("contiguous")
+    """contiguous: a sequence goes on with the next document, after a separator; document: it ends with the document;
+    unit: each sentence or paragraph (`unit`) is a sequence of its own, as sentence encoders read texts."""
 
     unit: Literal["sentence", "paragraph", "token"] = result("sentence")
     """What is never cut (unless longer than a whole sequence): sentences or paragraphs; token: cut anywhere, so that
@@ -97,6 +98,9 @@ class PrepareConfig:
         require(self.seq_len >= 8, "seq_len", self.seq_len, "must be at least 8 tokens")
         require(0.0 <= self.short_seq_prob <= 1.0, "short_seq_prob", self.short_seq_prob, "must be in [0, 1]")
         require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "must be at least 1")
+        if self.pack == "unit":
+            require(self.unit != "token", "unit", self.unit, "with pack=unit write sentence or paragraph")
+            require(not self.short_seq_prob, "short_seq_prob", self.short_seq_prob, "has no effect with pack=unit")
         require(self.min_tokens >= 1, "min_tokens", self.min_tokens, "must be at least 1")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
 

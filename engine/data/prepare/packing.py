@@ -206,13 +206,19 @@ class Packer:
         for paragraph in paragraphs:
             if self._unit == "paragraph" and sum(map(len, paragraph)) <= self._capacity:
                 if paragraph:
+                    self._begin_unit()
                     self._add_whole(np.concatenate(paragraph))
                 continue
             for sentence in paragraph:
+                self._begin_unit()
                 if self._unit == "token" or len(sentence) > self._capacity:
                     self._add_run(sentence)
                 else:
                     self._add_whole(sentence)
+
+    def _begin_unit(self) -> None:
+        if self._pack == "unit":
+            self.finish()
 
     def finish(self) -> None:
         """Ends the sequence at hand. Call it once more after the last document."""

@@ -258,9 +258,9 @@ def test_shards_of_an_earlier_larger_corpus_are_removed(tmp_path, tokenizer, sma
 @pytest.mark.parametrize(
     ("family", "pack", "unit"),
     [  # every two values of different kinds meet
-        (family, pack, ("sentence", "token")[(i + j) % 2])
+        (family, pack, ("sentence", "paragraph" if pack == "unit" else "token")[(i + j) % 2])
         for i, family in enumerate(FAMILIES)
-        for j, pack in enumerate(["document", "contiguous"])
+        for j, pack in enumerate(["document", "contiguous", "unit"])
     ],
 )
 def test_text_survives_for_every_tokenizer(tmp_path, small, family, pack, unit):
@@ -274,9 +274,28 @@ def test_text_survives_for_every_tokenizer(tmp_path, small, family, pack, unit):
     inner = [i for row in rows for i in row[1:-1] if i != tok.sep_token_id]
     assert "".join(tok.decode(inner).lower().split()) == "".join(small.read_text().lower().split())
     separators = sum(row[1:-1].count(tok.sep_token_id) for row in rows)
-    assert separators == 0 if pack == "document" else separators > 10
+    assert separators > 10 if pack == "contiguous" else separators == 0
     if (pack, unit) == ("contiguous", "token"):
         assert all(len(row) == 64 for row in rows[:-1])
+
+
+@pytest.mark.parametrize(("unit", "count"), [("sentence", 5), ("paragraph", 3)])
+def test_each_unit_is_a_sequence_of_its_own(tmp_path, tokenizer, unit, count):
+    text = tmp_path / "text.txt"
+    text.write_text("A first one. A second one.\nA third one.\n\nOne more of it. And the last one.\n")
+    manifest = prepare(config(tmp_path / "out", tokenizer, text, pack="unit", unit=unit, min_tokens=1))
+    rows = Dataset.from_file(str(tmp_path / "out" / manifest.shards[0].file))["input_ids"]
+    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    lines = text.read_text().replace("\n\n", "\n").splitlines()
+    want = lines if unit == "paragraph" else [f"{part}." for line in lines for part in line.rstrip(".").split(". ")]
+    assert len(rows) == count
+    assert ["".join(decode(row[1:-1]).lower().split()) for row in rows] == ["".join(s.lower().split()) for s in want]
+
+
+@pytest.mark.parametrize("other", [{"unit": "token"}, {"short_seq_prob": 0.1}])
+def test_what_has_no_effect_on_units_is_refused(other):
+    with pytest.raises(UserError, match="pack=unit"):
+        PrepareConfig(pack="unit", **other)
 
 
 def test_several_sources_keep_apart(tmp_path, tokenizer, small):
