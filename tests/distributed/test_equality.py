@@ -75,14 +75,13 @@ def test_random_layers_are_drawn_alike_on_all_ranks_and_micro_batches(finished_r
 def test_texts_of_a_batch_are_compared_over_all_ranks(finished_run) -> None:
     """loss.pooled with its KL of similarity: a micro batch of 8 on one rank, and of 4 on each of two."""
     settings = {"precision": "fp32", "loss__pooled": 1.0, "loss__pooled_weights": [1.0, 1.0, 1.0]}
+    settings |= {"train__eval_every": 2}
     one = finished_run(stage=0, ranks=1, micro=8, **settings)
     two = finished_run(stage=1, ranks=2, micro=4, **settings)
     assert relative_gap(one.curve(), two.curve()) < FP32
     assert relative_gap(one.curve("grad_norm"), two.curve("grad_norm")) < FP32
     similarity = [step["terms"]["pooled/similarity"] for step in one.steps()]
     assert relative_gap(similarity, [step["terms"]["pooled/similarity"] for step in two.steps()]) < FP32
-    alone = finished_run(stage=0, ranks=1, micro=4, **settings)
-    assert relative_gap(one.curve(), alone.curve()) > 1e-3, "a micro batch of 4 compares fewer texts"
     rooms = [[record["vectors"] for record in run.records("step") if "vectors" in record] for run in (one, two)]
     assert len(rooms[0]) == len(rooms[1]) > 1
     for first, second in zip(*rooms, strict=True):
