@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -232,58 +233,56 @@ def finetune_main(argv: Sequence[str] | None = None) -> int:
     return run_main(body)
 
 
-def prepare_main(argv: Sequence[str] | None = None) -> int:
-    def body() -> int:
-        words = sys.argv[1:] if argv is None else argv
-        text = usage(
-            "prepare_data",
-            "Turns text into a corpus: packed, memory-mapped token sequences.",
-            "--config examples/quickstart_corpus.yaml",
-            "--sources my.txt --tokenizer models/all-MiniLM-L6-v2 --output_dir data/mine",
-        )
-        config = parse_config(PrepareConfig, words, text)
-        from engine.data.prepare.corpus import prepare
+def run_tool(
+    argv: Sequence[str] | None, kind: type[Settings], script: str, purpose: str, *examples: str, job: str
+) -> int:
+    """Runs a script of one process. job: `module:function` that takes its configuration; the module, whose imports may
+    be heavy, is imported once the configuration is known to be sound."""
 
-        prepare(config)
+    def body() -> int:
+        config = parse_config(kind, sys.argv[1:] if argv is None else argv, usage(script, purpose, *examples))
+        module, _, function = job.partition(":")
+        getattr(import_module(module), function)(config)
         return EXIT_DONE
 
     return run_main(body)
+
+
+def prepare_main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(
+        argv,
+        PrepareConfig,
+        "prepare_data",
+        "Turns text into a corpus: packed, memory-mapped token sequences.",
+        "--config examples/quickstart_corpus.yaml",
+        "--sources my.txt --tokenizer models/all-MiniLM-L6-v2 --output_dir data/mine",
+        job="engine.data.prepare.corpus:prepare",
+    )
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
-    def body() -> int:
-        words = sys.argv[1:] if argv is None else argv
-        text = usage(
-            "export",
-            "Exports a checkpoint as a Hugging Face folder.",
-            "--run runs/quickstart",
-            "--run runs/quickstart --tag step-00000200 --to students/at-200",
-        )
-        config = parse_config(ExportConfig, words, text)
-        from engine.train.export import export_run
-
-        export_run(config)
-        return EXIT_DONE
-
-    return run_main(body)
+    return run_tool(
+        argv,
+        ExportConfig,
+        "export",
+        "Exports a checkpoint as a Hugging Face folder, with an ONNX file or to the hub where that is asked for.",
+        "--run runs/quickstart",
+        "--run runs/quickstart --tag step-00000200 --to students/at-200 --format onnx",
+        "--run runs/quickstart --push_to_hub OWNER/NAME --dry_run true",
+        job="engine.train.export:export_run",
+    )
 
 
 def measure_main(argv: Sequence[str] | None = None) -> int:
-    def body() -> int:
-        words = sys.argv[1:] if argv is None else argv
-        text = usage(
-            "measure",
-            "Measures the size and speed of encoders on this machine: a student and its teacher, or any others.",
-            "--models runs/quickstart",
-            "--models models/all-MiniLM-L6-v2 runs/quickstart runs/longer --seq_len 64 --dtype bfloat16",
-        )
-        config = parse_config(MeasureConfig, words, text)
-        from engine.jobs.measure.job import measure
-
-        measure(config)
-        return EXIT_DONE
-
-    return run_main(body)
+    return run_tool(
+        argv,
+        MeasureConfig,
+        "measure",
+        "Measures the size and speed of encoders on this machine: a student and its teacher, or any others.",
+        "--models runs/quickstart",
+        "--models models/all-MiniLM-L6-v2 runs/quickstart runs/longer --seq_len 64 --dtype bfloat16",
+        job="engine.jobs.measure.job:measure",
+    )
 
 
 def check_hosts_main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -115,6 +116,31 @@ class ExportConfig:
 
     tag: str = "newest"
     """Which checkpoint, like step-00000100; newest: the newest complete one."""
+
+    format: Literal["transformers", "onnx"] = "transformers"
+    """transformers: a Hugging Face folder; onnx: the same with onnx/model.onnx, whose outputs are compared with
+    PyTorch's (needs mapdistill[onnx])."""
+
+    push_to_hub: str | None = None
+    """OWNER/NAME of a repository on the Hugging Face hub to upload the folder to; a new one is private."""
+
+    dry_run: bool = False
+    """With push_to_hub: write the folder and print what would be uploaded, without network."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.dry_run or self.push_to_hub is not None,
+            "dry_run",
+            self.dry_run,
+            "has no effect without push_to_hub; remove it",
+        )
+        if self.push_to_hub is not None:
+            require(
+                re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub, re.ASCII) is not None,
+                "push_to_hub",
+                self.push_to_hub,
+                "must be OWNER/NAME, like ada/small-encoder",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

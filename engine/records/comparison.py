@@ -22,8 +22,8 @@ class MeasuredEncoder:
     """Parameters that are not in a table of embeddings (words, positions, token types)."""
     disk_mib: float
     """MiB of its weight files, with pooler and heads where they have them."""
-    memory_mib: float
-    """MiB of its weights and buffers in memory."""
+    memory_mib: float | None
+    """MiB of its weights and buffers in memory; None for an ONNX file, which onnxruntime does not tell it of."""
     ms: Sequence[float]
     """Median milliseconds of a forward pass, for each batch size."""
     speedup: Sequence[Speedup]
@@ -80,9 +80,11 @@ class Comparison:
     def _speedups(self, i: int) -> list[Speedup]:
         return [encoder.speedup[i] for encoder in self.encoders[1:]]
 
-    def _sizes(self, label: str, size: Callable[[MeasuredEncoder], float], form: str) -> list[str]:
+    def _sizes(self, label: str, size: Callable[[MeasuredEncoder], float | None], form: str) -> list[str]:
         first = size(self.encoders[0])
-        others = (f"{size(one):{form}} ({size(one) / first:.0%})" for one in self.encoders[1:])
+        assert first is not None
+        found = (size(one) for one in self.encoders[1:])
+        others = ("" if number is None else f"{number:{form}} ({number / first:.0%})" for number in found)
         return [label, f"{first:{form}}", *others]
 
     @property

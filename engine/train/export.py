@@ -31,14 +31,21 @@ from engine.train.card import TUNED, is_card, last_comparison, model_card
 from engine.train.checkpoint import EXPORT_FILE
 from engine.train.checkpoint_files import is_sound, load_full_state, problems_of, read_marker
 from engine.train.deepspeed_engine import full_state
+from engine.train.onnx_file import ONNX_FILE, TOLERANCE, require_onnx, write_onnx
 from engine.train.portable import make_portable, write_map
+from engine.train.upload import describe_upload, require_token, upload
 
 CARD = "README.md"
 
 
 def export_run(config: ExportConfig) -> Path:
-    """Writes the student of a complete checkpoint; returns its folder. Raises UserError when there is no such
-    checkpoint, its files are damaged, or the folder must not be replaced."""
+    """Writes the student of a complete checkpoint, and uploads it where that is asked for; returns its folder. Raises
+    UserError when there is no such checkpoint, its files are damaged, the folder must not be replaced, its ONNX file
+    cannot be written, or the hub does not take it."""
+    if config.format == "onnx":
+        require_onnx()
+    if config.push_to_hub is not None and not config.dry_run:
+        require_token(config.push_to_hub)
     run_dir = RunDir(Path(config.run))
     run_dir.require_no_patterns()
     tags = run_dir.complete_tags()
@@ -60,9 +67,18 @@ def export_run(config: ExportConfig) -> Path:
         )
     _check_tokenizer(run_dir, config.run, description)
     place = ", in place of the earlier export" if is_export(target) else ""
-    export_checkpoint(run_dir, tag, target)
+    gap = export_checkpoint(run_dir, tag, target, with_onnx=config.format == "onnx")
     loader = AUTO_CLASSES[head][0].__name__
     print(f"model of {tag} written to {target}{place}; load it with {loader}.from_pretrained({str(target)!r})")
+    if gap is not None:
+        print(
+            f"{target / ONNX_FILE}: its outputs differ from PyTorch's by at most {gap:.1e} (allowed: {TOLERANCE:.0e})"
+        )
+    if config.push_to_hub is not None:
+        if config.dry_run:
+            print(describe_upload(target, config.push_to_hub))
+        else:
+            print(f"uploaded to {upload(target, config.push_to_hub)}")
     return target
 
 
@@ -111,16 +127,26 @@ def _description(run_dir: RunDir, tag: str) -> dict[str, Any]:
     return description
 
 
-def export_checkpoint(run_dir: RunDir, tag: str, target: Path, *, scores: dict[str, str] | None = None) -> None:
-    """Writes the model of a complete checkpoint. scores: of a fine-tuned model, for its card. Raises RunFailure."""
+def export_checkpoint(
+    run_dir: RunDir, tag: str, target: Path, *, scores: dict[str, str] | None = None, with_onnx: bool = False
+) -> float | None:
+    """Writes the model of a complete checkpoint; returns the difference of its ONNX file to PyTorch, where it has one.
+    scores: of a fine-tuned model, for its card. Raises RunFailure, and UserError as write_onnx does."""
     description = _description(run_dir, tag)
     description["card"] |= scores or {}
-    _write_state(run_dir, description, load_full_state(run_dir.checkpoints, tag), target)
+    return _write_state(run_dir, description, load_full_state(run_dir.checkpoints, tag), target, with_onnx=with_onnx)
 
 
-def _write_state(run_dir: RunDir, description: dict[str, Any], state: dict[str, torch.Tensor], target: Path) -> None:
+def _write_state(
+    run_dir: RunDir,
+    description: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    target: Path,
+    *,
+    with_onnx: bool = False,
+) -> float | None:
     student, projections = split_state(state)
-    write_model(
+    return write_model(
         rebuild_student(description, student),
         description,
         projections,
@@ -128,6 +154,7 @@ def _write_state(run_dir: RunDir, description: dict[str, Any], state: dict[str, 
         target,
         history=History.read(run_dir.records, until=description["step"]),
         comparison=last_comparison(run_dir.records),
+        with_onnx=with_onnx,
     )
 
 
@@ -140,8 +167,10 @@ def write_model(
     *,
     history: History,
     comparison: Comparison | None = None,
-) -> None:
-    """Writes a Hugging Face folder, never half. Raises RunFailure.
+    with_onnx: bool = False,
+) -> float | None:
+    """Writes a Hugging Face folder, never half; returns the difference of its ONNX file to PyTorch, where it has one.
+    Raises RunFailure, and UserError as write_onnx does.
 
     tokenizer: a folder, which may be missing. The rest is for the model card (engine/train/card.py).
     """
@@ -159,6 +188,7 @@ def write_model(
                 prefix = f"linears.{vectors['projection']}."
                 linear = {key.removeprefix(prefix): x for key, x in projections.items() if key.startswith(prefix)}
                 write_map(folder, linear, vectors["ways"])
+            gap = write_onnx(model, description["head"], folder) if with_onnx else None
             card = folder / CARD
             card.write_text(model_card(folder, model.config, description, history, comparison), encoding="utf-8")
             for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read them
@@ -166,6 +196,7 @@ def write_model(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise RunFailure(f"{target} cannot be written: {reason}") from None
+    return gap
 
 
 def export_live(run_dir: RunDir, module: nn.Module, description: dict[str, Any]) -> None:

@@ -27,12 +27,12 @@ from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
 from engine.records.columns import counted
 from engine.records.comparison import Comparison
 from engine.records.history import History
-from engine.records.records import OnRecord
+from engine.records.records import OnRecord, final_result, read_records
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.train.checkpoint import Checkpointer, Chosen
 from engine.train.checkpoint_storage import storage_of
 from engine.train.deepspeed_engine import DeepSpeedModel
-from engine.train.export import export_live
+from engine.train.export import export_live, is_export
 from engine.train.monitor import Monitor
 from engine.train.optim import ChosenOptimizer
 from engine.train.trainee import Trainee
@@ -63,8 +63,29 @@ def distill(config: RunConfig, *, own_losses: OwnLosses = NO_LOSSES, on_record: 
             accept_changes=config.accept_changes,
         )
         chosen = checkpointer.choose(config.resume, set_aside=not config.dry_run)
+        if chosen is not None and not config.dry_run and from_rank_zero(lambda: is_finished(run_dir, chosen, config)):
+            if runtime.is_rank_zero:
+                print(
+                    f"{run_dir.root} is finished at {chosen.tag}; student: {run_dir.student}. To train longer, set "
+                    "more train.steps and accept_changes=true",
+                    flush=True,
+                )
+            return
         outcome = Job(plan, run_dir, checkpointer, runtime, loader, lock, on_record).run(chosen)
     outcome.require_done(run_dir.root)
+
+
+def is_finished(run_dir: RunDir, chosen: Chosen, config: RunConfig) -> bool:
+    """Returns whether an earlier start has trained to the end with these settings, and its student and result are
+    there."""
+    if chosen.changes or not is_export(run_dir.student) or not run_dir.records.is_file():
+        return False
+    result = final_result(read_records(run_dir.records))
+    if result is None or step_tag(result["steps_run"]) != chosen.tag:
+        return False
+    patience = config.train.patience
+    is_enough = patience is not None and result["bad_evaluations"] >= patience
+    return is_enough or result["steps_run"] == config.train.steps
 
 
 @dataclass(frozen=True)

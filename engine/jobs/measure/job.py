@@ -39,6 +39,7 @@ def measure(config: MeasureConfig) -> Comparison:
         batch_sizes=config.batch_sizes,
         dtype=config.dtype,
         rounds=config.rounds,
+        with_onnx=True,
     )
     print(f"{columns(compared.rows())}\n\n{compared.conditions}", flush=True)
     return compared
