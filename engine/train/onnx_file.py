@@ -32,7 +32,9 @@ TASK_OUTPUTS: dict[Head, tuple[str, ...]] = {"classification": ("logits",), "spa
 class _Positional(nn.Module):
     """A model with inputs by position and a tuple of outputs, as the exporter takes it."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.inputs, self.outputs = model, inputs, outputs
 
@@ -59,7 +61,7 @@ def write_onnx(model: PreTrainedModel, head: Head, folder: Path) -> float:
     model, or the difference exceeds TOLERANCE.
     """
     outputs = TASK_OUTPUTS.get(head, ("last_hidden_state",))
-    part = model if head in TASK_OUTPUTS else model.base_model
+    part: Any = model if head in TASK_OUTPUTS else model.base_model
     module = _Positional(part, _inputs_of(part), outputs).eval()
     path = folder / ONNX_FILE
     path.parent.mkdir()
