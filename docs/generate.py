@@ -15,7 +15,7 @@ from engine.config.help import summary, value_form
 from engine.config.marks import Mark
 from engine.config.proxy import ProxyJobConfig
 from engine.config.schema import field_docs
-from engine.config.tools import ExportConfig, HostCheckConfig, MeasureConfig, PrepareConfig, SourceConfig
+from engine.config.tools import ExportConfig, HostCheckConfig, MeasureConfig, PrepareConfig, ScoreConfig, SourceConfig
 from engine.hub.config import REFUSED
 from engine.models.fit import CHECKS
 from ga.config import SearchConfig
@@ -115,6 +115,7 @@ def render() -> str:
     parts.append(table("Each entry of `sources`", SourceConfig(path="a.txt")))
     parts += script("python launch/export.py", ExportConfig(run=""))
     parts += script("python launch/measure.py", MeasureConfig(models=["runs/quickstart"]))
+    parts += script("python launch/score.py", ScoreConfig(models=["runs/quickstart"]))
     parts += script("python launch/check_hosts.py", HostCheckConfig(hostfile=""))
     return "\n".join([INTRO, contents(parts), *parts])
 

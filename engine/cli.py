@@ -17,7 +17,7 @@ from engine.config.finetune import FinetuneConfig
 from engine.config.places import IS_INSTALLED, ROOT, SHIPPED, command
 from engine.config.proxy import ProxyJobConfig
 from engine.config.reading import parse_config, split_options
-from engine.config.tools import ExportConfig, HostCheckConfig, MeasureConfig, PrepareConfig
+from engine.config.tools import ExportConfig, HostCheckConfig, MeasureConfig, PrepareConfig, ScoreConfig
 from engine.errors import (
     EXIT_BAD_INPUT,
     EXIT_CRASH,
@@ -283,6 +283,24 @@ def measure_main(argv: Sequence[str] | None = None) -> int:
         "--models models/all-MiniLM-L6-v2 runs/quickstart runs/longer --seq_len 64 --dtype bfloat16",
         job="engine.jobs.measure.job:measure",
     )
+
+
+def score_main(argv: Sequence[str] | None = None) -> int:
+    def body() -> int:
+        words = sys.argv[1:] if argv is None else argv
+        text = usage(
+            "score",
+            "Scores encoders without fine-tuning: similarity and retrieval by cosine, other tasks by a probe.",
+            "--models runs/quickstart --tasks STS-B --task.data_dir data/glue",
+            "--config tasks.yaml --models models/all-MiniLM-L6-v2 runs/quickstart runs/longer --tasks tickets faq",
+        )
+        config = parse_config(ScoreConfig, words, text)
+        from engine.jobs.score.job import score
+
+        score(config)
+        return EXIT_DONE
+
+    return run_main(body)
 
 
 def check_hosts_main(argv: Sequence[str] | None = None) -> int:

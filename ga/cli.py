@@ -58,6 +58,7 @@ usage: mapdistill COMMAND [SETTINGS]
   search         searches the layer mapping with proxy jobs
   export         exports a checkpoint as a Hugging Face folder
   measure        measures the size and speed of a student and its teacher
+  score          scores encoders on similarity, retrieval and other tasks, without fine-tuning
   prepare_data   turns text into a corpus
   check_hosts    checks whether the hosts of a hostfile can train together
 
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "search": search_main,
         "export": cli.export_main,
         "measure": cli.measure_main,
+        "score": cli.score_main,
         "prepare_data": cli.prepare_main,
         "check_hosts": cli.check_hosts_main,
     }

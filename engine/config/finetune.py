@@ -24,14 +24,19 @@ METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 @dataclass(frozen=True, kw_only=True)
 class CustomTaskConfig:
-    train: PathText
-    """File of the training rows, with named columns: .csv, .tsv, JSON lines, a JSON list or Parquet."""
+    train: PathText | None = None
+    """File of the training rows, with named columns: .csv, .tsv, JSON lines, a JSON list or Parquet. A regression of
+    pairs can do without: it is scored by cosine, without training."""
 
-    dev: PathText
+    dev: PathText | None = None
     """File of the rows that score."""
 
     test: PathText | None = None
     """File of rows to predict; needs no label column."""
+
+    folder: PathText | None = None
+    """Folder of a retrieval in BEIR's layout: corpus.jsonl, queries.jsonl, and train.tsv, dev.tsv or test.tsv in its
+    folder qrels. It takes the place of files and columns."""
 
     text: str = "text"
     """Column of the (first) text."""
@@ -42,8 +47,9 @@ class CustomTaskConfig:
     label: str = "label"
     """Column of the label: a name (classification) or a number (regression)."""
 
-    kind: Literal["classification", "regression"] = "classification"
-    """What the label is."""
+    kind: Literal["classification", "regression", "retrieval"] = "classification"
+    """What the label is: a class, or a number; with two texts, the number says how alike they are. retrieval: a search
+    for documents, with the files of `folder`."""
 
     labels: list[str] | None = None
     """Every label of a classification, in the order of their indices; unset: those of the training rows, sorted. Every

@@ -1,4 +1,5 @@
-"""What the scripts beside training take: preparing a corpus, exporting, measuring, checking hosts. No torch here."""
+"""What the scripts beside training take: preparing a corpus, exporting, measuring, scoring, checking hosts. No torch
+here."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config.checks import require
+from engine.config.finetune import TaskDataConfig
 from engine.config.marks import PathText, how, located, result
 
 BATCH_SIZES = (1, 32)
@@ -143,6 +145,12 @@ class ExportConfig:
             )
 
 
+def _require_models(models: list[PathText]) -> None:
+    require(bool(models), "models", models, "name at least one model")
+    twice = sorted({path for path in models if models.count(path) > 1})
+    require(not twice, "models", ", ".join(twice), "occurs twice; name each model once")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
     models: list[PathText]
@@ -165,9 +173,7 @@ class MeasureConfig:
     """Accept weights in pytorch_model.bin, a pickle, of which only tensors are read."""
 
     def __post_init__(self) -> None:
-        require(bool(self.models), "models", self.models, "name at least one model")
-        twice = sorted({path for path in self.models if self.models.count(path) > 1})
-        require(not twice, "models", ", ".join(twice), "occurs twice; name each model once")
+        _require_models(self.models)
         require(
             bool(self.batch_sizes) and min(self.batch_sizes) >= 1,
             "batch_sizes",
@@ -176,6 +182,30 @@ class MeasureConfig:
         )
         require(self.seq_len is None or self.seq_len >= 1, "seq_len", self.seq_len, "must be at least 1 token")
         require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    models: list[PathText]
+    """Encoders to score: folders, hub names, or run directories. The others are compared with the first; a single
+    student of launch/distill.py is compared with its teacher."""
+
+    tasks: list[str] = field(default_factory=lambda: ["STS-B"])
+    """Tasks: similarities and retrievals are scored by cosine, without training, other tasks by a probe on frozen
+    features."""
+
+    seq_len: int | None = None
+    """Tokens to which longer texts are cut; unset: by task, and never more than a model takes."""
+
+    allow_pickle: bool = False
+    """Accept weights in pytorch_model.bin, a pickle, of which only tensors are read."""
+
+    task: TaskDataConfig = field(default_factory=TaskDataConfig)
+
+    def __post_init__(self) -> None:
+        _require_models(self.models)
+        require(bool(self.tasks), "tasks", self.tasks, "name at least one task")
+        require(self.seq_len is None or self.seq_len >= 8, "seq_len", self.seq_len, "must be at least 8 tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

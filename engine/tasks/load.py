@@ -15,11 +15,12 @@ import numpy.typing as npt
 from engine.config.finetune import TaskDataConfig
 from engine.data.prepare.formats import is_saved_dataset
 from engine.errors import UserError
+from engine.tasks.beir import read_beir
 from engine.tasks.files import read_rows
 from engine.tasks.hub import WITHOUT_GLUE, find_split, holds_splits, hub_rows, hub_split_name, hub_splits, saved_splits
 from engine.tasks.labels import gold_rows, occurring_labels, to_split
-from engine.tasks.remarks import remarks, shared_texts
-from engine.tasks.rows import Rows, Split
+from engine.tasks.remarks import AnyRows, remarks, shared_texts
+from engine.tasks.rows import Rows
 from engine.tasks.specs import (
     DIAGNOSTIC,
     GLUE_TASKS,
@@ -35,7 +36,7 @@ from engine.tasks.tables import beside
 if TYPE_CHECKING:
     from engine.tasks.squad import SquadSplit
 
-AnySplit = TypeVar("AnySplit", bound="Split | SquadSplit")
+AnySplit = TypeVar("AnySplit", bound=AnyRows)
 GLUE_HUB = "nyu-mll/glue"
 HELD_OUT = "held-out"
 DIAGNOSTIC_FILES = ("diagnostic/diagnostic.tsv", "AX/AX.tsv", "AX/diagnostic.tsv")
@@ -47,12 +48,14 @@ _SQUAD_HUB = {"SQuAD-v1.1": "rajpurkar/squad", "SQuAD-v2": "rajpurkar/squad_v2"}
 @dataclass(frozen=True)
 class TaskData:
     spec: TaskSpec
-    splits: dict[str, Split | SquadSplit]
+    splits: dict[str, AnyRows]
     sha256: str
     """Hash of the train and dev rows, after task.train_rows and task.dev_rows: the same for two runs that see the
     same."""
     warnings: tuple[str, ...] = ()
     """What was left out of the files, and what else of them a person should know, for the banner."""
+    has_one_split: bool = False
+    """Whether `train` is a part of `dev`."""
 
 
 def resolve_names(names: Sequence[str], config: TaskDataConfig) -> tuple[list[str], list[str]]:
@@ -81,28 +84,54 @@ def resolve_names(names: Sequence[str], config: TaskDataConfig) -> tuple[list[st
 def load_task(name: str, config: TaskDataConfig, *, test: bool = False) -> TaskData:
     """Reads the train, dev and (with `test`) test splits, and caps their rows. A second or two for the big tasks.
 
+    Where all rows are in one split, it is `dev`, and `train` the half of it that a hash of the ids chooses: nothing is
+    trained on it, but a search that chooses by its score does not see the other half.
+
     task.train_rows draws rows at random, always the same ones and a part of those that a larger cap draws, in the
     order of the file; task.dev_rows takes the first. Test splits are never capped, and absent ones are left out unless
     the user named the file. Raises UserError that names the file and line, or the setting.
     """
     spec = task_spec(name, config)
-    splits: dict[str, Split | SquadSplit]
+    splits: dict[str, AnyRows]
     if spec.kind == "span":
         splits, warnings = _load_squad(spec, config)
+    elif spec.kind == "retrieval":
+        splits, warnings = _load_retrieval(spec, config)
     else:
         own = spec.name in config.custom
         rows = _custom_rows(spec, config, test=test) if own else _glue_rows(spec, config, test=test)
         spec, splits, warnings = _with_labels(spec, rows, config)
+    has_one_split = "train" not in splits
+    if has_one_split:
+        splits["train"] = take_rows(splits["dev"], np.flatnonzero(seen_by_searches(splits["dev"])))
+        warnings.append(
+            f"{spec.name}: {len(splits['dev']):,} rows in one split; a fitness comes from {len(splits['train']):,} of "
+            "them, chosen by a hash of their ids"
+        )
     absent = [name for name in spec.test_splits if test and name not in splits]
     if absent:
         warnings.append(f"{spec.name}: no {' and no '.join(absent)} split, whose predictions the GLUE server needs")
     if config.train_rows is not None:
         drawn = np.random.default_rng(0).permutation(len(splits["train"]))[: config.train_rows]
-        splits["train"] = _take(splits["train"], np.sort(drawn))
+        splits["train"] = take_rows(splits["train"], np.sort(drawn))
     if config.dev_rows is not None:
         for split in spec.dev_splits:
-            splits[split] = _take(splits[split], np.arange(len(splits[split]))[: config.dev_rows])
-    return TaskData(spec, splits, _digest(spec, splits), tuple(dict.fromkeys(warnings)))
+            splits[split] = take_rows(splits[split], np.arange(len(splits[split]))[: config.dev_rows])
+    return TaskData(spec, splits, _digest(spec, splits), tuple(dict.fromkeys(warnings)), has_one_split)
+
+
+def seen_by_searches(split: AnyRows) -> npt.NDArray[np.bool_]:
+    """Returns (n,) which rows of the only split of a task a fitness comes from: about half of them, and always at least
+    one, decided by their ids alone."""
+    seen = np.array([hashlib.sha256(row.encode()).digest()[0] % 2 == 0 for row in split.ids])
+    return seen if seen.any() else ~seen
+
+
+def _load_retrieval(spec: TaskSpec, config: TaskDataConfig) -> tuple[dict[str, AnyRows], list[str]]:
+    folder = config.custom[spec.name].folder
+    assert folder is not None, spec.name
+    splits, warnings = read_beir(Path(folder), key=f"task.custom.{spec.name}.folder")
+    return dict(splits), [*warnings, *shared_texts(spec.name, splits)]
 
 
 def hold_out(task: TaskData, *, parts: int) -> TaskData:
@@ -111,8 +140,8 @@ def hold_out(task: TaskData, *, parts: int) -> TaskData:
     train = task.splits["train"]
     held = np.arange(len(train)) % parts == parts - 1
     splits = {
-        "train": _take(train, np.flatnonzero(~held)),
-        HELD_OUT: replace(_take(train, np.flatnonzero(held)), name=HELD_OUT),
+        "train": take_rows(train, np.flatnonzero(~held)),
+        HELD_OUT: replace(take_rows(train, np.flatnonzero(held)), name=HELD_OUT),
     }
     return replace(task, spec=replace(task.spec, dev_splits=(HELD_OUT,)), splits=splits)
 
@@ -146,11 +175,11 @@ def _existing_folder(name: str, config: TaskDataConfig) -> Path:
 
 def _with_labels(
     spec: TaskSpec, rows: dict[str, Rows], config: TaskDataConfig
-) -> tuple[TaskSpec, dict[str, Split | SquadSplit], list[str]]:
+) -> tuple[TaskSpec, dict[str, AnyRows], list[str]]:
     """Returns the final description of the task, the splits with their labels, and remarks."""
     setting = f"task.custom.{spec.name}" if spec.name in config.custom else None
     leave_out = config.unlabelled == "leave_out"
-    for name in ("train", *spec.dev_splits):
+    for name in rows.keys() - set(spec.test_splits):
         rows[name] = gold_rows(rows[name], spec, leave_out=leave_out, setting=setting)
     if setting is not None and spec.kind == "classification" and not spec.labels:
         spec = replace(spec, labels=occurring_labels(rows["train"], setting))
@@ -201,12 +230,12 @@ def _hub_rows(spec: TaskSpec, names: Sequence[str], folder: Path | None) -> dict
     return found
 
 
-def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> tuple[dict[str, Split | SquadSplit], list[str]]:
+def _load_squad(spec: TaskSpec, config: TaskDataConfig) -> tuple[dict[str, AnyRows], list[str]]:
     from engine.tasks.answers import learnable_answers, scored_remarks
 
     folder = None if config.data_dir is None else _existing_folder(spec.name, config)
     parts = _saved_squad(spec, folder) if folder is None or holds_splits(folder) else _squad_files(spec, folder)
-    found: dict[str, Split | SquadSplit] = {}
+    found: dict[str, AnyRows] = {}
     warnings: list[str] = []
     for source, split in parts:
         if split.answers is None:
@@ -248,9 +277,11 @@ def _custom_rows(spec: TaskSpec, config: TaskDataConfig, *, test: bool) -> dict[
     columns = Columns(
         first=custom.text, second=custom.text_pair, label=custom.label, ids=("index", "id", "idx"), setting=key
     )
-    files = {"train": custom.train, "dev": custom.dev, **({"test": custom.test} if test and custom.test else {})}
+    files = {"train": custom.train, "dev": custom.dev, "test": custom.test if test else None}
     found: dict[str, Rows] = {}
     for name, file in files.items():
+        if file is None:
+            continue
         path = Path(file)
         if not path.is_file():
             if is_saved_dataset(path):
@@ -266,7 +297,7 @@ def _custom_rows(spec: TaskSpec, config: TaskDataConfig, *, test: bool) -> dict[
     return found
 
 
-def _take(split: AnySplit, rows: npt.NDArray[np.int64]) -> AnySplit:
+def take_rows(split: AnySplit, rows: npt.NDArray[np.int64]) -> AnySplit:
     """Returns a split with these rows alone: of every field that has one value per row."""
     changed: dict[str, Any] = {}
     for field in fields(split):
@@ -278,7 +309,7 @@ def _take(split: AnySplit, rows: npt.NDArray[np.int64]) -> AnySplit:
     return replace(split, **changed)
 
 
-def _digest(spec: TaskSpec, splits: dict[str, Split | SquadSplit]) -> str:
+def _digest(spec: TaskSpec, splits: dict[str, AnyRows]) -> str:
     digest = hashlib.sha256(json.dumps([spec.kind, spec.labels]).encode())
     for name in ("train", *spec.dev_splits):
         for field in fields(splits[name]):

@@ -45,7 +45,7 @@ def score_task(spec: TaskSpec, outputs: Predictions, targets: Predictions) -> di
     `outputs`: (n, labels) logits, or (n,) or (n, 1) predictions of a regression. Where any of them is not finite, the
     model has diverged, and every metric is 0.0.
     """
-    assert spec.kind != "span", spec.name
+    assert spec.kind in ("classification", "regression"), spec.name
     if not np.isfinite(outputs).all():
         return dict.fromkeys(spec.metrics, 0.0)
     if spec.kind == "regression":
@@ -55,10 +55,8 @@ def score_task(spec: TaskSpec, outputs: Predictions, targets: Predictions) -> di
 
 
 def task_score(spec: TaskSpec, metrics: Mapping[str, float]) -> float:
-    """Returns the one number of a split: the mean of the task's metrics, and f1 alone for SQuAD."""
-    if spec.kind == "span":
-        return metrics["f1"]
-    return math.fsum(metrics[name] for name in spec.metrics) / len(spec.metrics)
+    """Returns the one number of a split: the mean of the metrics that count."""
+    return math.fsum(metrics[name] for name in spec.counted_metrics) / len(spec.counted_metrics)
 
 
 def glue_average(scores: Mapping[str, float]) -> dict[str, float]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from engine.tasks.beir import RetrievalSplit
 from engine.tasks.rows import Rows, Split
 from engine.tasks.specs import TaskSpec
 from engine.tasks.squad import SquadSplit
 
+AnyRows = Split | SquadSplit | RetrievalSplit
 _BYTES = re.compile(r"""b(['"]).*\1""", re.DOTALL)
 _NOTHING = frozenset({"nan", "none", "null", "na", "n/a", "<na>"})
 
@@ -25,8 +27,11 @@ def remarks(spec: TaskSpec, rows: Mapping[str, Rows], splits: Mapping[str, Split
     return found + shared_texts(spec.name, splits)
 
 
-def shared_texts(task: str, splits: Mapping[str, Split | SquadSplit]) -> list[str]:
-    """Counts the rows of other splits whose texts are in training as well, whatever their case and spaces."""
+def shared_texts(task: str, splits: Mapping[str, AnyRows]) -> list[str]:
+    """Counts the rows of other splits whose texts are in training as well, whatever their case and spaces; of a
+    retrieval, the queries."""
+    if "train" not in splits:
+        return []
     trained = set(_texts(splits["train"]))
     found = []
     for name, split in splits.items():
@@ -39,8 +44,14 @@ def shared_texts(task: str, splits: Mapping[str, Split | SquadSplit]) -> list[st
     return found
 
 
-def _texts(split: Split | SquadSplit) -> Iterator[tuple[str, ...]]:
-    columns = (split.questions, split.contexts) if isinstance(split, SquadSplit) else (split.first, split.second)
+def _texts(split: AnyRows) -> Iterator[tuple[str, ...]]:
+    columns: tuple[list[str] | None, ...]
+    if isinstance(split, RetrievalSplit):
+        columns = (split.queries,)
+    elif isinstance(split, SquadSplit):
+        columns = (split.questions, split.contexts)
+    else:
+        columns = (split.first, split.second)
     given = [column for column in columns if column is not None]
     plain = {text: " ".join(text.split()).casefold() for column in given for text in set(column)}
     return (tuple(plain[text] for text in texts) for texts in zip(*given, strict=True))

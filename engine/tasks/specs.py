@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from engine.config.finetune import CustomTaskConfig, TaskDataConfig
+from engine.config.places import command
 from engine.errors import UserError
 from engine.tasks.spelling import is_label, label_text
 
-Kind = Literal["classification", "regression", "span"]
+Kind = Literal["classification", "regression", "span", "retrieval"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class TaskSpec:
     labels: tuple[str, ...]
     """Labels by index, as the files write them; () for regressions and spans."""
     metrics: tuple[str, ...]
-    """Names in engine.tasks.metrics; the score is their mean (SQuAD: f1)."""
+    """Names in engine.tasks.metrics and engine.tasks.retrieval."""
     dev_splits: tuple[str, ...] = ("dev",)
     test_splits: tuple[str, ...] = ("test",)
     pair: bool
@@ -85,6 +86,8 @@ class TaskSpec:
     ones (docs/proxy.md)."""
     similarity: bool = False
     """A regression of how alike two texts are, which a cosine can score without training."""
+    trainable: bool = True
+    """Whether a model can be fine-tuned on it."""
     glue: bool = False
     """Whether it counts in the GLUE average."""
     layout: Layout | None = None
@@ -93,6 +96,16 @@ class TaskSpec:
     """Name of the prediction file for each test split, and for the dev split in its place."""
     target_range: tuple[float, float] | None = None
     """Smallest and largest regression target that can occur; predictions are clipped to it."""
+
+    @property
+    def counted_metrics(self) -> tuple[str, ...]:
+        """Metrics whose mean is the score; the others are reported beside it"""
+        return {"span": ("f1",), "retrieval": ("ndcg@10",)}.get(self.kind, self.metrics)
+
+    @property
+    def is_zero_shot(self) -> bool:
+        """Whether vectors of texts score it without training"""
+        return self.similarity or self.kind == "retrieval"
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -114,6 +127,9 @@ WINOGRAD = TaskDefaults(epochs=5, lr=5e-5, batch=16, seq_len=128)
 SPAN = TaskDefaults(epochs=3, lr=5e-5, batch=16, seq_len=384)
 """SQuAD, as in BERT's run_squad.py but for the rate, which is the one DistilBERT-sized students take."""
 CUSTOM = TaskDefaults(epochs=3, lr=5e-5, batch=16, seq_len=128)
+RETRIEVAL = replace(CUSTOM, seq_len=256)
+"""Documents are longer than sentences; it is never trained on."""
+RETRIEVAL_METRICS = ("ndcg@10", "recall@10", "recall@100")
 
 _ACCURACY, _ACCURACY_F1 = ("accuracy",), ("accuracy", "f1")
 _LABELS_01, _ENTAILED = ("0", "1"), ("entailment", "not_entailment")
@@ -265,7 +281,15 @@ def check_custom_names(config: TaskDataConfig) -> None:
 
 def _custom_spec(name: str, custom: CustomTaskConfig) -> TaskSpec:
     key = f"task.custom.{name}"
+    if custom.kind == "retrieval":
+        return _retrieval_spec(name, custom)
     classifies = custom.kind == "classification"
+    if custom.folder is not None:
+        raise UserError(f"{key}.folder={custom.folder!r}: is for a retrieval; write kind: retrieval, or remove it")
+    if custom.dev is None:
+        raise UserError(f"{key}.dev: name the file of the rows that score")
+    if custom.train is None and (classifies or custom.text_pair is None):
+        raise UserError(f"{key}.train: name the file of the training rows; only a regression of pairs needs none")
     columns = [name for name in (custom.text, custom.text_pair, custom.label) if name is not None]
     if len(set(columns)) < len(columns):
         raise UserError(f"{key}: text, text_pair and label name {', '.join(columns)}; each needs a column of its own")
@@ -294,5 +318,35 @@ def _custom_spec(name: str, custom: CustomTaskConfig) -> TaskSpec:
         pair=custom.text_pair is not None,
         defaults=CUSTOM,
         similarity=not classifies and custom.text_pair is not None,
+        trainable=custom.train is not None,
         submission=(f"{name}.tsv",),
     )
+
+
+def _retrieval_spec(name: str, custom: CustomTaskConfig) -> TaskSpec:
+    key = f"task.custom.{name}"
+    if custom.folder is None:
+        raise UserError(f"{key}.folder: name the folder with corpus.jsonl, queries.jsonl and qrels")
+    for setting in fields(custom):
+        value = getattr(custom, setting.name)
+        if setting.name not in ("folder", "kind") and value != setting.default:
+            raise UserError(f"{key}.{setting.name}={value!r}: has no effect on a retrieval; remove it")
+    return TaskSpec(
+        name=name,
+        kind="retrieval",
+        labels=(),
+        metrics=RETRIEVAL_METRICS,
+        test_splits=(),
+        pair=False,
+        defaults=RETRIEVAL,
+        trainable=False,
+    )
+
+
+def require_trainable(spec: TaskSpec, setting: str) -> None:
+    """Raises UserError, which names the setting that wants it, for a task that no model can be fine-tuned on."""
+    if not spec.trainable:
+        raise UserError(
+            f"{setting}: {spec.name!r} has nothing to train on; `{command('score')}`, and proxies with "
+            "proxy.evaluator=probe, score it without training"
+        )

@@ -12,7 +12,7 @@ from typing import NoReturn
 import pytest
 from launching import ROOT, Run
 
-from engine.cli import distill_main, export_main, finetune_main, measure_main, prepare_main, proxy_main
+from engine.cli import distill_main, export_main, finetune_main, measure_main, prepare_main, proxy_main, score_main
 from engine.hub.files import allow_pickle
 from engine.ranks import watchdog
 from ga.cli import search_main
@@ -25,6 +25,7 @@ MAINS = {
     "prepare_data": prepare_main,
     "export": export_main,
     "measure": measure_main,
+    "score": score_main,
 }
 
 

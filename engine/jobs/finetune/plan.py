@@ -25,7 +25,7 @@ from engine.models.shape import ModelShape
 from engine.records.fingerprints import digest
 from engine.tasks.load import TaskData, load_task, resolve_names
 from engine.tasks.model import head_remarks, model_folder, task_tokenizer
-from engine.tasks.specs import task_spec
+from engine.tasks.specs import require_trainable, task_spec
 from engine.tasks.train import task_train_config
 
 if TYPE_CHECKING:
@@ -224,6 +224,7 @@ def _plan_task(
     teacher: SavedModel | None,
     precision: str,
 ) -> PlannedTask:
+    require_trainable(task_spec(name, config.task), "task.name")
     data = load_task(name, config.task)
     sha256 = data.sha256
     if config.task.predict:  # test rows change no score, so they are not in the hash

@@ -27,7 +27,7 @@ def measure(config: MeasureConfig) -> Comparison:
     """Measures the encoders and prints the table. Raises UserError for a model that cannot be read, and a length that
     one of them does not take."""
     allow_pickle(config.allow_pickle)
-    run = _distillation(config.models[0]) if len(config.models) == 1 else None
+    run = distillation_of(config.models[0]) if len(config.models) == 1 else None
     models = {path: SavedModel.read("models", model_folder(path, key="models")) for path in config.models}
     if run is not None:
         teacher = SavedModel.read(f"teacher.path of {config.models[0]}", run.teacher.path)
@@ -45,7 +45,7 @@ def measure(config: MeasureConfig) -> Comparison:
     return compared
 
 
-def _distillation(path: str) -> RunConfig | None:
+def distillation_of(path: str) -> RunConfig | None:
     """Returns the configuration of the distillation that has made a student, which is named by its run directory or by
     the folder inside; None for other models."""
     for run_dir in (RunDir(Path(path)), RunDir(Path(path).resolve().parent)):

@@ -1,4 +1,4 @@
-"""How a proxy job scores a student: probes on frozen features, or a short fine-tuning of a copy."""
+"""How a proxy job scores a student: vectors and probes of frozen features, or a short fine-tuning of a copy."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from engine.data.batch import Batch
 from engine.errors import UserError
+from engine.hub.sentence import SentenceEncoder, read_sentence_encoder
 from engine.jobs.execution import plan_execution
 from engine.jobs.proxy.plan import OwnEvaluator, ProxyPlan
 from engine.models.fit import longest_input
 from engine.models.pooling import pool
 from engine.ranks import watchdog
-from engine.ranks.collectives import from_rank_zero, gather_rows
+from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime, StopRequest
 from engine.records.run_dir import RunDir
-from engine.tasks.encode import EncodedTask, encode_split, encode_task
+from engine.tasks.encode import EncodedTask, encode_task
 from engine.tasks.load import TaskData, hold_out
-from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.model import load_task_model
 from engine.tasks.module import TaskModule
 from engine.tasks.probe import ProbeFeatures, map_in_threads, probe_outputs
-from engine.tasks.rows import Encoded, Split
+from engine.tasks.rows import Split
+from engine.tasks.texts import TaskTexts, scored_split, zero_shot_metrics
 from engine.tasks.train import Recipe, task_train_config, train_on_task
+from engine.tasks.vectors import TextVectors
 from engine.train.export import load_export
 from engine.train.monitor import Monitor
 from engine.train.trainer import Outcome
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PROBE_BATCH = 64
 
 
 class Student(Protocol):
@@ -86,16 +86,9 @@ class Evaluator(Protocol):
         ...
 
 
-class _Rows(NamedTuple):
-    """Where a task's texts lie in the one big table."""
-
-    first: slice
-    second: slice | None
-
-
 class ProbeEvaluator:
-    """Probes on frozen features. The texts of all tasks are tokenised once, as one table, which a student reads in one
-    sweep."""
+    """Zero-shot scores and probes on frozen features. The texts of all tasks are tokenised once, as one table, which a
+    student reads in one sweep."""
 
     def __init__(
         self,
@@ -105,81 +98,36 @@ class ProbeEvaluator:
         longest: int,
         folds: int,
         runtime: Runtime,
+        sentence: SentenceEncoder | None = None,
     ) -> None:
+        """sentence: what makes the vectors of zero-shot scores, the teacher's; None: means."""
         self._tasks, self._runtime, self._folds = tasks, runtime, folds
-        self._every_layer = any(task.spec.every_layer for task in tasks)
-        texts: list[str] = []
-        self._rows: dict[str, _Rows] = {}
-
-        def table(rows: list[str] | None) -> slice | None:
-            if rows is None:
-                return None
-            texts.extend(rows)
-            return slice(len(texts) - len(rows), len(texts))
-
-        for task in tasks:
-            split = _training_rows(task)
-            first = table(split.first)
-            assert first is not None
-            self._rows[task.spec.name] = _Rows(first, table(split.second))
         seq_len = min(longest, max(task.spec.defaults.seq_len for task in tasks))
-        self._encoded: Encoded = encode_split(texts, None, tokenizer, seq_len=seq_len)
-        self._pad_id = tokenizer.pad_token_id or 0
-        self.tokens: torch.Tensor | None = torch.from_numpy(
-            np.union1d(self._encoded.ids, [self._pad_id]).astype(np.int64)
-        )
+        splits = {task.spec.name: (task.spec, scored_split(task, "train")) for task in tasks}
+        self._texts = TaskTexts(splits, tokenizer, TextVectors(sentence), seq_len=seq_len)
+        self.tokens: torch.Tensor | None = self._texts.tokens
 
     def __call__(self, student: Student) -> Scores:
         """Returns the scores of a student, which depend on no seed. Collective."""
-        features = self._features(student)
+        features = self._texts.features(student.hidden, student.layers, self._runtime)
         metrics: dict[str, dict[str, float]] = {}
         for task in self._tasks:
             watchdog.beat()
-            at = self._rows[task.spec.name]
-            states = features if task.spec.every_layer else features[:, -1:]
-            first, second = (None if rows is None else states[rows].flatten(1) for rows in (at.first, at.second))
-            assert first is not None
-            rows = ProbeFeatures(first, second)
-            metrics[task.spec.name] = _cross_validated(task, rows, self._folds)
+            rows = features.part(task.spec.name)
+            if task.spec.is_zero_shot:
+                metrics[task.spec.name] = zero_shot_metrics(task.spec, scored_split(task, "train"), rows)
+            else:
+                metrics[task.spec.name] = _cross_validated(task, rows, self._folds)
         return scores_of(self._tasks, metrics)
-
-    def _features(self, student: Student) -> torch.Tensor:
-        """Returns mean-pooled hidden states (texts, layers, D) in float32 on the CPU: of the last layer, or of all and
-        the embeddings if a task wants them. Collective."""
-        layers = frozenset(range(0 if self._every_layer else student.layers, student.layers + 1))
-        device = self._runtime.device
-        batches = evaluation_batches(
-            self._encoded,
-            pad_id=self._pad_id,
-            batch_size=PROBE_BATCH,
-            rank=self._runtime.rank,
-            world=self._runtime.world_size,
-        )
-        pooled, rows = [], []
-        with torch.no_grad():
-            for batch in batches:
-                on_device = batch.to(device)
-                states = student.hidden(on_device, layers)
-                pooled.append(torch.stack([pool(state, on_device.attention_mask) for state in states], dim=1))
-                assert batch.rows is not None
-                rows.append(batch.rows)
-                watchdog.beat()
-        return gather_rows(torch.cat(pooled), torch.cat(rows), total=len(self._encoded)).cpu()
-
-
-def _training_rows(task: TaskData) -> Split:
-    rows = task.splits["train"]
-    assert isinstance(rows, Split)
-    return rows
 
 
 def _cross_validated(task: TaskData, rows: ProbeFeatures, folds: int) -> dict[str, float]:
-    """Returns metrics over all training rows; row i is scored by the probe that was trained without rows i mod `folds`.
-    A similarity task has nothing to train."""
-    labels = _training_rows(task).labels
+    """Returns metrics over all training rows; row i is scored by the probe that was trained without rows i mod
+    `folds`."""
+    split = scored_split(task, "train")
+    assert isinstance(split, Split)
+    labels = split.labels
     assert labels is not None
-    if task.spec.similarity:
-        return score_task(task.spec, probe_outputs(task.spec, None, None, {"rows": rows})["rows"], labels)
     fold = torch.arange(len(labels)) % folds
 
     def only(chosen: torch.Tensor) -> ProbeFeatures:
@@ -304,4 +252,7 @@ def build_evaluator(plan: ProxyPlan, runtime: Runtime, stop: StopRequest, scratc
         return FinetuneEvaluator(plan, runtime, stop, scratch)
     longest = longest_input(plan.base.student_config) or plan.base.seq_len
     folds = plan.config.proxy.folds
-    return ProbeEvaluator(plan.tasks, plan.base.tokenizer, longest=longest, folds=folds, runtime=runtime)
+    sentence, _ = read_sentence_encoder(plan.config.teacher.path, "teacher.path")
+    return ProbeEvaluator(
+        plan.tasks, plan.base.tokenizer, longest=longest, folds=folds, runtime=runtime, sentence=sentence
+    )

@@ -3,6 +3,7 @@ for the machine. Read from files in a second or two; no torch here."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from engine.config.places import ROOT
 from engine.config.proxy import ProxyJobConfig
 from engine.data.manifest import corpus_hash, load_manifest
 from engine.hub.files import allow_pickle, find_file, read_json, weights_fingerprint
-from engine.hub.sentence import encoder_folder
+from engine.hub.sentence import encoder_folder, read_sentence_encoder
 from engine.ranks.hosts.agent import COMPARED, code_hash
 from engine.records.fingerprints import digest
 from engine.tasks.load import load_task, resolve_names
@@ -80,8 +81,23 @@ def given_parts(config: ProxyJobConfig) -> dict[str, Any]:
     if config.student.path is not None:
         student = encoder_folder(config.student.path, "student.path")
         parts["student"]["weights_sha256"] = weights_fingerprint(student, key="student.path")
+    parts["teacher"]["vectors"] = _vectors_of(config.teacher.path)
     parts["code"] = {"mapdistill": code_version(), **{name: version(name) for name in PACKAGES}}
     return parts
+
+
+def _vectors_of(path: str) -> dict[str, Any] | None:
+    """Returns all that decides how a model's states become vectors; None for a plain encoder."""
+    sentence, _ = read_sentence_encoder(path, "teacher.path")
+    if sentence is None:
+        return None
+    return {
+        "modules": [[module.kind, module.settings] for module in sentence.modules],
+        "dense_sha256": [hashlib.sha256(one.weights.read_bytes()).hexdigest() for one in sentence.dense if one.weights],
+        "lower_case": sentence.lower_case,
+        "prompts": sentence.prompts,
+        "default_prompt": sentence.default_prompt,
+    }
 
 
 @cache

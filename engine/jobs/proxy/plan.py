@@ -23,7 +23,7 @@ from engine.models.hub import model_hashes
 from engine.ranks.runtime import has_fast_bf16, uses_gpu
 from engine.records.fingerprints import digest, source_hash
 from engine.tasks.load import TaskData, load_task, resolve_names
-from engine.tasks.specs import task_spec
+from engine.tasks.specs import require_trainable, task_spec
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ def make_proxy_plan(
                         f"{key}={name!r}: a probe cannot find answers in a text; write proxy.evaluator=finetune or "
                         "leave it out"
                     )
+    if own_evaluator is None and config.proxy.evaluator == "finetune":
+        for name in (*names, *others):
+            require_trainable(task_spec(name, config.task), "proxy.evaluator='finetune'")
     base = make_plan(run_config(config), own_losses)
     if own_evaluator is None and config.proxy.evaluator == "finetune":
         check_finetune_batch(config, base)

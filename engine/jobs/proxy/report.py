@@ -14,6 +14,8 @@ from engine.records.columns import columns, counted, labelled_lines
 from engine.records.records import read_records
 from engine.records.stats import Signal, describe, signal_ratio
 from engine.records.yardstick import Yardstick, beaten_text, counting_tasks, describe_yardstick
+from engine.tasks.beir import RetrievalSplit
+from engine.tasks.load import TaskData
 
 MEASURED_FIRST = (
     "share of the gap between the untrained student and the teacher, which are scored first; none is distilled too"
@@ -122,6 +124,17 @@ def _evaluator_text(plan: ProxyPlan) -> str:
     return f"finetune, scored on one row in {folds}"
 
 
+def _task_text(task: TaskData) -> str:
+    """Returns what of a task makes its score."""
+    rows = task.splits["train"]
+    size = f"{len(rows):,} training rows"
+    if isinstance(rows, RetrievalSplit):
+        size = f"{len(rows):,} queries, {len(rows.corpus):,} documents"
+    elif not task.spec.trainable:
+        size = f"{len(rows):,} rows"
+    return f"{task.spec.name}: {size}, {' + '.join(task.spec.counted_metrics)}"
+
+
 def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], known: Collection[tuple[str, int]]) -> str:
     """Returns the banner. known: genome and seed of the results that are there already."""
     config, base, proxy = plan.config, plan.base, plan.config.proxy
@@ -130,9 +143,7 @@ def describe_start(plan: ProxyPlan, runtime: Runtime, seeds: Sequence[int], know
     done = sum(pair in known for pair in pairs)
     genomes = [genome.key + ("" if genome.given == genome.key else f"  ({genome.given})") for genome in plan.genomes]
     tasks = [
-        f"{task.spec.name}: {len(task.splits['train']):,} training rows, {' + '.join(task.spec.metrics)}"
-        + ("" if task.spec.name in plan.counted else " (does not count)")
-        for task in plan.tasks
+        _task_text(task) + ("" if task.spec.name in plan.counted else " (does not count)") for task in plan.tasks
     ] or list(plan.scored)
     positions = proxy.steps * config.train.global_batch * base.seq_len
     rows: list[tuple[str, str | list[str]]] = [

@@ -16,7 +16,7 @@ from engine.config.places import RANKED
 from engine.errors import UserError
 from ga import cli
 
-COMMANDS = ("distill", "finetune", "proxy", "search", "export", "measure", "prepare_data", "check_hosts")
+COMMANDS = ("distill", "finetune", "proxy", "search", "export", "measure", "score", "prepare_data", "check_hosts")
 CHANGE_WHAT_A_RANK_IS = {"module", "no_python", "no_local_rank", "autotuning"}
 
 

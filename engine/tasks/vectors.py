@@ -1,0 +1,90 @@
+"""One vector for each text, as a model of sentence-transformers makes it; the mean of the last hidden states for other
+models."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import linear
+
+from engine.hub.sentence import SentenceEncoder
+from engine.tasks.probe import pool
+
+Role = Literal["text", "query", "document"]
+PROMPTS: dict[Role, tuple[str, ...]] = {
+    "text": (),
+    "query": ("query",),
+    "document": ("document", "passage", "corpus"),
+}
+"""Names of the prompts of each role, of which the first that a model has counts, as in encode_query and encode_document
+of sentence-transformers; else its default prompt."""
+
+
+class TextVectors:
+    """Vectors up to their length, which no cosine sees."""
+
+    def __init__(self, sentence: SentenceEncoder | None) -> None:
+        """Reads the weights of Dense layers."""
+        self._sentence = sentence
+        self._dense = [] if sentence is None else [(one.settings, load_file(one.weights)) for one in sentence.dense]
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether a vector is the mean of the last hidden states and nothing else"""
+        return self._sentence is None or (self._sentence.pooling == ("mean",) and not self._dense)
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens that the model reads of a text; None: not said"""
+        return None if self._sentence is None else self._sentence.max_seq_length
+
+    def reads(self, text: str, role: Role) -> str:
+        """Returns a text as the tokenizer gets it: with its prompt, in lower case where the model wants that."""
+        if self._sentence is None:
+            return text
+        names = (*PROMPTS[role], self._sentence.default_prompt)
+        text = next((self._sentence.prompts[name] for name in names if name in self._sentence.prompts), "") + text
+        return text.lower() if self._sentence.lower_case else text
+
+    def __call__(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns the (B, V) float32 vectors of (B, L, D) last hidden states; attention_mask: (B, L), None: no pads.
+
+        Dense layers, which are made for the width of the teacher, are left out for another one, as in an export.
+        """
+        ways = ("mean",) if self._sentence is None else self._sentence.pooling
+        vectors = torch.cat([pool_by(way, hidden, attention_mask) for way in ways], dim=1)
+        if self._dense and self._dense[0][0]["in_features"] == vectors.shape[1]:
+            for settings, weights in self._dense:
+                on_device = {name: weight.to(vectors) for name, weight in weights.items()}
+                vectors = linear(vectors, on_device["linear.weight"], on_device.get("linear.bias"))
+                vectors = _activation(settings)(vectors)
+        return vectors
+
+
+def _activation(settings: dict[str, Any]) -> torch.nn.Module:
+    name = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")[2]
+    module: torch.nn.Module = getattr(torch.nn, name)()
+    return module
+
+
+def pool_by(way: str, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Returns the (B, D) float32 vectors of (B, L, D) states, pooled as sentence-transformers does under this name.
+    Pads stand behind the text."""
+    if way == "mean":
+        return pool(hidden, attention_mask)
+    if way == "cls":
+        return hidden[:, 0].float()
+    real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    real = real if attention_mask is None else attention_mask.bool()
+    if way == "lasttoken":
+        return hidden[torch.arange(len(hidden), device=hidden.device), real.sum(1) - 1].float()
+    if way == "max":
+        return hidden.float().masked_fill(~real[..., None], -torch.inf).amax(1)
+    states = hidden.float().masked_fill(~real[..., None], 0)
+    if way == "mean_sqrt_len_tokens":
+        return states.sum(1) / real.sum(1, keepdim=True).sqrt()
+    assert way == "weightedmean", way
+    weights = real * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+    return (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
