@@ -107,7 +107,7 @@ def render() -> str:
     }
     parts = script("deepspeed launch/distill.py", RunConfig())
     parts += script("deepspeed launch/finetune.py", FinetuneConfig(), fine)
-    parts.append(table("Each entry of `task.custom`", CustomTaskConfig(train="", dev="")))
+    parts.append(table("Each entry of `task.custom`", CustomTaskConfig()))
     parts += script("deepspeed launch/proxy.py", ProxyJobConfig(genomes=["uniform"]), proxy)
     search = dict.fromkeys(("teacher", "student", "loss", "data", "optim", "train", "task", "proxy"), AS_PROXY)
     parts += script("python launch/search.py", SearchConfig(), search)

@@ -91,11 +91,14 @@ def encode_task(
     """Encodes all splits. Raises UserError where windows of a span task would not overlap. The tokenizer must have a
     pad token."""
     parts: dict[str, Encoded | Windows] = {}
+    texts: dict[str, Split | SquadSplit] = {}
     for name, split in data.splits.items():
         if isinstance(split, SquadSplit):
             parts[name] = encode_squad(split, tokenizer, seq_len=seq_len, doc_stride=doc_stride)
         else:
+            assert isinstance(split, Split), name
             parts[name] = encode_split(split.first, split.second, tokenizer, seq_len=seq_len, targets=split.labels)
+        texts[name] = split
     train = parts.pop("train")
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int), pad_id
@@ -103,6 +106,6 @@ def encode_task(
         spec=data.spec,
         train=train.encoded if isinstance(train, Windows) else train,
         parts=parts,
-        splits={name: data.splits[name] for name in parts},
+        splits={name: texts[name] for name in parts},
         pad_id=pad_id,
     )

@@ -20,6 +20,7 @@ from engine.tasks.load import TaskData
 from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task, task_score
 from engine.tasks.predictions import decode, squad_metrics
+from engine.tasks.rows import Split
 from engine.tasks.specs import TaskSpec
 from engine.tasks.squad import SquadSplit, Windows
 from engine.train import failures
@@ -149,6 +150,7 @@ def constant_answer(data: TaskData) -> ConstantAnswer:
             if isinstance(split, SquadSplit):
                 by_split.append(squad_metrics(split, dict.fromkeys(split.ids, "")))
                 continue
+            assert isinstance(split, Split), name
             assert split.labels is not None, f"{name} is unlabelled"
             outputs = np.zeros((len(split), max(1, len(spec.labels))))
             outputs[:, number] = 1.0

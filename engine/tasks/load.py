@@ -103,7 +103,8 @@ def load_task(name: str, config: TaskDataConfig, *, test: bool = False) -> TaskD
         spec, splits, warnings = _with_labels(spec, rows, config)
     has_one_split = "train" not in splits
     if has_one_split:
-        splits["train"] = take_rows(splits["dev"], np.flatnonzero(seen_by_searches(splits["dev"])))
+        seen = np.flatnonzero(seen_by_searches(splits["dev"]))
+        splits["train"] = replace(take_rows(splits["dev"], seen), name="train")
         warnings.append(
             f"{spec.name}: {len(splits['dev']):,} rows in one split; a fitness comes from {len(splits['train']):,} of "
             "them, chosen by a hash of their ids"

@@ -28,7 +28,8 @@ class TextVectors:
     def __init__(self, sentence: SentenceEncoder | None) -> None:
         """Reads the weights of Dense layers."""
         self._sentence = sentence
-        self._dense = [] if sentence is None else [(one.settings, load_file(one.weights)) for one in sentence.dense]
+        dense = [] if sentence is None else sentence.dense
+        self._dense = [(one.settings, load_file(one.weights)) for one in dense if one.weights is not None]
 
     @property
     def is_mean(self) -> bool:

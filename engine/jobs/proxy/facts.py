@@ -86,14 +86,15 @@ def given_parts(config: ProxyJobConfig) -> dict[str, Any]:
     return parts
 
 
-def _vectors_of(path: str) -> dict[str, Any] | None:
-    """Returns all that decides how a model's states become vectors; None for a plain encoder."""
+def _vectors_of(path: str) -> dict[str, Any]:
+    """Returns all that decides how the states of a model become vectors, up to their length."""
     sentence, _ = read_sentence_encoder(path, "teacher.path")
     if sentence is None:
-        return None
+        return {"pooling": ["mean"], "dense": [], "lower_case": False, "prompts": {}, "default_prompt": None}
+    dense = [(one.settings, one.weights.read_bytes()) for one in sentence.dense if one.weights is not None]
     return {
-        "modules": [[module.kind, module.settings] for module in sentence.modules],
-        "dense_sha256": [hashlib.sha256(one.weights.read_bytes()).hexdigest() for one in sentence.dense if one.weights],
+        "pooling": list(sentence.pooling),
+        "dense": [[settings, hashlib.sha256(weights).hexdigest()] for settings, weights in dense],
         "lower_case": sentence.lower_case,
         "prompts": sentence.prompts,
         "default_prompt": sentence.default_prompt,

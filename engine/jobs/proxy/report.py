@@ -120,6 +120,8 @@ def _evaluator_text(plan: ProxyPlan) -> str:
         return f"own, {getattr(plan.own_evaluator, '__qualname__', type(plan.own_evaluator).__qualname__)}"
     folds = plan.config.proxy.folds
     if plan.config.proxy.evaluator == "probe":
+        if all(task.spec.is_zero_shot for task in plan.tasks):
+            return "probe, by cosine: nothing is trained"
         return f"probe, {folds}-fold cross-validation"
     return f"finetune, scored on one row in {folds}"
 

@@ -13,13 +13,13 @@ from engine.config.help import help_text, summary
 from engine.config.proxy import ProxyJobConfig
 from engine.config.reading import parse_config
 from engine.config.schema import Schema
-from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig
+from engine.config.tools import ExportConfig, HostCheckConfig, PrepareConfig, ScoreConfig
 from engine.errors import UserError
 from ga.config import SearchConfig
 
 CONFIGS = (
     *(RunConfig, FinetuneConfig, ProxyJobConfig, SearchConfig),
-    *(PrepareConfig, ExportConfig, HostCheckConfig),
+    *(PrepareConfig, ExportConfig, HostCheckConfig, ScoreConfig),
 )
 
 

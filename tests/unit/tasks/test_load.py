@@ -14,8 +14,8 @@ from task_checks import check_error, config_of, rows_of
 from tiny_world import WORDS
 
 from engine.config.finetune import CustomTaskConfig, TaskDataConfig
-from engine.tasks.load import HELD_OUT, hold_out, load_task, resolve_names
-from engine.tasks.specs import GLUE_TASKS, task_spec
+from engine.tasks.load import HELD_OUT, hold_out, load_task, resolve_names, seen_by_searches
+from engine.tasks.specs import GLUE_TASKS, require_trainable, task_spec
 
 GLUE = Path(os.environ.get("MAPDISTILL_GLUE", ROOT.parent / "shared/data/glue"))
 OFFICIAL_ROWS = {
@@ -340,3 +340,45 @@ def test_a_bom_does_not_shift_the_line_of_an_error(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")
     appended(b"1\t1\t2\tcaf\xe9\tb\n")(path)
     check_error("dev.tsv:10: is not UTF-8", lambda: load_task("MRPC", config_of(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"train": "a.tsv"}, ["task.custom.own.dev: name the file of the rows that score"]),
+        ({"dev": "a.tsv"}, ["task.custom.own.train: name the file", "only a regression of pairs needs none"]),
+        ({"dev": "a.tsv", "kind": "regression"}, ["task.custom.own.train"]),
+        ({"train": "a", "dev": "b", "folder": "c"}, ["task.custom.own.folder='c'", "write kind: retrieval"]),
+        ({"kind": "retrieval"}, ["task.custom.own.folder: name the folder"]),
+        ({"kind": "retrieval", "folder": "c", "dev": "b"}, ["task.custom.own.dev='b': has no effect on a retrieval"]),
+        ({"kind": "retrieval", "folder": "c", "metrics": ["f1"]}, ["task.custom.own.metrics=['f1']: has no effect"]),
+    ],
+)
+def test_files_that_a_kind_needs(settings: dict[str, object], words: list[str]) -> None:
+    own = CustomTaskConfig(**settings)  # type: ignore[arg-type]
+    check_error(words, lambda: task_spec("own", TaskDataConfig(custom={"own": own})))
+
+
+def test_pairs_with_numbers_need_no_training_rows(sample: Path) -> None:
+    """Half of their rows stands for them, whatever the caps."""
+    own = CustomTaskConfig(
+        dev=str(sample / "STS-B" / "train.tsv"),
+        text="sentence1",
+        text_pair="sentence2",
+        label="score",
+        kind="regression",
+        metrics=["spearman"],
+    )
+    data = load_task("own", TaskDataConfig(custom={"own": own}))
+    whole, half = rows_of(data, "dev"), rows_of(data, "train")
+    assert data.has_one_split
+    assert len(whole) == TRAIN_ROWS
+    kept = seen_by_searches(whole)
+    assert half.ids == [name for name, seen in zip(whole.ids, kept, strict=True) if seen]
+    assert half.labels.tolist() == whole.labels[kept].tolist()
+    assert data.spec.is_zero_shot
+    assert not data.spec.trainable
+    assert any(f"own: {TRAIN_ROWS} rows in one split; a fitness comes from {len(half)}" in one for one in data.warnings)
+    capped = load_task("own", TaskDataConfig(custom={"own": own}, train_rows=3, dev_rows=5))
+    assert (len(rows_of(capped, "train")), len(rows_of(capped, "dev"))) == (3, 5)
+    check_error("task.name: 'own' has nothing to train on", lambda: require_trainable(data.spec, "task.name"))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from beir_folder import write_beir
 from compare import assert_same_bits
 from glue_sample import write_glue_sample
+from sentence_folder import MEAN, surround
 from tiny_world import TinyWorld
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
-from engine.config.finetune import TaskDataConfig
+from engine.config.finetune import CustomTaskConfig, TaskDataConfig
 from engine.data.batch import Batch
 from engine.errors import UserError
+from engine.hub.sentence import SentenceEncoder, read_sentence_encoder
 from engine.jobs.proxy.baselines import Start
 from engine.jobs.proxy.evaluators import ProbeEvaluator, ProgramEvaluator, Scores
 from engine.ranks.runtime import Runtime
@@ -79,7 +83,9 @@ def test_scores_follow_from_the_pooled_features_of_training_rows(tiny_world: Tin
     evaluator = ProbeEvaluator(tasks, tokenizer, longest=64, folds=folds, runtime=runtime)
     student = WordCounter(len(tokenizer))
     scores = evaluator(student)
-    assert student.batches == -(-len(evaluator._encoded) // 64), "every text is read once, whatever the tasks share"
+    assert student.batches == -(-len(evaluator._texts._encoded) // 64), (
+        "every text is read once, whatever the tasks share"
+    )
     assert evaluator(student) == scores
     assert list(scores.tasks) == list(names)
 
@@ -97,6 +103,33 @@ def test_scores_follow_from_the_pooled_features_of_training_rows(tiny_world: Tin
     words = bag(tasks[4].splits["train"].first)
     every = torch.cat([words.roll(student.layers - layer, 1) for layer in range(student.layers + 1)], dim=1)
     assert scores.metrics["CoLA"] == pytest.approx(left_out(tasks[4], every, folds)), "of all layers"
+
+
+@pytest.mark.usefixtures("alone")
+def test_retrieval_is_scored_on_its_training_queries_by_the_teachers_pooling(
+    tiny_world: TinyWorld, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny_world.teacher, tmp_path / "teacher")
+    surround(teacher, pooling=MEAN | {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True})
+    sentence, _ = read_sentence_encoder(str(teacher), "teacher.path")
+    documents = [{"_id": f"d{i}", "text": text} for i, text in enumerate(["small model", "one map", "today"])]
+    judged = {"train": [("q1", "d0", 1), ("q2", "d1", 1)], "test": [("q3", "d2", 1)]}
+    queries = {"q1": "model", "q2": "map", "q3": "today"}
+    faq = CustomTaskConfig(kind="retrieval", folder=str(write_beir(tmp_path / "faq", documents, queries, **judged)))
+    task = load_task("faq", TaskDataConfig(custom={"faq": faq}))
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    runtime = Runtime(rank=0, world_size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+
+    def scores(sentence: SentenceEncoder | None) -> Scores:
+        evaluator = ProbeEvaluator([task], tokenizer, longest=64, folds=2, runtime=runtime, sentence=sentence)
+        return evaluator(WordCounter(len(tokenizer)))
+
+    means = scores(None)
+    assert means.tasks == {"faq": 1.0}, "each query shares its word with one document"
+    assert means.metrics == {"faq": {"ndcg@10": 1.0, "recall@10": 1.0, "recall@100": 1.0}}
+    ranks = (3, 2)
+    first_tokens = sum(1 / math.log2(1 + rank) for rank in ranks) / 2
+    assert scores(sentence).tasks["faq"] == pytest.approx(first_tokens), "all begin with [CLS]: the largest id is first"
 
 
 @pytest.mark.usefixtures("alone")
