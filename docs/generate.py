@@ -103,7 +103,7 @@ def render() -> str:
     proxy |= {
         "student": "As for `launch/distill.py`, but `init` is `uniform` when unset.",
         "data": "As for `launch/distill.py`, but nothing is held out.",
-        "task": "The first four keys of `task` of `launch/finetune.py`; `train_rows` is 2000 when unset.",
+        "task": "The first five keys of `task` of `launch/finetune.py`; `train_rows` is 2000 when unset.",
     }
     parts = script("deepspeed launch/distill.py", RunConfig())
     parts += script("deepspeed launch/finetune.py", FinetuneConfig(), fine)
@@ -115,7 +115,8 @@ def render() -> str:
     parts.append(table("Each entry of `sources`", SourceConfig(path="a.txt")))
     parts += script("python launch/export.py", ExportConfig(run=""))
     parts += script("python launch/measure.py", MeasureConfig(models=["runs/quickstart"]))
-    parts += script("python launch/score.py", ScoreConfig(models=["runs/quickstart"]))
+    score = {"task": "The first five keys of `task` of `launch/finetune.py`."}
+    parts += script("python launch/score.py", ScoreConfig(models=["runs/quickstart"]), score)
     parts += script("python launch/check_hosts.py", HostCheckConfig(hostfile=""))
     return "\n".join([INTRO, contents(parts), *parts])
 
