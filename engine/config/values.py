@@ -114,7 +114,8 @@ class Reader:
         if isinstance(node, yaml.ScalarNode) and not is_null(node) and needs_a_path(kind):
             return kind(**{needed[0]: _path(node, f"{what}.{needed[0]}")})
         if not isinstance(node, yaml.MappingNode):
-            example = ", ".join(f"{name}: {describe_node(node) if len(needed) == 1 else '…'}" for name in needed)
+            shown = needed or list(hints)[:2]
+            example = ", ".join(f"{name}: {describe_node(node) if len(shown) == 1 else '…'}" for name in shown)
             raise _wrong_type(node, what, f"a section with {', '.join(hints)}", f"write {{{example}}}")
         before = len(self.problems)
         entries = Entries(node, self._source, what)

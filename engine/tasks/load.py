@@ -180,7 +180,7 @@ def _with_labels(
     """Returns the final description of the task, the splits with their labels, and remarks."""
     setting = f"task.custom.{spec.name}" if spec.name in config.custom else None
     leave_out = config.unlabelled == "leave_out"
-    for name in rows.keys() - set(spec.test_splits):
+    for name in [name for name in rows if name not in spec.test_splits]:
         rows[name] = gold_rows(rows[name], spec, leave_out=leave_out, setting=setting)
     if setting is not None and spec.kind == "classification" and not spec.labels:
         spec = replace(spec, labels=occurring_labels(rows["train"], setting))

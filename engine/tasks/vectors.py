@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import linear
 
+from engine.errors import UserError
 from engine.hub.sentence import SentenceEncoder
 from engine.tasks.probe import pool
 
@@ -42,11 +43,18 @@ class TextVectors:
         return None if self._sentence is None else self._sentence.max_seq_length
 
     def reads(self, text: str, role: Role) -> str:
-        """Returns a text as the tokenizer gets it: with its prompt, in lower case where the model wants that."""
+        """Returns a text as the tokenizer gets it: with its prompt, in lower case where the model wants that.
+        Raises UserError for a model that pools without its prompt."""
         if self._sentence is None:
             return text
         names = (*PROMPTS[role], self._sentence.default_prompt)
-        text = next((self._sentence.prompts[name] for name in names if name in self._sentence.prompts), "") + text
+        prompt = next((self._sentence.prompts[name] for name in names if name in self._sentence.prompts), "")
+        if prompt and self._sentence.modules[0].settings.get("include_prompt") is False:
+            raise UserError(
+                f"{self._sentence.modules[0].folder}/config.json has include_prompt: false, so the prompt {prompt!r} "
+                "is no part of a vector, which is not understood here; remove the prompt, or the setting"
+            )
+        text = prompt + text
         return text.lower() if self._sentence.lower_case else text
 
     def __call__(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -48,6 +48,7 @@ def read_facts(config: ProxyJobConfig) -> ProxyFacts:
     teacher = encoder_folder(config.teacher.path, "teacher.path")
     teacher_layers, parts["teacher"]["config_sha256"] = _layers_and_hash(teacher, "teacher.path")
     parts["teacher"]["weights_sha256"] = weights_fingerprint(teacher, key="teacher.path")
+    parts["teacher"]["vectors"] = vectors_of(config.teacher.path)
     student_layers = config.student.layer_count(teacher_layers)
     if config.student.path is not None:
         student = encoder_folder(config.student.path, "student.path")
@@ -81,13 +82,12 @@ def given_parts(config: ProxyJobConfig) -> dict[str, Any]:
     if config.student.path is not None:
         student = encoder_folder(config.student.path, "student.path")
         parts["student"]["weights_sha256"] = weights_fingerprint(student, key="student.path")
-    parts["teacher"]["vectors"] = _vectors_of(config.teacher.path)
     parts["code"] = {"mapdistill": code_version(), **{name: version(name) for name in PACKAGES}}
     return parts
 
 
-def _vectors_of(path: str) -> dict[str, Any]:
-    """Returns all that decides how the states of a model become vectors, up to their length."""
+def vectors_of(path: str) -> dict[str, Any]:
+    """Returns all that decides how the states of a teacher become vectors, up to their length."""
     sentence, _ = read_sentence_encoder(path, "teacher.path")
     if sentence is None:
         return {"pooling": ["mean"], "dense": [], "lower_case": False, "prompts": {}, "default_prompt": None}

@@ -208,7 +208,7 @@ CUSTOM = "task: {custom: {m: {train: a, dev: b"
 INSIDE = [
     (FinetuneConfig, f"{CUSTOM},\ndev: c}}}}}}", "line 2: task.custom.m.dev occurs twice, lines 1 and 2"),
     (FinetuneConfig, f"{CUSTOM}}}, m: {{train: c, dev: d}}}}}}", "task.custom.m occurs twice"),
-    (FinetuneConfig, "task: {custom: {m: {train: a}}}", "task.custom.m: dev is missing"),
+    (PrepareConfig, "sources: [{weight: 2}]", "path is missing"),
     (FinetuneConfig, f"{CUSTOM}, lable: c}}}}}}", "task.custom.m: unknown setting 'lable'; did you mean 'label'?"),
     (FinetuneConfig, "task: {custom: {m: a.csv}}", "task.custom.m: expected a section with train, dev"),
     (FinetuneConfig, "task: {custom: [a]}", "task.custom: expected names with values, like {name: value}, got a list"),

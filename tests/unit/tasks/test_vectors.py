@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sentence_folder import MEAN, surround
+from task_checks import check_error
 from tiny_world import TinyWorld
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
@@ -90,6 +91,12 @@ def test_a_dense_layer_is_left_out_where_states_are_narrower(model: Path) -> Non
 def test_prompts(settings: dict[str, Any], wanted: tuple[str, str, str], model: Path) -> None:
     vectors = vectors_of(surround(model, settings=settings))
     assert (vectors.reads("Text", "text"), vectors.reads("Text", "query"), vectors.reads("Text", "document")) == wanted
+
+
+def test_a_prompt_that_is_no_part_of_the_vector_is_refused(model: Path) -> None:
+    surround(model, pooling=MEAN | {"include_prompt": False}, settings={"prompts": {"query": "Q: "}})
+    assert vectors_of(model).reads("Text", "document") == "Text"
+    check_error("include_prompt: false, so the prompt 'Q: '", lambda: vectors_of(model).reads("Text", "query"))
 
 
 def test_lower_case_and_length(model: Path) -> None:

@@ -121,6 +121,11 @@ def test_mistakes_that_the_files_tell(plan_of, argv: list[str], says: str) -> No
     assert "\n" not in str(error.value)
 
 
+def test_a_retrieval_cannot_be_trained_on(plan_of, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^task.name: 'faq' has nothing to train on; `python launch/score.py`"):
+        plan_of("--task.name", "faq", "--task.custom", f"{{faq: {{kind: retrieval, folder: {tmp_path}}}}}")
+
+
 def test_a_missing_file_is_named(plan_of, glue: Path, tmp_path: Path) -> None:
     shutil.copytree(glue / "RTE", tmp_path / "data" / "RTE")
     (tmp_path / "data" / "RTE" / "dev.tsv").unlink()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from glue_sample import write_glue_sample
-from sentence_folder import surround
+from sentence_folder import MEAN, surround
 from tiny_world import TinyWorld
 
 from engine.config.proxy import ProxyJobConfig
@@ -16,6 +16,9 @@ from engine.config.reading import parse_config
 from engine.errors import UserError
 from engine.jobs.proxy.facts import ProxyFacts, read_facts
 from engine.jobs.proxy.plan import make_proxy_plan
+
+MAX = {"pooling_mode_max_tokens": True}
+PROMPTS = {"prompts": {"query": "Q: "}}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,9 @@ def test_what_decides_a_fitness_changes_the_fingerprint(tiny_world: TinyWorld, g
         found("--proxy.steps", "7"),
         found("--task.train_rows", "5"),
         found("--proxy.tasks", "[SST-2]"),
+        found(teacher=surround(shutil.copytree(tiny_world.teacher, tmp_path / "max"), pooling=MEAN | MAX)),
+        found(teacher=surround(shutil.copytree(tiny_world.teacher, tmp_path / "asks"), settings=PROMPTS)),
+        found(teacher=surround(shutil.copytree(tiny_world.teacher, tmp_path / "dense"), ["Pooling", "Dense"])),
     ]
     assert len({base.fingerprint, *(one.fingerprint for one in others)}) == 1 + len(others)
 

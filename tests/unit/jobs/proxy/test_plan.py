@@ -45,6 +45,14 @@ def plan(world: TinyWorld, glue: Path, *genomes: str, **settings: object) -> Pro
     return make_proxy_plan(parse_config(ProxyJobConfig, [*listed, *argv], "test"))
 
 
+def test_a_fine_tuning_needs_training_rows(tiny_world: TinyWorld, glue: Path) -> None:
+    pairs = f"dev: {glue}/STS-B/dev.tsv, text: sentence1, text_pair: sentence2, label: score, kind: regression"
+    given = {"task__custom": f"{{own: {{{pairs}}}}}", "proxy__tasks": "[RTE]", "proxy__other_tasks": "[own]"}
+    assert plan(tiny_world, glue, "uniform", **given).scored == ("RTE", "own")
+    with pytest.raises(UserError, match=r"^proxy.evaluator='finetune': 'own' has nothing to train on"):
+        plan(tiny_world, glue, "uniform", **given, proxy__evaluator="finetune")
+
+
 def test_each_mapping_is_run_once_however_it_is_written(tiny_world: TinyWorld, glue: Path) -> None:
     made = plan(tiny_world, glue, "uniform", "2-4", "none", "2-4/0-1", "2-4/2-4", "last")
     assert [(g.key, g.given) for g in made.genomes] == [
