@@ -286,21 +286,15 @@ def measure_main(argv: Sequence[str] | None = None) -> int:
 
 
 def score_main(argv: Sequence[str] | None = None) -> int:
-    def body() -> int:
-        words = sys.argv[1:] if argv is None else argv
-        text = usage(
-            "score",
-            "Scores encoders without fine-tuning: similarity and retrieval by cosine, other tasks by a probe.",
-            "--models runs/quickstart --tasks STS-B --task.data_dir data/glue",
-            "--config tasks.yaml --models models/all-MiniLM-L6-v2 runs/quickstart runs/longer --tasks tickets faq",
-        )
-        config = parse_config(ScoreConfig, words, text)
-        from engine.jobs.score.job import score
-
-        score(config)
-        return EXIT_DONE
-
-    return run_main(body)
+    return run_tool(
+        argv,
+        ScoreConfig,
+        "score",
+        "Scores encoders without fine-tuning: similarity and retrieval by cosine, other tasks by a probe.",
+        "--models runs/quickstart --tasks STS-B --task.data_dir data/glue",
+        "--config tasks.yaml --models models/all-MiniLM-L6-v2 runs/quickstart runs/longer --tasks tickets faq",
+        job="engine.jobs.score.job:score",
+    )
 
 
 def check_hosts_main(argv: Sequence[str] | None = None) -> int:

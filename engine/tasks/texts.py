@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from engine.data.batch import Batch
+from engine.models.pooling import pool
 from engine.ranks import watchdog
 from engine.ranks.collectives import gather_rows
 from engine.ranks.runtime import Runtime
@@ -18,7 +19,7 @@ from engine.tasks.encode import encode_split
 from engine.tasks.load import TaskData
 from engine.tasks.loader import evaluation_batches
 from engine.tasks.metrics import score_task
-from engine.tasks.probe import ProbeFeatures, pool, probe_outputs
+from engine.tasks.probe import ProbeFeatures, probe_outputs
 from engine.tasks.retrieval import retrieval_metrics
 from engine.tasks.rows import Split
 from engine.tasks.specs import TaskSpec

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from engine.errors import UserError
 from engine.hub.sentence import SentenceEncoder
-from engine.tasks.probe import pool
+from engine.models.pooling import MEAN, pool
 
 Role = Literal["text", "query", "document"]
 PROMPTS: dict[Role, tuple[str, ...]] = {
@@ -35,7 +35,7 @@ class TextVectors:
     @property
     def is_mean(self) -> bool:
         """Whether a vector is the mean of the last hidden states and nothing else"""
-        return self._sentence is None or (self._sentence.pooling == ("mean",) and not self._dense)
+        return self._sentence is None or (self._sentence.pooling == MEAN and not self._dense)
 
     @property
     def max_seq_length(self) -> int | None:
@@ -62,8 +62,7 @@ class TextVectors:
 
         Dense layers, which are made for the width of the teacher, are left out for another one, as in an export.
         """
-        ways = ("mean",) if self._sentence is None else self._sentence.pooling
-        vectors = torch.cat([pool_by(way, hidden, attention_mask) for way in ways], dim=1)
+        vectors = pool(hidden, attention_mask, MEAN if self._sentence is None else self._sentence.pooling)
         if self._dense and self._dense[0][0]["in_features"] == vectors.shape[1]:
             for settings, weights in self._dense:
                 on_device = {name: weight.to(vectors) for name, weight in weights.items()}
@@ -76,24 +75,3 @@ def _activation(settings: dict[str, Any]) -> torch.nn.Module:
     name = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rpartition(".")[2]
     module: torch.nn.Module = getattr(torch.nn, name)()
     return module
-
-
-def pool_by(way: str, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Returns the (B, D) float32 vectors of (B, L, D) states, pooled as sentence-transformers does under this name.
-    Pads stand behind the text."""
-    if way == "mean":
-        return pool(hidden, attention_mask)
-    if way == "cls":
-        return hidden[:, 0].float()
-    real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    real = real if attention_mask is None else attention_mask.bool()
-    if way == "lasttoken":
-        return hidden[torch.arange(len(hidden), device=hidden.device), real.sum(1) - 1].float()
-    if way == "max":
-        return hidden.float().masked_fill(~real[..., None], -torch.inf).amax(1)
-    states = hidden.float().masked_fill(~real[..., None], 0)
-    if way == "mean_sqrt_len_tokens":
-        return states.sum(1) / real.sum(1, keepdim=True).sqrt()
-    assert way == "weightedmean", way
-    weights = real * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
-    return (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)

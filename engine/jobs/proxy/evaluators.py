@@ -18,7 +18,6 @@ from engine.hub.sentence import SentenceEncoder, read_sentence_encoder
 from engine.jobs.execution import plan_execution
 from engine.jobs.proxy.plan import OwnEvaluator, ProxyPlan
 from engine.models.fit import longest_input
-from engine.models.pooling import pool
 from engine.ranks import watchdog
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.runtime import Runtime, StopRequest

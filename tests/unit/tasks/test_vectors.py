@@ -15,27 +15,11 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
 from engine.hub.sentence import read_sentence_encoder
-from engine.tasks.vectors import TextVectors, pool_by
+from engine.tasks.vectors import TextVectors
 
 STATES = torch.tensor([[[1.0, 4.0], [3.0, 0.0], [torch.nan, torch.nan]], [[1.0, 0.0], [2.0, -2.0], [3.0, 5.0]]])
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1]])
 TEXTS = ["The small model learns.", "ONE", "not much else today, and a large teacher"]
-
-
-@pytest.mark.parametrize(
-    ("way", "wanted"),
-    [
-        ("mean", [[2, 2], [2, 1]]),
-        ("cls", [[1, 4], [1, 0]]),
-        ("lasttoken", [[3, 0], [3, 5]]),
-        ("max", [[3, 4], [3, 5]]),
-        ("mean_sqrt_len_tokens", [[4 / 2**0.5, 4 / 2**0.5], [6 / 3**0.5, 3 / 3**0.5]]),
-        ("weightedmean", [[7 / 3, 4 / 3], [14 / 6, 11 / 6]]),
-    ],
-)
-def test_poolings(way: str, wanted: list[list[float]]) -> None:
-    torch.testing.assert_close(pool_by(way, STATES, MASK), torch.tensor(wanted, dtype=torch.float32))
-    torch.testing.assert_close(pool_by(way, STATES[1:], None), torch.tensor(wanted[1:], dtype=torch.float32))
 
 
 @pytest.fixture
