@@ -93,6 +93,10 @@ def test_search_commands_rehearse(command: str, script: str, tmp_path: Path) -> 
     search."""
     small = ["--proxy.steps", "2", "--train.global_batch", "2", "--search.cohort", "1"]
     words = [word for word in shlex.split(command)[2:] if word != "--status"]
+    words = ["data/news" if word == "data/news-wiki" else word for word in words]  # a document's own corpus
+    if "glue" in command:
+        write_glue_sample(tmp_path / "glue")
+        small += ["--task.data_dir", str(tmp_path / "glue")]
     done = run([sys.executable, script, *words, *small, "--output_dir", str(tmp_path / "run"), "--dry_run"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "343 genomes" in done.stdout

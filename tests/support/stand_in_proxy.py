@@ -87,7 +87,8 @@ class StandIn:
         for name in ("epochs", "lr", "batch"):  # of an evaluator that no test uses
             del parts["proxy"][name]
         hashes = {f"{what}_sha256": digest([what, self.teacher]) for what in ("config", "weights")}
-        parts["teacher"] |= hashes | {"dtype": "float32"}
+        means = {"pooling": ["mean"], "dense": [], "lower_case": False, "prompts": {}, "default_prompt": None}
+        parts["teacher"] |= hashes | {"dtype": "float32", "vectors": means}
         parts["data"] |= {"content_sha256": digest(self.corpus), "seq_len": self.corpus["seq_len"]}
         parts["train"]["precision"] = "float32"
         parts["tasks"] = {task: {"sha256": digest(task), "metrics": list(METRICS[task])} for task in self.proxy.tasks}

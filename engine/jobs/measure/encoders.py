@@ -23,7 +23,7 @@ from engine.models.hub import SavedModel, load_backbone
 from engine.ranks.machine import device_name
 from engine.records.columns import counted
 from engine.records.comparison import Comparison, MeasuredEncoder
-from engine.train.onnx_file import ONNX_FILE, open_session
+from engine.train.onnx_file import INPUTS, ONNX_FILE, open_session
 
 MIB = 2**20
 ONNX = " (ONNX)"
@@ -51,7 +51,7 @@ def compare_encoders(
     try:
         loaded = {name: _load(saved, getattr(torch, dtype), device) for name, saved in models.items()}
         files = _onnx_files(models) if with_onnx and device.type == "cpu" and dtype == "float32" else {}
-        sessions = {name: open_session(path) for name, path in files.items()}
+        sessions = {name: _session(path) for name, path in files.items()}
         times = [
             take_turns(
                 _forward_passes(loaded, sessions, batch, seq_len),
@@ -118,12 +118,17 @@ def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[[], None]
     return forward
 
 
+def _session(path: Path) -> Any:
+    """Returns what runs an ONNX file. Raises UserError for one with other inputs than an encoder's."""
+    session = open_session(path)
+    unknown = [one.name for one in session.get_inputs() if one.name not in INPUTS]
+    if unknown:
+        raise UserError(f"{path}: its inputs are not those of an encoder ({', '.join(unknown)}); export it again")
+    return session
+
+
 def _onnx_forward(session: Any, tokens: torch.Tensor) -> Callable[[], Any]:
-    values = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
-        "token_type_ids": torch.zeros_like(tokens),
-    }
+    values = dict(zip(INPUTS, (tokens, torch.ones_like(tokens), torch.zeros_like(tokens)), strict=True))
     feed = {one.name: values[one.name].numpy() for one in session.get_inputs()}
     return partial(session.run, None, feed)
 

@@ -38,6 +38,36 @@ def names(compared: Comparison) -> list[str]:
     return [encoder.name for encoder in compared.encoders]
 
 
+def write_graph(folder: str, name: str) -> Path:
+    """Writes an ONNX file of one input, which it returns."""
+    onnx = pytest.importorskip("onnx", reason="pip install onnx")
+    pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
+    ends = [onnx.helper.make_tensor_value_info(x, onnx.TensorProto.INT64, ["b", "l"]) for x in (name, "out")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", [name], ["out"])], "graph", ends[:1], ends[1:])
+    path = Path(folder) / "onnx" / "model.onnx"
+    path.parent.mkdir()
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
+
+
+def test_an_onnx_file_stands_behind_its_model(bert: str) -> None:
+    path = write_graph(bert, "input_ids")
+    model, file = measure(MeasureConfig(models=[bert], **QUICK)).encoders
+    assert file.name == f"{model.name} (ONNX)"
+    assert (file.disk_mib, file.memory_mib) == (path.stat().st_size / 2**20, None)
+    assert file.ms[0] < model.ms[0], "it computes nothing"
+    assert len(measure(MeasureConfig(models=[bert], dtype="bfloat16", **QUICK)).encoders) == 1
+
+
+@pytest.mark.parametrize("content", [b"", None], ids=["no graph", "another graph"])
+def test_an_onnx_file_that_is_no_encoder_is_refused(content: bytes | None, bert: str) -> None:
+    path = write_graph(bert, "pixels")
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.onnx.*export it again"):
+        measure(MeasureConfig(models=[bert], **QUICK))
+
+
 @pytest.mark.parametrize(
     ("family", "rows", "width"),
     [
