@@ -13,10 +13,14 @@ from engine.kernels.segments import Segments
 from engine.losses.base import Evaluated, Loss, Side, StepInputs
 from engine.models.features import Wanted
 from engine.models.pooling import pool
+from engine.models.projections import Projections
 from engine.ranks.collectives import gather_vectors
 
 KINDS = ("cosine", "mse", "similarity")
 """Names in the log, in the order of loss.pooled_weights."""
+
+FEWEST_TEXTS = 3
+"""Texts that similarity needs: the softmax over a single other text is 1 whatever the vectors are."""
 
 
 class PooledLoss(Loss):
@@ -45,14 +49,14 @@ class PooledLoss(Loss):
         return {self.name: (self._last("student"), self._last("teacher"))}
 
     def _vectors(self, inputs: StepInputs, side: Side) -> torch.Tensor:
-        """Returns the (B, W, D) vectors of one side, W ways of pooling."""
+        """Returns the (B, W * D) vectors of one side, W ways of pooling."""
         states = inputs.captured(self.name, side, "hidden", self._last(side))
-        vectors = vectors_of(states, inputs.segments, inputs.batch, self.setup.pooling)
-        return vectors.view(len(vectors), len(self.setup.pooling), states.shape[-1])
+        return vectors_of(states, inputs.segments, inputs.batch, self.setup.pooling)
 
     def __call__(self, inputs: StepInputs, weights: Mapping[str, float]) -> Evaluated:
-        target = self._vectors(inputs, "teacher").flatten(1)
-        student = inputs.projections(self._last("student"), self._vectors(inputs, "student")).flatten(1)
+        target = self._vectors(inputs, "teacher")
+        layer, ways = self._last("student"), len(self.setup.pooling)
+        student = mapped(inputs.projections, layer, self._vectors(inputs, "student"), ways)
         student = student.to(target.dtype)  # where 16 bits are the type of a matrix product
         values = {}
         for term in self._active:
@@ -77,6 +81,13 @@ def vectors_of(states: torch.Tensor, segments: Segments | None, batch: Batch, wa
     return pool(segments.padded(states, 1), segments.mask_on(states.device), ways)
 
 
+def mapped(projections: Projections, layer: int, vectors: torch.Tensor, ways: int) -> torch.Tensor:
+    """Returns the (B, W * D_t) vectors that the student's (B, W * D_s) are compared as and that its export makes: each
+    of the W through the projection of `layer`."""
+    through: torch.Tensor = projections(layer, vectors.unflatten(1, (ways, -1)))
+    return through.flatten(1)
+
+
 def similarity_kl(student: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
     """Returns the sum over the rows (B, D) of KL(teacher || student) of the softmax of the cosines of a text to all
     other texts, divided by the temperature (SEED, arXiv 2101.04731, with the batch in place of its queue).
@@ -88,7 +99,7 @@ def similarity_kl(student: torch.Tensor, target: torch.Tensor, temperature: floa
     together = torch.is_grad_enabled() and student.requires_grad
     columns, first = gather_vectors(student) if together else (student, 0)
     target_columns = gather_vectors(target)[0] if together else target
-    if len(columns) < 2:
+    if len(columns) < FEWEST_TEXTS:
         return student.sum() * 0.0
     itself = torch.arange(len(student), device=student.device) + first
     others = torch.arange(len(columns), device=student.device) != itself[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from engine.config.deepspeed import Execution
-from engine.config.distill import MappingConfig, RunConfig, StudentConfig
+from engine.config.distill import LossConfig, MappingConfig, RunConfig, StudentConfig
 from engine.config.marks import FIXED, settings
 from engine.data.manifest import Manifest, corpus_hash, load_manifest
 from engine.errors import UserError
@@ -21,6 +21,7 @@ from engine.kernels.choice import Kernels, choose_kernels
 from engine.losses import own
 from engine.losses.base import NO_LOSSES, OwnLosses
 from engine.losses.loss_set import LossSet
+from engine.losses.pooled import FEWEST_TEXTS
 from engine.losses.random_layers import build_losses
 from engine.mapping import LayerMapping, MappingPair
 from engine.models.apex import require_fused_layer_norm
@@ -174,6 +175,7 @@ def make_plan(config: RunConfig, own_losses: OwnLosses = NO_LOSSES) -> Plan:
     sentence, sentence_notes = sentence_student(config.teacher.path, tokenizer, student_config, map_bias)
     pooling = MEAN if sentence is None else sentence.pooling
     losses = mapped_losses(config, mapping, student_shape, teacher_shape, kernels, own_losses, pooling)
+    check_similarity(config.loss, execution)
     plan = Plan(
         config=config,
         execution=execution,
@@ -206,6 +208,17 @@ def make_plan(config: RunConfig, own_losses: OwnLosses = NO_LOSSES) -> Plan:
     if plan.trained_projections is not None:
         require_whole(plan.trained_projections, "student.path")
     return plan
+
+
+def check_similarity(loss: LossConfig, execution: Execution) -> None:
+    """Raises UserError where loss.pooled compares the texts of a micro batch that has too few of them."""
+    texts = execution.micro_batch_size * execution.world_size
+    if loss.pooled and loss.pooled_weights[-1] and texts < FEWEST_TEXTS:
+        raise UserError(
+            f"loss.pooled_weights={loss.pooled_weights}: similarity compares the texts of a micro batch over all ranks, "
+            f"at least {FEWEST_TEXTS}, but there {'is 1' if texts == 1 else f'are {texts}'}: raise "
+            "train.global_batch or train_micro_batch_size_per_gpu in the DeepSpeed file, or set its weight (the last one) to 0"
+        )
 
 
 def _read_manifest(config: RunConfig) -> Manifest:

@@ -53,6 +53,17 @@ def test_preset_files_go_on_top_of_another_file(plan_of, name: str) -> None:
     assert plan.warnings == ()
 
 
+@pytest.mark.parametrize(("texts", "sentence"), [(1, "but there is 1:"), (2, "but there are 2:"), (3, None)])
+def test_similarity_needs_texts_to_compare(plan_of, texts: int, sentence: str | None) -> None:
+    argv = ["--loss.pooled", "1", "--train.global_batch", str(texts), "--loss.pooled_weights"]
+    plan_of(*argv, "1", "1", "0")
+    if sentence is None:
+        plan_of(*argv, "1", "1", "1")
+        return
+    with pytest.raises(UserError, match=f"loss.pooled_weights.*at least 3, {sentence} raise train.global_batch"):
+        plan_of(*argv, "1", "1", "1")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_files_say_how_they_are_used(name: str) -> None:
     first = (ROOT / "examples" / f"{name}.yaml").read_text().splitlines()[0]
