@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from engine.data.batch import Batch, Counts
 from engine.losses.loss_set import LossSet
+from engine.losses.pooled import mapped, vectors_of
 from engine.models.capture import capture, hidden_states
 from engine.models.features import Features
 from engine.models.projections import Projections
@@ -36,15 +37,24 @@ class DistilModule(nn.Module):
         teacher: Features | None = None,
         per_micro: Counts | None = None,
         layers: frozenset[int] = frozenset(),
+        pooling: tuple[str, ...] = (),
     ) -> tuple[torch.Tensor, ...]:
         """Returns the total (scalar, differentiable) and the value of every term (T,), in its scale, detached, both
         fp32.
 
         `per_micro`: counts of the global batch divided by (ranks x accumulation), so that DeepSpeed's averages over
         both give the mean over the global batch whatever the split. Without `teacher` and `per_micro`: the student's
-        hidden states of `layers` as engine.models.capture.hidden_states returns them, for probes.
+        hidden states of `layers` as engine.models.capture.hidden_states returns them, for probes; with `pooling`, the
+        (B, W * D_t) vectors of texts that they give in these W ways, through the projection of their layer.
         """
         if teacher is None or per_micro is None:
-            return hidden_states(self.student, batch, layers, unpadded=self.unpadded)
+            states = hidden_states(self.student, batch, layers, unpadded=self.unpadded)
+            if not pooling:
+                return states
+            vectors = (vectors_of(layer_states, None, batch, pooling) for layer_states in states)
+            return tuple(
+                mapped(self.projections, layer, rows, len(pooling))
+                for layer, rows in zip(sorted(layers), vectors, strict=True)
+            )
         features = capture(self.student, batch, self.losses.wanted_student, unpadded=self.unpadded)
         return self.losses(features, teacher, batch, per_micro, self.projections, dict(self.heads.items()))

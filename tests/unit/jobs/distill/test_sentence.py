@@ -19,9 +19,12 @@ from transformers import AutoModel
 from engine.config.distill import RunConfig
 from engine.config.reading import parse_config
 from engine.config.tools import PrepareConfig, SourceConfig
+from engine.data.batch import Batch, Counts
 from engine.data.prepare.corpus import prepare
 from engine.jobs.distill.build import build_module
 from engine.jobs.distill.plan import Plan, describe_for_export, make_plan
+from engine.jobs.distill.vectors import HeldOutVectors, Room
+from engine.models.features import Features
 from engine.models.projections import Projections
 from engine.records.history import History
 from engine.records.run_dir import RunDir
@@ -115,6 +118,38 @@ def test_vectors_are_those_of_training(
     assert AutoModel.from_pretrained(folder, add_pooling_layer=False).config.hidden_size == width
     is_missing = "Dense" in others and width == 16 and settings == STATES
     assert [bool(note) for note in plan.warnings if "dense" in note] == [True] * is_missing
+
+
+@pytest.mark.parametrize("ways", [["mean"], ["cls", "max"]], ids=["one way", "two ways"])
+@pytest.mark.parametrize("unpadded", [True, False])
+def test_held_out_vectors_go_through_the_map(
+    ways: list[str], unpadded: bool, tiny_world: TinyWorld, teacher: Path
+) -> None:
+    """A large bias makes the vectors of an export alike, not the states before it."""
+    surround(teacher, pooling={"embedding_dimension": 32, "pooling_mode": ways})
+    head = ["--loss.mlm", "1", "--data.mlm_probability", "0.2"] if "max" in ways else []
+    plan = plan_of(tiny_world, teacher, *TRAINED, *head)
+    module = build_module(plan, torch.device("cpu"))[0].eval()
+    module.unpadded = unpadded
+    linear = module.projections.linears["layers"]
+    assert isinstance(linear, torch.nn.Linear)
+    texts = plan.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    ids, mask = texts["input_ids"], texts["attention_mask"]
+    batch = Batch(ids, mask, None, Counts(), lengths=tuple(mask.sum(1).tolist()))
+    with torch.no_grad():
+        linear.bias.fill_(50.0)
+        states = module.student.base_model(ids, attention_mask=mask).last_hidden_state
+        want = torch.cat([linear(POOLINGS[way](states, mask)) for way in ways], dim=1)
+        of_teacher = torch.randn(len(TEXTS), ids.shape[1], 32)
+        held_out = HeldOutVectors(2, 4, plan.pooling)
+        held_out.add(module, batch, Features(hidden={4: of_teacher}))
+    rooms = held_out.rooms()
+    assert rooms is not None
+    student, of_the_teacher = rooms
+    assert (student.cosine, student.rank) == pytest.approx((Room.of(want).cosine, Room.of(want).rank), rel=1e-4)
+    assert student.cosine > 0.9
+    target = torch.cat([POOLINGS[way](of_teacher, mask) for way in ways], dim=1)
+    assert of_the_teacher.cosine == pytest.approx(Room.of(target).cosine, rel=1e-4)
 
 
 @pytest.mark.parametrize("encoder", ["", "0_Transformer"])

@@ -23,7 +23,7 @@ def test_equal_vectors_take_no_room() -> None:
 
 @pytest.mark.parametrize(
     ("student", "collapsed"),
-    [(Room(0.5, 60), False), (Room(0.5, 40), True), (Room(0.8, 60), True), (Room(0.1, 200), False)],
+    [(Room(0.5, 26), False), (Room(0.5, 24), True), (Room(0.8, 60), True), (Room(0.1, 200), False)],
 )
 def test_collapse_is_beside_the_teacher(student: Room, collapsed: bool) -> None:
     assert student.is_collapsed_beside(Room(0.2, 100)) == collapsed
