@@ -215,9 +215,10 @@ def check_similarity(loss: LossConfig, execution: Execution) -> None:
     texts = execution.micro_batch_size * execution.world_size
     if loss.pooled and loss.pooled_weights[-1] and texts < FEWEST_TEXTS:
         raise UserError(
-            f"loss.pooled_weights={loss.pooled_weights}: similarity compares the texts of a micro batch over all ranks, "
-            f"at least {FEWEST_TEXTS}, but there {'is 1' if texts == 1 else f'are {texts}'}: raise "
-            "train.global_batch or train_micro_batch_size_per_gpu in the DeepSpeed file, or set its weight (the last one) to 0"
+            f"loss.pooled_weights={loss.pooled_weights}: similarity compares the texts of a micro batch over all "
+            f"ranks, at least {FEWEST_TEXTS}, but there {'is 1' if texts == 1 else f'are {texts}'}: raise "
+            "train.global_batch or train_micro_batch_size_per_gpu in the DeepSpeed file, or set its weight (the last "
+            "one) to 0"
         )
 
 
