@@ -84,7 +84,7 @@ def vectors_of(states: torch.Tensor, segments: Segments | None, batch: Batch, wa
 def mapped(projections: Projections, layer: int, vectors: torch.Tensor, ways: int) -> torch.Tensor:
     """Returns the (B, W * D_t) vectors that the student's (B, W * D_s) are compared as and that its export makes: each
     of the W through the projection of `layer`."""
-    through: torch.Tensor = projections(layer, vectors.unflatten(1, (ways, -1)))
+    through: torch.Tensor = projections(layer, vectors.view(len(vectors), ways, vectors.shape[1] // ways))
     return through.flatten(1)
 
 
