@@ -44,11 +44,11 @@ def read_facts(config: ProxyJobConfig) -> ProxyFacts:
     """Reads config.json, weights (some blocks), manifest.json and task rows. Raises UserError; what else does not fit,
     the first job finds."""
     allow_pickle(config.allow_pickle)
-    parts = given_parts(config)
     teacher = encoder_folder(config.teacher.path, "teacher.path")
-    teacher_layers, parts["teacher"]["config_sha256"] = _layers_and_hash(teacher, "teacher.path")
+    teacher_layers, config_hash = _layers_and_hash(teacher, "teacher.path")
+    parts = given_parts(config)
+    parts["teacher"]["config_sha256"] = config_hash
     parts["teacher"]["weights_sha256"] = weights_fingerprint(teacher, key="teacher.path")
-    parts["teacher"]["vectors"] = vectors_of(config.teacher.path)
     student_layers = config.student.layer_count(teacher_layers)
     if config.student.path is not None:
         student = encoder_folder(config.student.path, "student.path")
@@ -69,9 +69,9 @@ def read_facts(config: ProxyJobConfig) -> ProxyFacts:
 
 
 def given_parts(config: ProxyJobConfig) -> dict[str, Any]:
-    """Returns the settings that decide a fitness, by section, with the weights of student.path and the versions of code
-    and packages. Seed and mapping are left out: they tell evaluations of one fingerprint apart. So is what changes
-    rounding only (ranks, micro batch, ZeRO stage, attention backend)."""
+    """Returns the settings that decide a fitness, by section, with how the teacher makes vectors, the weights of
+    student.path and the versions of code and packages. Seed and mapping are left out: they tell evaluations of one
+    fingerprint apart. So is what changes rounding only (ranks, micro batch, ZeRO stage, attention backend)."""
     fixed = settings(config, Mark.RESULT)
     for name in ("epochs", "lr", "batch") if config.proxy.evaluator == "probe" else ():
         del fixed[f"proxy.{name}"]
@@ -79,6 +79,7 @@ def given_parts(config: ProxyJobConfig) -> dict[str, Any]:
     for key, value in fixed.items():
         section, _, name = key.partition(".")
         parts.setdefault(section, {})[name] = value
+    parts["teacher"]["vectors"] = vectors_of(config.teacher.path)
     if config.student.path is not None:
         student = encoder_folder(config.student.path, "student.path")
         parts["student"]["weights_sha256"] = weights_fingerprint(student, key="student.path")

@@ -14,7 +14,7 @@ from engine.data.manifest import corpus_hash
 from engine.errors import UserError
 from engine.jobs.distill.plan import Plan, make_plan, starting_student, with_mapping
 from engine.jobs.execution import plan_execution
-from engine.jobs.proxy.facts import given_parts, vectors_of
+from engine.jobs.proxy.facts import given_parts
 from engine.losses.base import NO_LOSSES, OwnLosses
 from engine.losses.own import identity_of
 from engine.losses.registry import LOSSES
@@ -200,7 +200,6 @@ def fingerprint_parts(config: ProxyJobConfig, base: Plan, tasks: Sequence[TaskDa
     parts = given_parts(config)
     hashes = model_hashes("teacher", base.teacher)
     parts["teacher"] |= {key.partition(".")[2]: value for key, value in hashes.items()} | {"dtype": base.teacher_dtype}
-    parts["teacher"]["vectors"] = vectors_of(config.teacher.path)
     parts["data"] |= {"content_sha256": corpus_hash(base.manifest), "seq_len": base.seq_len}
     parts["train"] |= {"precision": base.execution.precision, "warmup_steps": base.config.train.resolved_warmup_steps}
     parts["tasks"] = {task.spec.name: {"sha256": task.sha256, "metrics": list(task.spec.metrics)} for task in tasks}
