@@ -72,7 +72,8 @@ class PrepareConfig:
 
     pack: Literal["contiguous", "document", "unit"] = result("contiguous")
     """contiguous: a sequence goes on with the next document, after a separator; document: it ends with the document;
-    unit: each sentence or paragraph (`unit`) is a sequence of its own, as sentence encoders read texts."""
+    unit: each sentence or paragraph (`unit`) is a sequence of its own, cut where it is longer, as sentence encoders
+    read texts."""
 
     unit: Literal["sentence", "paragraph", "token"] = result("sentence")
     """What is never cut (unless longer than a whole sequence): sentences or paragraphs; token: cut anywhere, so that
@@ -81,8 +82,8 @@ class PrepareConfig:
     short_seq_prob: float = result(0.0)
     """Share of sequences that aim at a random shorter length, not below min_tokens (BERT's pre-training: 0.1)."""
 
-    min_tokens: int = result(8)
-    """Sequences with fewer text tokens are dropped."""
+    min_tokens: int | None = result(None)
+    """Sequences with fewer text tokens are dropped; unset: 8, with pack=unit 1, so that short texts are kept."""
 
     shard_mb: int = how(4)
     """Text per shard, in MB: the unit of parallel work, of restart, and of memory."""
@@ -104,8 +105,15 @@ class PrepareConfig:
         if self.pack == "unit":
             require(self.unit != "token", "unit", self.unit, "with pack=unit write sentence or paragraph")
             require(not self.short_seq_prob, "short_seq_prob", self.short_seq_prob, "has no effect with pack=unit")
-        require(self.min_tokens >= 1, "min_tokens", self.min_tokens, "must be at least 1")
+        require(self.least_tokens >= 1, "min_tokens", self.min_tokens, "must be at least 1")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
+
+    @property
+    def least_tokens(self) -> int:
+        """Text tokens of the shortest sequence that is kept."""
+        if self.min_tokens is None:
+            return 1 if self.pack == "unit" else 8
+        return self.min_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

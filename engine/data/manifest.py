@@ -35,6 +35,8 @@ class SourceEntry:
     dropped: int
     """Sequences that were shorter than min_tokens."""
     bad_lines: int
+    cut: int = 0
+    """Units longer than a sequence, of which only the beginning was kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

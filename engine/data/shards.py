@@ -38,6 +38,7 @@ class ShardInfo:
     dropped: int
     size: int
     sha256: str
+    cut: int = 0
 
 
 def id_type(vocab_size: int) -> pa.DataType:
@@ -45,7 +46,14 @@ def id_type(vocab_size: int) -> pa.DataType:
 
 
 def write_shard(
-    folder: Path, index: int, key: str, sequences: Sequence[npt.NDArray[Any]], *, dtype: pa.DataType, dropped: int
+    folder: Path,
+    index: int,
+    key: str,
+    sequences: Sequence[npt.NDArray[Any]],
+    *,
+    dtype: pa.DataType,
+    dropped: int,
+    cut: int = 0,
 ) -> ShardInfo:
     """Writes the shard, then its sidecar, each whole or not at all."""
     path = folder / shard_name(index)
@@ -68,6 +76,7 @@ def write_shard(
         sequences=len(sequences),
         tokens=int(lengths.sum()),
         dropped=dropped,
+        cut=cut,
         size=data.size,
         sha256=hashlib.sha256(data).hexdigest(),
     )

@@ -81,8 +81,8 @@ def _manifest(config: PrepareConfig, settings: UnitSettings, sources: list[Sourc
         sequences = sum(info.sequences for info in infos)
         if sequences == 0:
             raise UserError(
-                f"{source.path}: gave no sequence of at least min_tokens={config.min_tokens} tokens; lower min_tokens "
-                "or remove the source"
+                f"{source.path}: gave no sequence of at least min_tokens={settings.min_tokens} tokens; lower "
+                "min_tokens or remove the source"
             )
         entries.append(
             SourceEntry(
@@ -94,6 +94,7 @@ def _manifest(config: PrepareConfig, settings: UnitSettings, sources: list[Sourc
                 sequences=sequences,
                 tokens=sum(info.tokens for info in infos),
                 dropped=sum(info.dropped for info in infos),
+                cut=sum(info.cut for info in infos),
                 bad_lines=progress.reader.bad_lines,
             )
         )
@@ -120,7 +121,7 @@ def _header(config: PrepareConfig, settings: UnitSettings) -> dict[str, Any]:
         "pack": config.pack,
         "unit": config.unit,
         "short_seq_prob": config.short_seq_prob,
-        "min_tokens": config.min_tokens,
+        "min_tokens": settings.min_tokens,
         "shard_mb": config.shard_mb,
         "seed": config.seed,
         "on_bad_line": config.on_bad_line,

@@ -176,8 +176,9 @@ class Packer:
     """Sequences of at most `capacity` text tokens (special tokens around them not counted), filled with documents.
 
     A unit that does not fit opens a new sequence; one longer than a whole sequence is divided: a paragraph into
-    sentences, a sentence into token runs. `sequences` collects the finished ones, `dropped` counts those with fewer
-    than `min_tokens` text tokens (separators are not text).
+    sentences, a sentence into token runs. With pack=unit each unit is a sequence of its own, cut at `capacity`.
+    `sequences` collects the finished ones, `dropped` counts those with fewer than `min_tokens` text tokens (separators
+    are not text), and `cut` the units that were cut.
     """
 
     def __init__(
@@ -195,30 +196,34 @@ class Packer:
         self._separator = None if separator is None else np.array([separator], dtype=np.int32)
         self._short_seq_prob, self._rng = short_seq_prob, rng
         self.sequences: list[Tokens] = []
-        self.dropped = 0
+        self.dropped = self.cut = 0
         self._new_document = False
         self._open()
 
     def add_document(self, paragraphs: Sequence[Sequence[Tokens]]) -> None:
+        if self._pack == "unit":
+            self._add_units(paragraphs)
+            return
         if self._pack == "document":
             self.finish()
         self._new_document = True
         for paragraph in paragraphs:
             if self._unit == "paragraph" and sum(map(len, paragraph)) <= self._capacity:
                 if paragraph:
-                    self._begin_unit()
                     self._add_whole(np.concatenate(paragraph))
                 continue
             for sentence in paragraph:
-                self._begin_unit()
                 if self._unit == "token" or len(sentence) > self._capacity:
                     self._add_run(sentence)
                 else:
                     self._add_whole(sentence)
 
-    def _begin_unit(self) -> None:
-        if self._pack == "unit":
-            self.finish()
+    def _add_units(self, paragraphs: Sequence[Sequence[Tokens]]) -> None:
+        for paragraph in filter(None, paragraphs):
+            for unit in [np.concatenate(paragraph)] if self._unit == "paragraph" else paragraph:
+                self.cut += len(unit) > self._capacity
+                self._append(unit[: self._capacity])
+                self.finish()
 
     def finish(self) -> None:
         """Ends the sequence at hand. Call it once more after the last document."""

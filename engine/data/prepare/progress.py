@@ -139,6 +139,8 @@ def print_summary(folder: Path, manifest: Manifest, readers: Sequence[SourceRead
         print(f"kept {_count(usage.kept_shards, 'shard')} of an earlier run")
     if dropped := sum(source.dropped for source in manifest.sources):
         print(f"dropped {_count(dropped, 'sequence')} with fewer than min_tokens={manifest.min_tokens} text tokens")
+    if cut := sum(source.cut for source in manifest.sources):
+        print(f"cut {_count(cut, manifest.unit)} at the end of a sequence of seq_len={manifest.seq_len} tokens")
     for reader in readers:
         if reader.bad_lines:
             shown = ", the first of them" if len(reader.bad_places) < reader.bad_lines else ""

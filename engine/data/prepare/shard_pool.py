@@ -184,6 +184,7 @@ def _work(unit: WorkUnit) -> _Done:
         sequences,
         dtype=id_type(settings.vocab_size),
         dropped=packer.dropped,
+        cut=packer.cut,
     )
     unknown = sum(int(np.count_nonzero(tokens == _worker.unknown)) for tokens in packer.sequences)
     return _Done(info, unknown, os.getpid(), _peak_bytes())

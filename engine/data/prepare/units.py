@@ -72,11 +72,11 @@ def unit_settings(config: PrepareConfig, tokenizer: PreTrainedTokenizerBase) -> 
             reserved=tokenizer.all_special_ids,
             unknown=tokenizer.unk_token_id,
         ),
-        **settings(config, Mark.RESULT),
+        **settings(config, Mark.RESULT) | {"min_tokens": config.least_tokens},
     )
-    if config.min_tokens > found.capacity:
+    if found.min_tokens > found.capacity:
         raise UserError(
-            f"min_tokens={config.min_tokens}: a sequence of seq_len={config.seq_len} holds only {found.capacity} "
+            f"min_tokens={found.min_tokens}: a sequence of seq_len={config.seq_len} holds only {found.capacity} "
             "text tokens; lower min_tokens or raise seq_len"
         )
     return found

@@ -266,7 +266,9 @@ def test_shards_of_an_earlier_larger_corpus_are_removed(tmp_path, tokenizer, sma
 def test_text_survives_for_every_tokenizer(tmp_path, small, family, pack, unit):
     """What decoding the shards gives back is the text: nothing lost, repeated or moved."""
     folder = saved(family, tmp_path)
-    manifest = prepare(config(tmp_path / "out", folder, small, pack=pack, unit=unit, min_tokens=1))
+    longest = 512 if pack == "unit" else 64  # units are cut
+    options = {"seq_len": longest, "pack": pack, "unit": unit, "min_tokens": 1}
+    manifest = prepare(config(tmp_path / "out", folder, small, **options))
     tok = AutoTokenizer.from_pretrained(folder)
     rows = Dataset.from_file(str(tmp_path / "out" / manifest.shards[0].file))["input_ids"]
     for row in rows:
@@ -283,13 +285,34 @@ def test_text_survives_for_every_tokenizer(tmp_path, small, family, pack, unit):
 def test_each_unit_is_a_sequence_of_its_own(tmp_path, tokenizer, unit, count):
     text = tmp_path / "text.txt"
     text.write_text("A first one. A second one.\nA third one.\n\nOne more of it. And the last one.\n")
-    manifest = prepare(config(tmp_path / "out", tokenizer, text, pack="unit", unit=unit, min_tokens=1))
+    manifest = prepare(config(tmp_path / "out", tokenizer, text, pack="unit", unit=unit))
+    assert manifest.min_tokens == 1
     rows = Dataset.from_file(str(tmp_path / "out" / manifest.shards[0].file))["input_ids"]
     decode = AutoTokenizer.from_pretrained(tokenizer).decode
     lines = text.read_text().replace("\n\n", "\n").splitlines()
     want = lines if unit == "paragraph" else [f"{part}." for line in lines for part in line.rstrip(".").split(". ")]
     assert len(rows) == count
     assert ["".join(decode(row[1:-1]).lower().split()) for row in rows] == ["".join(s.lower().split()) for s in want]
+
+
+LONG = f"{'and ' * 40}then."
+
+
+@pytest.mark.parametrize(
+    ("unit", "texts"),
+    [("sentence", [LONG, "A second one.", "Third", "?"]), ("paragraph", [f"{LONG} A second one.", "Third", "?"])],
+)
+def test_a_unit_longer_than_a_sequence_is_cut_and_counted(tmp_path, tokenizer, unit, texts, capsys):
+    """Sequences are what the tokenizer makes of each text alone, the shortest too, and the rest makes no second one."""
+    text = tmp_path / "text.txt"
+    text.write_text(f"{LONG} A second one.\nThird\n\n?\n")
+    manifest = prepare(config(tmp_path / "out", tokenizer, text, pack="unit", unit=unit, seq_len=16))
+    rows = Dataset.from_file(str(tmp_path / "out" / manifest.shards[0].file))["input_ids"]
+    tok = AutoTokenizer.from_pretrained(tokenizer)
+    want = [tok(text, truncation=True, max_length=16)["input_ids"] for text in texts]
+    assert rows[:] == want
+    assert manifest.sources[0].cut == 1
+    assert f"cut 1 {unit} at the end of a sequence of seq_len=16 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", [{"unit": "token"}, {"short_seq_prob": 0.1}])
