@@ -123,13 +123,19 @@ def run_job(words: Sequence[str], folder: Path | None) -> tuple[list[dict[str, A
     """Starts a script, on one thread. Returns the records of its folder (None: a new one), and the processor time that
     it took, in seconds. Ends the campaign with the script's output if it fails."""
     with nullcontext(str(folder)) if folder else tempfile.TemporaryDirectory() as place:
-        all_words = [sys.executable, *words[:1], "--output_dir", place, *words[1:]]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        before = processor_seconds()
-        done = subprocess.run(all_words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode not in (EXIT_DONE, EXIT_DIVERGED):
-            sys.exit(f"{' '.join(all_words)}\n{done.stdout}")
-        return read_records(RunDir(Path(place)).records), processor_seconds() - before
+        seconds = run_script(words, place)
+        return read_records(RunDir(Path(place)).records), seconds
+
+
+def run_script(words: Sequence[str], folder: str) -> float:
+    """Like run_job, for a script that leaves no records."""
+    all_words = [sys.executable, *words[:1], "--output_dir", folder, *words[1:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    before = processor_seconds()
+    done = subprocess.run(all_words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode not in (EXIT_DONE, EXIT_DIVERGED):
+        sys.exit(f"{' '.join(all_words)}\n{done.stdout}")
+    return processor_seconds() - before
 
 
 def processor_seconds() -> float:
