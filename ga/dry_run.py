@@ -25,6 +25,7 @@ def describe_search(
     """Returns the banner."""
     s, proxy = config.search, config.proxy
     done = len(spent_evaluations(evaluations))
+    how = "after fine-tuning" if proxy.evaluator == "finetune" else "without fine-tuning"
     rows: list[tuple[str, str | list[str]]] = [
         ("search", f"{config.study}: {s.sampler}, seed {s.seed}"),
         ("space", space.describe()),
@@ -36,7 +37,7 @@ def describe_search(
         ),
         (
             "fitness",
-            f"share of the gap from untrained student to teacher, {', '.join(facts.tasks)} ({proxy.evaluator}), "
+            f"share of the gap from untrained student to teacher, {', '.join(facts.tasks)} {how}, "
             f"weights {'given' if proxy.yardstick else 'measured first'}; {counted(proxy.repeats, 'seed')} from "
             f"{config.seed}",
         ),

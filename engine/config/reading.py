@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path, PurePath
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -67,7 +67,7 @@ def _origin(names: Sequence[str], layers: Sequence[dict[str, Given]]) -> str:
     for name, layer in zip(names, layers, strict=True):
         is_file = layer is not layers[-1]
         changes = [
-            f"{key}={setting.value}" + (f" (was {before[key].value})" if key in before else "")
+            f"{key}={_shown(setting.value)}" + (f" (was {_shown(before[key].value)})" if key in before else "")
             for key, setting in layer.items()
             if (before[key].value != setting.value if key in before else not is_file)
         ]
@@ -75,6 +75,16 @@ def _origin(names: Sequence[str], layers: Sequence[dict[str, Given]]) -> str:
             parts.append(f"{name}: {', '.join(changes)}" if changes else name)
         before |= layer
     return "; ".join(parts)
+
+
+def _shown(value: Any) -> Any:
+    """Returns the value with sections as what was written of them."""
+    if is_dataclass(value):
+        written = {one.name: getattr(value, one.name) for one in fields(value)}
+        return {one.name: _shown(written[one.name]) for one in fields(value) if written[one.name] != one.default}
+    if isinstance(value, dict):
+        return {name: _shown(one) for name, one in value.items()}
+    return [_shown(one) for one in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

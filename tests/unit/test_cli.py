@@ -13,6 +13,7 @@ from launching import ROOT
 
 from engine import cli
 from engine.config.distill import RunConfig
+from engine.config.finetune import FinetuneConfig
 from engine.config.proxy import ProxyJobConfig
 from engine.config.reading import parse_config
 from engine.config.tools import PrepareConfig, SourceConfig
@@ -205,6 +206,17 @@ def test_the_origin_of_the_settings_is_announced(words: list[str], says: str, tm
     announced: list[str] = []
     parse_config(RunConfig, [str(tmp_path / w) if w in "AB" else w for w in words], "test", announced.append)
     assert [line.replace(f"{tmp_path}/", "") for line in announced] == [says]
+
+
+def test_sections_in_the_origin_are_as_they_were_written(tmp_path: Path) -> None:
+    (tmp_path / "A").write_text("task: {custom: {mine: {train: a.tsv}}}\n")
+    (tmp_path / "B").write_text("task: {custom: {faq: {kind: retrieval, folder: faq}}}\n")
+    announced: list[str] = []
+    words = ["--config", str(tmp_path / "A"), "--config", str(tmp_path / "B"), "--model.path", "m"]
+    parse_config(FinetuneConfig, words, "test", announced.append)
+    assert (
+        "task.custom={'faq': {'folder': 'faq', 'kind': 'retrieval'}} (was {'mine': {'train': 'a.tsv'}})" in announced[0]
+    )
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
