@@ -56,7 +56,7 @@ def cells(args: Namespace, rows: Sequence[Row]) -> Iterator[Cell]:
 
     for shape, student in SHAPES.items():
         ours = ["launch/distill.py", "--config", "examples/embeddings.yaml", *student, "--data.path", args.corpus]
-        ours += ["--train.global_batch", BATCH, "--train.eval_every", "null", "--train.save_every", "null"]
+        ours += ["--train.global_batch", BATCH, "--train.eval_every", args.steps, "--train.save_every", args.steps]
         start = cell(shape, START, "-", "0", "0", [*ours, "--train.steps", "1", "--train.lr", "1e-9"])
         yield start
         theirs = ["benchmarks/layer_reduction.py", "--corpus", args.corpus, "--batch", BATCH]
