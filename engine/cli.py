@@ -267,7 +267,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
         "export",
         "Exports a checkpoint as a Hugging Face folder, with an ONNX file or to the hub where that is asked for.",
         "--run runs/quickstart",
-        "--run runs/quickstart --tag step-00000200 --to students/at-200 --format onnx",
+        "--run runs/quickstart --tag step-00000200 --output_dir students/at-200 --format onnx",
         "--run runs/quickstart --push_to_hub OWNER/NAME --dry_run true",
         job="engine.train.export:export_run",
     )

@@ -1,4 +1,4 @@
-"""python launch/export.py --run RUN_DIR --to DIR"""
+"""python launch/export.py --run RUN_DIR --output_dir DIR"""
 
 import sys
 

@@ -55,6 +55,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "adam_beta1": ("betas",),
     "adam_beta2": ("betas",),
     "overwrite_output_dir": ("resume",),
+    "to": ("output_dir",),
+    "out": ("output_dir",),
     "tokenizer_name": ("tokenizer",),
     "torch_dtype": ("dtype",),
     "attn_implementation": ("attention",),

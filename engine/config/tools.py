@@ -121,7 +121,7 @@ class ExportConfig:
     run: PathText
     """Run directory that launch/distill.py wrote."""
 
-    to: PathText | None = None
+    output_dir: PathText | None = None
     """Folder to write; unset: `student` inside the run directory."""
 
     tag: str = "newest"

@@ -58,12 +58,13 @@ def export_run(config: ExportConfig) -> Path:
     description = _description(run_dir, tag)
     head = description["head"]
     usual = run_dir.model if head in TUNED else run_dir.student
-    target = Path(config.to).resolve() if config.to is not None else usual
+    target = Path(config.output_dir).resolve() if config.output_dir is not None else usual
     if target.exists() and not target.is_dir():
-        raise UserError(f"to={config.to!r} is a file; name a folder")
+        raise UserError(f"output_dir={config.output_dir!r} is a file; name a folder")
     if target.exists() and any(target.iterdir()) and not is_export(target):
         raise UserError(
-            f"to={config.to!r} holds files that are not an export of mapdistill; name an empty or new folder"
+            f"output_dir={config.output_dir!r} holds files that are not an export of mapdistill; name an empty or new "
+            "folder"
         )
     _check_tokenizer(run_dir, config.run, description)
     place = ", in place of the earlier export" if is_export(target) else ""

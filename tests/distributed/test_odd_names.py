@@ -47,7 +47,7 @@ def test_every_script_works_in_a_folder_of_an_odd_name(odd: Path, make_run: Call
     assert [record["step"] for record in run.steps()] == [1, 2, 3, 4, 3, 4]
     assert len(set(run.curve())) == 4
     assert (run.run_dir.checkpoints / "superseded-step-00000004").is_dir()
-    succeed("export", "--run", run.output_dir, "--to", odd / "exported")
+    succeed("export", "--run", run.output_dir, "--output_dir", odd / "exported")
     AutoModel.from_pretrained(odd / "exported", add_pooling_layer=False)
     assert not list(ROOT.glob("X")) + list(odd.rglob("X"))
 
@@ -79,7 +79,7 @@ def test_a_leading_dash(odd: Path, make_run: Callable[..., Run]) -> None:
     own = ["--output_dir=-run", "--teacher.path=-teacher", "--data.path=-corpus"]
     command = [sys.executable, str(ROOT / "launch/distill.py"), *own, *run.argv]
     subprocess.run(command, cwd=odd, env=environment(), check=True, timeout=200)
-    succeed("export", "--run=-run", "--to=-exported", cwd=odd)
+    succeed("export", "--run=-run", "--output_dir=-exported", cwd=odd)
     AutoModel.from_pretrained(odd / "-exported", add_pooling_layer=False)
 
 

@@ -109,7 +109,7 @@ def test_export_script_needs_neither_ranks_nor_teacher(
     finished_run: FinishedRun, tiny_world: TinyWorld, tmp_path: Path
 ) -> None:
     run, target = finished_run(**OTHER_LOSSES), tmp_path / "exported here"
-    words = ["--run", run.output_dir, "--to", target, "--tag", "step-00000006"]
+    words = ["--run", run.output_dir, "--output_dir", target, "--tag", "step-00000006"]
     assert f"written to {target}; load it" in succeed("export", *words)
     assert f"written to {target}, in place of the earlier export; load it" in succeed("export", *words)
     model = AutoModel.from_pretrained(target)
@@ -136,12 +136,12 @@ def test_export_script_needs_neither_ranks_nor_teacher(
 
 def test_export_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     assert "no complete checkpoint" in refuse("export", "--run", tmp_path)
-    assert "run" in refuse("export", "--to", "x").removeprefix("error: ")
+    assert "run" in refuse("export", "--output_dir", "x").removeprefix("error: ")
 
 
 def test_export_looks_at_the_runs_tokenizer(finished_run: FinishedRun, tmp_path: Path) -> None:
     run = RunDir(Path(shutil.copytree(finished_run(**OTHER_LOSSES).output_dir, tmp_path / "run", symlinks=True)))
-    words = ["--run", run.root, "--to", tmp_path / "exported"]
+    words = ["--run", run.root, "--output_dir", tmp_path / "exported"]
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
     tokenizer.add_tokens(["covid"])
     tokenizer.save_pretrained(run.tokenizer)

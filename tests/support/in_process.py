@@ -55,7 +55,7 @@ def succeed(script: str, *words: object, cwd: Path = ROOT) -> str:
 
 def refuse(script: str, *words: object) -> str:
     """The one line that a script refuses its input with, before it has written anything."""
-    folders = [Path(str(value)) for key, value in pairwise(words) if key in ("--output_dir", "--to")]
+    folders = [Path(str(value)) for key, value in pairwise(words) if key == "--output_dir"]
     before = [_contents(folder) for folder in folders]
     code, output = call(script, *words)
     assert code == 2, output

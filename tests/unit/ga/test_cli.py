@@ -50,7 +50,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["prepare-data"], "error: unknown command 'prepare-data'; did you mean 'prepare_data'?"),
         (["--config"], f"error: unknown command '--config'; there are {', '.join(COMMANDS)}"),
         (["finetune", "--num_gpus"], "error: --num_gpus: a value is missing"),
-        (["export", "--to", "x"], "error: run is missing; write --run VALUE, or run in a file"),
+        (["export", "--output_dir", "x"], "error: run is missing; write --run VALUE, or run in a file"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
