@@ -74,6 +74,17 @@ def test_a_model_that_cannot_be_exported_leaves_the_earlier_export(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+
+    def shift(_module: object, _given: object, output: torch.Tensor) -> torch.Tensor:
+        return output if torch.compiler.is_exporting() else output + 0.01
+
+    model.encoder.layer[0].intermediate.register_forward_hook(shift)
+    with pytest.raises(UserError, match=r"differ from PyTorch's by \d\.\de-0[23], more than 1e-04; leave --format"):
+        write_onnx(model, "none", tmp_path)
+
+
 def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no protobuf")
     with pytest.raises(UserError, match=r"model.onnx: onnxruntime cannot read it \(.*export it again$"):
