@@ -54,7 +54,8 @@ def cells(args: Namespace, rows: Sequence[Row]) -> Iterator[Cell]:
         folder = args.work.resolve() / "-".join(columns.values()).replace(", ", "+")
         return Cell(columns, tuple(words), (), folder=folder)
 
-    for shape, student in SHAPES.items():
+    for shape in args.shapes:
+        student = SHAPES[shape]
         ours = ["launch/distill.py", "--config", "examples/embeddings.yaml", *student, "--data.path", args.corpus]
         ours += ["--train.global_batch", BATCH, "--train.eval_every", args.steps, "--train.save_every", args.steps]
         start = cell(shape, START, "-", "0", "0", [*ours, "--train.steps", "1", "--train.lr", "1e-9"])
@@ -140,6 +141,7 @@ def best_seeds(rows: Sequence[Row], shape: str, recipe: str) -> dict[str, Row]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="for runs and students")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--corpus", default="data/sentences")
     parser.add_argument("--steps", default="200")
     parser.add_argument("--longer", default="300", help="steps of theirs that take the time of ours")
