@@ -5,7 +5,12 @@
 Lengths are drawn evenly around the mean that a fill needs; one sequence of each batch has full length. Both ways
 take turns on the same batches in one process: forward pass of teacher and student, losses, backward pass, without the
 optimizer. What a run would do with a batch (engine/models/capture.py, FULL_FROM) is switched off here. Further settings
-of launch/distill.py follow `--`."""
+of launch/distill.py follow `--`.
+
+    taskset -c 0 python benchmarks/unpadded.py --grouped -- --config examples/embeddings.yaml --data.path data/sentences
+
+instead compares steps of a corpus with and without data.group_by_length: the same sequences in the first WINDOW steps
+(engine/data/grouping.py), each step as a run does it."""
 
 from __future__ import annotations
 
@@ -15,6 +20,7 @@ import itertools
 import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +29,8 @@ from measuring import header, machine
 from engine.config.distill import RunConfig
 from engine.config.reading import parse_config
 from engine.data.batch import Batch, Counts
-from engine.jobs.distill.build import build_module, load_teacher
+from engine.data.grouping import WINDOW
+from engine.jobs.distill.build import build_module, load_teacher, open_corpus
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan, make_plan
 from engine.jobs.measure.turns import take_turns
@@ -57,19 +64,56 @@ def step(
     module.zero_grad(set_to_none=True)
 
 
+def compare_orders(teacher: FrozenTeacher, module: DistilModule, plan: Plan, device: torch.device) -> None:
+    print(f"{machine(device, ['transformers'])}\n\n{header('group_by_length', 'fill', 'tokens/s', 'times as fast')}")
+    ways, fills, tokens = {}, {}, {}
+    for grouped in (False, True):
+        data = replace(plan.config.data, group_by_length=grouped, verify=False)
+        loader = open_corpus(replace(plan, config=replace(plan.config, data=data)))
+        batches = [batch for at in range(WINDOW) for batch in loader.step(at).micro]
+        tokens[grouped] = sum(batch.counts.tokens for batch in batches)
+        fills[grouped] = tokens[grouped] / sum(batch.counts.positions for batch in batches)
+        ways[str(grouped)] = functools.partial(run_all, teacher, module, plan, batches, device)
+    times = take_turns(ways, 3, device)
+    for grouped in (False, True):
+        speed = f"{1000 * tokens[grouped] / times[str(grouped)].ms:,.0f}"
+        ratio = times[str(grouped)].ratio_to(times["False"]) if grouped else "1"
+        print(f"| {grouped} | {fills[grouped]:.2f} | {speed} | {ratio} |")
+
+
+def run_all(
+    teacher: FrozenTeacher, module: DistilModule, plan: Plan, batches: list[Batch], device: torch.device
+) -> None:
+    turns = iter(batches)
+    for _ in batches:
+        step(teacher, module, plan, turns, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fills", type=float, nargs="+", default=[0.95, 0.88, 0.85, 0.81, 0.73, 0.54])
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--grouped", action="store_true", help="compare data.group_by_length")
     parser.add_argument("settings", nargs="*")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--config", "examples/quickstart.yaml", *args.settings, "--output_dir", folder]
+        words = [
+            "--config",
+            "examples/quickstart.yaml",
+            *args.settings,
+            "--output_dir",
+            folder,
+            "--data.verify",
+            "false",
+        ]
         plan = make_plan(parse_config(RunConfig, words, "unpadded"))
     device = join_ranks(plan.config.seed).device
-    FULL_FROM[device.type] = math.inf
     module = build_module(plan, device)[0].to(device).train()
     teacher = load_teacher(plan, plan.losses.wanted_teacher, device)
+    if args.grouped:
+        compare_orders(teacher, module, plan, device)
+        return
+    FULL_FROM[device.type] = math.inf
     print(f"{machine(device, ['transformers'])}\n\n{header('fill', 'with pads', 'without', 'times as fast')}")
     for fill in args.fills:
         rng = np.random.default_rng(0)

@@ -297,6 +297,10 @@ class DataConfig:
     whole_word_mask: bool = result(False)
     """Choose whole words instead of single tokens for masking."""
 
+    group_by_length: bool = result(False)
+    """Make steps of sequences of about one length: those of 32 steps are sorted, and the steps shuffled. Batches of
+    single sentences then have few pads; a packed corpus has few anyway."""
+
     verify: bool = how(True)
     """Compare every shard with its checksum, in the background: the ranks of a host read the whole corpus once. false:
     check only the size of a shard at its first use, for a corpus that not every host should read as a whole."""

@@ -22,7 +22,7 @@ _ADJUSTABLE = frozenset(
     {
         *OF_SCHEDULE,
         *(f"train.{name}" for name in ("global_batch", "grad_clip")),
-        *(f"data.{name}" for name in ("content_sha256", "eval_sequences", "whole_word_mask")),
+        *(f"data.{name}" for name in ("content_sha256", "eval_sequences", "group_by_length", "whole_word_mask")),
         "loss.temperature",
     }
 )

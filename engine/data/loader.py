@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from engine.data.batch import Batch, Counts
+from engine.data.grouping import LengthGroups
 from engine.data.manifest import Manifest, check_tokenizer, load_manifest
 from engine.data.masking import MaskingTables, mask_tokens
 from engine.data.order import TrainingOrder
@@ -47,7 +48,7 @@ class CorpusLoader:
     """Batches of the corpus that launch/prepare_data.py wrote to `path`.
 
     Step s (0-based) trains on positions s * global_batch … (s + 1) * global_batch - 1 of TrainingOrder, of which this
-    rank takes its `share`.
+    rank takes its `share`; with `group_by_length` on those that LengthGroups gives it.
 
     Raises UserError when the corpus is not finished, of another tokenizer or length, or too small; and when a shard is
     used that is missing or torn, or gives what is no sequence. check: of the same corpus; what it finds, and what any
@@ -63,6 +64,7 @@ class CorpusLoader:
         seq_len: int | None = None,
         eval_sequences: int,
         seed: int,
+        group_by_length: bool = False,
         mlm_probability: float = 0.0,
         whole_word: bool = False,
         pin_memory: bool = False,
@@ -108,6 +110,7 @@ class CorpusLoader:
         self._mlm_probability, self._whole_word, self._seed = mlm_probability, whole_word, seed
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._share = share
+        self._groups = LengthGroups(self._lengths, share.global_batch, seed) if group_by_length else None
         self._origin = 0, 0
         """A step, and the position in the order of sequences that it begins at."""
         self.wait_s = 0.0
@@ -128,8 +131,13 @@ class CorpusLoader:
     def _positions(self, step: int, micro: int, rank: int) -> Ints:
         origin, position = self._origin
         part = self._share.part(micro, rank)
+        if self._groups is not None:
+            return self._groups.positions(step - origin, position)[part]
         first = position + (step - origin) * self._share.global_batch
         return first + np.arange(part.start, part.stop, dtype=np.int64)
+
+    def _lengths(self, positions: Ints) -> Ints:
+        return self._store.lengths(self._rows(positions))
 
     def _rows(self, positions: Ints) -> Ints:
         numbers = self.order.indices(positions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,13 +133,19 @@ class SequenceStore:
     def rows(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
         """Returns the (tokens,) ids of each sequence, as views of the mapped file. Raises UserError, naming the shard,
         for one that is missing or torn."""
+        return [values[start:end] for values, start, end in self._places(indices)]
+
+    def lengths(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the number of ids of each sequence, without reading them. Raises like `rows`."""
+        return np.array([end - start for _, start, end in self._places(indices)], dtype=np.int64)
+
+    def _places(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[Any], int, int]]:
+        """Yields, for each sequence, the ids of its shard, and where its own begin and end among them."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        rows = []
         for index, shard in zip(indices, shards, strict=True):
             offsets, values = self._open.get(shard) or self._map(int(shard))
             row = int(index) - int(self._starts[shard])
-            rows.append(values[offsets[row] : offsets[row + 1]])
-        return rows
+            yield values, int(offsets[row]), int(offsets[row + 1])
 
     def _map(self, shard: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any]]:
         entry = self._entries[shard]

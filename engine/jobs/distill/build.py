@@ -56,6 +56,7 @@ def open_corpus(plan: Plan, check: ShardCheck | None = None) -> CorpusLoader:
         seq_len=plan.seq_len,
         eval_sequences=config.data.eval_sequences,
         seed=config.seed,
+        group_by_length=config.data.group_by_length,
         mlm_probability=config.data.mlm_probability,
         whole_word=config.data.whole_word_mask,
         tokenizer=plan.tokenizer,

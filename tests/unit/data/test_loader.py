@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from engine.config.tools import PrepareConfig, SourceConfig
 from engine.data.batch import Counts
+from engine.data.grouping import WINDOW
 from engine.data.loader import CorpusLoader, held_out_counts
 from engine.data.manifest import load_manifest
 from engine.data.prepare.corpus import prepare
@@ -103,6 +104,39 @@ def test_a_step_does_not_depend_on_ranks_or_micro_batch(make):
             assert all(len(part) == 8 // (world * micro) for part in parts)
             in_order = [s for group in zip(*parts, strict=True) for batch in group for s in sequences(batch)]
             assert in_order == want
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 2}, {"micro_batch": 2, "world": 2}])
+def test_grouped_steps_have_one_length_and_lose_nothing(make, rows, options) -> None:
+    """Windows of steps hold what the order of training gives them; ranks and micro batches change nothing."""
+    world = options.get("world", 1)
+    plain, single = make(), make(group_by_length=True)
+    loaders = [make(group_by_length=True, rank=rank, **options) for rank in range(world)]
+    for start, position in ((0, 0), (5, 40)):
+        for one in (plain, single, *loaders):
+            one.start_at(start, position)
+        grouped, spread, ungrouped = [], [], []
+        for step in range(start, start + WINDOW):
+            batches = zip(*(one.step(step).micro for one in loaders), strict=True)
+            got = [s for ranks in batches for batch in ranks for s in sequences(batch)]
+            assert got == [s for batch in single.step(step).micro for s in sequences(batch)]
+            numbers = [loaders[0].sequence_ids(step, micro, 0) for micro in range(len(loaders[0].step(step).micro))]
+            assert [rows[at] for at in numbers[0]] == got[: len(numbers[0])]
+            grouped += got
+            spread.append(max(map(len, got)) - min(map(len, got)))
+            ungrouped += [s for batch in plain.step(step).micro for s in sequences(batch)]
+        assert sorted(grouped) == sorted(ungrouped)
+        assert grouped != ungrouped
+        lengths = [len(s) for s in grouped]
+        assert sum(spread) <= max(lengths) - min(lengths)
+        assert lengths != sorted(lengths)
+
+
+def test_grouped_steps_can_be_taken_in_any_order(make) -> None:
+    loader, other = make(group_by_length=True), make(group_by_length=True)
+    far = [loader.step(step).micro[0].input_ids for step in (100, 3, 64)]
+    for ids, step in zip(far, (100, 3, 64), strict=True):
+        assert torch.equal(ids, other.step(step).micro[0].input_ids)
 
 
 def test_batches_know_their_step_and_others_have_none(make):
