@@ -74,8 +74,11 @@ def cells(args: Namespace, rows: Sequence[Row]) -> Iterator[Cell]:
 
 
 def best_rate(rows: Sequence[Row], shape: str, recipe: str) -> str:
-    """Returns the best one by STS-B of training rows; nothing before all have been tried."""
-    tried = {row["lr"]: float(row["STS-B train"]) for row in rows if (row["shape"], row["recipe"]) == (shape, recipe)}
+    """Returns the best one by STS-B of training rows and the first seed; nothing before all have been tried."""
+    tried: dict[str, float] = {}
+    for row in rows:
+        if (row["shape"], row["recipe"]) == (shape, recipe):
+            tried.setdefault(row["lr"], float(row["STS-B train"]))
     return max(tried, key=tried.__getitem__) if tried.keys() >= set(RATES[recipe]) else ""
 
 

@@ -23,7 +23,7 @@ from engine.records.fingerprints import digest
 from engine.records.records import format_record
 from engine.records.run_dir import RunDir
 
-OWN = ("campaign", "evidence", "measuring", "objective", "panel", "panel_report", "pilot")
+OWN = ("campaign", "embeddings", "evidence", "measuring", "objective", "panel", "panel_report", "pilot")
 TASKS = ("SST-2", "MRPC", "STS-B")
 
 
@@ -429,3 +429,51 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def test_other_seeds_follow_the_best_learning_rate(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
+    module = load("embeddings")
+    settings = {"corpus": "data", "steps": "20", "longer": "30", "seeds": ["0", "1"], "shapes": ["3x192"]}
+    args = argparse.Namespace(
+        work=tmp_path, out=tmp_path / "out.csv", shard=(0, 1), task_dir="glue", settings=[], **settings
+    )
+    started: list[Any] = []
+
+    def rows_of(cell: Any, words: list[str]) -> list[dict[str, str]]:
+        started.append(cell)
+        score = 1 - abs(float(cell.columns["lr"]) - 3e-4) if cell.columns["lr"] != "-" else 0
+        return [{**cell.columns, **dict.fromkeys(module.SCORES, str(score)), "core_seconds": "2"}]
+
+    monkeypatch.setattr(module, "student_rows", rows_of)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for _ in range(2):
+        module.run(list(module.cells(args, module.read([args.out]))), args, rows_of)
+    tried = [(cell.columns["recipe"], cell.columns["lr"]) for cell in started if cell.columns["seed"] == "0"]
+    assert tried == [
+        ("start", "-"),
+        *((recipe, lr) for recipe, rates in module.RATES.items() for lr in rates),
+        ("theirs, longer", "3e-4"),
+    ]
+    assert [cell.columns["recipe"] for cell in started if cell.columns["seed"] == "1"] == list(module.RATES)
+    assert {cell.columns["lr"] for cell in started if cell.columns["seed"] == "1"} == {"3e-4"}
+    theirs = next(cell for cell in started if cell.columns["recipe"] == "theirs")
+    assert theirs.settings[theirs.settings.index("--student") + 1] == f"{started[0].folder}/student"
+
+
+def test_the_table_of_vectors_compares_at_equal_seeds(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
+    module = load("embeddings")
+
+    def row(recipe: str, lr: str, seed: str, score: float) -> dict[str, str]:
+        names = {"shape": "3x384", "recipe": recipe, "lr": lr, "seed": seed, "steps": "20", "core_seconds": "2"}
+        return names | dict.fromkeys(module.SCORES, f"{score:.4f}")
+
+    rows = [row("pooled", lr, "0", score) for lr, score in (("3e-4", 0.5), ("1e-3", 0.8))]
+    rows += [row("theirs", lr, "0", score) for lr, score in (("1e-4", 0.7), ("3e-4", 0.6), ("1e-3", 0.5))]
+    rows += [row("pooled", "1e-3", "1", 0.7), row("theirs", "1e-4", "1", 0.5)]
+    module.report(rows, dict.fromkeys(module.SCORES, "0.9"))
+    printed = capsys.readouterr().out
+    assert "| 3x384 | pooled | 1e-3 | 2 | 20 | 0.7500 ± 0.6353 |" in printed
+    assert "| 83.3% | 2 |" in printed
+    assert "| 3x384 | pooled | theirs | +0.1500 ± 0.6353 |" in printed
