@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import psutil
 
 from engine.config.distill import TrainConfig
@@ -193,20 +191,3 @@ def describe_stopping(plan: Plan) -> str:
     by = f" by more than {train.patience_threshold:g}" if train.patience_threshold else ""
     evaluations = counted(train.patience, "evaluation")
     return f"after {evaluations} without a better one{by} ({when}); the best step is exported"
-
-
-def closing_table(
-    first: dict[str, float],
-    last: dict[str, float],
-    facts: Sequence[tuple[str, str | list[str]]],
-    *,
-    steps: tuple[int, int],
-) -> str:
-    """Returns a table of the first and last logged value of each loss (at `steps`), and the facts below it."""
-    width = max(len(name) for name in [*first, "loss"]) + 2
-    heads = [f"step {step}" for step in steps]
-    lines = [f"{'loss':<{width}}{heads[0]:>12}{heads[1]:>12}{'ratio':>8}"]
-    for name, value in first.items():
-        ratio = f"{last[name] / value:.3f}" if value else "-"
-        lines.append(f"{name:<{width}}{value:>12.4g}{last[name]:>12.4g}{ratio:>8}")
-    return "\n".join([*lines, "", labelled_lines(facts)])

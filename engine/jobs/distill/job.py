@@ -14,6 +14,7 @@ from engine.errors import RunFailure
 from engine.jobs.distill import banner
 from engine.jobs.distill.build import build_module, flops_per_token, load_teacher, open_corpus
 from engine.jobs.distill.comparison import compare_with_teacher
+from engine.jobs.distill.ending import describe_end
 from engine.jobs.distill.held_out import HeldOutLosses
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import Plan, describe_for_export, hyperparameters, identity, make_plan
@@ -24,9 +25,6 @@ from engine.ranks import run_lock
 from engine.ranks.collectives import from_rank_zero
 from engine.ranks.run_lock import RunLock
 from engine.ranks.runtime import Runtime, StopRequest, join_ranks, launcher_rank
-from engine.records.columns import counted
-from engine.records.comparison import Comparison
-from engine.records.history import History
 from engine.records.records import OnRecord, final_result, read_records
 from engine.records.run_dir import RunDir, as_yaml, step_tag
 from engine.train.checkpoint import Checkpointer, Chosen
@@ -330,7 +328,10 @@ class Job:
         held_out_loss = {} if held_out is None else {"held_out_loss": held_out["total"]}
         monitor.write_hparams(hyperparameters(self.plan), {"loss": exported["total"], **held_out_loss})
         why = self.held_out.describe_end(trainer.step)
-        monitor.say("\n" + self._closing_table(history, exported, held_out, comparison, why))
+        table = describe_end(
+            self.run_dir, history, exported, held_out, comparison, ranks=self.runtime.world_size, why=why
+        )
+        monitor.say(f"\n{table}")
 
     def _describe_export(self, step: int, steps_run: int) -> dict[str, Any]:
         why = self.held_out.describe_end(steps_run)
@@ -353,37 +354,3 @@ class Job:
                 f"the same command again, or {command('export')} --run {shlex.quote(str(self.run_dir.root))}{tag}"
             ) from None
         return step
-
-    def _closing_table(
-        self,
-        history: History,
-        last: dict[str, Any],
-        held_out: dict[str, Any] | None,
-        comparison: Comparison | None,
-        why: str | None,
-    ) -> str:
-        """Returns the table of the end. last, held_out: what is recorded of the student's step. why: it is that one."""
-        first, peak = history.first, history.peak_memory_gib
-        facts: list[tuple[str, str | list[str]]] = [
-            (
-                "speed",
-                f"{history.tokens_per_s:,.0f} tokens/s over {counted(self.runtime.world_size, 'rank')}, "
-                f"peak {peak:.2f} GiB",
-            ),
-            ("student", [f"{self.run_dir.student}   (AutoModel.from_pretrained)", *([why] if why else [])]),
-            ("checkpoint", str(self.run_dir.checkpoints / step_tag(last["step"]))),
-            ("tensorboard", f"tensorboard --logdir {self.run_dir.root}"),
-        ]
-        if comparison is not None:
-            facts.insert(1, ("vs teacher", f"{comparison.summary} ({comparison.seq_len} tokens, {comparison.dtype})"))
-        if held_out is not None and history.first_held_out is not None:
-            first_loss, last_loss = (
-                f"{of['total']:.4g} at step {of['step']}" for of in (history.first_held_out, held_out)
-            )
-            facts.insert(0, ("held out", f"loss {last_loss}, {first_loss}"))
-        return banner.closing_table(
-            {"total": first["total"], **first["losses"]},
-            {"total": last["total"], **last["losses"]},
-            facts,
-            steps=(first["step"], last["step"]),
-        )

@@ -19,7 +19,7 @@ from engine.config.reading import parse_config
 from engine.data.batch import Counts
 from engine.data.loader import CorpusLoader
 from engine.data.share import StepShare
-from engine.jobs.distill.banner import closing_table
+from engine.jobs.distill.ending import closing_table
 from engine.jobs.distill.module import DistilModule
 from engine.jobs.distill.plan import make_plan
 from engine.kernels import exact
