@@ -7,7 +7,7 @@
 
 layer_reduction.py is theirs. Where the student is narrower, both start from the same one, ours before its first step:
 sentence-transformers makes no narrow student from a teacher. Ours trains `loss.pooled`, alone or beside the hidden
-states of mapped layers. `theirs, longer` has as many steps as take about the time of ours with both losses.
+states of mapped layers.
 
 Each recipe gets its learning rates with the first seed; that with the best STS-B of training rows gets the other seeds.
 Scores are those of sentence-transformers' own evaluators: Spearman for STS-B, average precision of the cosine for MRPC
@@ -34,10 +34,10 @@ from engine.config.finetune import TaskDataConfig
 from engine.tasks.load import load_task
 from engine.tasks.rows import Split
 
-TEACHER, START, THEIRS, LONGER = "teacher", "start", "theirs", "theirs, longer"
+TEACHER, START, THEIRS = "teacher", "start", "theirs"
 SHAPES = {"3x384": (), "3x192": ("--student.hidden_size", "192")}
 OURS = {"pooled": (), "pooled, hidden": ("--loss.hidden", "1", "--loss.embedding", "1")}
-RATES = {**dict.fromkeys(OURS, ("3e-4", "1e-3")), THEIRS: ("1e-4", "3e-4", "1e-3"), LONGER: ()}
+RATES = {**dict.fromkeys(OURS, ("3e-4", "1e-3")), THEIRS: ("1e-4", "3e-4", "1e-3")}
 """1e-4 is that of their documentation."""
 BATCH = "64"
 SCORES = {"STS-B train": ("STS-B", "train"), **{name: (name, "dev") for name in ("STS-B", "MRPC", "RTE")}}
@@ -63,14 +63,13 @@ def cells(args: Namespace, rows: Sequence[Row]) -> Iterator[Cell]:
         theirs = ["benchmarks/layer_reduction.py", "--corpus", args.corpus, "--batch", BATCH]
         theirs += ["--student", f"{start.folder}/student"] if student else []
         for recipe, rates in RATES.items():
-            steps = args.longer if recipe == LONGER else args.steps
             tried = [(lr, args.seeds[0]) for lr in rates]
-            best = best_rate(rows, shape, THEIRS if recipe == LONGER else recipe)
+            best = best_rate(rows, shape, recipe)
             for lr, seed in dict.fromkeys([*tried, *((best, seed) for seed in args.seeds if best)]):
-                length = ["--lr", lr, "--seed", seed, "--steps", steps]
+                length = ["--lr", lr, "--seed", seed, "--steps", args.steps]
                 if recipe in OURS:
-                    length = ["--train.lr", lr, "--seed", seed, "--train.steps", steps, *OURS[recipe]]
-                yield cell(shape, recipe, lr, seed, steps, [*(ours if recipe in OURS else theirs), *length])
+                    length = ["--train.lr", lr, "--seed", seed, "--train.steps", args.steps, *OURS[recipe]]
+                yield cell(shape, recipe, lr, seed, args.steps, [*(ours if recipe in OURS else theirs), *length])
 
 
 def best_rate(rows: Sequence[Row], shape: str, recipe: str) -> str:
@@ -133,11 +132,11 @@ def report(rows: Sequence[Row], teacher: Row) -> None:
             print(f"| {' | '.join((shape, recipe, other, *gains, str(len(seeds))))} |")
 
 
-PAIRS = [(recipe, other) for recipe in OURS for other in (THEIRS, LONGER)] + [("pooled, hidden", "pooled")]
+PAIRS = [*((recipe, THEIRS) for recipe in OURS), ("pooled, hidden", "pooled")]
 
 
 def best_seeds(rows: Sequence[Row], shape: str, recipe: str) -> dict[str, Row]:
-    lr = best_rate(rows, shape, THEIRS if recipe == LONGER else recipe)
+    lr = best_rate(rows, shape, recipe)
     return {row["seed"]: row for row in rows if (row["shape"], row["recipe"], row["lr"]) == (shape, recipe, lr)}
 
 
@@ -147,7 +146,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--corpus", default="data/sentences")
     parser.add_argument("--steps", default="200")
-    parser.add_argument("--longer", default="300", help="steps of theirs that take the time of ours")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--teacher", default="models/all-MiniLM-L6-v2")
     args = parser.parse_args()
