@@ -122,6 +122,9 @@ def print_regime(regime: str, rows: Sequence[Row], warm: Sequence[Row], tasks: S
         return
     table = [row for row in trained if int(row["steps"]) == ends[0]]
     genomes = sorted(set.intersection(*({row["genome"] for row in table if row["seed"] == seed} for seed in seeds)))
+    if not genomes:
+        print(f"## {regime}: no mapping has the end of both seeds yet\n")
+        return
     print(f"## {regime}: {len(genomes)} mappings, {len(seeds)} seeds, to {ends[0]:,} steps\n")
     print_spread(rows, genomes, tasks, ends[0])
     for task, value in values(rows, tasks).items():

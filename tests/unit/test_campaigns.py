@@ -376,6 +376,12 @@ def test_panel_needs_no_complete_campaign(load, capsys: pytest.CaptureFixture[st
     for count in (1, 3, 8, len(rows) // 2, len(rows) - 3):
         panel_report.report(rows[:count], TASKS)
     assert "nan" not in capsys.readouterr().out
+    genomes = sorted({row["genome"] for row in rows if row["seed"] == "1"})
+    shard = [
+        row for row in rows if row["genome"] not in genomes or (genomes.index(row["genome"]) + int(row["seed"])) % 2
+    ]
+    panel_report.report(shard, TASKS)
+    assert "no mapping has the end of both seeds yet" in capsys.readouterr().out
 
 
 @pytest.fixture
