@@ -36,7 +36,7 @@ from engine.tasks.rows import Split
 
 TEACHER, START, THEIRS = "teacher", "start", "theirs"
 SHAPES = {"3x384": (), "3x192": ("--student.hidden_size", "192")}
-OURS = {"pooled": (), "pooled, hidden": ("--loss.hidden", "1", "--loss.embedding", "1")}
+OURS = {"pooled": ("--loss.hidden", "0", "--loss.embedding", "0"), "pooled, hidden": ()}
 RATES = {**dict.fromkeys(OURS, ("3e-4", "1e-3")), THEIRS: ("1e-4", "3e-4", "1e-3")}
 """1e-4 is that of their documentation."""
 BATCH = "64"
@@ -119,7 +119,7 @@ def report(rows: Sequence[Row], teacher: Row) -> None:
         groups[row["shape"], row["recipe"], row["lr"]].append(row)
     for key, some in groups.items():
         found = {name: [float(row[name]) for row in some] for name in (*dev, "core_seconds")}
-        shown = ["{:.4f} ± {:.4f}".format(*mean_interval(found[name])) for name in dev]
+        shown = [with_interval(found[name]) for name in dev]
         share = mean_interval(found["STS-B"])[0] / float(teacher["STS-B"])
         cost = mean_interval(found["core_seconds"])[0]
         print(f"| {' | '.join((*key, str(len(some)), some[0]['steps'], *shown, f'{share:.1%}', f'{cost:.0f}'))} |")
@@ -130,6 +130,11 @@ def report(rows: Sequence[Row], teacher: Row) -> None:
         if seeds := sorted(of[0].keys() & of[1].keys()):
             gains = [as_difference([float(of[0][s][name]) - float(of[1][s][name]) for s in seeds]) for name in dev]
             print(f"| {' | '.join((shape, recipe, other, *gains, str(len(seeds))))} |")
+
+
+def with_interval(values: Sequence[float]) -> str:
+    mean, half = mean_interval(values)
+    return f"{mean:.4f} ± {half:.4f}" if len(values) > 1 else f"{mean:.4f}"
 
 
 PAIRS = [*((recipe, THEIRS) for recipe in OURS), ("pooled, hidden", "pooled")]
