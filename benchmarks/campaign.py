@@ -183,6 +183,15 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), half
 
 
+def as_mean(values: Sequence[float]) -> str:
+    """Returns mean and interval; a single value has none."""
+    return _as_text(values, ".4f")
+
+
 def as_difference(values: Sequence[float]) -> str:
+    return _as_text(values, "+.4f")
+
+
+def _as_text(values: Sequence[float], form: str) -> str:
     mean, half = mean_interval(values)
-    return f"{mean:+.4f} ± {half:.4f}"
+    return f"{mean:{form}}" + (f" ± {half:.4f}" if len(values) > 1 else "")

@@ -21,8 +21,9 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
-from campaign import Cell, Row, arguments, as_difference, mean_interval, read, run, run_script
+from campaign import Cell, Row, arguments, as_difference, as_mean, read, run, run_script
 from measuring import header
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import (
@@ -119,9 +120,8 @@ def report(rows: Sequence[Row], teacher: Row) -> None:
         groups[row["shape"], row["recipe"], row["lr"]].append(row)
     for key, some in groups.items():
         found = {name: [float(row[name]) for row in some] for name in (*dev, "core_seconds")}
-        shown = [with_interval(found[name]) for name in dev]
-        share = mean_interval(found["STS-B"])[0] / float(teacher["STS-B"])
-        cost = mean_interval(found["core_seconds"])[0]
+        shown = [as_mean(found[name]) for name in dev]
+        share, cost = fmean(found["STS-B"]) / float(teacher["STS-B"]), fmean(found["core_seconds"])
         print(f"| {' | '.join((*key, str(len(some)), some[0]['steps'], *shown, f'{share:.1%}', f'{cost:.0f}'))} |")
     print("\nOurs less theirs at equal seeds, each at its best learning rate\n")
     print(header("shape", "recipe", "against", *dev, "seeds"))
@@ -130,11 +130,6 @@ def report(rows: Sequence[Row], teacher: Row) -> None:
         if seeds := sorted(of[0].keys() & of[1].keys()):
             gains = [as_difference([float(of[0][s][name]) - float(of[1][s][name]) for s in seeds]) for name in dev]
             print(f"| {' | '.join((shape, recipe, other, *gains, str(len(seeds))))} |")
-
-
-def with_interval(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:.4f} ± {half:.4f}" if len(values) > 1 else f"{mean:.4f}"
 
 
 PAIRS = [*((recipe, THEIRS) for recipe in OURS), ("pooled, hidden", "pooled")]

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 
 import yaml
-from campaign import TASKS, Cell, Row, arguments, as_difference, mean_interval, read, read_scored, run
+from campaign import TASKS, Cell, Row, arguments, as_difference, as_mean, read, read_scored, run
 from measuring import header
 from panel import FINETUNED_SEEDS, check_regime, finetuned_rows, regime_arguments
 from pilot import REGIMES, SCHEDULE, corpus_of, dashed, teacher_and_text, tokens_per_step
@@ -125,11 +125,6 @@ def print_table(title: str, students: dict[str, list[Row]], tasks: Sequence[str]
             pairs.append([fmean(values) for values in zip(*pairs, strict=True)])
             print(f"| {name} | {len(pairs[0])} | {' | '.join(as_difference(values) for values in pairs if values)} |")
     print()
-
-
-def as_mean(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:.4f}" + ("" if len(values) < 2 else f" ± {half:.4f}")
 
 
 def differences(rows: Sequence[Row], others: Sequence[Row], task: str) -> list[float]:
